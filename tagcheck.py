@@ -1,0 +1,2390 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["boto3>=1.35", "PyYAML>=6.0", "jsonschema>=4.18"]
+# ///
+"""Find the EC2 instances that lack their required tags, and remember which were seen before.
+
+The file reads downward; a section uses only what stands above it:
+
+ 1 Words           exit codes, errors, records
+ 2 Policy          the YAML file, checked, as a Policy
+ 3 Evaluation      an instance's tags and its rules -> violations
+ 5 AWS             accounts, regions and instances, live or saved
+ 6 State           what is remembered between scans, in SQLite
+ 7 Reports         summary, CSV, JSON, JUnit
+ 9 Command line    the commands; the only place with print, the clock and threads
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import functools
+import hashlib
+import importlib.resources
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum, StrEnum, unique
+from io import StringIO, TextIOBase, TextIOWrapper
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, Literal, NamedTuple, Self
+from xml.etree import ElementTree
+from xml.sax.saxutils import XMLGenerator
+from xml.sax.xmlreader import AttributesImpl
+
+__version__ = "1.0"
+
+LOG = logging.getLogger("tagcheck")
+
+
+########################################################################################################
+# 1 Words: ExitCode, the errors, the records
+########################################################################################################
+
+
+@unique
+class ExitCode(IntEnum):
+    """How a run ended, for automation to branch on; the higher of 3, 4 and 5 wins."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Self:  # noqa: D102
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    COMPLIANT = 0, "every target was read and no finding counts under --fail-on"
+    CRASHED = 1, "a bug or a missing package: Python's own code, never used for findings"
+    USAGE = 2, "wrong arguments or an invalid policy; nothing was scanned"
+    VIOLATIONS = 3, "every target was read, and findings count"
+    INCOMPLETE = 4, "some account or region could not be read; the rest is recorded and reported; outranks 3"
+    FAILED = 5, "could not run or finish: credentials, state, an output file, a notification; outranks 4"
+    INTERRUPTED = 130, "stopped by Ctrl-C or SIGTERM; nothing was recorded"
+
+
+class TagcheckError(Exception):
+    """An expected failure; its message says what to do next."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(TagcheckError):
+    """The arguments, or a file that they name, cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class CredentialsError(TagcheckError):
+    """AWS knows no caller: there is nothing to scan with."""
+
+
+class StateError(TagcheckError):
+    """The state cannot be read or written."""
+
+
+class OutputError(TagcheckError):
+    """A report cannot be written."""
+
+
+class TargetError(TagcheckError):
+    """One target could not be read in full; the others can."""
+
+    exit_code = ExitCode.INCOMPLETE
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a policy file, with its place (line and column count from 1), written as compilers do."""
+
+    file: str
+    line: int
+    column: int
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        return printable(f"{self.file}:{self.line}:{self.column}: {where}{self.message}")
+
+
+class PolicyError(UsageError):
+    """A policy file is wrong; holds every problem that was found in it."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """One account in one region: the unit of scanning, of failure and of resolution."""
+
+    account_id: str
+    region: str
+
+    def __str__(self) -> str:
+        return f"{self.account_id} {self.region}"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What a scan needs to know of one EC2 instance."""
+
+    instance_id: str
+    state: str
+    launch_time: datetime
+    tags: Mapping[str, str]
+
+
+class ViolationType(StrEnum):
+    """In which way an instance fails a required tag."""
+
+    MISSING = "missing"
+    EMPTY = "empty"
+    NONCOMPLIANT_VALUE = "noncompliant_value"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One required tag that one instance fails; of a near miss, the key that was found and its value."""
+
+    tag_key: str
+    type: ViolationType
+    value: str | None
+    found_key: str | None
+    message: str
+
+
+class Status(StrEnum):
+    """What a scan makes of a finding, seen against the scans before it."""
+
+    NEW = "NEW"
+    REPEAT = "REPEAT"
+    REOPENED = "REOPENED"
+    RESOLVED = "RESOLVED"
+
+
+class Resolution(StrEnum):
+    """Why a finding is no longer open."""
+
+    TAGGED = "tagged"
+    GONE = "gone"
+    POLICY_CHANGED = "policy_changed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """An instance with violations under a policy, with its history; times are text in UTC."""
+
+    account_id: str
+    region: str
+    instance_id: str
+    state: str
+    launch_time: str
+    tags: Mapping[str, str]
+    violations: tuple[Violation, ...]
+    status: Status
+    first_seen: str
+    last_seen: str
+    times_seen: int
+    times_reopened: int
+    resolved_at: str | None
+    resolution: Resolution | None
+    created_by: str | None
+    suggestions: str | None
+
+    @property
+    def name(self) -> str:
+        """The instance's Name tag, as consoles show it."""
+        return self.tags.get("Name", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How far one target was read in a scan, and what was found there."""
+
+    target: Target
+    error_code: str | None = None
+    error_message: str | None = None
+    instances: int = 0
+    compliant: int = 0
+    findings: int = 0
+    exempted: int = 0
+    new: int = 0
+    repeat: int = 0
+    reopened: int = 0
+    resolved: int = 0
+
+    @property
+    def read(self) -> bool:
+        """True where every instance of the target was looked at."""
+        return self.error_code is None
+
+    @property
+    def too_young(self) -> int:
+        """Instances within their grace period, not judged yet."""
+        return self.instances - self.compliant - self.findings - self.exempted
+
+
+def printable(text: str) -> str:
+    r"""Return text with control, format and other invisible characters escaped (`\x1b`, `\u202e`).
+
+    Tag values, account names and AWS's messages are written by strangers: unescaped they could move a
+    terminal's cursor, forge a log line, or show text in another order than it has.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def utc_text(moment: datetime) -> str:
+    """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def counted(number: int, word: str) -> str:
+    """Return "1 finding", "2 findings", "12,000 instances"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+########################################################################################################
+# 2 Policy: POLICY_SCHEMA, Policy, parse_yaml, load_policy
+########################################################################################################
+
+
+def _key(description: str, example: Any, **schema: Any) -> dict[str, Any]:
+    """Return the schema of one key; editors show its description and offer its example."""
+    return {"description": description, "examples": [example], **schema}
+
+
+# tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
+_TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
+_REQUIRED_TAG = _key(
+    "A tag that instances must carry: its key alone, or the key with a rule for its value.",
+    {"key": "Environment", "values": ["dev", "test", "prod"]},
+    minLength=1,
+    type=["string", "number", "object"],
+    required=["key"],
+    additionalProperties=False,
+    properties={
+        "key": _key("The tag key, in exactly this spelling.", "CostCenter", **_TEXT),
+        "values": _key(
+            "The values that are allowed, in exactly this spelling.",
+            ["dev", "test", "prod"],
+            type="array",
+            minItems=1,
+            items=_TEXT,
+        ),
+        "pattern": _key("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", **_TEXT),
+        "default": _key("What remediate may write where nothing better is known.", "dev", **_TEXT),
+    },
+)
+_REQUIRED_TAGS: dict[str, Any] = {"type": "array", "items": _REQUIRED_TAG}
+POLICY_SCHEMA: dict[str, Any] = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "title": "tagcheck policy",
+    "description": "Which tags EC2 instances must carry, region by region.",
+    "type": "object",
+    "required": ["version", "name", "regions"],
+    "additionalProperties": False,
+    "properties": {
+        "version": _key("The version of this format: 1.", 1, enum=[1, "1"]),
+        "name": _key(
+            "Findings are kept under this name. Rename a policy, and all of them are NEW.",
+            "org-tagging",
+            **_TEXT,
+        ),
+        "required_tags": _key(
+            "The tags that instances must carry in every region below.",
+            ["Owner", "CostCenter"],
+            **_REQUIRED_TAGS,
+        ),
+        "placeholder_values": _key(
+            "Values that count as empty, whatever their case.",
+            ["tbd", "n/a", "none", "unknown"],
+            type="array",
+            items=_TEXT,
+        ),
+        "states": _key(
+            "The instance states that are looked at. Left out: all but shutting-down and terminated.",
+            ["running", "stopped"],
+            type="array",
+            minItems=1,
+            items={"enum": ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]},
+        ),
+        "grace_period": _key(
+            "How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.",
+            "2h",
+            type="string",
+            pattern="^[0-9]{1,6}[smhd]$",
+        ),
+        "regions": _key(
+            'The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
+            {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
+            type="object",
+            minProperties=1,
+            additionalProperties=_key(
+                "What this region asks for. Nothing here: the policy's required_tags alone.",
+                {"required_tags": ["DataResidency"]},
+                type=["object", "null"],
+                additionalProperties=False,
+                properties={
+                    "inherit": _key(
+                        "false: the policy's required_tags do not hold here.", False, type="boolean"
+                    ),
+                    "required_tags": _key(
+                        "Tags as well as the policy's. The same key replaces the policy's.",
+                        ["DataResidency"],
+                        **_REQUIRED_TAGS,
+                    ),
+                },
+            ),
+        ),
+    },
+}
+
+DEFAULT_STATES = ("pending", "running", "stopping", "stopped")
+# Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
+MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
+
+# AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
+# the installed botocore's data, so that a region younger than this file needs only a newer boto3.
+AWS_REGIONS = frozenset(
+    """
+    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2
+    ap-southeast-1 ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6
+    ap-southeast-7 ca-central-1 ca-west-1 cn-north-1 cn-northwest-1 eu-central-1 eu-central-2
+    eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 eusc-de-east-1
+    il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1
+    us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
+    us-isof-south-1 us-west-1 us-west-2
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredTag:
+    """One rule: a key that must be there, and what its value must be."""
+
+    key: str
+    values: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+    default: str | None = None
+
+    def allows(self, value: str) -> bool:
+        """Return whether the rule holds for a value that is not empty."""
+        in_list = not self.values or value in self.values
+        return in_list and (self.pattern is None or self.pattern.fullmatch(value) is not None)
+
+    @property
+    def wanted(self) -> str:
+        """What the value should have been, for messages."""
+        wants = [f"one of {', '.join(self.values)}"] if self.values else []
+        return " and ".join([*wants, *([f"a match of {self.pattern.pattern}"] if self.pattern else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy file that was found right; nothing behind it asks whether a key is there."""
+
+    name: str
+    file: str
+    digest: str
+    regions: Mapping[str, tuple[RequiredTag, ...]]
+    placeholder_values: frozenset[str]
+    states: frozenset[str]
+    grace_period: timedelta
+
+    def covers(self, region: str) -> bool:
+        """Return whether the region is in the policy's scope."""
+        return region in self.regions or "*" in self.regions
+
+    def rules(self, region: str) -> tuple[RequiredTag, ...]:
+        """Return the tags required in a region that the policy covers."""
+        return self.regions[region] if region in self.regions else self.regions["*"]
+
+
+class Mistake(NamedTuple):
+    """What is wrong in a policy and at which path: at the value there, or at the key that leads to it."""
+
+    path: tuple[str | int, ...]
+    message: str
+    at_key: bool = False
+
+
+class YamlError(Exception):
+    """A text is no YAML, or not that of a policy."""
+
+    def __init__(self, mark: Any, message: str) -> None:
+        super().__init__(message)
+        self.line, self.column, self.message = mark.line + 1, mark.column + 1, message
+
+
+class YamlDocument:
+    """The value of a YAML text, and where in it each key and value stands.
+
+    Every scalar is the text as it was written, so `NO`, `0123` and `2027-01-31` stay what they look like;
+    only `true`, `false` and null without quotes are special. Raises YamlError.
+    """
+
+    def __init__(self, text: str) -> None:
+        import yaml
+
+        self._yaml = yaml
+        self._nodes = 0
+        self._marks: dict[tuple[int, str | int], tuple[Any, Any]] = {}
+        self.mistakes: list[Mistake] = []
+        if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
+            message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
+            raise YamlError(_mark(text[: control.start()]), message)
+        loader = yaml.SafeLoader(text)
+        try:
+            self._root = loader.get_single_node() or yaml.ScalarNode("", "", loader.get_mark())
+            self.value = self._build(self._root, ())
+        except yaml.MarkedYAMLError as error:
+            message = f"this is not YAML: {error.problem or error.context}"
+            raise YamlError(error.problem_mark or error.context_mark, message) from error
+        except RecursionError as error:
+            raise YamlError(loader, "nested too deep") from error
+
+    def place(self, path: Sequence[str | int], *, at_key: bool = False) -> tuple[int, int]:
+        """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
+        mark, node = self._root.start_mark, self.value
+        for step in path:
+            mark = self._marks[id(node), step][0 if at_key and step is path[-1] else 1]
+            node = node[step]
+        return mark.line + 1, mark.column + 1
+
+    def _build(self, node: Any, path: tuple[str | int, ...]) -> Any:
+        """Return the value of a node; an alias costs as much as if its anchor stood there again."""
+        self._nodes += 1
+        if self._nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
+            raise YamlError(node.start_mark, "the nesting or the aliases make this larger than any policy")
+        if node.tag.rpartition(":")[2] not in _YAML_TAGS:
+            self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
+        if isinstance(node, self._yaml.ScalarNode):
+            return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
+        if isinstance(node, self._yaml.SequenceNode):
+            items: list[Any] = []
+            for index, item in enumerate(node.value):
+                self._marks[id(items), index] = (item.start_mark, item.start_mark)
+                items.append(self._build(item, (*path, index)))
+            return items
+        mapping: dict[str, Any] = {}
+        merged: list[Any] = []
+        for key, value in node.value:
+            if not isinstance(key, self._yaml.ScalarNode):
+                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged += value.value if isinstance(value, self._yaml.SequenceNode) else [value]
+                continue
+            if key.value in mapping:
+                first = self._marks[id(mapping), key.value][0].line + 1
+                message = f"{_shown(key.value)} appears twice (first in line {first})"
+                self.mistakes.append(Mistake((*path, key.value), message, at_key=True))
+            self._marks[id(mapping), key.value] = (key.start_mark, value.start_mark)
+            mapping[key.value] = self._build(value, (*path, key.value))
+        for source in merged:
+            values = self._build(source, path)
+            if not isinstance(values, dict):
+                raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
+            for name in values.keys() - mapping.keys():
+                self._marks[id(mapping), name] = self._marks[id(values), name]
+                mapping[name] = values[name]
+        return mapping
+
+
+_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map", "merge", "")
+
+
+def load_policy(path: str) -> Policy:
+    """Read a policy file; raises PolicyError with every problem in it, or UsageError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_POLICY_BYTES + 1)
+    except OSError as error:
+        message = f"cannot read the policy {path}: {error.strerror}; name one with --policy FILE"
+        raise UsageError(message) from error
+    return check_policy(content, path)
+
+
+def check_policy(content: bytes, file: str) -> Policy:
+    """Turn the bytes of a policy file into a Policy; raises PolicyError with every problem in it."""
+    try:
+        document = YamlDocument(_decode(content))
+    except YamlError as error:
+        raise PolicyError([Problem(file, error.line, error.column, "", error.message)]) from error
+    mistakes = [*document.mistakes, *_schema_mistakes(document.value), *_rule_mistakes(document.value)]
+    if mistakes:
+        problems = [
+            Problem(
+                file, *document.place(path, at_key=at_key), _where(path[:-1] if at_key else path), message
+            )
+            for path, message, at_key in dict.fromkeys(mistakes)
+        ]
+        raise PolicyError(problems)
+    return _policy(document.value, file, hashlib.sha256(content).hexdigest())
+
+
+def _decode(content: bytes) -> str:
+    """Return the text of a policy file: UTF-8, or UTF-16 where a byte order mark says so."""
+    if len(content) > MAX_POLICY_BYTES:
+        raise YamlError(_mark(""), f"larger than {MAX_POLICY_BYTES:,} bytes: this is no policy")
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8"
+        raise YamlError(_mark(content[: error.start].decode(errors="replace")), message) from error
+
+
+def _mark(before: str) -> SimpleNamespace:
+    """Return the place that comes after a text, counted from 0 as PyYAML does."""
+    return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
+
+
+def _where(path: Sequence[str | int]) -> str:
+    """Return a path as people write it: regions.eu-west-1.required_tags[1]."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+def _schema_mistakes(value: Any) -> Iterator[Mistake]:
+    """Yield what POLICY_SCHEMA finds wrong, in words of our own.
+
+    jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
+    """
+    import jsonschema
+
+    for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(value):
+        path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
+        if error.validator == "additionalProperties":
+            known = sorted(error.schema["properties"])
+            for key in found.keys() - error.schema["properties"].keys():
+                yield Mistake(
+                    (*path, key), f"unknown key {_shown(key)}{_did_you_mean(key, known)}", at_key=True
+                )
+        elif error.validator == "required":
+            for key in [key for key in wanted if key not in found]:
+                yield Mistake(path, f"the key {key!r} is missing")
+        elif error.validator == "enum":
+            known = list(dict.fromkeys(map(str, wanted)))
+            hint = _did_you_mean(found, known)
+            yield Mistake(path, f"{_shown(found)} is not one of {', '.join(known)}{hint}")
+        elif error.validator == "type":
+            kinds = [
+                _KINDS[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in _KINDS
+            ]
+            yield Mistake(path, f"must be {' or '.join(kinds)}, not {_shown(found)}")
+        elif error.validator == "pattern":
+            yield Mistake(path, f"{_shown(found)} is no time: write a number and s, m, h or d, such as 2h")
+        else:  # minLength, minItems, minProperties
+            yield Mistake(path, "must not be empty")
+
+
+_KINDS = {"array": "a list", "boolean": "true or false", "object": "a mapping (key: value)", "string": "text"}
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a policy for a message: short, whatever is in it."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 100 else f"{value[:99]}…")
+    if isinstance(value, bool):
+        return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
+    return "nothing" if value is None else "a list" if isinstance(value, list) else "a mapping"
+
+
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    """Return " (did you mean 'x'?)" where a known word is near."""
+    near = difflib.get_close_matches(word[:100], known) if isinstance(word, str) else []
+    # Of equally near words difflib may not choose the one whose letters were only typed in another order.
+    best = next(
+        (candidate for candidate in near if sorted(candidate) == sorted(word)), next(iter(near), None)
+    )
+    return f" (did you mean {best!r}?)" if best else ""
+
+
+def _rule_mistakes(value: Any) -> Iterator[Mistake]:
+    """Yield what a schema cannot say: region names, reserved keys, tags asked for twice, patterns.
+
+    What the schema has found wrong is passed over.
+    """
+    value = value if isinstance(value, dict) else {}
+    shared = _as(list, value.get("required_tags"))
+    yield from _tag_mistakes(("required_tags",), shared)
+    for region, entry in _as(dict, value.get("regions")).items():
+        path = ("regions", region)
+        if region != "*" and not is_region(region):
+            message = f"AWS has no region {_shown(region)}{_did_you_mean(region, sorted(AWS_REGIONS))}"
+            yield Mistake(path, message, at_key=True)
+        own = _as(list, _as(dict, entry).get("required_tags"))
+        yield from _tag_mistakes((*path, "required_tags"), own)
+        if not own and not (shared and _as(dict, entry).get("inherit", True)):
+            yield Mistake(path, f"{region} asks for no tag: name one, or take the region out", at_key=True)
+
+
+def _tag_mistakes(path: tuple[str | int, ...], tags: Sequence[Any]) -> Iterator[Mistake]:
+    """Yield what is wrong with the rules of one required_tags list."""
+    seen: set[str] = set()
+    for index, tag in enumerate(tags):
+        rule = {"key": tag} if isinstance(tag, str) else _as(dict, tag)
+        key, at_key = rule.get("key"), (*path, index) if isinstance(tag, str) else (*path, index, "key")
+        if not isinstance(key, str):
+            continue
+        if key in seen:
+            yield Mistake(at_key, f"{_shown(key)} is asked for twice")
+        seen.add(key)
+        if key.lower().startswith("aws:"):
+            yield Mistake(
+                at_key, f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
+            )
+        if isinstance(rule.get("pattern"), str):
+            try:
+                re.compile(rule["pattern"])
+            except (re.error, OverflowError, RecursionError) as error:
+                message = f"{_shown(rule['pattern'])} is not a regular expression: {error}"
+                yield Mistake((*path, index, "pattern"), message)
+
+
+def _as(kind: type[Any], value: Any) -> Any:
+    """Return the value if it is of this kind, else an empty one."""
+    return value if isinstance(value, kind) else kind()
+
+
+def _policy(value: Any, file: str, digest: str) -> Policy:
+    """Build the Policy of a document in which no mistake was found."""
+    shared = _required_tags(value)
+    regions = {}
+    for region, entry in value["regions"].items():
+        inherited = shared if (entry or {}).get("inherit", True) else {}
+        regions[region] = tuple((inherited | _required_tags(entry or {})).values())
+    return Policy(
+        name=value["name"],
+        file=file,
+        digest=digest,
+        regions=regions,
+        placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
+        states=frozenset(value.get("states", DEFAULT_STATES)),
+        grace_period=_duration(value.get("grace_period", "0s")),
+    )
+
+
+def _required_tags(entry: Mapping[str, Any]) -> dict[str, RequiredTag]:
+    """Build the rules of a required_tags list, in short form or long, by their keys."""
+    longs = [{"key": tag} if isinstance(tag, str) else tag for tag in entry.get("required_tags", ())]
+    return {
+        tag["key"]: RequiredTag(
+            tag["key"],
+            tuple(tag.get("values", ())),
+            re.compile(tag["pattern"]) if "pattern" in tag else None,
+            tag.get("default"),
+        )
+        for tag in longs
+    }
+
+
+def _duration(text: str) -> timedelta:
+    """Return the time that 90s, 30m, 2h or 1d stand for."""
+    unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[text[-1]]
+    return timedelta(**{unit: int(text[:-1])})
+
+
+def is_region(name: str) -> bool:
+    """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
+    if name in AWS_REGIONS:
+        return True
+    try:
+        partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
+    except (ModuleNotFoundError, OSError):
+        return False
+    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
+
+
+########################################################################################################
+# 3 Evaluation: evaluate, is_too_young, resolution, decide_exit_code
+########################################################################################################
+
+
+def evaluate(
+    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholder_values: frozenset[str]
+) -> tuple[Violation, ...]:
+    """Return how an instance's tags fail the rules, in the rules' order; () where they comply."""
+    return tuple(
+        violation for rule in rules if (violation := check_tag(tags, rule, placeholder_values)) is not None
+    )
+
+
+def check_tag(
+    tags: Mapping[str, str], rule: RequiredTag, placeholder_values: frozenset[str]
+) -> Violation | None:
+    """Return how the tags fail one rule; None where they comply.
+
+    Keys and values are case-sensitive, as they are in AWS. A placeholder value counts as empty.
+    """
+    value = tags.get(rule.key)
+    if value is None:
+        found = near_miss(tags, rule.key)
+        if found is None:
+            return Violation(rule.key, ViolationType.MISSING, None, None, f"{rule.key} is missing")
+        message = f"{rule.key} is missing; the instance has {found!r}: rename that key"
+        return Violation(rule.key, ViolationType.MISSING, tags[found], found, message)
+    text = value.strip()
+    if not text:
+        return Violation(rule.key, ViolationType.EMPTY, value, None, f"{rule.key} is empty")
+    if text.casefold() in placeholder_values:
+        message = f"{rule.key} is {value!r}, a placeholder"
+        return Violation(rule.key, ViolationType.EMPTY, value, None, message)
+    if rule.allows(value):
+        return None
+    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, _value_message(rule, value))
+
+
+@functools.lru_cache(maxsize=4096)
+def _value_message(rule: RequiredTag, value: str) -> str:
+    """Say what the value should have been, and which allowed one is nearest."""
+    return f"{rule.key} is {value!r}, not {rule.wanted}{_did_you_mean(value, rule.values)}"
+
+
+def near_miss(tags: Iterable[str], wanted: str) -> str | None:
+    """Return the key that differs from the wanted one only in case, spaces, `_` or `-`."""
+    bare = _bare_key(wanted)
+    return min((key for key in tags if _bare_key(key) == bare), default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bare_key(key: str) -> str:
+    """Return a key without case, spaces, `_` and `-`."""
+    return re.sub(r"[\s_-]", "", key).casefold()
+
+
+def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> bool:
+    """Return whether an instance is still within its grace period: tags often come after the launch."""
+    return instance.launch_time > now - grace_period
+
+
+def resolution(violations: Iterable[Violation], tags: Mapping[str, str] | None) -> Resolution:
+    """Return why a finding is no longer one; tags are None where the instance is no longer looked at.
+
+    It was put right only if all that it lacked is there now. Where one of the tags still is as it was,
+    it is the policy that has stopped asking for it.
+    """
+    if tags is None:
+        return Resolution.GONE
+    if any(_still_lacks(violation, tags) for violation in violations):
+        return Resolution.POLICY_CHANGED
+    return Resolution.TAGGED
+
+
+def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
+    """Return whether a tag is as absent, empty or wrong as it was when it was recorded."""
+    value = tags.get(violation.tag_key, "")
+    return not value.strip() or (violation.type is not ViolationType.MISSING and value == violation.value)
+
+
+FailOn = Literal["any", "new", "never"]
+
+
+def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
+    """Return how a recorded scan ends: unread targets outrank findings."""
+    code = ExitCode.COMPLIANT
+    for target in coverage:
+        if not target.read:
+            return ExitCode.INCOMPLETE
+        counted_findings = {"any": target.findings, "new": target.new + target.reopened, "never": 0}[fail_on]
+        if counted_findings:
+            code = ExitCode.VIOLATIONS
+    return code
+
+
+########################################################################################################
+# 5 AWS: make_session, describe_caller, describe_regions, describe_instances, load_instances
+########################################################################################################
+
+PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
+MAX_PAGES = 10_000
+MAX_EMPTY_PAGES = 100  # EC2 may send pages without instances, but not for ever
+CONNECT_TIMEOUT = 5
+READ_TIMEOUT = 60  # EC2 itself takes up to 3 seconds for a page of 1,000
+SDK_ATTEMPTS = 5
+# botocore 1.44 rides out a broken network for a few seconds only, and never repeats a cut answer.
+NETWORK_PAUSES = (1.0, 4.0)
+
+ADVICE = {
+    "AuthFailure": "the region is not enabled in this account, or the credentials are not for it: enable the "
+    "region, or take it out of the policy",
+    "OptInRequired": "the region is not enabled in this account: enable it, or take it out of the policy",
+    "UnauthorizedOperation": "the credentials may not call {operation}: allow it (README, IAM policy)",
+    "ExpiredToken": "the credentials have expired: renew them and run again",
+    "RequestExpired": "the request was too old when it arrived: check this machine's clock, then renew the "
+    "credentials",
+    "SignatureDoesNotMatch": "the secret key is wrong, or this machine's clock is",
+    "InvalidClientTokenId": "AWS does not know these credentials: check the profile or the environment",
+    "RequestLimitExceeded": "AWS throttled the calls, and went on after every retry: run again later, or with "
+    "fewer --workers",
+    "EndpointConnectionError": "no connection: check the network, the proxy and the region's name",
+    "ReadTimeoutError": "no answer in time: check the network and run again",
+    "SSLError": "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)",
+    "ResponseParserError": "the answer was cut short or is not AWS's: check the network and the proxy",
+    "InternalError": "AWS failed, and went on failing after every retry: run again later",
+}
+SAME_ADVICE = {
+    "AccessDenied": "UnauthorizedOperation",
+    "AccessDeniedException": "UnauthorizedOperation",
+    "ExpiredTokenException": "ExpiredToken",
+    "UnrecognizedClientException": "InvalidClientTokenId",
+    "Throttling": "RequestLimitExceeded",
+    "ThrottlingException": "RequestLimitExceeded",
+    "TooManyRequestsException": "RequestLimitExceeded",
+    "InternalFailure": "InternalError",
+    "ServiceUnavailable": "InternalError",
+    "Unavailable": "InternalError",
+    "ConnectTimeoutError": "EndpointConnectionError",
+    "ConnectionClosedError": "EndpointConnectionError",
+    "ProxyConnectionError": "EndpointConnectionError",
+    "ResponseStreamingError": "ReadTimeoutError",
+}
+
+
+def make_session(profile: str | None) -> Any:
+    """Return a boto3 session; raises CredentialsError where the profile is not there or not whole."""
+    import boto3
+    import botocore.exceptions
+
+    try:
+        return boto3.Session(profile_name=profile)
+    except botocore.exceptions.BotoCoreError as error:
+        raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
+
+
+def make_client(session: Any, service: str, region: str) -> Any:
+    """Return a client whose retries and time-outs are set: botocore's own defaults differ by version."""
+    import botocore.config
+    import botocore.exceptions
+
+    config = botocore.config.Config(
+        retries={"mode": "standard", "total_max_attempts": SDK_ATTEMPTS},
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        user_agent_extra=f"tagcheck/{__version__}",
+    )
+    try:
+        return session.client(service, region_name=region, config=config)
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise CredentialsError(f"cannot call AWS: {error}; check the AWS configuration") from error
+
+
+def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
+    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError.
+
+    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here.
+    """
+    import botocore
+    import botocore.exceptions
+    import botocore.parsers
+
+    method = getattr(client, botocore.xform_name(operation))
+    name = f"{client.meta.service_model.service_name}:{operation}"
+    for pause in (*NETWORK_PAUSES, None):
+        try:
+            return method(**arguments)
+        except (
+            botocore.exceptions.ConnectionError,
+            botocore.exceptions.HTTPClientError,
+            botocore.parsers.ResponseParserError,
+        ) as error:
+            if pause is None:
+                raise target_error(type(error).__name__, str(error), name) from error
+            LOG.debug("%s: %s; trying again in %.0f s", name, type(error).__name__, pause)
+            time.sleep(pause)
+        except botocore.exceptions.ClientError as error:
+            answer = error.response.get("Error", {})
+            raise target_error(answer.get("Code", "Unknown"), answer.get("Message", ""), name) from error
+        except botocore.exceptions.NoCredentialsError as error:
+            raise CredentialsError(
+                "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
+                "the machine a role"
+            ) from error
+        except botocore.exceptions.BotoCoreError as error:
+            raise CredentialsError(f"the AWS credentials cannot be used: {error}") from error
+
+
+def target_error(code: str, aws_message: str, operation: str) -> TargetError:
+    """Return a TargetError with AWS's code, a sentence that helps, and what AWS itself said."""
+    advice = ADVICE.get(SAME_ADVICE.get(code, code), "")
+    if "service control policy" in aws_message:
+        advice = "a service control policy of the organization denies {operation} here"
+    # EC2 adds kilobytes of an encoded message, which only an administrator can decode.
+    said = printable(aws_message.partition(" Encoded authorization failure message")[0][:300])
+    sentences = [advice.format(operation=operation), f"{operation}: {said}" if said else ""]
+    return TargetError(code, " — ".join(filter(None, sentences)) or f"{operation} failed")
+
+
+def describe_caller(session: Any, region: str) -> str:
+    """Return the account of the credentials; raises CredentialsError where AWS knows no caller."""
+    try:
+        return str(call_aws(make_client(session, "sts", region), "GetCallerIdentity")["Account"])
+    except TargetError as error:
+        raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
+    except KeyError as error:
+        raise CredentialsError("the answer is not AWS's: check the network and the proxy") from error
+
+
+def describe_regions(client: Any) -> list[str]:
+    """Return the regions that are enabled in the account; raises TargetError."""
+    answer = call_aws(client, "DescribeRegions", AllRegions=True)
+    if not answer.get("Regions"):
+        raise TargetError(
+            "ForeignAnswer", "the list of regions is not EC2's: check the network and the proxy"
+        )
+    return sorted(
+        region["RegionName"] for region in answer["Regions"] if region["OptInStatus"] != "not-opted-in"
+    )
+
+
+def describe_instances(client: Any) -> Iterator[list[Instance]]:
+    """Yield every instance of the client's account and region, page by page; raises TargetError."""
+    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
+    token, tokens, empty_pages = "", set(), 0
+    for _ in range(MAX_PAGES):
+        page = call_aws(
+            client, "DescribeInstances", MaxResults=PAGE_SIZE, **({"NextToken": token} if token else {})
+        )
+        if PARSED not in page:
+            # A captive portal's "200 OK" would otherwise be a region without instances.
+            raise TargetError("ForeignAnswer", "the answer is not EC2's: check the network and the proxy")
+        yield page[PARSED]
+        token = page.get("NextToken", "")
+        empty_pages = 0 if page[PARSED] else empty_pages + 1
+        if not token:
+            return
+        if token in tokens or empty_pages > MAX_EMPTY_PAGES:
+            break
+        tokens.add(token)
+    raise TargetError("EndlessPages", "EC2 went on announcing a next page: run again, and tell AWS")
+
+
+PARSED = "tagcheck.instances"
+# One page of 1,000 instances is a tree of 40 MB, and parsing holds the interpreter anyway.
+_parsing = threading.Lock()
+
+
+def _parse_instances(
+    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Read the instances of an answer of DescribeInstances, and leave botocore the rest of it.
+
+    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads. This is
+    its public event `before-parse`; errors and answers that are not EC2's stay as they are.
+    """
+    if response_dict["status_code"] >= 300:
+        return
+    with _parsing, contextlib.suppress(ElementTree.ParseError):  # botocore reports what is no XML
+        root = ElementTree.fromstring(response_dict["body"])
+        namespace = root.tag.partition("DescribeInstancesResponse")[0]
+        reservations = root.find(f"{namespace}reservationSet")
+        if reservations is None:
+            return
+        try:
+            customized_response_dict[PARSED] = [
+                _instance_of_xml(item, namespace)
+                for reservation in reservations
+                for item in reservation.iterfind(f"{namespace}instancesSet/{namespace}item")
+            ]
+        except (TypeError, ValueError) as error:
+            raise TargetError(
+                "ForeignAnswer", f"an instance in EC2's answer is not whole: {error}"
+            ) from error
+        root.remove(reservations)
+        response_dict["body"] = ElementTree.tostring(root)
+
+
+def _instance_of_xml(item: ElementTree.Element, namespace: str) -> Instance:
+    """Build an Instance from an `<item>` of an `<instancesSet>`."""
+    tags = item.find(f"{namespace}tagSet")
+    return _instance(
+        item.findtext(f"{namespace}instanceId"),
+        item.findtext(f"{namespace}instanceState/{namespace}name"),
+        item.findtext(f"{namespace}launchTime"),
+        {}
+        if tags is None
+        else {tag.findtext(f"{namespace}key", ""): tag.findtext(f"{namespace}value", "") for tag in tags},
+    )
+
+
+def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str]) -> Instance:
+    """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
+    if not (instance_id and state):
+        raise ValueError("no instance id or no state")
+    launched = datetime.fromisoformat(launch_time)
+    return Instance(instance_id, state, launched if launched.tzinfo else launched.replace(tzinfo=UTC), tags)
+
+
+def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
+    """Read what `aws ec2 describe-instances` printed (`-`: standard input), and whether it is all of it.
+
+    The account is the OwnerId, the region comes from the zone. Raises UsageError.
+    """
+    shown = "standard input" if path == "-" else path
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        answer = json.loads(content.removeprefix(b"\xef\xbb\xbf"))
+        reservations = answer["Reservations"]
+    except OSError as error:
+        raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{shown} is not what `aws ec2 describe-instances --output json` prints: "
+            + ("it has no Reservations" if isinstance(error, (KeyError, TypeError)) else str(error))
+        ) from error
+    targets: dict[Target, list[Instance]] = {}
+    for index, reservation in enumerate(reservations):
+        for number, item in enumerate(reservation.get("Instances", [])):
+            try:
+                target = Target(
+                    _account_id(reservation["OwnerId"]), zone_region(item["Placement"]["AvailabilityZone"])
+                )
+                tags = {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}
+                instance = _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise UsageError(f"{shown}: Reservations[{index}].Instances[{number}]: {what}") from error
+            targets.setdefault(target, []).append(instance)
+    return targets, not answer.get("NextToken")
+
+
+def _account_id(text: Any) -> str:
+    """Return an account id if the text is one; raises ValueError."""
+    if not isinstance(text, str) or not re.fullmatch("[0-9]{12}", text):
+        raise ValueError(f"{_shown(text)} is no account id")
+    return text
+
+
+def zone_region(zone: str) -> str:
+    """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
+    match = re.match(r"[a-z]+(?:-[a-z]+)+-[0-9]+", zone)
+    if not match:
+        raise ValueError(f"{_shown(zone)} is no availability zone")
+    return match[0]
+
+
+########################################################################################################
+# 6 State: check_state, Sightings, record_scan, fetch_coverage, fetch_findings
+########################################################################################################
+
+APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
+BUSY_TIMEOUT = 60  # seconds to wait while another scan records
+
+# One entry a version of the state, each run in one transaction with the version that it reaches.
+# `findings` has a rowid and a separate key: rows of this size make a WITHOUT ROWID table slow.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE scans (
+            id INTEGER PRIMARY KEY, scan_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, policy_file TEXT NOT NULL,
+            policy_digest TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT NOT NULL
+        )
+        """,
+        """
+        CREATE TABLE coverage (
+            scan INTEGER NOT NULL REFERENCES scans (id), account_id TEXT NOT NULL, region TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('read', 'unread')), error_code TEXT, error_message TEXT,
+            instances INTEGER NOT NULL, compliant INTEGER NOT NULL, findings INTEGER NOT NULL,
+            exempted INTEGER NOT NULL, new INTEGER NOT NULL, repeat INTEGER NOT NULL, reopened INTEGER NOT NULL,
+            resolved INTEGER NOT NULL, PRIMARY KEY (scan, account_id, region)
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TABLE findings (
+            id INTEGER PRIMARY KEY, policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL,
+            instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL, tags TEXT NOT NULL,
+            violations TEXT NOT NULL, last_scan INTEGER NOT NULL REFERENCES scans (id),
+            status TEXT NOT NULL CHECK (status IN ('NEW', 'REPEAT', 'REOPENED', 'RESOLVED')),
+            first_seen TEXT NOT NULL, last_seen TEXT NOT NULL, times_seen INTEGER NOT NULL,
+            times_reopened INTEGER NOT NULL, resolved_at TEXT, resolution TEXT, created_by TEXT, suggestions TEXT,
+            UNIQUE (policy, account_id, region, instance_id)
+        )
+        """,
+    ),
+)
+
+# What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
+# be repeated without reading AWS again. `violations` is NULL where the instance complies.
+SIGHTINGS_SCHEMA = (
+    """
+    CREATE TABLE target (
+        id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, error_code TEXT,
+        error_message TEXT, UNIQUE (account_id, region)
+    )
+    """,
+    """
+    CREATE TABLE sighting (
+        target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
+        tags TEXT NOT NULL, violations TEXT, too_young INTEGER NOT NULL
+    )
+    """,
+    "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
+)
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One run over the targets; the UUID is its name in the state for ever."""
+
+    scan_id: str
+    policy: Policy
+    started_at: datetime
+
+
+@contextlib.contextmanager
+def _state_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors that an operator can act on into StateErrors; the others are bugs."""
+    way_out = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
+    advice = {
+        "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
+        "SQLITE_LOCKED": "is in use; run again",
+        "SQLITE_NOTADB": f"is not a SQLite database: {way_out}",
+        "SQLITE_CORRUPT": f"is damaged: {way_out}",
+        "SQLITE_FULL": f"cannot grow: the disk is full (or that of {tempfile.gettempdir()}); make room and run again",
+        "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
+        "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
+        "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
+        "SQLITE_PERM": "cannot be opened: check its permissions",
+        "SQLITE_AUTH": "cannot be opened: check its permissions",
+        "SQLITE_TOOBIG": "holds a value too large for SQLite: " + way_out,
+    }
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+        if name not in advice:
+            raise
+        raise StateError(f"the state {path} {advice[name]}") from error
+
+
+def check_state(path: Path) -> None:
+    """Find out before the scan whether the state can be used, and create it where there is none.
+
+    Refuses what is not ours or not whole: to begin anew silently would lose every first_seen. Raises
+    StateError.
+    """
+    if not path.exists():
+        _create_state(path)
+    _refuse_unlike_state(path)
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        # Only this check finds flipped bits; count(*) does not.
+        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise sqlite3.DatabaseError(damage)
+        _migrate(db, path)
+
+
+def copy_state(path: Path, copy: Path) -> None:
+    """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
+    if path.exists():
+        _refuse_unlike_state(path)
+        with (
+            _state_errors(path),
+            contextlib.closing(_open_state(path)) as source,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+
+
+def _refuse_unlike_state(path: Path) -> None:
+    """Raise StateError for a directory, an empty file, or one that may not be looked at."""
+    if path.is_dir():
+        raise StateError(f"the state {path} is a directory: name a file with --state")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise StateError(f"the state {path} cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise StateError(
+            f"the state {path} is empty (0 bytes): restore it from a backup, or delete it to start anew"
+        )
+
+
+def _create_state(path: Path) -> None:
+    """Create an empty state readable by its owner alone; kill it at any point, and there is all or nothing."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise StateError(
+            f"the state {path} cannot be created: {error.strerror}; name another place with --state"
+        ) from error
+    os.close(handle)
+    try:
+        with _state_errors(path), contextlib.closing(_open_state(Path(name))) as db:
+            _migrate(db, path)
+        with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
+            os.link(name, path)
+    except OSError as error:
+        raise StateError(f"the state {path} cannot be created: {error.strerror}") from error
+    finally:
+        os.unlink(name)
+
+
+def _open_state(path: Path) -> sqlite3.Connection:
+    """Open a state that exists; the caller closes it, as sqlite3's own `with` only commits."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring a state to the present version in one transaction; refuse a newer one and another program's."""
+    if _state_version(db, path) == len(MIGRATIONS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statements in MIGRATIONS[_state_version(db, path) :]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _state_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the version of a state: 0 of a new file and of the older tool's; raises StateError."""
+    application_id, version = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if application_id != APPLICATION_ID and tables and "flagged_instances" not in tables:
+        raise StateError(f"{path} is another program's database: name another file with --state")
+    if version > len(MIGRATIONS):
+        raise StateError(
+            f"the state {path} was written by a newer tagcheck (version {version}): use that one"
+        )
+    return int(version)
+
+
+def open_sightings() -> sqlite3.Connection:
+    """Return a private database for what a scan sees; SQLite deletes it when it is closed, or killed."""
+    db = sqlite3.connect("", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    for statement in SIGHTINGS_SCHEMA:
+        db.execute(statement)
+    return db
+
+
+def add_target(db: sqlite3.Connection, target: Target) -> int:
+    """Note that a target is being read, and return its number among the sightings."""
+    row = db.execute(
+        "INSERT INTO target (account_id, region) VALUES (?, ?)", (target.account_id, target.region)
+    )
+    return row.lastrowid or 0
+
+
+def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None:
+    """Note why a target could not be read in full; what was seen of it no longer counts."""
+    db.execute(
+        "UPDATE target SET error_code = ?, error_message = ? WHERE id = ?",
+        (error.code, error.message, target),
+    )
+    db.execute("DELETE FROM sighting WHERE target = ?", (target,))
+
+
+def add_sightings(
+    db: sqlite3.Connection, target: int, seen: Iterable[tuple[Instance, tuple[Violation, ...], bool]]
+) -> None:
+    """Keep instances of a target, each with its violations and whether it is too young to be judged."""
+    db.execute("BEGIN")
+    db.executemany(
+        "INSERT INTO sighting VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            (
+                target,
+                instance.instance_id,
+                instance.state,
+                utc_text(instance.launch_time),
+                _to_json(instance.tags),
+                _violations_json(violations) if violations else None,
+                too_young,
+            )
+            for instance, violations, too_young in seen
+        ),
+    )
+    db.execute("COMMIT")
+
+
+def _violations_json(violations: Iterable[Violation]) -> str:
+    """Return violations as the state keeps them, and as the JSON report prints them."""
+    return _to_json([violation_record(violation) for violation in violations])
+
+
+def violation_record(violation: Violation) -> dict[str, str | None]:
+    """Return a violation as a JSON object."""
+    return {
+        "tag_key": violation.tag_key,
+        "type": violation.type,
+        "value": violation.value,
+        "found_key": violation.found_key,
+        "message": violation.message,
+    }
+
+
+def _load_violations(text: str) -> tuple[Violation, ...]:
+    """Read violations back from the state."""
+    return tuple(
+        Violation(row["tag_key"], ViolationType(row["type"]), row["value"], row["found_key"], row["message"])
+        for row in json.loads(text)
+    )
+
+
+@contextlib.contextmanager
+def record_scan(db: sqlite3.Connection, state: Path, scan: Scan, finished_at: datetime) -> Iterator[None]:
+    """Record what was seen into the state, in one transaction; the body of the `with` runs before it is final.
+
+    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes all, so
+    that a report that cannot be written costs no NEW. Raises StateError.
+    """
+    with _state_errors(state):
+        db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
+        # An instance that moved between two pages while they were read is on both: the last sight counts.
+        db.execute(
+            """
+            DELETE FROM sighting WHERE rowid IN (
+                SELECT older.rowid FROM (
+                    SELECT target, instance_id, max(rowid) AS latest FROM sighting
+                    GROUP BY target, instance_id HAVING count(*) > 1
+                ) AS twice
+                JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
+            )
+            """
+        )
+        db.execute("ATTACH DATABASE ? AS state", (f"{state.absolute().as_uri()}?mode=rw",))
+        try:
+            db.execute("PRAGMA state.synchronous = FULL")
+            db.execute("BEGIN IMMEDIATE")
+            _record(db, scan, utc_text(scan.started_at), utc_text(finished_at))
+            yield
+            db.execute("COMMIT")
+        finally:
+            # A full disk has ended the transaction already; a second ROLLBACK would be an error of its own.
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            db.execute("DETACH DATABASE state")
+
+
+def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:
+    """Bring scans, findings and coverage of the attached state up to date."""
+    db.create_function("resolution", 2, _resolution, deterministic=True)
+    cursor = db.execute(
+        "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest, now, finished_at),
+    )
+    names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now}
+    db.execute("DELETE FROM resolved")
+    # Only a target that was read in full resolves anything.
+    db.execute(
+        """
+        INSERT INTO resolved
+        SELECT finding.id, resolution(finding.violations, sighting.tags)
+        FROM target
+        JOIN state.findings AS finding ON finding.policy = :policy
+            AND finding.account_id = target.account_id AND finding.region = target.region
+        LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
+        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL AND sighting.violations IS NULL
+        """,
+        names,
+    )
+    db.execute(
+        """
+        UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
+            resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
+        WHERE id IN (SELECT finding FROM resolved)
+        """,
+        names,
+    )
+    # A stopped instance that is started again has a new launch time: what is open stays open, however young.
+    db.execute(
+        """
+        INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
+            violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened)
+        SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
+            sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0
+        FROM target JOIN sighting ON sighting.target = target.id
+        WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
+            NOT sighting.too_young OR EXISTS (
+                SELECT 1 FROM state.findings AS open WHERE open.policy = :policy
+                    AND open.account_id = target.account_id AND open.region = target.region
+                    AND open.instance_id = sighting.instance_id AND open.resolved_at IS NULL
+            )
+        )
+        ORDER BY target.account_id, target.region, sighting.instance_id
+        ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
+            state = excluded.state, launch_time = excluded.launch_time, tags = excluded.tags,
+            violations = excluded.violations, last_scan = excluded.last_scan,
+            status = CASE WHEN resolved_at IS NULL THEN 'REPEAT' ELSE 'REOPENED' END,
+            last_seen = max(last_seen, excluded.last_seen),
+            times_seen = times_seen + 1,
+            times_reopened = times_reopened + (resolved_at IS NOT NULL),
+            resolved_at = NULL, resolution = NULL
+        """,
+        names,
+    )
+    if db.execute("SELECT 1 FROM state.sqlite_master WHERE name = 'flagged_instances'").fetchone():
+        _adopt_flagged_instances(db, names)
+    _record_coverage(db, names)
+
+
+def _resolution(violations: str, tags: str | None) -> str:
+    """Return resolution() of what the state and the sightings keep as JSON."""
+    return resolution(_load_violations(violations), None if tags is None else json.loads(tags))
+
+
+def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+    """Give findings of this scan the history that the older tool kept of them.
+
+    Its table `flagged_instances` has neither account nor region, so an entry is taken over when its
+    instance is found again. An entry that is not active was resolved: the finding is back.
+    """
+    db.execute(
+        """
+        UPDATE state.findings AS finding SET
+            first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
+            status = CASE WHEN old.is_active THEN 'REPEAT' ELSE 'REOPENED' END,
+            times_seen = finding.times_seen + 1,
+            times_reopened = finding.times_reopened + NOT old.is_active
+        FROM state.flagged_instances AS old
+        WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
+            AND finding.last_scan = :scan AND finding.status = 'NEW'
+        """,
+        names,
+    )
+    db.execute(
+        """
+        DELETE FROM state.flagged_instances WHERE instance_id IN (
+            SELECT instance_id FROM state.findings WHERE policy = :policy AND last_scan = :scan
+        )
+        """,
+        names,
+    )
+
+
+# The findings of the attached state that this scan saw, in the order of (account, region, instance).
+_SEEN = """
+    FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target
+    CROSS JOIN sighting ON sighting.target = target.id AND sighting.violations IS NOT NULL
+    CROSS JOIN state.findings AS finding ON finding.policy = :policy
+        AND finding.account_id = target.account_id AND finding.region = target.region
+        AND finding.instance_id = sighting.instance_id AND finding.last_scan = :scan
+"""
+
+
+def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+    """Keep for every target of the scan how far it was read and what was found there."""
+    db.execute(
+        f"""
+        WITH seen AS (
+            SELECT target, count(*) AS instances, sum(violations IS NULL) AS compliant
+            FROM sighting GROUP BY target
+        ), found AS (
+            SELECT target.id AS target, count(*) AS findings,
+                sum(finding.status = 'NEW') AS new, sum(finding.status = 'REPEAT') AS repeat,
+                sum(finding.status = 'REOPENED') AS reopened
+            {_SEEN} GROUP BY target.id
+        ), ended AS (
+            SELECT account_id, region, count(*) AS resolved
+            FROM resolved JOIN state.findings ON id = finding GROUP BY account_id, region
+        )
+        INSERT INTO state.coverage
+        SELECT :scan, target.account_id, target.region,
+            CASE WHEN error_code IS NULL THEN 'read' ELSE 'unread' END, error_code, error_message,
+            coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), 0, coalesce(new, 0),
+            coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
+        FROM target
+        LEFT JOIN seen ON seen.target = target.id
+        LEFT JOIN found ON found.target = target.id
+        LEFT JOIN ended ON ended.account_id = target.account_id AND ended.region = target.region
+        """,
+        names,
+    )
+
+
+def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
+    """Return the coverage of the scan that is being recorded, sorted by account and region."""
+    rows = db.execute(
+        "SELECT account_id, region, error_code, error_message, instances, compliant, findings, exempted, new, "
+        "repeat, reopened, resolved FROM state.coverage WHERE scan = (SELECT id FROM state.scans WHERE scan_id = ?)",
+        (scan.scan_id,),
+    )
+    return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
+
+
+def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
+    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
+    source = (
+        "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved) "
+        "ORDER BY account_id, region, instance_id"
+        if resolved
+        else f"{_SEEN} ORDER BY target.account_id, target.region, sighting.instance_id"
+    )
+    scan_number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
+    rows = db.execute(
+        "SELECT finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, "
+        "finding.tags, finding.violations, finding.status, first_seen, last_seen, times_seen, times_reopened, "
+        f"resolved_at, finding.resolution, created_by, suggestions {source}",
+        {"policy": scan.policy.name, "scan": scan_number},
+    )
+    for row in rows:
+        finding = Finding(*row)
+        yield replace(
+            finding,
+            tags=json.loads(row[5]),
+            violations=_load_violations(row[6]),
+            status=Status(finding.status),
+            resolution=Resolution(row[13]) if row[13] else None,
+        )
+
+
+########################################################################################################
+# 7 Reports: write_summary, write_csv, write_json, write_junit, and files that are whole or not there
+########################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class ScanReport:
+    """All that the reports of one scan print; the findings are streamed, sorted, each time they are asked for."""
+
+    scan: Scan
+    finished_at: datetime
+    dry_run: bool
+    exit_code: ExitCode
+    coverage: Sequence[Coverage]
+    findings: Callable[[], Iterator[Finding]]
+    resolved: Callable[[], Iterator[Finding]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The counts of all targets together, under the names that the JSON has for them."""
+        counts = (
+            "instances",
+            "compliant",
+            "findings",
+            "new",
+            "repeat",
+            "reopened",
+            "resolved",
+            "exempted",
+            "too_young",
+        )
+        unread = sum(not target.read for target in self.coverage)
+        return {"targets": len(self.coverage), "targets_unread": unread} | {
+            name: sum(getattr(target, name) for target in self.coverage) for name in counts
+        }
+
+
+CSV_COLUMNS = (
+    "InstanceId", "MissingTags", "LaunchTime", "InvalidTags", "Status", "FirstSeen", "LastSeen", "TimesSeen",
+    "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error",
+)  # fmt: skip
+
+
+def write_csv(file: TextIOBase, report: ScanReport) -> None:
+    """Write a row a finding and, so that none reads as clean, a row an unread target (Status UNREAD)."""
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(CSV_COLUMNS)
+    for finding in report.findings():
+        table.writerow(map(csv_cell, _csv_row(finding)))
+    for target in report.coverage:
+        if not target.read:
+            error = f"{target.error_code}: {target.error_message}"
+            row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error]
+            table.writerow(map(csv_cell, row))
+
+
+def _target_cells(target: Coverage) -> tuple[str, str]:
+    """Return the AccountId and Region of a target."""
+    return target.target.account_id, target.target.region
+
+
+def _csv_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding's cells in the order of CSV_COLUMNS; an empty tag is missing, a wrong one invalid."""
+    invalid = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
+    return (
+        finding.instance_id,
+        ",".join(v.tag_key for v in finding.violations if v.type is not ViolationType.NONCOMPLIANT_VALUE),
+        _csv_time(finding.launch_time),
+        ",".join(f"{v.tag_key}={v.value}" for v in invalid),
+        finding.status,
+        _csv_time(finding.first_seen),
+        _csv_time(finding.last_seen),
+        str(finding.times_seen),
+        finding.account_id,
+        finding.region,
+        finding.name,
+        finding.state,
+        finding.created_by or "",
+        finding.suggestions or "",
+        "",
+    )
+
+
+def _csv_time(text: str) -> str:
+    """Return a time as spreadsheets read it: 2026-02-24 10:30:45."""
+    return text.replace("T", " ").removesuffix("Z")
+
+
+def csv_cell(text: str) -> str:
+    """Return text that no spreadsheet takes for a formula (OWASP, CSV injection; ASVS 1.2.10)."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else shown
+
+
+def write_json(file: TextIOBase, report: ScanReport) -> None:
+    """Write the report as one JSON object, a line a target and a finding."""
+    scan = report.scan
+    head = {
+        "version": __version__,
+        "policy": {"name": scan.policy.name, "file": scan.policy.file, "digest": scan.policy.digest},
+        "scan_id": scan.scan_id,
+        "started_at": utc_text(scan.started_at),
+        "finished_at": utc_text(report.finished_at),
+        "dry_run": report.dry_run,
+        "exit_code": int(report.exit_code),
+        "exit_name": report.exit_code.name,
+        "summary": report.totals,
+    }
+    file.write("{\n")
+    for key, value in head.items():
+        file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+    _write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
+    _write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
+    _write_json_list(file, "resolved", map(finding_record, report.resolved()), end="\n}\n")
+
+
+def _write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
+    """Write a key and its list of records, a record a line."""
+    file.write(f"{json.dumps(key)}: [")
+    for number, record in enumerate(records):
+        file.write(",\n" if number else "\n")
+        file.write(json.dumps(record))
+    file.write(f"]{end}")
+
+
+def _coverage_record(target: Coverage) -> dict[str, Any]:
+    """Return how far a target was read as a JSON object."""
+    return {
+        "account_id": target.target.account_id,
+        "region": target.target.region,
+        "status": "read" if target.read else "unread",
+        "error": None if target.read else {"code": target.error_code, "message": target.error_message},
+        "instances": target.instances,
+        "compliant": target.compliant,
+        "findings": target.findings,
+        "exempted": target.exempted,
+        "too_young": target.too_young,
+    }
+
+
+def finding_record(finding: Finding) -> dict[str, Any]:
+    """Return a finding as a JSON object; one that is resolved says when and why."""
+    record: dict[str, Any] = {
+        "account_id": finding.account_id,
+        "region": finding.region,
+        "instance_id": finding.instance_id,
+        "name": finding.name,
+        "state": finding.state,
+        "launch_time": finding.launch_time,
+        "status": finding.status,
+        "violations": [violation_record(violation) for violation in finding.violations],
+        "first_seen": finding.first_seen,
+        "last_seen": finding.last_seen,
+        "times_seen": finding.times_seen,
+        "times_reopened": finding.times_reopened,
+    }
+    if finding.status is Status.RESOLVED:
+        record |= {"resolved_at": finding.resolved_at, "resolution": finding.resolution}
+    return record
+
+
+def write_junit(file: TextIOBase, report: ScanReport) -> None:
+    """Write a suite a target: its `scan` case, so that a clean one is not empty, and a failing case a finding.
+
+    Jenkins keeps a case's history under its name, so names hold no counts and no dates.
+    """
+    xml = XMLGenerator(file, encoding="UTF-8", short_empty_elements=True)
+    xml.startDocument()
+    seconds = f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}"
+    totals = report.totals
+    counts = {
+        "tests": str(totals["targets"] + totals["findings"]),
+        "failures": str(totals["findings"]),
+        "errors": str(totals["targets_unread"]),
+        "skipped": "0",
+        "time": seconds,
+    }
+    with _element(xml, "testsuites", {"name": "tagcheck", **counts}):
+        findings = itertools.groupby(
+            report.findings(), key=lambda finding: (finding.account_id, finding.region)
+        )
+        group = next(findings, None)
+        for target in report.coverage:
+            suite = f"{target.target.account_id}.{target.target.region}"
+            counts = {
+                "tests": str(1 + target.findings),
+                "failures": str(target.findings),
+                "errors": str(int(not target.read)),
+                "skipped": "0",
+                "time": "0",
+                "timestamp": utc_text(report.scan.started_at).removesuffix("Z"),
+            }
+            with _element(xml, "testsuite", {"name": suite, **counts}):
+                with _element(xml, "testcase", {"classname": suite, "name": "scan", "time": "0"}):
+                    if not target.read:
+                        problem = {"type": target.error_code or "", "message": target.error_message or ""}
+                        with _element(xml, "error", problem):
+                            pass
+                if group and group[0] == _target_cells(target):
+                    for finding in group[1]:
+                        _write_junit_finding(xml, suite, finding)
+                    group = next(findings, None)
+    xml.endDocument()
+
+
+def _write_junit_finding(xml: XMLGenerator, suite: str, finding: Finding) -> None:
+    """Write the failing case of one finding."""
+    with _element(xml, "testcase", {"classname": suite, "name": finding.instance_id, "time": "0"}):
+        messages = [violation.message for violation in finding.violations]
+        kinds = dict.fromkeys(violation.type for violation in finding.violations)
+        with _element(xml, "failure", {"type": ",".join(kinds), "message": "; ".join(messages)}):
+            history = (
+                f"{finding.status}, seen {counted(finding.times_seen, 'time')} since {finding.first_seen}"
+            )
+            lines = [f"{finding.instance_id} {finding.name} ({finding.state})", history, *messages]
+            xml.characters("\n".join(map(printable, lines)))
+
+
+@contextlib.contextmanager
+def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Iterator[None]:
+    """Write an element round what the body of the `with` writes; XML has no place for most controls."""
+    xml.startElement(name, AttributesImpl({key: printable(value) for key, value in attributes.items()}))
+    yield
+    xml.endElement(name)
+    xml.characters("\n")
+
+
+WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
+    "csv": write_csv,
+    "json": write_json,
+    "junit": write_junit,
+}
+
+SUMMARY_FINDINGS = 20
+COLOURS = {
+    "NEW": "31",
+    "REOPENED": "35",
+    "REPEAT": "33",
+    "RESOLVED": "32",
+    "COMPLIANT": "32",
+    "VIOLATIONS": "31",
+    "INCOMPLETE": "33",
+}
+
+
+def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
+    """Write what was scanned, what was found, what was not read, and how the run ends, for people."""
+    totals = report.totals
+    read = totals["targets"] - totals["targets_unread"]
+    policy = report.scan.policy
+    lines = [
+        f"Policy {policy.name} ({policy.file}): {read} of {counted(totals['targets'], 'target')} read, "
+        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant"
+        + (f", {totals['too_young']:,} too young to judge" if totals["too_young"] else "")
+        + (" — a dry run, nothing is recorded" if report.dry_run else ""),
+        f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
+        f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
+    ]
+    lines += _summary_table(report.findings(), totals["findings"], csv_path)
+    lines += _summary_resolved(report.resolved(), totals["resolved"])
+    unread = [target for target in report.coverage if not target.read]
+    if unread:
+        lines += ["", "Not read, so nothing is known of them and their findings stay as they were:"]
+        lines += [f"  {target.target}  {target.error_code}: {target.error_message}" for target in unread]
+    code = report.exit_code
+    lines += ["", f"Exit code {int(code)} {code.name}: {code.meaning}"]
+    for line in map(printable, lines):
+        file.write((_coloured(line) if colour else line) + "\n")
+
+
+def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> list[str]:
+    """Return the first findings in aligned columns, and where the rest of them is."""
+    rows = [("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")]
+    for finding in itertools.islice(findings, SUMMARY_FINDINGS):
+        since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
+        rows.append(
+            (
+                finding.status,
+                finding.account_id,
+                finding.region,
+                finding.instance_id,
+                _cut(finding.name, 24) or "-",
+                since,
+                ", ".join(map(_short, finding.violations)),
+            )
+        )
+    if len(rows) == 1:
+        return []
+    rows = [tuple(map(printable, row)) for row in rows]  # type: ignore[misc]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    more = number - len(rows) + 1
+    where = "" if csv_path == "-" else f" in {csv_path}"
+    return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
+
+
+def _short(violation: Violation) -> str:
+    """Return a violation in a few words: "Owner missing (has owner)", "Environment=prd"."""
+    if violation.type is ViolationType.NONCOMPLIANT_VALUE:
+        return f"{violation.tag_key}={_cut(violation.value or '', 40)}"
+    near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
+    return f"{violation.tag_key} {violation.type}{near}"
+
+
+def _cut(text: str, width: int) -> str:
+    """Return text of at most this width, its end cut off visibly."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
+    """Return the first findings that are no longer open, and why."""
+    if not number:
+        return []
+    lines = [
+        f"RESOLVED  {finding.account_id}  {finding.region}  {finding.instance_id}  {_cut(finding.name, 24) or '-'}  "
+        f"{finding.resolution}"
+        for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
+    ]
+    return ["", *lines, *([f"… and {number - len(lines):,} more"] if number > len(lines) else [])]
+
+
+def _coloured(line: str) -> str:
+    """Return a line of the summary with the word coloured that says what it is."""
+    word = next(
+        (word for word in COLOURS if line.startswith(word) or (line.startswith("Exit") and word in line)), ""
+    )
+    return line.replace(word, f"\x1b[{COLOURS[word]}m{word}\x1b[0m", 1) if word else line
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A report that was asked for: its format, and the file that it goes to (`-`: standard output)."""
+
+    format: str
+    path: str
+
+    @property
+    def replaceable(self) -> bool:
+        """True for an ordinary file; a pipe or a device is written to, not replaced."""
+        path = Path(self.path)
+        return (
+            self.path != "-" and not self.path.startswith("/dev/") and (path.is_file() or not path.exists())
+        )
+
+
+def check_output(output: Output) -> None:
+    """Find out before the scan whether a report can be written; raises OutputError."""
+    path = Path(output.path)
+    if path.is_dir():
+        raise OutputError(f"--{output.format} {path} is a directory: name a file in it")
+    if output.replaceable and not path.parent.is_dir():
+        raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
+    if output.replaceable and not os.access(path.parent, os.W_OK):
+        raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
+
+
+@contextlib.contextmanager
+def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[tuple[Output, Path]]]:
+    """Yield a new file for each report, beside its goal where it can be moved there; remove what is left."""
+    staged: list[tuple[Output, Path]] = []
+    try:
+        for output in outputs:
+            goal = Path(output.path)
+            handle, name = tempfile.mkstemp(
+                prefix=f".{goal.name}.", dir=goal.parent if output.replaceable else None
+            )
+            os.close(handle)
+            staged.append((output, Path(name)))
+        yield staged
+    except OSError as error:
+        raise OutputError(f"a report cannot be written: {error}") from error
+    finally:
+        for _, path in staged:
+            path.unlink(missing_ok=True)
+
+
+def stage_report(staged: Sequence[tuple[Output, Path]], report: ScanReport) -> None:
+    """Write each report into its new file, down to the disk; raises OutputError."""
+    for output, path in staged:
+        try:
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                WRITERS[output.format](file, report)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"--{output.format} {output.path} cannot be written: {error.strerror}"
+            ) from error
+
+
+def publish_report(staged: Sequence[tuple[Output, Path]], stdout: IO[str]) -> None:
+    """Move each new file to its goal, or copy it to the standard output, pipe or device that is its goal."""
+    for output, path in staged:
+        try:
+            if output.replaceable:
+                mask = os.umask(0)
+                os.umask(mask)
+                path.chmod(0o666 & ~mask)  # as a file that is opened for writing would have it
+                os.replace(path, output.path)
+            else:
+                with contextlib.ExitStack() as stack:
+                    source = stack.enter_context(open(path, encoding="utf-8", newline=""))
+                    goal = (
+                        stdout
+                        if output.path == "-"
+                        else stack.enter_context(open(output.path, "a", encoding="utf-8", newline=""))
+                    )
+                    shutil.copyfileobj(source, goal)
+                    goal.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"--{output.format} {output.path} cannot be written: {error.strerror}"
+            ) from error
+
+
+########################################################################################################
+# 9 Command line: build_parser, run_scan, main
+########################################################################################################
+
+DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
+# What the reading of a target hands on: a page of it, the reason why it failed, or None at its end.
+Reading = tuple[Target, list[Instance] | TargetError | None]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its help ends with the table of exit codes."""
+    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
+    parser = argparse.ArgumentParser(
+        prog="tagcheck.py", description="Find the EC2 instances that lack their required tags.", **shape
+    )
+    parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    scan = commands.add_parser(
+        "scan",
+        help="check every instance in scope against the policy; record, report, exit",
+        description="Check every instance in scope against the policy; record, report, exit.",
+        **shape,
+    )
+    scan.set_defaults(run=run_scan)
+    scope = scan.add_argument_group("what is scanned")
+    scope.add_argument(
+        "--policy",
+        metavar="FILE",
+        default=str(DEFAULT_POLICY),
+        help="default: policies/default.yaml beside the script",
+    )
+    scope.add_argument(
+        "--region",
+        metavar="R",
+        action="append",
+        default=[],
+        help="only this region of the policy's (repeatable)",
+    )
+    scope.add_argument(
+        "--account",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="only this account of the policy's (repeatable)",
+    )
+    scope.add_argument("--profile", metavar="NAME", help="the AWS profile whose credentials to use")
+    scope.add_argument(
+        "--instances",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="saved `aws ec2 describe-instances` JSON in place of calling AWS (repeatable, - for stdin)",
+    )
+    scope.add_argument(
+        "--workers", metavar="N", type=_positive, default=16, help="targets read at a time (default: 16)"
+    )
+    results = scan.add_argument_group("what comes of it")
+    results.add_argument(
+        "--state",
+        metavar="FILE",
+        default="instance_state.db",
+        help="what is remembered between scans (default: instance_state.db)",
+    )
+    results.add_argument(
+        "--csv",
+        metavar="FILE",
+        default="violators.csv",
+        help="the findings as CSV, - for stdout (default: violators.csv)",
+    )
+    results.add_argument("--json", metavar="FILE", help="the whole result as JSON, - for stdout")
+    results.add_argument("--junit", metavar="FILE", help="the result as JUnit XML, for Jenkins, - for stdout")
+    results.add_argument(
+        "--fail-on",
+        choices=["any", "new", "never"],
+        default="any",
+        help="which findings make the exit code 3; new: NEW and REOPENED (default: any)",
+    )
+    results.add_argument("--dry-run", action="store_true", help="compare with the state, write nothing to it")
+    talk = scan.add_mutually_exclusive_group()
+    talk.add_argument("-q", "--quiet", action="store_true", help="no summary and no progress, only errors")
+    talk.add_argument("-v", "--verbose", action="store_true", help="say each retry as well")
+    return parser
+
+
+def _positive(text: str) -> int:
+    """Return a number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Read every target, record what was found, write the reports; returns how it ended."""
+    begun = time.monotonic()
+    policy = load_policy(args.policy)
+    _check_scope(args, policy)
+    outputs = _outputs(args)
+    scan = Scan(str(uuid.uuid4()), policy, now)
+    with contextlib.ExitStack() as stack:
+        state = _open_for(args, stack)
+        staged = stack.enter_context(staged_outputs(outputs))
+        db = stack.enter_context(contextlib.closing(open_sightings()))
+        readings = read_saved(args, policy) if args.instances else read_live(args, policy)
+        _collect(db, scan, readings, Progress(quiet=args.quiet))
+        finished_at = now + timedelta(seconds=time.monotonic() - begun)
+        summary = StringIO()
+        with record_scan(db, state, scan, finished_at):
+            coverage = fetch_coverage(db, scan)
+            report = ScanReport(
+                scan,
+                finished_at,
+                args.dry_run,
+                decide_exit_code(coverage, args.fail_on),
+                coverage,
+                findings=lambda: fetch_findings(db, scan),
+                resolved=lambda: fetch_findings(db, scan, resolved=True),
+            )
+            stage_report(staged, report)
+            talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+            write_summary(summary, report, args.csv, colour=_has_colour(talk))
+            # From here to the last report in its place a second is enough: no signal comes between.
+            stack.enter_context(_signals_held())
+        try:
+            publish_report(staged, sys.stdout)
+            if not args.quiet:
+                talk.write(summary.getvalue())
+                talk.flush()
+        except BrokenPipeError:
+            _silence_stdout()
+        return report.exit_code
+
+
+def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
+    """Raise UsageError where a region or an account that was asked for cannot be in the policy's scope."""
+    for region in args.region:
+        if not policy.covers(region) or not is_region(region):
+            covered = ", ".join(sorted(policy.regions))
+            raise UsageError(
+                f"--region {printable(region)}: {policy.file} does not cover it (it has {covered})"
+            )
+    for account_id in args.account:
+        if not re.fullmatch("[0-9]{12}", account_id):
+            raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
+
+
+def _outputs(args: argparse.Namespace) -> list[Output]:
+    """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
+    outputs = [Output(name, getattr(args, name)) for name in WRITERS if getattr(args, name)]
+    goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
+    if len(set(goals)) < len(goals) or os.path.realpath(args.state) in goals:
+        raise UsageError(
+            "two outputs have the same goal: give each of --state, --csv, --json, --junit its own"
+        )
+    for output in outputs:
+        check_output(output)
+    return outputs
+
+
+def _open_for(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
+    """Return the path of a state that can be used: the one that was named, or a copy of it for a dry run."""
+    state = Path(os.path.realpath(args.state))
+    if args.dry_run:
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-"))) / "state.db"
+        copy_state(state, copy)
+        state = copy
+    check_state(state)
+    return state
+
+
+def read_live(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
+    """Yield what AWS answers for every target in scope, many targets at a time."""
+    session = make_session(args.profile)
+    named = sorted(args.region or policy.regions.keys() - {"*"})
+    home = next(iter(named), session.region_name or "us-east-1")
+    account_id = describe_caller(session, home)
+    for wanted in args.account:
+        if wanted != account_id:
+            raise UsageError(f"--account {wanted}: these are the credentials of account {account_id}")
+    regions = set(named)
+    if "*" in policy.regions and not args.region:
+        try:
+            regions |= set(describe_regions(make_client(session, "ec2", home)))
+        except TargetError as error:
+            yield Target(account_id, "*"), error
+    making = threading.Lock()  # boto3 clients may be shared by threads, sessions may not
+
+    def describe(target: Target) -> Iterator[list[Instance]]:
+        with making:
+            client = make_client(session, "ec2", target.region)
+        return describe_instances(client)
+
+    yield from read_in_parallel(
+        [Target(account_id, region) for region in sorted(regions)], describe, args.workers
+    )
+
+
+def read_in_parallel(
+    targets: Sequence[Target], describe: Callable[[Target], Iterator[list[Instance]]], workers: int
+) -> Iterator[Reading]:
+    """Yield the readings of many targets as they come, from threads that wait for the network.
+
+    The queue is short, so that slow recording holds back reading. The threads are daemons: one that waits
+    for an answer must not keep an interrupted run alive.
+    """
+    waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
+    readings: queue.Queue[tuple[Target, list[Instance] | TargetError | Exception | None]] = queue.Queue(4)
+    for target in targets:
+        waiting.put(target)
+
+    def work() -> None:
+        while True:
+            try:
+                target = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                for page in describe(target):
+                    readings.put((target, page))
+                readings.put((target, None))
+            except CredentialsError as error:
+                readings.put((target, TargetError("Credentials", str(error))))
+            except Exception as error:  # a bug goes to the main thread, which would wait for ever
+                readings.put((target, error))
+
+    for _ in range(min(workers, len(targets))):
+        threading.Thread(target=work, daemon=True).start()
+    ended = 0
+    while ended < len(targets):
+        target, reading = readings.get()
+        if isinstance(reading, Exception) and not isinstance(reading, TargetError):
+            raise reading
+        ended += not isinstance(reading, list)
+        yield target, reading
+
+
+def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
+    """Yield what saved files hold of every target in scope.
+
+    A file says nothing of a region that it has no instance of: that one is not read, unless --region
+    says that the files cover it.
+    """
+    instances: dict[Target, list[Instance]] = {}
+    errors: dict[Target, TargetError] = {}
+    for path in args.instances:
+        loaded, complete = load_instances(path)
+        for target, found in loaded.items():
+            instances.setdefault(target, []).extend(found)
+            if not complete:
+                message = f"{path} has a NextToken, so more pages follow: save it without --max-items or --no-paginate"
+                errors[target] = TargetError("Truncated", message)
+    accounts = set(args.account) or {target.account_id for target in instances}
+    named = set(args.region) or policy.regions.keys() - {"*"}
+    targets = {Target(account_id, region) for account_id in accounts for region in named}
+    if not args.region:
+        targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
+    if not targets:
+        raise UsageError(
+            "the files hold no instance, so of what account they are is not known: say it with --account"
+        )
+    left_out = instances.keys() - targets
+    if left_out:
+        number = sum(len(instances[target]) for target in left_out)
+        LOG.info(
+            "%s left out, not in scope: %s",
+            counted(number, "instance"),
+            ", ".join(map(str, sorted(left_out))),
+        )
+    for target in sorted(targets):
+        if target not in instances and not args.region:
+            message = "no instance of this region is in the files; if there is none, say so with --region"
+            errors[target] = TargetError("NotInFiles", message)
+        if target in instances:
+            yield target, instances[target]
+        yield target, errors.get(target)
+
+
+def _collect(db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], progress: Progress) -> None:
+    """Evaluate every instance that is read, and keep what was seen."""
+    policy = scan.policy
+    numbers: dict[Target, int] = {}
+    for target, reading in readings:
+        if target not in numbers:
+            numbers[target] = add_target(db, target)
+        if isinstance(reading, list):
+            rules = policy.rules(target.region)
+            seen = [
+                (
+                    instance,
+                    evaluate(instance.tags, rules, policy.placeholder_values),
+                    is_too_young(instance, policy.grace_period, scan.started_at),
+                )
+                for instance in reading
+                if instance.state in policy.states
+            ]
+            add_sightings(db, numbers[target], seen)
+            progress.page(target, len(seen))
+        else:
+            if reading:
+                fail_target(db, numbers[target], reading)
+            progress.end(target, reading)
+    progress.close()
+
+
+class Progress:
+    """Says on stderr how far the scan is: one line that changes on a terminal, elsewhere a line a target."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.live = not quiet and sys.stderr.isatty()
+        self.instances: dict[Target, int] = {}
+        self.ended = 0
+        self.shown_at = 0.0
+
+    def page(self, target: Target, instances: int) -> None:
+        """Count a page of a target; the line changes at most ten times a second."""
+        self.instances[target] = self.instances.get(target, 0) + instances
+        if self.live and time.monotonic() - self.shown_at > 0.1:
+            self.shown_at = time.monotonic()
+            total = counted(sum(self.instances.values()), "instance")
+            print(
+                f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def end(self, target: Target, error: TargetError | None) -> None:
+        """Say how a target ended."""
+        self.ended += 1
+        if not self.quiet and not self.live:
+            how = f"not read: {error}" if error else counted(self.instances.get(target, 0), "instance")
+            print(printable(f"{target}: {how}"), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clear the line."""
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _has_colour(stream: IO[str]) -> bool:
+    """Return whether to colour: only a terminal, and not where NO_COLOR says so (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM for the moment in which state and reports take their places."""
+    held = (signal.SIGINT, signal.SIGTERM)
+    former = [signal.signal(number, signal.SIG_IGN) for number in held]
+    try:
+        yield
+    finally:
+        for number, handler in zip(held, former, strict=True):
+            signal.signal(number, handler)
+
+
+def _silence_stdout() -> None:
+    """Let what is left for a reader that went away go nowhere: `| head` is no failure of the scan."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
+    """Run a command and return its exit code; every expected failure ends here."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    args = build_parser().parse_args(argv)
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
+    LOG.setLevel(level)
+    try:
+        return int(args.run(args, now or datetime.now(UTC)))
+    except PolicyError as error:
+        print(error, file=sys.stderr)
+        print(f"{counted(len(error.problems), 'problem')}; nothing was scanned", file=sys.stderr)
+        return ExitCode.USAGE
+    except TagcheckError as error:
+        print(f"tagcheck: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tagcheck: interrupted; nothing was recorded", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
+            raise
+        print(
+            f"tagcheck: the package {error.name} is missing: pip install boto3 PyYAML jsonschema",
+            file=sys.stderr,
+        )
+        return ExitCode.CRASHED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
