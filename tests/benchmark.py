@@ -1,0 +1,528 @@
+"""Measure what a scan costs, beside a plain boto3 loop over the same fleet.
+
+The fleet is made up, and a process of its own serves it from 127.0.0.1 with its pages ready, so that what is
+measured is the reader. Figures are printed, never asserted; but a run that did not find what is there fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import parse_qsl
+from xml.etree import ElementTree
+
+BENCHMARK = Path(__file__).resolve()
+TAGCHECK = BENCHMARK.parent.parent / "tagcheck.py"
+OWN_ACCOUNT = "123456789012"
+ROLE_NAME = "tagcheck-read"
+REGIONS = ["us-east-1", "us-east-2", "us-west-2", "eu-west-1", "eu-central-1", "ap-south-1", "sa-east-1"]
+REQUIRED_TAGS = ["Owner", "CostCenter", "Project"]
+PAGE_SIZE = 1000  # the most that EC2 puts on a page
+SAVED_INSTANCES = 50
+SHORT_RUNS = 5  # so many times a round for what takes less than a second
+CSV_NAME = "violators.csv"
+
+
+# ---- The fleet: Fleet, findings_among, instance_tags, instance_items ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """So many instances, spread evenly over every region of every account."""
+
+    instances: int
+    regions: int
+    accounts: int
+
+    def region_names(self) -> list[str]:
+        """The regions, which are the same in every account."""
+        return REGIONS[: self.regions]
+
+    def account_ids(self) -> list[str]:
+        """The account of the credentials, then those that a role has to be assumed in."""
+        return [OWN_ACCOUNT, *(str(200_000_000_000 + n) for n in range(1, self.accounts))]
+
+    def targets(self) -> dict[tuple[str, str], int]:
+        """The number of instances in each account and region."""
+        targets = [(account, region) for account in self.account_ids() for region in self.region_names()]
+        share, rest = divmod(self.instances, len(targets))
+        return {target: share + (n < rest) for n, target in enumerate(targets)}
+
+    def grown(self) -> Fleet:
+        """The fleet with which the growth of memory is measured."""
+        return replace(self, instances=4 * self.instances)
+
+    def findings(self) -> int:
+        """The number of instances that violate the policy."""
+        return sum(map(findings_among, self.targets().values()))
+
+
+def findings_among(count: int) -> int:
+    """The number of violating ones among a target's first so many instances: every third of each page."""
+    pages, rest = divmod(count, PAGE_SIZE)
+    return pages * len(range(0, PAGE_SIZE, 3)) + len(range(0, rest, 3))
+
+
+# What is wrong with the tags of every third instance; None is a missing tag.
+LAPSES: list[dict[str, str | None]] = [
+    {"Owner": None},
+    {"Owner": ""},
+    {"CostCenter": None},
+    {"CostCenter": None, "Project": None},
+    {"Owner": None, "owner": "payments"},
+]
+
+
+def instance_tags(n: int) -> dict[str, str]:
+    """The tags of the n-th instance on a page."""
+    team = ["payments", "search", "identity", "logistics", "data-platform", "mobile"][n % 6]
+    tags: dict[str, str | None] = {
+        "Name": f"{team}-worker-{n:04d}",
+        "Owner": f"{team}@example.com",
+        "CostCenter": f"CC-{1000 + n % 40}",
+        "Project": f"{team}-{'migration' if n % 2 else 'run'}",
+        "Environment": ["prod", "test", "dev"][n // 3 % 3],
+        "Backup": "daily; keep 35 days",
+        "aws:autoscaling:groupName": f"{team}-workers",
+        "aws:ec2launchtemplate:id": f"lt-0123456789abcdef{n % 6}",
+        "aws:ec2launchtemplate:version": str(1 + n % 30),
+    }
+    lapse = LAPSES[n // 3 % len(LAPSES)] if n % 3 == 0 else {}
+    return {key: value for key, value in (tags | lapse).items() if value is not None}
+
+
+# {…} is filled in once for each position on a page; PAGENUMBR, ACCOUNT and REGION on every page that is sent.
+INSTANCE = """
+<item><reservationId>r-PAGENUMBR{n:08x}</reservationId><ownerId>ACCOUNT</ownerId><groupSet/><instancesSet><item>
+<instanceId>i-PAGENUMBR{n:08x}</instanceId><imageId>ami-0a1b2c3d4e5f60718</imageId><instanceState><code>16</code>
+<name>running</name></instanceState><privateDnsName>ip-10-20-1-{n}.REGION.compute.internal</privateDnsName><dnsName/>
+<reason/><keyName>workers</keyName><amiLaunchIndex>0</amiLaunchIndex><productCodes/><instanceType>m7g.2xlarge</instanceType>
+<launchTime>2026-02-24T10:30:45.000Z</launchTime><placement><availabilityZone>REGIONa</availabilityZone><groupName/>
+<tenancy>default</tenancy></placement><monitoring><state>disabled</state></monitoring>
+<subnetId>subnet-0f1e2d3c4b5a69788</subnetId><vpcId>vpc-01234567890abcdef</vpcId>
+<privateIpAddress>10.20.1.{n}</privateIpAddress><sourceDestCheck>true</sourceDestCheck><groupSet><item>
+<groupId>sg-0aa11bb22cc33dd44</groupId><groupName>workers</groupName></item></groupSet>
+<architecture>arm64</architecture><rootDeviceType>ebs</rootDeviceType><rootDeviceName>/dev/xvda</rootDeviceName>
+<blockDeviceMapping><item><deviceName>/dev/xvda</deviceName><ebs><volumeId>vol-PAGENUMBR0{n:07x}</volumeId>
+<status>attached</status><attachTime>2026-02-24T10:30:46.000Z</attachTime><deleteOnTermination>true</deleteOnTermination>
+</ebs></item><item><deviceName>/dev/sdf</deviceName><ebs><volumeId>vol-PAGENUMBR1{n:07x}</volumeId>
+<status>attached</status><attachTime>2026-02-24T10:30:46.000Z</attachTime><deleteOnTermination>true</deleteOnTermination>
+</ebs></item></blockDeviceMapping><virtualizationType>hvm</virtualizationType>
+<clientToken>fleet-PAGENUMBR{n:08x}</clientToken><tagSet/><hypervisor>xen</hypervisor><networkInterfaceSet><item>
+<networkInterfaceId>eni-PAGENUMBR{n:08x}</networkInterfaceId><subnetId>subnet-0f1e2d3c4b5a69788</subnetId>
+<vpcId>vpc-01234567890abcdef</vpcId><description/><ownerId>ACCOUNT</ownerId><status>in-use</status>
+<macAddress>02:4f:5c:00:00:01</macAddress><privateIpAddress>10.20.1.{n}</privateIpAddress>
+<privateDnsName>ip-10-20-1-{n}.REGION.compute.internal</privateDnsName><sourceDestCheck>true</sourceDestCheck><groupSet>
+<item><groupId>sg-0aa11bb22cc33dd44</groupId><groupName>workers</groupName></item></groupSet><attachment>
+<attachmentId>eni-attach-PAGENUMBR{n:08x}</attachmentId><deviceIndex>0</deviceIndex><status>attached</status>
+<attachTime>2026-02-24T10:30:45.000Z</attachTime><deleteOnTermination>true</deleteOnTermination>
+<networkCardIndex>0</networkCardIndex></attachment><privateIpAddressesSet><item>
+<privateIpAddress>10.20.1.{n}</privateIpAddress><privateDnsName>ip-10-20-1-{n}.REGION.compute.internal</privateDnsName>
+<primary>true</primary></item></privateIpAddressesSet><ipv6AddressesSet/><interfaceType>interface</interfaceType></item>
+</networkInterfaceSet><iamInstanceProfile><arn>arn:aws:iam::ACCOUNT:instance-profile/worker</arn>
+<id>AIPA0123456789ABCDEFG</id></iamInstanceProfile><ebsOptimized>true</ebsOptimized><cpuOptions><coreCount>8</coreCount>
+<threadsPerCore>1</threadsPerCore></cpuOptions><capacityReservationSpecification>
+<capacityReservationPreference>open</capacityReservationPreference></capacityReservationSpecification>
+<hibernationOptions><configured>false</configured></hibernationOptions><metadataOptions><state>applied</state>
+<httpTokens>required</httpTokens><httpPutResponseHopLimit>2</httpPutResponseHopLimit><httpEndpoint>enabled</httpEndpoint>
+</metadataOptions><enclaveOptions><enabled>false</enabled></enclaveOptions><maintenanceOptions>
+<autoRecovery>default</autoRecovery></maintenanceOptions><privateDnsNameOptions><hostnameType>ip-name</hostnameType>
+<enableResourceNameDnsARecord>false</enableResourceNameDnsARecord></privateDnsNameOptions></item></instancesSet></item>
+"""
+
+PAGE = b"""<?xml version="1.0" encoding="UTF-8"?>
+<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">
+    <requestId>00000000-0000-4000-8000-%012x</requestId>
+    <reservationSet>
+%b    </reservationSet>
+%b</DescribeInstancesResponse>"""
+
+
+@functools.cache
+def instance_items() -> list[bytes]:
+    """The reservations of one page, indented as EC2 writes them."""
+    items = []
+    for n in range(PAGE_SIZE):
+        item = ElementTree.fromstring(INSTANCE.format(n=n))
+        tag_set = next(item.iter("tagSet"))
+        for key, value in instance_tags(n).items():
+            tag = ElementTree.SubElement(tag_set, "item")
+            ElementTree.SubElement(tag, "key").text = key
+            ElementTree.SubElement(tag, "value").text = value
+        ElementTree.indent(item, space="    ", level=2)
+        items.append(b"        " + ElementTree.tostring(item).replace(b" />", b"/>") + b"\n")
+    return items
+
+
+# ---- The server: SHORT_ANSWERS, describe_instances, answer, run_server -------------------------------------
+
+
+SHORT_ANSWERS = {
+    "DescribeRegions": "<DescribeRegionsResponse><regionInfo>{regions}"
+    "</regionInfo></DescribeRegionsResponse>",
+    "GetCallerIdentity": "<GetCallerIdentityResponse><GetCallerIdentityResult><Account>{account}</Account>"
+    "<Arn>arn:aws:iam::{account}:user/benchmark</Arn><UserId>AIDABENCHMARK</UserId>"
+    "</GetCallerIdentityResult></GetCallerIdentityResponse>",
+    "AssumeRole": "<AssumeRoleResponse><AssumeRoleResult><Credentials>"
+    "<AccessKeyId>ASIA{role_account}</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"
+    "<SessionToken>token</SessionToken><Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>"
+    "</AssumeRoleResult></AssumeRoleResponse>",
+    "ListAccounts": '{{"Accounts": [{accounts}]}}',
+}
+
+
+def describe_instances(fleet: Fleet, account: str, region: str, form: dict[str, str]) -> bytes:
+    """A page of one target; it never reaches over a multiple of PAGE_SIZE, so that one template is enough."""
+    targets = fleet.targets()
+    start = int(form.get("NextToken", 0))
+    page, first = divmod(start, PAGE_SIZE)
+    limit = int(form.get("MaxResults", PAGE_SIZE))
+    end = min(start + limit, (page + 1) * PAGE_SIZE, targets[account, region])
+    page_number = list(targets).index((account, region)) * 0x10000 + page
+    items = b"".join(instance_items()[first : first + end - start])
+    for marker, text in [("PAGENUMBR", f"{page_number:09x}"), ("ACCOUNT", account), ("REGION", region)]:
+        items = items.replace(marker.encode(), text.encode())
+    token = b"    <nextToken>%d</nextToken>\n" % end if end < targets[account, region] else b""
+    return PAGE % (page_number, items, token)
+
+
+def answer(fleet: Fleet, action: str, account: str, region: str, form: dict[str, str]) -> bytes:
+    """The body of a response; a KeyError is an action or a target that is not here."""
+    if action == "DescribeInstances":
+        return describe_instances(fleet, account, region, form)
+    opted_in = "<optInStatus>opt-in-not-required</optInStatus>"
+    regions = (f"<item><regionName>{name}</regionName>{opted_in}</item>" for name in fleet.region_names())
+    accounts = (f'{{"Id": "{account_id}", "Status": "ACTIVE"}}' for account_id in fleet.account_ids())
+    role_account = form.get("RoleArn", "::::").split(":")[4]
+    text = SHORT_ANSWERS[action].format(
+        account=account, role_account=role_account, regions="".join(regions), accounts=", ".join(accounts)
+    )
+    return text.encode()
+
+
+def run_server(fleet: Fleet, latency_ms: str) -> None:
+    """Answer on a free port, which is printed first, until stdin ends: also when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # head and body leave together
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            target = self.headers.get("X-Amz-Target")  # how a JSON service, Organizations, names its action
+            form = {} if target else dict(parse_qsl(body))
+            action = target.rpartition(".")[2] if target else form["Action"]
+            key, _, region, *_ = self.headers["Authorization"].partition("Credential=")[2].split("/")
+            account = key.removeprefix("ASIA") if key.startswith("ASIA") else OWN_ACCOUNT
+            time.sleep(int(latency_ms) / 1000)
+            try:
+                status, content = 200, answer(fleet, action, account, region, form)
+            except KeyError as error:
+                message = f"<Error><Code>NotInThisFleet</Code><Message>{error}</Message></Error>"
+                status, content = 400, f"<Response><Errors>{message}</Errors></Response>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            """Nothing: a log would be written to the figures."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that was stopped is no error
+                super().handle_error(request, client_address)
+
+    instance_items()
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(server.server_address[1], flush=True)
+        sys.stdin.read()
+        server.shutdown()
+
+
+# ---- Beside it: run_plain, run_save ------------------------------------------------------------------------
+
+
+def run_plain(fleet: Fleet, csv_path: str) -> None:
+    """The loop that anyone would write first: the paginator, a commit for each finding, a CSV."""
+    import boto3
+
+    sts = boto3.client("sts", region_name=REGIONS[0])
+    rows = []
+    with closing(sqlite3.connect("plain.db")) as database:
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS findings (instance_id TEXT PRIMARY KEY, missing TEXT, launched TEXT)"
+        )
+        for account in fleet.account_ids():
+            session = boto3.Session()
+            if account != OWN_ACCOUNT:
+                role_arn = f"arn:aws:iam::{account}:role/{ROLE_NAME}"
+                keys = sts.assume_role(RoleArn=role_arn, RoleSessionName="plain")["Credentials"]
+                session = boto3.Session(keys["AccessKeyId"], keys["SecretAccessKey"], keys["SessionToken"])
+            for region in fleet.region_names():
+                paginator = session.client("ec2", region_name=region).get_paginator("describe_instances")
+                for page in paginator.paginate(PaginationConfig={"PageSize": PAGE_SIZE}):
+                    for reservation in page["Reservations"]:
+                        for instance in reservation["Instances"]:
+                            tags = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+                            missing = ",".join(key for key in REQUIRED_TAGS if not tags.get(key))
+                            if missing:
+                                rows.append((instance["InstanceId"], missing, str(instance["LaunchTime"])))
+                                database.execute("INSERT OR REPLACE INTO findings VALUES (?, ?, ?)", rows[-1])
+                                database.commit()
+    with open(csv_path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("InstanceId", "MissingTags", "LaunchTime"), *rows])
+
+
+def run_save(fleet: Fleet, json_path: str) -> None:
+    """Save a few instances of the first region as `aws ec2 describe-instances` prints them."""
+    import boto3
+
+    page = boto3.client("ec2", region_name=REGIONS[0]).describe_instances(MaxResults=SAVED_INSTANCES)
+    text = json.dumps({"Reservations": page["Reservations"]}, indent=4, default=datetime.isoformat)
+    Path(json_path).write_text(text, encoding="utf-8")
+
+
+PARTS = {"serve": run_server, "plain": run_plain, "save": run_save}
+
+
+# ---- Measuring: Run, Usage, measure, serving, round_of_runs ------------------------------------------------
+
+FIRST, SECOND, GROWN = "tagcheck, all new", "tagcheck, all repeat", "tagcheck, four fleets"
+PLAIN, HELP, OFFLINE = "plain boto3 loop", "tagcheck --help", "tagcheck --instances"
+
+
+class BenchmarkError(Exception):
+    """A run did not do what was to be measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command to be measured in its own directory, and what shows that it did its work."""
+
+    name: str
+    command: list[str]
+    directory: Path
+    port: int
+    exit_code: int
+    instances: int = 0
+    findings: int = 0
+    status: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run took."""
+
+    cpu: float
+    wall: float
+    peak: float
+
+
+def environment(port: int, empty_file: Path) -> dict[str, str]:
+    """The caller's environment without proxies, its AWS settings replaced by the server's."""
+    kept = {key: value for key, value in os.environ.items() if not re.search(r"(?i)^aws_|_proxy$", key)}
+    return kept | {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "AKIABENCHMARK",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(empty_file),
+        "AWS_SHARED_CREDENTIALS_FILE": str(empty_file),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def complaint(run: Run, exit_code: int) -> str | None:
+    """What shows that a run did not do its work, or None; its CSV is taken away before the next run."""
+    if exit_code != run.exit_code:
+        return f"expected exit code {run.exit_code}, got {exit_code}"
+    if run.findings:
+        csv_path = run.directory / CSV_NAME
+        with csv_path.open(newline="", encoding="utf-8") as stream:
+            found = Counter(row.get("Status") for row in csv.DictReader(stream))
+        csv_path.unlink()
+        if found != {run.status: run.findings}:
+            return f"expected {run.findings} rows in the CSV with status {run.status}, got {dict(found)}"
+    return None
+
+
+def measure(run: Run) -> Usage:
+    """Run a command to its end and ask the system what it took."""
+    errors_path, empty_file = run.directory / "stderr", run.directory / "empty"
+    empty_file.touch()
+    variables = environment(run.port, empty_file)
+    with errors_path.open("wb") as stderr:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            run.command, cwd=run.directory, env=variables, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+        try:
+            # A child's peak includes what its parent held at the fork, so this process has to stay small.
+            _, wait_status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(wait_status)
+    if wrong := complaint(run, process.returncode):
+        raise BenchmarkError(f"{run.name}: {wrong}\n{errors_path.read_text(errors='replace')}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Usage(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * unit / 2**20)
+
+
+def part(name: str, fleet: Fleet, argument: str) -> list[str]:
+    """The command that runs a part of this file as a process of its own."""
+    numbers = [fleet.instances, fleet.regions, fleet.accounts]
+    return [sys.executable, str(BENCHMARK), name, *map(str, numbers), argument]
+
+
+@contextmanager
+def serving(fleet: Fleet, latency_ms: int) -> Iterator[int]:
+    """The port on which the fleet is served; the server ends with this block."""
+    command = part("serve", fleet, str(latency_ms))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        yield int(server.stdout.readline())
+
+
+def policy_text(fleet: Fleet) -> str:
+    """The policy that covers the fleet, and nothing else."""
+    lines = ["version: 1", "name: benchmark", f"required_tags: [{', '.join(REQUIRED_TAGS)}]", "regions:"]
+    lines += [f"  {region}:" for region in fleet.region_names()]
+    if fleet.accounts > 1:
+        ids = ", ".join(f'"{account_id}"' for account_id in fleet.account_ids())
+        lines += ["accounts:", f"  ids: [{ids}]", f"  role_name: {ROLE_NAME}"]
+    return "\n".join(lines) + "\n"
+
+
+def round_of_runs(fleet: Fleet, directory: Path, port: int, grown_port: int | None) -> list[Run]:
+    """What is measured in each round, in turns, so that noise hits all of it."""
+    tagcheck = [sys.executable, str(TAGCHECK)]
+    scan = [*tagcheck, "scan", "-q", "--policy", "../policy.yaml", "--csv", CSV_NAME, "--state"]
+    first = Run(FIRST, [*scan, "fleet.db"], directory, port, 3, fleet.instances, fleet.findings(), "NEW")
+    plain = replace(first, name=PLAIN, command=part("plain", fleet, CSV_NAME), exit_code=0, status=None)
+    runs = [first, plain, replace(first, name=SECOND, status="REPEAT")]
+    if grown_port:
+        grown = replace(first, name=GROWN, command=[*scan, "grown.db"], port=grown_port)
+        runs.append(replace(grown, instances=fleet.grown().instances, findings=fleet.grown().findings()))
+    count = min(SAVED_INSTANCES, max(fleet.targets().values()))
+    saved = replace(first, name=OFFLINE, instances=count, findings=findings_among(count))
+    # A target of which the file says nothing would make the scan incomplete.
+    narrow = ["--region", REGIONS[0], *(["--account", OWN_ACCOUNT] if fleet.accounts > 1 else [])]
+    for n in range(SHORT_RUNS):
+        runs.append(Run(HELP, [*tagcheck, "--help"], directory, port, 0))
+        runs.append(replace(saved, command=[*scan, f"saved-{n}.db", "--instances", "../saved.json", *narrow]))
+    return runs
+
+
+# ---- The command line: print_results, run_benchmark, build_parser, main ------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the least and the most."""
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def print_results(sizes: dict[str, int], usages: dict[str, list[Usage]]) -> None:
+    """Print a line for each run, then how they compare round by round."""
+    print(f"{'run':<22}{'instances':>10}{'CPU s':>24}{'ms each':>9}{'wall s':>24}{'peak MiB':>10}")
+    for name, size in sizes.items():
+        cpu, wall = [usage.cpu for usage in usages[name]], [usage.wall for usage in usages[name]]
+        each = f"{1000 * median(cpu) / size:.3f}" if size else ""
+        peak = f"{median(usage.peak for usage in usages[name]):.1f}" if size else ""
+        print(f"{name:<22}{size or '':>10}{spread(cpu):>24}{each:>9}{spread(wall):>24}{peak:>10}")
+    print()
+    for name, other, figure in [(FIRST, PLAIN, "cpu"), (SECOND, FIRST, "cpu"), (GROWN, FIRST, "peak")]:
+        if name in usages:
+            pairs = zip(usages[name], usages[other], strict=True)
+            ratios = [getattr(one, figure) / getattr(two, figure) for one, two in pairs]
+            comparison = f"{name} : {other}"
+            print(f"{figure:<6}{comparison:<50}{spread(ratios)}")
+
+
+def run_benchmark(fleet: Fleet, rounds: int, latency_ms: int, growth: bool) -> None:
+    """Measure round by round, then print."""
+    sizes: dict[str, int] = {}
+    usages: dict[str, list[Usage]] = defaultdict(list)
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-benchmark-")))
+        port = stack.enter_context(serving(fleet, latency_ms))
+        grown_port = stack.enter_context(serving(fleet.grown(), latency_ms)) if growth else None
+        (root / "policy.yaml").write_text(policy_text(fleet), encoding="utf-8")
+        measure(Run("saving instances", part("save", fleet, "saved.json"), root, port, 0))
+        for n in range(1, rounds + 1):
+            directory = root / f"round-{n}"
+            directory.mkdir()
+            for run in round_of_runs(fleet, directory, port, grown_port):
+                usage = measure(run)
+                print(f"round {n}: {run.name}: {usage.wall:.2f} s", file=sys.stderr)
+                sizes[run.name] = run.instances
+                usages[run.name].append(usage)
+    print_results(sizes, usages)
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; the parts that run as processes of their own are not for people."""
+    parser = argparse.ArgumentParser(description="Measure what a scan costs, beside a plain boto3 loop.")
+    parser.add_argument("--instances", type=positive, default=100_000, metavar="N", help="100000 if left out")
+    parser.add_argument("--regions", type=int, default=4, choices=range(1, len(REGIONS) + 1), metavar="N")
+    parser.add_argument("--accounts", type=positive, default=1, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N")
+    parser.add_argument("--latency-ms", type=int, default=0, metavar="MS", help="what each answer waits")
+    parser.add_argument("--growth", action="store_true", help="scan a fleet four times as large as well")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark, or the part of it that the first argument names."""
+    if argv and argv[0] in PARTS:
+        PARTS[argv[0]](Fleet(*map(int, argv[1:4])), argv[4])
+        return 0
+    options = build_parser().parse_args(argv)
+    fleet = Fleet(options.instances, options.regions, options.accounts)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_benchmark(fleet, options.rounds, options.latency_ms, options.growth)
+    except (BenchmarkError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""What the tests share: AWS on a loopback port, and the script as its users run it."""
+
+import csv
+import json
+import os
+import site
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from aws_server import AwsServer
+
+TAGCHECK = Path(__file__).resolve().parent.parent / "tagcheck.py"
+
+
+def pytest_configure() -> None:
+    """Keep the tests themselves from any true account, and from proxies on the way to loopback."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            del os.environ[name]
+    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the script left behind."""
+
+    code: int
+    out: str
+    err: str
+    cwd: Path
+
+    def json(self, name: str) -> Any:
+        """Read a JSON file that the run wrote, or its stdout for `-`."""
+        return json.loads(self.out if name == "-" else (self.cwd / name).read_text(encoding="utf-8"))
+
+    def csv(self, name: str) -> list[dict[str, str]]:
+        """Read the rows of a CSV file that the run wrote, or of its stdout for `-`, by its header."""
+        text = self.out if name == "-" else (self.cwd / name).read_bytes().decode()
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Give the environment of a script that knows of no AWS account, no proxy and no settings of a person."""
+    kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "SYSTEMROOT") if name in os.environ}
+    return kept | {
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "PYTHONUSERBASE": site.getuserbase(),  # packages may be installed under the true home
+    }
+
+
+def run_tagcheck(
+    *args: str | Path,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str | bytes | None = None,
+    check: int | None = None,
+    timeout: float = 60,
+) -> Result:
+    """Run the script, and fail the test where it crashed or ended with another code than `check`."""
+    run = subprocess.run(
+        [sys.executable, TAGCHECK, *args],
+        cwd=cwd,
+        env=clean_environment(cwd) | dict(env or {}),
+        input=stdin.encode() if isinstance(stdin, str) else stdin or b"",
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    out, err = run.stdout.decode(errors="replace"), run.stderr.decode(errors="replace")
+    shown = f"tagcheck.py {' '.join(map(str, args))}\n--- stdout\n{out}\n--- stderr\n{err}"
+    if "Traceback" in err:
+        pytest.fail(f"crashed with exit code {run.returncode}: {shown}")
+    if check is not None and run.returncode != check:
+        pytest.fail(f"exit code {run.returncode}, not {check}: {shown}")
+    return Result(run.returncode, out, err, cwd)
+
+
+@pytest.fixture
+def tagcheck(tmp_path: Path) -> Callable[..., Result]:
+    """Give `run_tagcheck` that runs in the test's own directory, unless told otherwise."""
+
+    def run(*args: str | Path, cwd: Path = tmp_path, **options: Any) -> Result:
+        return run_tagcheck(*args, cwd=cwd, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def aws_server() -> Iterator["AwsServer"]:
+    """Run one server for all tests that want one."""
+    from aws_server import AwsServer  # moto takes a second to import
+
+    server = AwsServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def aws(aws_server: "AwsServer") -> "AwsServer":
+    """Give the server as new: no instances, no faults, no requests."""
+    aws_server.reset()
+    return aws_server
