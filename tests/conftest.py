@@ -60,6 +60,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 def run_tagcheck(
     *args: str | Path,
     cwd: Path,
+    script: Path = TAGCHECK,
     env: Mapping[str, str] | None = None,
     stdin: str | bytes | None = None,
     check: int | None = None,
@@ -67,7 +68,7 @@ def run_tagcheck(
 ) -> Result:
     """Run the script, and fail the test where it crashed or ended with another code than `check`."""
     run = subprocess.run(
-        [sys.executable, TAGCHECK, *args],
+        [sys.executable, script, *args],
         cwd=cwd,
         env=clean_environment(cwd) | dict(env or {}),
         input=stdin.encode() if isinstance(stdin, str) else stdin or b"",

@@ -1,0 +1,112 @@
+"""README, --help, requirements.txt, the PEP 723 block and the code say the same."""
+
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run_tagcheck
+
+import tagcheck
+
+ROOT = Path(tagcheck.__file__).resolve().parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def fenced(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def readme_runs():
+    """Each command that the README shows with its output."""
+    for block in fenced("console"):
+        for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = run.partition("\n")
+            if "tagcheck.py" in command:
+                yield pytest.param(command.rpartition("&& ")[2], output, id=command[-60:])
+
+
+@pytest.mark.parametrize(("command", "output"), list(readme_runs()))
+def test_readme_shows_what_the_commands_print(command, output, tmp_path):
+    for name in ("tests/data", "policies"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "tagcheck.py", tmp_path)
+    python, script, *arguments = shlex.split(command)
+    assert python.endswith("python")
+    result = run_tagcheck(*arguments, cwd=tmp_path, script=tmp_path / script)
+    assert output in (result.out, result.err)
+
+
+def test_readme_has_the_table_of_exit_codes():
+    rows = re.findall(r"^\| (\d+) \| (\w+) \| (.*) \|$", README, re.MULTILINE)
+    assert rows == [(str(int(code)), code.name, code.meaning) for code in tagcheck.ExitCode]
+
+
+def test_readme_policy_is_valid():
+    (policy,) = fenced("yaml")[:1]
+    assert tagcheck.check_policy(policy.encode(), "README.md").covers("eu-west-3")
+
+
+def test_readme_names_every_option():
+    (commands,) = (a for a in tagcheck.build_parser()._actions if a.dest == "command")
+    options = {
+        name
+        for c in commands.choices.values()
+        for a in c._actions
+        for name in a.option_strings
+        if "--" in name
+    }
+    optional = {"--help", "--version", "--verbose", "--workers", "--account"}
+    assert {name for name in options - optional if name not in README} == set()
+
+
+def test_readme_ansible_task_parses():
+    tasks = yaml.safe_load(fenced("yaml")[1])
+    arguments = tasks[0]["ansible.builtin.command"]["argv"]
+    assert tagcheck.build_parser().parse_args(arguments[2:]).quiet
+
+
+def test_readme_jenkins_options_exist():
+    command = re.search(r"script: '(.*?)'", fenced("groovy")[0])[1]
+    assert tagcheck.build_parser().parse_args(shlex.split(command)[2:]).junit == "tagcheck.xml"
+
+
+def test_ci_runs_the_readme_test_command():
+    assert ".venv/bin/python -m pytest -q" in README
+    assert "python -m pytest -q" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+def test_the_script_asks_for_the_packages_of_requirements():
+    script = (ROOT / "tagcheck.py").read_text("utf-8")
+    block = re.search(r"^# /// script\n(.*?)^# ///$", script, re.MULTILINE | re.DOTALL)[1]
+    metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
+    to_run = (ROOT / "requirements.txt").read_text("utf-8").partition("# To test")[0].splitlines()
+    assert metadata["dependencies"] == [line for line in to_run if line and not line.startswith("#")]
+    assert metadata["requires-python"] == ">=3.11"
+
+
+def test_table_of_contents_is_that_of_the_sections():
+    script = (ROOT / "tagcheck.py").read_text("utf-8")
+    contents = re.findall(r"^ (\d) (\S[\w ]*?) {2,}", script, re.MULTILINE)
+    banners = re.findall(r"^#{104}\n# (\d) ([\w ]+?): .*\n#{104}$", script, re.MULTILINE)
+    assert contents == banners
+
+
+def test_default_policy_is_the_contract():
+    policy = tagcheck.load_policy(str(ROOT / "policies/default.yaml"))
+    assert [rule.key for rule in policy.rules("us-east-1")] == ["Owner", "CostCenter", "Project"]
+    assert list(policy.regions) == ["us-east-1"]
+
+
+def test_only_the_agreed_things_stand_at_the_top():
+    named = {"tagcheck.py", "policies", "tests", "requirements.txt", "README.md", "LICENSE"}
+    made = {"instance_state.db", "violators.csv", "__pycache__"}
+    assert {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - made == named
+
+
+def test_python_is_new_enough():
+    assert sys.version_info >= (3, 11)
