@@ -22,8 +22,10 @@ import argparse
 import contextlib
 import csv
 import difflib
+import fnmatch
 import functools
 import hashlib
+import heapq
 import importlib.resources
 import itertools
 import json
@@ -39,9 +41,11 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
@@ -126,10 +130,12 @@ class Problem:
     column: int
     where: str
     message: str
+    severity: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
         where = f"{self.where}: " if self.where else ""
-        return printable(f"{self.file}:{self.line}:{self.column}: {where}{self.message}")
+        severity = "warning: " if self.severity == "warning" else ""
+        return printable(f"{self.file}:{self.line}:{self.column}: {severity}{where}{self.message}")
 
 
 class PolicyError(UsageError):
@@ -194,6 +200,7 @@ class Resolution(StrEnum):
 
     TAGGED = "tagged"
     GONE = "gone"
+    EXEMPTED = "exempted"
     POLICY_CHANGED = "policy_changed"
 
 
@@ -287,27 +294,64 @@ def _key(description: str, example: Any, **schema: Any) -> dict[str, Any]:
 
 # tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
 _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
-_REQUIRED_TAG = _key(
-    "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-    {"key": "Environment", "values": ["dev", "test", "prod"]},
-    minLength=1,
-    type=["string", "number", "object"],
-    required=["key"],
+# EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
+_TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
+_DURATION, _DATE = "^[0-9]{1,6}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+_ACCOUNT_ID, _INSTANCE_ID = "^[0-9]{12}$", "^i-[0-9a-f]{8,17}$"
+
+
+def _list(items: Mapping[str, Any], **schema: Any) -> dict[str, Any]:
+    """Return the schema of a list that is not empty."""
+    return {"type": "array", "minItems": 1, "items": items, **schema}
+
+
+_REQUIRED_TAGS = _list(
+    _key(
+        "A tag that instances must carry: its key alone, or the key with a rule for its value.",
+        {"key": "Environment", "values": ["dev", "test", "prod"]},
+        **_TAG_KEY | {"type": ["string", "number", "object"]},
+        required=["key"],
+        additionalProperties=False,
+        properties={
+            "key": _key("The tag key, in exactly this spelling.", "CostCenter", **_TAG_KEY),
+            "values": _key(
+                "The values that are allowed, in exactly this spelling.",
+                ["dev", "test", "prod"],
+                **_list(_TAG_VALUE),
+            ),
+            "pattern": _key("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", **_TEXT),
+            "default": _key("What remediate may write where nothing better is known.", "dev", **_TAG_VALUE),
+        },
+    )
+)
+_EXEMPTION = _key(
+    "Instances that need not carry some tags, why, and until when. All that it names must match.",
+    {"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}, "expires": "2027-01-31"},
+    type="object",
+    required=["reason"],
     additionalProperties=False,
     properties={
-        "key": _key("The tag key, in exactly this spelling.", "CostCenter", **_TEXT),
-        "values": _key(
-            "The values that are allowed, in exactly this spelling.",
-            ["dev", "test", "prod"],
-            type="array",
-            minItems=1,
-            items=_TEXT,
+        "reason": _key("Why: every report shows it.", "EKS nodes are tagged by the cluster team", **_TEXT),
+        "tags": _key(
+            "Tags of the instances; in a value * stands for any text and ? for one character.",
+            {"eks:cluster-name": "*"},
+            type="object",
+            minProperties=1,
+            additionalProperties={"type": ["string", "number"], "maxLength": 256},
         ),
-        "pattern": _key("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", **_TEXT),
-        "default": _key("What remediate may write where nothing better is known.", "dev", **_TEXT),
+        "instances": _key(
+            "The ids of the instances.", ["i-0123456789abcdef0"], **_list(_TEXT | {"pattern": _INSTANCE_ID})
+        ),
+        "accounts": _key("The accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})),
+        "regions": _key("The regions.", ["eu-west-1"], **_list(_TEXT)),
+        "required_tags": _key(
+            "The tags that they need not carry. Left out: none of them.", ["Owner"], **_list(_TAG_KEY)
+        ),
+        "expires": _key("The last day on which it holds (UTC).", "2027-01-31", type="string", pattern=_DATE),
+        "approved_by": _key("Who agreed.", "head of platform", **_TEXT),
+        "ticket": _key("Where it was agreed.", "OPS-1234", **_TEXT),
     },
 )
-_REQUIRED_TAGS: dict[str, Any] = {"type": "array", "items": _REQUIRED_TAG}
 POLICY_SCHEMA: dict[str, Any] = {
     "$schema": "http://json-schema.org/draft-07/schema#",
     "title": "tagcheck policy",
@@ -330,21 +374,18 @@ POLICY_SCHEMA: dict[str, Any] = {
         "placeholder_values": _key(
             "Values that count as empty, whatever their case.",
             ["tbd", "n/a", "none", "unknown"],
-            type="array",
-            items=_TEXT,
+            **_list(_TAG_VALUE),
         ),
         "states": _key(
             "The instance states that are looked at. Left out: all but shutting-down and terminated.",
             ["running", "stopped"],
-            type="array",
-            minItems=1,
-            items={"enum": ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]},
+            **_list({"enum": ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]}),
         ),
         "grace_period": _key(
             "How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.",
             "2h",
             type="string",
-            pattern="^[0-9]{1,6}[smhd]$",
+            pattern=_DURATION,
         ),
         "regions": _key(
             'The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
@@ -367,6 +408,11 @@ POLICY_SCHEMA: dict[str, Any] = {
                     ),
                 },
             ),
+        ),
+        "exemptions": _key(
+            "Instances that need not carry some tags, each with a reason.",
+            [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}],
+            **_list(_EXEMPTION),
         ),
     },
 }
@@ -392,12 +438,13 @@ AWS_REGIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RequiredTag:
-    """One rule: a key that must be there, and what its value must be."""
+    """One rule: a key that must be there, what its value must be, and the policy's line that says so."""
 
     key: str
     values: tuple[str, ...] = ()
     pattern: re.Pattern[str] | None = None
     default: str | None = None
+    line: int = 0
 
     def allows(self, value: str) -> bool:
         """Return whether the rule holds for a value that is not empty."""
@@ -412,6 +459,51 @@ class RequiredTag:
 
 
 @dataclass(frozen=True, slots=True)
+class Exemption:
+    """Instances that need not carry some tags; what is left empty restricts nothing."""
+
+    reason: str
+    tags: tuple[tuple[str, str], ...] = ()
+    instances: tuple[str, ...] = ()
+    accounts: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    required_tags: tuple[str, ...] = ()
+    expires: date | None = None
+    approved_by: str | None = None
+    ticket: str | None = None
+    line: int = 0
+    column: int = 0
+
+    @property
+    def conditions(self) -> list[object]:
+        """What an instance must meet: each list that is given, and each tag."""
+        return [*filter(None, (self.instances, self.accounts, self.regions)), *self.tags]
+
+    def holds(self, today: date) -> bool:
+        """Return whether it has not ended; the day that it names is its last."""
+        return self.expires is None or today <= self.expires
+
+    def mismatches(self, target: Target, instance: Instance) -> Iterator[str]:
+        """Yield why it does not cover an instance; nothing where it does."""
+        if self.accounts and target.account_id not in self.accounts:
+            yield f"it is for account {', '.join(self.accounts)}"
+        if self.regions and target.region not in self.regions:
+            yield f"it is for region {', '.join(self.regions)}"
+        if self.instances and instance.instance_id not in self.instances:
+            yield f"it is for {', '.join(self.instances)}"
+        for key, wanted in self.tags:
+            value = instance.tags.get(key)
+            if value is None or not _glob(wanted).match(value):
+                yield f"it is for {key}={wanted}; here {key} is {'missing' if value is None else repr(value)}"
+
+
+@functools.cache
+def _glob(text: str) -> re.Pattern[str]:
+    """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
+    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """A policy file that was found right; nothing behind it asks whether a key is there."""
 
@@ -422,6 +514,7 @@ class Policy:
     placeholder_values: frozenset[str]
     states: frozenset[str]
     grace_period: timedelta
+    exemptions: tuple[Exemption, ...] = ()
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -470,8 +563,7 @@ class YamlDocument:
             self._root = loader.get_single_node() or yaml.ScalarNode("", "", loader.get_mark())
             self.value = self._build(self._root, ())
         except yaml.MarkedYAMLError as error:
-            message = f"this is not YAML: {error.problem or error.context}"
-            raise YamlError(error.problem_mark or error.context_mark, message) from error
+            raise YamlError(*_yaml_advice(text, error)) from error
         except RecursionError as error:
             raise YamlError(loader, "nested too deep") from error
 
@@ -491,6 +583,7 @@ class YamlDocument:
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
         if isinstance(node, self._yaml.ScalarNode):
+            self._check_text(node, path)
             return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
         if isinstance(node, self._yaml.SequenceNode):
             items: list[Any] = []
@@ -506,6 +599,7 @@ class YamlDocument:
             if key.tag == "tag:yaml.org,2002:merge":
                 merged += value.value if isinstance(value, self._yaml.SequenceNode) else [value]
                 continue
+            self._check_text(key, (*path, key.value), at_key=True)
             if key.value in mapping:
                 first = self._marks[id(mapping), key.value][0].line + 1
                 message = f"{_shown(key.value)} appears twice (first in line {first})"
@@ -520,6 +614,51 @@ class YamlDocument:
                 self._marks[id(mapping), name] = self._marks[id(values), name]
                 mapping[name] = values[name]
         return mapping
+
+    def _check_text(self, node: Any, path: tuple[str | int, ...], *, at_key: bool = False) -> None:
+        """Note characters that look like others, but where people write for people: no tag would ever match."""
+        if path[-1:] in (("reason",), ("approved_by",), ("ticket",)) and not at_key:
+            return
+        begins_with_quote = node.style is None and node.value[:1] in _QUOTES
+        odd = node.value[0] if begins_with_quote else next(filter(_UNSEEN.__contains__, node.value), None)
+        if odd is not None:
+            message = f"{(_QUOTES | _UNSEEN)[odd]} (U+{ord(odd):04X}) stands here: type it anew"
+            self.mistakes.append(Mistake(path, message, at_key))
+
+
+_QUOTES = dict.fromkeys("\u201c\u201d\u201e\u2018\u2019\u201a", "a typographic quote, not one of YAML's")
+_UNSEEN = dict.fromkeys("\u00a0\u2007\u202f", "a no-break space, not a space")
+_UNSEEN |= dict.fromkeys("\u200b\u200c\u200d\u2028\u2029\u2060\ufeff", "an invisible character")
+# What PyYAML says, and what to do about it; the first that fits.
+_YAML_ADVICE = (
+    (r"character '\\t'", "indented with a TAB; use spaces"),
+    (r"cannot start any token|expected alphabetic", "a text that begins with {char} needs quotes round it"),
+    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)"),
+    ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'"),
+    ("end of stream|document separator", "a quote or a bracket is opened here, and not closed"),
+    ("expected ',' or", "a [ or {{ before this is not closed, or a comma is missing"),
+    ("another document", "a second document begins here; a policy is one document"),
+    ("mapping values are not allowed", "a text with ': ' in it needs quotes round it; or this line, or the one "
+     "above, is not indented as it should be"),
+    ("could not find expected ':'", "a colon with a space after it is missing, here or in the line above"),
+    ("expected <block end>", "not indented like the lines above that it belongs to, or text follows a closing quote"),
+    ("sequence entries", "a list cannot begin with - in the line of its key; begin it on the next line"),
+    ("duplicate anchor", "the anchor is there twice"),
+    ("expected the node content", "a [ or {{ is not closed, or a value is missing"),
+)  # fmt: skip
+
+
+def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
+    """Return where a YAML text is broken, and what to do about it."""
+    problem = str(error.problem or error.context)
+    mark = error.problem_mark or error.context_mark
+    if mark.index >= len(text) and error.context_mark:
+        mark = error.context_mark  # what was opened there goes on to the end of the file
+    advice = next(
+        (advice for said, advice in _YAML_ADVICE if re.search(said, problem)), f"not YAML: {problem}"
+    )
+    begin = text[max(0, mark.index - 1) : mark.index + 1].strip()
+    return mark, advice.format(char=repr(begin[:1]))
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -552,7 +691,7 @@ def check_policy(content: bytes, file: str) -> Policy:
             for path, message, at_key in dict.fromkeys(mistakes)
         ]
         raise PolicyError(problems)
-    return _policy(document.value, file, hashlib.sha256(content).hexdigest())
+    return _policy(document, file, hashlib.sha256(content).hexdigest())
 
 
 def _decode(content: bytes) -> str:
@@ -594,22 +733,60 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
         elif error.validator == "required":
             for key in [key for key in wanted if key not in found]:
                 yield Mistake(path, f"the key {key!r} is missing")
-        elif error.validator == "enum":
-            known = list(dict.fromkeys(map(str, wanted)))
-            hint = _did_you_mean(found, known)
-            yield Mistake(path, f"{_shown(found)} is not one of {', '.join(known)}{hint}")
-        elif error.validator == "type":
-            kinds = [
-                _KINDS[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in _KINDS
-            ]
-            yield Mistake(path, f"must be {' or '.join(kinds)}, not {_shown(found)}")
-        elif error.validator == "pattern":
-            yield Mistake(path, f"{_shown(found)} is no time: write a number and s, m, h or d, such as 2h")
-        else:  # minLength, minItems, minProperties
-            yield Mistake(path, "must not be empty")
+        else:
+            yield Mistake(path, _SCHEMA_MESSAGES[error.validator](found, wanted))
 
 
-_KINDS = {"array": "a list", "boolean": "true or false", "object": "a mapping (key: value)", "string": "text"}
+def _type_message(found: Any, wanted: str | Sequence[str]) -> str:
+    """Say what should stand there, and what does."""
+    words = {
+        "array": "a list",
+        "boolean": "true or false",
+        "object": "a mapping (key: value)",
+        "string": "text",
+    }
+    kinds = [words[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in words]
+    hint = (
+        "; a space must follow the colon" if isinstance(found, str) and re.match(r"[\w-]+:\S", found) else ""
+    )
+    if "a list" in kinds and isinstance(found, str):
+        hint = f"; write [{found[:40]}], or - {found[:40]} on a line of its own"
+    return f"must be {' or '.join(kinds)}, not {_shown(found)}{hint}"
+
+
+def _enum_message(found: Any, wanted: Sequence[Any]) -> str:
+    """Say what is allowed there."""
+    known = list(dict.fromkeys(map(str, wanted)))
+    return f"{_shown(found)} is not {'one of ' * (len(known) > 1)}{', '.join(known)}{_did_you_mean(found, known)}"
+
+
+_PATTERN_MESSAGES = {
+    _DURATION: "no time: write a number and s, m, h or d, such as 2h",
+    _DATE: "no date: write year-month-day, such as 2027-01-31",
+    _ACCOUNT_ID: "no account id: it has 12 digits",
+    _INSTANCE_ID: "no instance id: it looks like i-0123456789abcdef0",
+}
+_SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
+    "type": _type_message,
+    "enum": _enum_message,
+    "pattern": lambda found, wanted: f"{_shown(found)} is {_PATTERN_MESSAGES[wanted]}",
+    "minLength": lambda *_: "must not be empty",
+    "minItems": lambda *_: "the list is empty: name at least one, or take the key out",
+    "minProperties": lambda *_: "is empty: name at least one",
+    "maxLength": lambda found, wanted: f"{_shown(found)} has {len(found)} characters; AWS allows {wanted}",
+}
+# What people write for our keys, beside typing errors.
+_SYNONYMS = {
+    **dict.fromkeys(("allowed", "allowed_values", "value", "enum"), "values"),
+    **dict.fromkeys(("regex", "regexp", "match", "format"), "pattern"),
+    **dict.fromkeys(("tag", "tag_key", "name"), "key"),
+    **dict.fromkeys(("required", "tags", "mandatory_tags"), "required_tags"),
+    **dict.fromkeys(("ignore", "exceptions", "waivers", "exclude"), "exemptions"),
+    **dict.fromkeys(("until", "expiry", "expires_at", "expired_at", "end"), "expires"),
+    **dict.fromkeys(("why", "comment", "description"), "reason"),
+    **dict.fromkeys(("placeholders", "empty_values"), "placeholder_values"),
+    **dict.fromkeys(("grace", "grace_minutes", "grace_hours"), "grace_period"),
+}
 
 
 def _shown(value: Any) -> str:
@@ -622,32 +799,51 @@ def _shown(value: Any) -> str:
 
 
 def _did_you_mean(word: Any, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" where a known word is near."""
-    near = difflib.get_close_matches(word[:100], known) if isinstance(word, str) else []
+    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    if not isinstance(word, str):
+        return ""
+    words = {synonym: key for synonym, key in _SYNONYMS.items() if key in known} | {key: key for key in known}
+    near = difflib.get_close_matches(word[:100], words)
     # Of equally near words difflib may not choose the one whose letters were only typed in another order.
     best = next(
         (candidate for candidate in near if sorted(candidate) == sorted(word)), next(iter(near), None)
     )
-    return f" (did you mean {best!r}?)" if best else ""
+    return f" (did you mean {words[best]!r}?)" if best else ""
 
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
-    """Yield what a schema cannot say: region names, reserved keys, tags asked for twice, patterns.
+    """Yield what a schema cannot say: regions, reserved keys, tags asked for twice, patterns, exemptions.
 
     What the schema has found wrong is passed over.
     """
-    value = value if isinstance(value, dict) else {}
+    value = _as(dict, value)
     shared = _as(list, value.get("required_tags"))
     yield from _tag_mistakes(("required_tags",), shared)
+    asked = _tag_keys(shared)
     for region, entry in _as(dict, value.get("regions")).items():
         path = ("regions", region)
-        if region != "*" and not is_region(region):
-            message = f"AWS has no region {_shown(region)}{_did_you_mean(region, sorted(AWS_REGIONS))}"
-            yield Mistake(path, message, at_key=True)
+        if region != "*":
+            yield from _region_mistakes(path, region, at_key=True)
         own = _as(list, _as(dict, entry).get("required_tags"))
         yield from _tag_mistakes((*path, "required_tags"), own)
+        asked |= _tag_keys(own)
         if not own and not (shared and _as(dict, entry).get("inherit", True)):
             yield Mistake(path, f"{region} asks for no tag: name one, or take the region out", at_key=True)
+    for index, entry in enumerate(_as(list, value.get("exemptions"))):
+        yield from _exemption_mistakes(("exemptions", index), _as(dict, entry), asked)
+
+
+def _tag_keys(tags: Sequence[Any]) -> set[str]:
+    """Return the keys that a required_tags list asks for."""
+    keys = (tag if isinstance(tag, str) else _as(dict, tag).get("key") for tag in tags)
+    return {key for key in keys if isinstance(key, str)}
+
+
+def _region_mistakes(path: tuple[str | int, ...], region: Any, *, at_key: bool = False) -> Iterator[Mistake]:
+    """Yield what is wrong with the name of a region."""
+    if isinstance(region, str) and not is_region(region):
+        message = f"AWS has no region {_shown(region)}{_did_you_mean(region, sorted(AWS_REGIONS))}"
+        yield Mistake(path, message, at_key)
 
 
 def _tag_mistakes(path: tuple[str | int, ...], tags: Sequence[Any]) -> Iterator[Mistake]:
@@ -665,12 +861,131 @@ def _tag_mistakes(path: tuple[str | int, ...], tags: Sequence[Any]) -> Iterator[
             yield Mistake(
                 at_key, f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
             )
-        if isinstance(rule.get("pattern"), str):
-            try:
-                re.compile(rule["pattern"])
-            except (re.error, OverflowError, RecursionError) as error:
-                message = f"{_shown(rule['pattern'])} is not a regular expression: {error}"
-                yield Mistake((*path, index, "pattern"), message)
+        if key != key.strip():
+            yield Mistake(at_key, f"{_shown(key)} begins or ends with a space: take it out")
+        pattern = _as(str, rule.get("pattern"))
+        complaint = pattern_complaint(pattern)
+        if complaint:
+            yield Mistake((*path, index, "pattern"), f"{_shown(pattern)} {complaint}")
+            continue
+        values = tuple(value for value in _as(list, rule.get("values")) if isinstance(value, str))
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                yield Mistake((*path, index, "values", number), f"{_shown(value)} stands in the list twice")
+        default = rule.get("default")
+        checked = RequiredTag(key, values, re.compile(pattern) if pattern else None)
+        if isinstance(default, str) and not checked.allows(default):
+            message = f"{_shown(default)} is not {checked.wanted}, as the rule itself asks"
+            yield Mistake((*path, index, "default"), message + _did_you_mean(default, values))
+
+
+def _exemption_mistakes(
+    path: tuple[str | int, ...], entry: Mapping[str, Any], asked: set[str]
+) -> Iterator[Mistake]:
+    """Yield what is wrong with one exemption."""
+    if entry and not entry.keys() & {"tags", "instances", "accounts", "regions"}:
+        yield Mistake(path, "says not for which instances: give it tags, instances, accounts or regions")
+    for index, region in enumerate(_as(list, entry.get("regions"))):
+        yield from _region_mistakes((*path, "regions", index), region)
+    for index, key in enumerate(_as(list, entry.get("required_tags"))):
+        if isinstance(key, str) and key not in asked:
+            message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
+            yield Mistake((*path, "required_tags", index), message)
+    expires = entry.get("expires")
+    if isinstance(expires, str) and re.match(_DATE, expires):
+        try:
+            date.fromisoformat(expires)
+        except ValueError:
+            yield Mistake((*path, "expires"), f"the calendar has no {expires}")
+
+
+def pattern_complaint(pattern: str) -> str | None:
+    """Return why a policy cannot use a pattern; None where it can.
+
+    Tag values are written by strangers: a pattern must not take for ever on any of the 256 characters that a
+    value may have. It is tried on values made from its own repetitions, each of which fails at the end.
+    """
+    try:
+        compiled = re.compile(pattern)
+        with time_limit(PATTERN_SECONDS):
+            for value in _hard_values(re._parser.parse(pattern)):  # type: ignore[attr-defined]
+                compiled.fullmatch(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is not a regular expression: {error}"
+    except TimeoutError:
+        return "can take for ever on a long value: repeat no part that holds a repetition, or list the values"
+    return None
+
+
+PATTERN_SECONDS = 0.5
+PAGE_SECONDS = 20  # a thousand instances take 10 milliseconds
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the body when it takes longer; without effect where there is no such timer.
+
+    `re` can be interrupted by a signal alone: in the main thread, and not on Windows.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError
+
+    former = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def _hard_values(tokens: Any, before: str = "") -> Iterator[str]:
+    """Yield values of 256 characters that match a pattern up to one of its repetitions, then go on in it."""
+    for name, argument in [(str(token), argument) for token, argument in tokens]:
+        parts = _sub_patterns(name, argument)
+        for part in parts:
+            yield from _hard_values(part, before)
+            if "REPEAT" in name:
+                yield (before + _sample(part) * 256)[:255] + "\0"
+        before += _sample([(name, argument)])
+
+
+def _sub_patterns(name: str, argument: Any) -> list[Any]:
+    """Return the patterns within a token of a parsed pattern."""
+    if name == "BRANCH":
+        return list(argument[1])
+    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "SUBPATTERN", "ASSERT"):
+        return [argument[-1]]
+    return [argument] if name == "ATOMIC_GROUP" else []
+
+
+def _sample(tokens: Any) -> str:
+    """Return a short text that the tokens of a parsed pattern match, by and large."""
+    text = ""
+    for token, argument in tokens:
+        name = str(token)
+        if name == "LITERAL":
+            text += chr(argument)
+        elif name == "IN":
+            text += _sample_of_set([(str(kind), value) for kind, value in argument])
+        elif name in ("ANY", "NOT_LITERAL"):
+            text += "," if name == "ANY" or argument != ord(",") else "a"
+        elif name != "ASSERT" and (parts := _sub_patterns(name, argument)):
+            text += _sample(parts[0]) * (max(1, min(argument[0], 256)) if "REPEAT" in name else 1)
+    return text
+
+
+def _sample_of_set(items: Sequence[tuple[str, Any]]) -> str:
+    """Return a character of a set such as [a-z_], or one that is not in [^a-z_]."""
+    samples = {"CATEGORY_DIGIT": "0", "CATEGORY_WORD": "a", "CATEGORY_SPACE": " "}
+    if items[0][0] == "NEGATE":
+        return next((c for c in ",a0 -_" if ("LITERAL", ord(c)) not in items), "~")
+    kind, value = items[0]
+    return samples.get(str(value), ",") if kind == "CATEGORY" else chr(value[0] if kind == "RANGE" else value)
 
 
 def _as(kind: type[Any], value: Any) -> Any:
@@ -678,13 +993,15 @@ def _as(kind: type[Any], value: Any) -> Any:
     return value if isinstance(value, kind) else kind()
 
 
-def _policy(value: Any, file: str, digest: str) -> Policy:
+def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     """Build the Policy of a document in which no mistake was found."""
-    shared = _required_tags(value)
+    value = document.value
+    shared = _required_tags(document, ("required_tags",), value)
     regions = {}
     for region, entry in value["regions"].items():
         inherited = shared if (entry or {}).get("inherit", True) else {}
-        regions[region] = tuple((inherited | _required_tags(entry or {})).values())
+        own = _required_tags(document, ("regions", region, "required_tags"), entry or {})
+        regions[region] = tuple((inherited | own).values())
     return Policy(
         name=value["name"],
         file=file,
@@ -693,21 +1010,64 @@ def _policy(value: Any, file: str, digest: str) -> Policy:
         placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
         states=frozenset(value.get("states", DEFAULT_STATES)),
         grace_period=_duration(value.get("grace_period", "0s")),
+        exemptions=tuple(
+            _exemption(entry, *document.place(("exemptions", index)))
+            for index, entry in enumerate(value.get("exemptions", ()))
+        ),
     )
 
 
-def _required_tags(entry: Mapping[str, Any]) -> dict[str, RequiredTag]:
+def _required_tags(
+    document: YamlDocument, path: tuple[str | int, ...], entry: Mapping[str, Any]
+) -> dict[str, RequiredTag]:
     """Build the rules of a required_tags list, in short form or long, by their keys."""
-    longs = [{"key": tag} if isinstance(tag, str) else tag for tag in entry.get("required_tags", ())]
-    return {
-        tag["key"]: RequiredTag(
-            tag["key"],
-            tuple(tag.get("values", ())),
-            re.compile(tag["pattern"]) if "pattern" in tag else None,
-            tag.get("default"),
+    rules = {}
+    for index, tag in enumerate(entry.get("required_tags", ())):
+        rule = {"key": tag} if isinstance(tag, str) else tag
+        rules[rule["key"]] = RequiredTag(
+            rule["key"],
+            tuple(rule.get("values", ())),
+            re.compile(rule["pattern"]) if "pattern" in rule else None,
+            rule.get("default"),
+            document.place((*path, index))[0],
         )
-        for tag in longs
-    }
+    return rules
+
+
+def _exemption(entry: Mapping[str, Any], line: int, column: int) -> Exemption:
+    """Build one exemption."""
+    lists = {key: tuple(entry.get(key, ())) for key in ("instances", "accounts", "regions", "required_tags")}
+    return Exemption(
+        entry["reason"],
+        tags=tuple(entry.get("tags", {}).items()),
+        expires=date.fromisoformat(entry["expires"]) if "expires" in entry else None,
+        approved_by=entry.get("approved_by"),
+        ticket=entry.get("ticket"),
+        line=line,
+        column=column,
+        **lists,
+    )
+
+
+NOTICE_DAYS = 14
+
+
+def check_expiry(policy: Policy, today: date) -> list[Problem]:
+    """Return a warning for each exemption that has ended, or ends within NOTICE_DAYS."""
+    endings = []
+    for index, exemption in enumerate(policy.exemptions):
+        if exemption.expires is None or (exemption.expires - today).days > NOTICE_DAYS:
+            continue
+        days = counted((exemption.expires - today).days, "day")
+        message = (
+            f"ends on {exemption.expires}, in {days}"
+            if exemption.holds(today)
+            else f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
+        )
+        where = f"exemptions[{index}] ({exemption.reason})"
+        place = (policy.file, exemption.line, exemption.column)
+        endings.append(Problem(*place, where, message, "warning"))
+    return endings
 
 
 def _duration(text: str) -> timedelta:
@@ -728,8 +1088,52 @@ def is_region(name: str) -> bool:
 
 
 ########################################################################################################
-# 3 Evaluation: evaluate, is_too_young, resolution, decide_exit_code
+# 3 Evaluation: judge, evaluate, exempt, resolution, explain, decide_exit_code
 ########################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class Exempted:
+    """A violation that does not count, and the exemption that says so."""
+
+    violation: Violation
+    exemption: Exemption
+
+    def __str__(self) -> str:
+        until = f" until {self.exemption.expires}" if self.exemption.expires else ""
+        return f"{self.violation.message}: exempted{until}, {self.exemption.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a scan makes of one instance: what it violates, what it need not carry, and whether to wait."""
+
+    instance: Instance
+    violations: tuple[Violation, ...]
+    exempted: tuple[Exempted, ...]
+    too_young: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExemptedInstance:
+    """An instance all of whose violations are exempted."""
+
+    account_id: str
+    region: str
+    instance_id: str
+    state: str
+    launch_time: str
+    tags: Mapping[str, str]
+    exempted: tuple[Exempted, ...]
+
+
+def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
+    """Return what the policy makes of an instance of a target that it covers."""
+    violations = evaluate(instance.tags, policy.rules(target.region), policy.placeholder_values)
+    exempted: tuple[Exempted, ...] = ()
+    if violations and policy.exemptions:
+        violations, exempted = exempt(target, instance, violations, policy.exemptions, now.date())
+    return Sighting(instance, violations, exempted, is_too_young(instance, policy.grace_period, now))
 
 
 def evaluate(
@@ -766,6 +1170,26 @@ def check_tag(
     return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, _value_message(rule, value))
 
 
+def exempt(
+    target: Target,
+    instance: Instance,
+    violations: Iterable[Violation],
+    exemptions: Iterable[Exemption],
+    today: date,
+) -> tuple[tuple[Violation, ...], tuple[Exempted, ...]]:
+    """Return the violations that count, and those that do not with the first exemption that says so."""
+    covering = [e for e in exemptions if e.holds(today) and not any(e.mismatches(target, instance))]
+    counting, exempted = [], []
+    for violation in violations:
+        for exemption in covering:
+            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
+                exempted.append(Exempted(violation, exemption))
+                break
+        else:
+            counting.append(violation)
+    return tuple(counting), tuple(exempted)
+
+
 @functools.lru_cache(maxsize=4096)
 def _value_message(rule: RequiredTag, value: str) -> str:
     """Say what the value should have been, and which allowed one is nearest."""
@@ -789,7 +1213,9 @@ def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> 
     return instance.launch_time > now - grace_period
 
 
-def resolution(violations: Iterable[Violation], tags: Mapping[str, str] | None) -> Resolution:
+def resolution(
+    violations: Iterable[Violation], tags: Mapping[str, str] | None, *, exempted: bool = False
+) -> Resolution:
     """Return why a finding is no longer one; tags are None where the instance is no longer looked at.
 
     It was put right only if all that it lacked is there now. Where one of the tags still is as it was,
@@ -797,6 +1223,8 @@ def resolution(violations: Iterable[Violation], tags: Mapping[str, str] | None) 
     """
     if tags is None:
         return Resolution.GONE
+    if exempted:
+        return Resolution.EXEMPTED
     if any(_still_lacks(violation, tags) for violation in violations):
         return Resolution.POLICY_CHANGED
     return Resolution.TAGGED
@@ -806,6 +1234,69 @@ def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
     """Return whether a tag is as absent, empty or wrong as it was when it was recorded."""
     value = tags.get(violation.tag_key, "")
     return not value.strip() or (violation.type is not ViolationType.MISSING and value == violation.value)
+
+
+def explain_region(policy: Policy, region: str) -> Iterator[str]:
+    """Yield the rules in force in a region, each with the policy's line that it comes from."""
+    here = "every region that is not named" if region == "*" else region
+    yield f"Policy {policy.name} in {here}:"
+    for rule in policy.rules(region):
+        yield f"  {rule.key}: {rule.wanted or 'any value but an empty one'} ({policy.file}:{rule.line})"
+    if policy.placeholder_values:
+        yield f"  These count as empty: {', '.join(sorted(policy.placeholder_values))}"
+    yield f"  Looked at: instances that are {', '.join(sorted(policy.states))}"
+    if policy.grace_period:
+        yield f"  Not judged within {policy.grace_period} of their launch"
+    for exemption in policy.exemptions:
+        if region == "*" or not exemption.regions or region in exemption.regions:
+            until = f" until {exemption.expires}" if exemption.expires else ""
+            which = ", ".join(exemption.required_tags) or "all tags"
+            yield f"  Exempted{until} from {which}: {exemption.reason} ({policy.file}:{exemption.line})"
+
+
+def explain(
+    policy: Policy, target: Target, instance: Instance, finding: Finding | None, now: datetime
+) -> Iterator[str]:
+    """Yield, rule by rule, why an instance passes or fails, and then its history."""
+    name = instance.tags.get("Name")
+    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}:"
+    sighting = judge(target, instance, policy, now)
+    failing = {violation.tag_key: violation for violation in sighting.violations}
+    exempted = {case.violation.tag_key: case for case in sighting.exempted}
+    for rule in policy.rules(target.region):
+        line = f"({policy.file}:{rule.line})"
+        if rule.key in failing:
+            yield f"  FAILS     {failing[rule.key].message} {line}"
+        elif rule.key in exempted:
+            case = exempted[rule.key]
+            yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
+        else:
+            yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
+    for exemption in policy.exemptions if failing else ():
+        if exemption.required_tags and not failing.keys() & exemption.required_tags:
+            continue
+        reasons = [*exemption.mismatches(target, instance)]
+        reasons += [] if exemption.holds(now.date()) else [f"it ended on {exemption.expires}"]
+        # Of one condition that is not met nothing is near, unless the instance has the tag with another value.
+        near = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        if len(reasons) == 1 and (near or not exemption.holds(now.date())):
+            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
+            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+    if instance.state not in policy.states:
+        yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
+    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
+        yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
+    yield _history(finding)
+
+
+def _history(finding: Finding | None) -> str:
+    """Return what the state knows of a finding, in one line."""
+    if finding is None:
+        return "  History: no scan has found it in violation"
+    seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
+    again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
+    ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
+    return f"  History: {finding.status}, {seen}{again}{ended}"
 
 
 FailOn = Literal["any", "new", "never"]
@@ -971,16 +1462,15 @@ def describe_regions(client: Any) -> list[str]:
     )
 
 
-def describe_instances(client: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region, page by page; raises TargetError."""
+def describe_instances(client: Any, instance_id: str | None = None) -> Iterator[list[Instance]]:
+    """Yield every instance of the client's account and region, or one of them, by pages; raises TargetError."""
     # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
     client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
     client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
+    scope = {"InstanceIds": [instance_id]} if instance_id else {"MaxResults": PAGE_SIZE}
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
-        page = call_aws(
-            client, "DescribeInstances", MaxResults=PAGE_SIZE, **({"NextToken": token} if token else {})
-        )
+        page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
         if PARSED not in page:
             # A captive portal's "200 OK" would otherwise be a region without instances.
             raise TargetError("ForeignAnswer", "the answer is not EC2's: check the network and the proxy")
@@ -1179,7 +1669,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
-# be repeated without reading AWS again. `violations` is NULL where the instance complies.
+# be repeated without reading AWS again. `violations` are those that count: NULL where there are none.
 SIGHTINGS_SCHEMA = (
     """
     CREATE TABLE target (
@@ -1190,7 +1680,7 @@ SIGHTINGS_SCHEMA = (
     """
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, violations TEXT, too_young INTEGER NOT NULL
+        tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL
     )
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
@@ -1360,32 +1850,30 @@ def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None
     db.execute("DELETE FROM sighting WHERE target = ?", (target,))
 
 
-def add_sightings(
-    db: sqlite3.Connection, target: int, seen: Iterable[tuple[Instance, tuple[Violation, ...], bool]]
-) -> None:
-    """Keep instances of a target, each with its violations and whether it is too young to be judged."""
+def add_sightings(db: sqlite3.Connection, target: int, sightings: Iterable[Sighting]) -> None:
+    """Keep what was made of instances of a target."""
     db.execute("BEGIN")
     db.executemany(
-        "INSERT INTO sighting VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO sighting VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             (
                 target,
-                instance.instance_id,
-                instance.state,
-                utc_text(instance.launch_time),
-                _to_json(instance.tags),
-                _violations_json(violations) if violations else None,
-                too_young,
+                seen.instance.instance_id,
+                seen.instance.state,
+                utc_text(seen.instance.launch_time),
+                _to_json(seen.instance.tags),
+                _to_json([violation_record(violation) for violation in seen.violations])
+                if seen.violations
+                else None,
+                _to_json([exempted_record(exempted) for exempted in seen.exempted])
+                if seen.exempted
+                else None,
+                seen.too_young,
             )
-            for instance, violations, too_young in seen
+            for seen in sightings
         ),
     )
     db.execute("COMMIT")
-
-
-def _violations_json(violations: Iterable[Violation]) -> str:
-    """Return violations as the state keeps them, and as the JSON report prints them."""
-    return _to_json([violation_record(violation) for violation in violations])
 
 
 def violation_record(violation: Violation) -> dict[str, str | None]:
@@ -1399,10 +1887,40 @@ def violation_record(violation: Violation) -> dict[str, str | None]:
     }
 
 
+def exempted_record(exempted: Exempted) -> dict[str, str | None]:
+    """Return an exempted violation as a JSON object."""
+    exemption = exempted.exemption
+    return violation_record(exempted.violation) | {
+        "reason": exemption.reason,
+        "expires": exemption.expires.isoformat() if exemption.expires else None,
+        "approved_by": exemption.approved_by,
+        "ticket": exemption.ticket,
+    }
+
+
 def _load_violations(text: str) -> tuple[Violation, ...]:
     """Read violations back from the state."""
+    return tuple(map(_load_violation, json.loads(text)))
+
+
+def _load_violation(row: Mapping[str, Any]) -> Violation:
+    """Read one violation back."""
+    kind = ViolationType(row["type"])
+    return Violation(row["tag_key"], kind, row["value"], row["found_key"], row["message"])
+
+
+def _load_exempted(text: str) -> tuple[Exempted, ...]:
+    """Read exempted violations back from the sightings."""
     return tuple(
-        Violation(row["tag_key"], ViolationType(row["type"]), row["value"], row["found_key"], row["message"])
+        Exempted(
+            _load_violation(row),
+            Exemption(
+                row["reason"],
+                expires=date.fromisoformat(row["expires"]) if row["expires"] else None,
+                approved_by=row["approved_by"],
+                ticket=row["ticket"],
+            ),
+        )
         for row in json.loads(text)
     )
 
@@ -1444,7 +1962,7 @@ def record_scan(db: sqlite3.Connection, state: Path, scan: Scan, finished_at: da
 
 def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:
     """Bring scans, findings and coverage of the attached state up to date."""
-    db.create_function("resolution", 2, _resolution, deterministic=True)
+    db.create_function("resolution", 3, _resolution, deterministic=True)
     cursor = db.execute(
         "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
         "VALUES (?, ?, ?, ?, ?, ?)",
@@ -1456,7 +1974,8 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     db.execute(
         """
         INSERT INTO resolved
-        SELECT finding.id, resolution(finding.violations, sighting.tags)
+        SELECT finding.id,
+            resolution(finding.violations, sighting.tags, sighting.exempted IS NOT NULL)
         FROM target
         JOIN state.findings AS finding ON finding.policy = :policy
             AND finding.account_id = target.account_id AND finding.region = target.region
@@ -1505,9 +2024,10 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     _record_coverage(db, names)
 
 
-def _resolution(violations: str, tags: str | None) -> str:
+def _resolution(violations: str, tags: str | None, exempted: int) -> str:
     """Return resolution() of what the state and the sightings keep as JSON."""
-    return resolution(_load_violations(violations), None if tags is None else json.loads(tags))
+    now = None if tags is None else json.loads(tags)
+    return resolution(_load_violations(violations), now, exempted=bool(exempted))
 
 
 def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
@@ -1554,7 +2074,8 @@ def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
     db.execute(
         f"""
         WITH seen AS (
-            SELECT target, count(*) AS instances, sum(violations IS NULL) AS compliant
+            SELECT target, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
+                sum(violations IS NULL AND exempted IS NOT NULL) AS exempted
             FROM sighting GROUP BY target
         ), found AS (
             SELECT target.id AS target, count(*) AS findings,
@@ -1568,7 +2089,8 @@ def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
         INSERT INTO state.coverage
         SELECT :scan, target.account_id, target.region,
             CASE WHEN error_code IS NULL THEN 'read' ELSE 'unread' END, error_code, error_message,
-            coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), 0, coalesce(new, 0),
+            coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0),
+            coalesce(seen.exempted, 0), coalesce(new, 0),
             coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
         FROM target
         LEFT JOIN seen ON seen.target = target.id
@@ -1589,6 +2111,18 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
 
 
+def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
+    """Yield the instances that were seen and all of whose violations are exempted, sorted."""
+    rows = db.execute(
+        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted "
+        "FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target "
+        "CROSS JOIN sighting ON sighting.target = target.id AND violations IS NULL AND exempted IS NOT NULL "
+        "ORDER BY account_id, region, instance_id"
+    )
+    for row in rows:
+        yield replace(ExemptedInstance(*row), tags=json.loads(row[5]), exempted=_load_exempted(row[6]))
+
+
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
     """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
     source = (
@@ -1598,21 +2132,35 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
         else f"{_SEEN} ORDER BY target.account_id, target.region, sighting.instance_id"
     )
     scan_number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    rows = db.execute(
-        "SELECT finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, "
-        "finding.tags, finding.violations, finding.status, first_seen, last_seen, times_seen, times_reopened, "
-        f"resolved_at, finding.resolution, created_by, suggestions {source}",
-        {"policy": scan.policy.name, "scan": scan_number},
+    rows = db.execute(f"SELECT {_FINDING} {source}", {"policy": scan.policy.name, "scan": scan_number})
+    return map(_load_finding, rows)
+
+
+def load_findings(path: Path, policy_name: str, instance_id: str) -> list[Finding]:
+    """Return what the state knows of an instance, in whatever account and region; raises StateError."""
+    _refuse_unlike_state(path)
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        _migrate(db, path)
+        query = f"SELECT {_FINDING} FROM findings AS finding WHERE policy = ? AND instance_id = ?"
+        return [_load_finding(row) for row in db.execute(query, (policy_name, instance_id))]
+
+
+_FINDING = """
+    finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
+    finding.violations, finding.status, first_seen, last_seen, times_seen, times_reopened, resolved_at,
+    finding.resolution, created_by, suggestions
+"""
+
+
+def _load_finding(row: Sequence[Any]) -> Finding:
+    """Build a Finding from the columns of _FINDING."""
+    return replace(
+        Finding(*row),
+        tags=json.loads(row[5]),
+        violations=_load_violations(row[6]),
+        status=Status(row[7]),
+        resolution=Resolution(row[13]) if row[13] else None,
     )
-    for row in rows:
-        finding = Finding(*row)
-        yield replace(
-            finding,
-            tags=json.loads(row[5]),
-            violations=_load_violations(row[6]),
-            status=Status(finding.status),
-            resolution=Resolution(row[13]) if row[13] else None,
-        )
 
 
 ########################################################################################################
@@ -1631,6 +2179,8 @@ class ScanReport:
     coverage: Sequence[Coverage]
     findings: Callable[[], Iterator[Finding]]
     resolved: Callable[[], Iterator[Finding]]
+    exempted: Callable[[], Iterator[ExemptedInstance]]
+    notices: Sequence[str]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -1722,13 +2272,17 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "exit_code": int(report.exit_code),
         "exit_name": report.exit_code.name,
         "summary": report.totals,
+        "notices": list(report.notices),
     }
+    if report.dry_run:
+        head["preview"] = preview(report)
     file.write("{\n")
     for key, value in head.items():
         file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
     _write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
     _write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
-    _write_json_list(file, "resolved", map(finding_record, report.resolved()), end="\n}\n")
+    _write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
+    _write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
 
 
 def _write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
@@ -1776,6 +2330,36 @@ def finding_record(finding: Finding) -> dict[str, Any]:
     return record
 
 
+def _exempted_instance_record(exempted: ExemptedInstance) -> dict[str, Any]:
+    """Return an exempted instance as a JSON object."""
+    return {
+        "account_id": exempted.account_id,
+        "region": exempted.region,
+        "instance_id": exempted.instance_id,
+        "name": exempted.tags.get("Name", ""),
+        "state": exempted.state,
+        "launch_time": exempted.launch_time,
+        "violations": [exempted_record(violation) for violation in exempted.exempted],
+    }
+
+
+def preview(report: ScanReport) -> dict[str, dict[str, int]]:
+    """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
+    new = Counter(
+        violation.tag_key
+        for finding in report.findings()
+        if finding.status is Status.NEW
+        for violation in finding.violations
+    )
+    closed = Counter(
+        violation.tag_key
+        for finding in report.resolved()
+        if finding.resolution is Resolution.POLICY_CHANGED
+        for violation in finding.violations
+    )
+    return {"new": dict(new.most_common()), "policy_changed": dict(closed.most_common())}
+
+
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
     """Write a suite a target: its `scan` case, so that a clean one is not empty, and a failing case a finding.
 
@@ -1786,24 +2370,25 @@ def write_junit(file: TextIOBase, report: ScanReport) -> None:
     seconds = f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}"
     totals = report.totals
     counts = {
-        "tests": str(totals["targets"] + totals["findings"]),
+        "tests": str(totals["targets"] + totals["findings"] + totals["exempted"]),
         "failures": str(totals["findings"]),
         "errors": str(totals["targets_unread"]),
-        "skipped": "0",
+        "skipped": str(totals["exempted"]),
         "time": seconds,
     }
     with _element(xml, "testsuites", {"name": "tagcheck", **counts}):
-        findings = itertools.groupby(
-            report.findings(), key=lambda finding: (finding.account_id, finding.region)
+        cases: Iterator[Finding | ExemptedInstance] = heapq.merge(
+            report.findings(), report.exempted(), key=_place
         )
-        group = next(findings, None)
+        groups = itertools.groupby(cases, key=lambda case: Target(*_place(case)[:2]))
+        group = next(groups, None)
         for target in report.coverage:
             suite = f"{target.target.account_id}.{target.target.region}"
             counts = {
-                "tests": str(1 + target.findings),
+                "tests": str(1 + target.findings + target.exempted),
                 "failures": str(target.findings),
                 "errors": str(int(not target.read)),
-                "skipped": "0",
+                "skipped": str(target.exempted),
                 "time": "0",
                 "timestamp": utc_text(report.scan.started_at).removesuffix("Z"),
             }
@@ -1813,23 +2398,29 @@ def write_junit(file: TextIOBase, report: ScanReport) -> None:
                         problem = {"type": target.error_code or "", "message": target.error_message or ""}
                         with _element(xml, "error", problem):
                             pass
-                if group and group[0] == _target_cells(target):
-                    for finding in group[1]:
-                        _write_junit_finding(xml, suite, finding)
-                    group = next(findings, None)
+                if group and group[0] == target.target:
+                    for case in group[1]:
+                        _write_junit_case(xml, suite, case)
+                    group = next(groups, None)
     xml.endDocument()
 
 
-def _write_junit_finding(xml: XMLGenerator, suite: str, finding: Finding) -> None:
-    """Write the failing case of one finding."""
-    with _element(xml, "testcase", {"classname": suite, "name": finding.instance_id, "time": "0"}):
-        messages = [violation.message for violation in finding.violations]
-        kinds = dict.fromkeys(violation.type for violation in finding.violations)
+def _place(case: Finding | ExemptedInstance) -> tuple[str, str, str]:
+    """Return what findings and exempted instances are sorted by."""
+    return case.account_id, case.region, case.instance_id
+
+
+def _write_junit_case(xml: XMLGenerator, suite: str, case: Finding | ExemptedInstance) -> None:
+    """Write the failing case of a finding, or the skipped one of an exempted instance."""
+    with _element(xml, "testcase", {"classname": suite, "name": case.instance_id, "time": "0"}):
+        if isinstance(case, ExemptedInstance):
+            with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
+                return
+        messages = [violation.message for violation in case.violations]
+        kinds = dict.fromkeys(violation.type for violation in case.violations)
         with _element(xml, "failure", {"type": ",".join(kinds), "message": "; ".join(messages)}):
-            history = (
-                f"{finding.status}, seen {counted(finding.times_seen, 'time')} since {finding.first_seen}"
-            )
-            lines = [f"{finding.instance_id} {finding.name} ({finding.state})", history, *messages]
+            history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
+            lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
             xml.characters("\n".join(map(printable, lines)))
 
 
@@ -1837,9 +2428,11 @@ def _write_junit_finding(xml: XMLGenerator, suite: str, finding: Finding) -> Non
 def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Iterator[None]:
     """Write an element round what the body of the `with` writes; XML has no place for most controls."""
     xml.startElement(name, AttributesImpl({key: printable(value) for key, value in attributes.items()}))
-    yield
-    xml.endElement(name)
-    xml.characters("\n")
+    try:
+        yield
+    finally:
+        xml.endElement(name)
+        xml.characters("\n")
 
 
 WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
@@ -1854,6 +2447,7 @@ COLOURS = {
     "REOPENED": "35",
     "REPEAT": "33",
     "RESOLVED": "32",
+    "EXEMPTED": "36",
     "COMPLIANT": "32",
     "VIOLATIONS": "31",
     "INCOMPLETE": "33",
@@ -1869,12 +2463,18 @@ def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: b
         f"Policy {policy.name} ({policy.file}): {read} of {counted(totals['targets'], 'target')} read, "
         f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant"
         + (f", {totals['too_young']:,} too young to judge" if totals["too_young"] else "")
+        + (f", {totals['exempted']:,} exempted" if totals["exempted"] else "")
         + (" — a dry run, nothing is recorded" if report.dry_run else ""),
         f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
         f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
     ]
     lines += _summary_table(report.findings(), totals["findings"], csv_path)
     lines += _summary_resolved(report.resolved(), totals["resolved"])
+    lines += _summary_exempted(report.exempted(), totals["exempted"])
+    if report.dry_run:
+        lines += _summary_preview(preview(report))
+    if report.notices:
+        lines += ["", *report.notices]
     unread = [target for target in report.coverage if not target.read]
     if unread:
         lines += ["", "Not read, so nothing is known of them and their findings stay as they were:"]
@@ -1936,6 +2536,28 @@ def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
         for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
     ]
     return ["", *lines, *([f"… and {number - len(lines):,} more"] if number > len(lines) else [])]
+
+
+def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list[str]:
+    """Return the first instances that are exempted, and why."""
+    if not number:
+        return []
+    lines = [
+        f"EXEMPTED  {case.account_id}  {case.region}  {case.instance_id}  {_cut(case.tags.get('Name', ''), 24) or '-'}  "
+        + "; ".join(dict.fromkeys(map(str, case.exempted)))
+        for case in itertools.islice(exempted, SUMMARY_FINDINGS)
+    ]
+    return ["", *lines, *([f"… and {number - len(lines):,} more"] if number > len(lines) else [])]
+
+
+def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return what a scan with this policy would open and close, tag by tag."""
+    lines = []
+    for key, title in (("new", "would be NEW"), ("policy_changed", "would be RESOLVED as policy_changed")):
+        if changes[key]:
+            lines += ["", f"Findings that {title}, by required tag:"]
+            lines += [f"  {number:>9,}  {tag}" for tag, number in changes[key].items()]
+    return lines
 
 
 def _coloured(line: str) -> str:
@@ -2000,12 +2622,12 @@ def _output_error(output: Output, error: OSError) -> OutputError:
     )
 
 
-def stage_report(staged: Sequence[tuple[Output, Path]], report: ScanReport) -> None:
+def stage_report(staged: Sequence[tuple[Output, Path]], write: Callable[[Output, TextIOBase], None]) -> None:
     """Write each report into its new file, down to the disk; raises OutputError."""
     for output, path in staged:
         try:
             with open(path, "w", encoding="utf-8", newline="") as file:
-                WRITERS[output.format](file, report)
+                write(output, file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -2048,89 +2670,87 @@ if DEFAULT_POLICY.is_relative_to(Path.cwd()):
 Reading = tuple[Target, list[Instance] | TargetError | None]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; its help ends with the table of exit codes."""
-    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
-    parser = argparse.ArgumentParser(
-        prog="tagcheck.py", description="Find the EC2 instances that lack their required tags.", **shape
-    )
-    parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    scan = commands.add_parser(
-        "scan",
-        help="check every instance in scope against the policy; record, report, exit",
-        description="Check every instance in scope against the policy; record, report, exit.",
-        **shape,
-    )
-    scan.set_defaults(run=run_scan)
-    scope = scan.add_argument_group("what is scanned")
-    scope.add_argument(
-        "--policy",
-        metavar="FILE",
-        default=str(DEFAULT_POLICY),
-        help="default: policies/default.yaml beside the script",
-    )
-    scope.add_argument(
-        "--region",
-        metavar="R",
-        action="append",
-        default=[],
-        help="only this region of the policy's (repeatable)",
-    )
-    scope.add_argument(
-        "--account",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="only this account of the policy's (repeatable)",
-    )
-    scope.add_argument("--profile", metavar="NAME", help="the AWS profile whose credentials to use")
-    scope.add_argument(
-        "--instances",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="saved `aws ec2 describe-instances` JSON in place of calling AWS (repeatable, - for stdin)",
-    )
-    scope.add_argument(
-        "--workers", metavar="N", type=_positive, default=16, help="targets read at a time (default: 16)"
-    )
-    results = scan.add_argument_group("what comes of it")
-    results.add_argument(
-        "--state",
-        metavar="FILE",
-        default="instance_state.db",
-        help="what is remembered between scans (default: instance_state.db)",
-    )
-    results.add_argument(
-        "--csv",
-        metavar="FILE",
-        default="violators.csv",
-        help="the findings as CSV, - for stdout (default: violators.csv)",
-    )
-    results.add_argument("--json", metavar="FILE", help="the whole result as JSON, - for stdout")
-    results.add_argument("--junit", metavar="FILE", help="the result as JUnit XML, for Jenkins, - for stdout")
-    results.add_argument(
-        "--fail-on",
-        choices=["any", "new", "never"],
-        default="any",
-        help="which findings make the exit code 3; new: NEW and REOPENED (default: any)",
-    )
-    results.add_argument("--dry-run", action="store_true", help="compare with the state, write nothing to it")
-    talk = scan.add_mutually_exclusive_group()
-    talk.add_argument("-q", "--quiet", action="store_true", help="no summary and no progress, only errors")
-    talk.add_argument("-v", "--verbose", action="store_true", help="say each retry as well")
-    return parser
-
-
 def _positive(text: str) -> int:
     """Return a number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise ValueError
     return number
+
+
+def _one(metavar: str, help_: str, **more: Any) -> dict[str, Any]:
+    """Describe an option that takes one value."""
+    return {"metavar": metavar, "help": help_, **more}
+
+
+def _many(metavar: str, help_: str) -> dict[str, Any]:
+    """Describe an option that can be given several times."""
+    return {"metavar": metavar, "help": f"{help_} (repeatable)", "action": "append", "default": []}
+
+
+def _flag(help_: str) -> dict[str, Any]:
+    """Describe an option without a value."""
+    return {"action": "store_true", "help": help_}
+
+
+_FAIL_ON = "which findings make the exit code 3: any, new (NEW and REOPENED) or never"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--policy": _one("FILE", "default: policies/default.yaml beside the script", default=str(DEFAULT_POLICY)),
+    "--region": _many("R", "only this region of the policy's"),
+    "--account": _many("ID", "only this account of the policy's"),
+    "--profile": _one("NAME", "the AWS profile whose credentials to use"),
+    "--instances": _many(
+        "FILE", "saved `aws ec2 describe-instances` JSON in place of calling AWS, - for stdin"
+    ),
+    "--live": _flag("ask AWS how the instance is now"),
+    "--workers": _one("N", "targets read at a time (default: 16)", type=_positive, default=16),
+    "--state": _one("FILE", "what is remembered (default: instance_state.db)", default="instance_state.db"),
+    "--csv": _one("FILE", "the findings (default: violators.csv), - for stdout", default="violators.csv"),
+    "--json": _one("FILE", "the whole result as JSON, - for stdout"),
+    "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
+    "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
+    "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
+    "--quiet": _flag("no summary and no progress, only errors"),
+    "--verbose": _flag("say each retry as well"),
+}
+_COMMANDS = {
+    "scan": (
+        "check every instance in scope against the policy; record, report, exit",
+        *("--policy", "--region", "--account", "--profile", "--instances", "--workers", "--state", "--csv"),
+        *("--json", "--junit", "--fail-on", "--dry-run", "--quiet", "--verbose"),
+    ),
+    "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
+    "explain": (
+        "print the rules in force in a region; of an instance, why it passes or fails, and its history",
+        *("--policy", "--region", "--account", "--state", "--instances", "--live", "--profile"),
+    ),
+    "schema": ("print the policy's JSON Schema (Draft 7)",),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its help ends with the table of exit codes."""
+    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
+    what = "Find the EC2 instances that lack their required tags."
+    parser = argparse.ArgumentParser(prog="tagcheck.py", description=what, **shape)
+    parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (help_, *options) in _COMMANDS.items():
+        command = commands.add_parser(
+            name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", **shape
+        )
+        command.set_defaults(run=globals()[f"run_{name}"], quiet=False, verbose=False)
+        for option in options:
+            short = [f"-{option[2]}"] if option in ("--quiet", "--verbose") else []
+            command.add_argument(*short, option, **OPTIONS[option])
+        if name == "validate":
+            command.add_argument("policies", metavar="POLICY", nargs="+", help="a policy file, - for stdin")
+        elif name == "explain":
+            command.add_argument(
+                "instance", metavar="INSTANCE", nargs="?", help="an instance id, such as i-0abc…"
+            )
+    return parser
 
 
 def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
@@ -2145,7 +2765,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         readings = read_saved(args, policy) if args.instances else read_live(args, policy)
-        _collect(db, scan, readings, Progress(quiet=args.quiet))
+        used = _collect(db, scan, readings, Progress(quiet=args.quiet))
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         summary = StringIO()
         with record_scan(db, state, scan, finished_at):
@@ -2158,8 +2778,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                 coverage,
                 findings=lambda: fetch_findings(db, scan),
                 resolved=lambda: fetch_findings(db, scan, resolved=True),
+                exempted=lambda: fetch_exempted(db),
+                notices=_notices(args, scan, coverage, used),
             )
-            stage_report(staged, report)
+            stage_report(staged, lambda output, file: WRITERS[output.format](file, report))
             talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
             write_summary(summary, report, args.csv, colour=_has_colour(talk))
             # From here to the last report in its place a second is enough: no signal comes between.
@@ -2318,24 +2940,24 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
         yield target, errors.get(target)
 
 
-def _collect(db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], progress: Progress) -> None:
-    """Evaluate every instance that is read, and keep what was seen."""
+def _collect(
+    db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], progress: Progress
+) -> set[Exemption]:
+    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any."""
     policy = scan.policy
     numbers: dict[Target, int] = {}
+    used: set[Exemption] = set()
     for target, reading in readings:
         if target not in numbers:
             numbers[target] = add_target(db, target)
         if isinstance(reading, list):
-            rules = policy.rules(target.region)
-            seen = [
-                (
-                    instance,
-                    evaluate(instance.tags, rules, policy.placeholder_values),
-                    is_too_young(instance, policy.grace_period, scan.started_at),
-                )
-                for instance in reading
-                if instance.state in policy.states
-            ]
+            with _pattern_guard(target):
+                seen = [
+                    judge(target, instance, policy, scan.started_at)
+                    for instance in reading
+                    if instance.state in policy.states
+                ]
+            used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
             add_sightings(db, numbers[target], seen)
             progress.page(target, len(seen))
         else:
@@ -2343,6 +2965,146 @@ def _collect(db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], pr
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
     progress.close()
+    return used
+
+
+@contextlib.contextmanager
+def _pattern_guard(target: Target) -> Iterator[None]:
+    """End the scan where a pattern that looked harmless meets a tag value on which it takes for ever."""
+    try:
+        with time_limit(PAGE_SECONDS):
+            yield
+    except TimeoutError as error:
+        message = (
+            f"a pattern of the policy takes for ever on a tag value in {target}: list the values instead"
+        )
+        raise UsageError(message) from error
+
+
+def _notices(
+    args: argparse.Namespace, scan: Scan, coverage: Iterable[Coverage], used: Iterable[Exemption]
+) -> list[str]:
+    """Return what is to be said of the exemptions: that one ends, has ended, or covered nothing."""
+    today = scan.started_at.date()
+    notices = list(map(str, check_expiry(scan.policy, today)))
+    if not (args.region or args.account) and all(target.read for target in coverage):
+        for index, exemption in enumerate(scan.policy.exemptions):
+            if exemption.holds(today) and exemption not in used:
+                where = f"exemptions[{index}] ({exemption.reason})"
+                place = (scan.policy.file, exemption.line, exemption.column, where)
+                notices.append(str(Problem(*place, "covered nothing in this scan", "warning")))
+    return notices
+
+
+def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Say what is wrong in each policy file; returns USAGE where one cannot be used."""
+    results: dict[str, Sequence[Problem]] = {}
+    for path in args.policies:
+        try:
+            results[path] = check_expiry(load_policy(path), now.date())
+        except PolicyError as error:
+            results[path] = error.problems
+    lines: list[str] = []
+    for path, problems in results.items():
+        errors = sum(problem.severity == "error" for problem in problems)
+        also = f", {counted(len(problems) - errors, 'warning')}" if errors < len(problems) else ""
+        verdict = f"{path}: {counted(errors, 'error') if errors else 'valid'}{also}"
+        lines += [*map(str, problems), printable(verdict)]
+    if args.json:
+        output = Output("json", args.json)
+        check_output(output)
+        with staged_outputs([output]) as staged:
+            stage_report(staged, lambda _, file: _write_problems(file, results))
+            publish_report(staged, sys.stdout)
+    if args.json != "-":
+        print("\n".join(lines))
+    valid = all(problem.severity == "warning" for problems in results.values() for problem in problems)
+    return ExitCode.COMPLIANT if valid else ExitCode.USAGE
+
+
+def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) -> None:
+    """Write the problems of each file as JSON, for editors."""
+    files = [
+        {
+            "file": path,
+            "valid": all(problem.severity == "warning" for problem in problems),
+            "problems": [
+                {key: getattr(problem, key) for key in ("line", "column", "severity", "where", "message")}
+                for problem in problems
+            ],
+        }
+        for path, problems in results.items()
+    ]
+    file.write(json.dumps({"version": __version__, "files": files}, indent=2) + "\n")
+
+
+def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Print the policy's JSON Schema."""
+    print(json.dumps(POLICY_SCHEMA, indent=2))
+    return ExitCode.COMPLIANT
+
+
+def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Print the rules in force in a region, or why an instance passes or fails."""
+    policy = load_policy(args.policy)
+    _check_scope(args, policy)
+    if args.instance:
+        cases = list(_find_instance(args, policy))
+        lines = [
+            line
+            for target, instance, finding in cases
+            for line in explain(policy, target, instance, finding, now)
+        ]
+    else:
+        lines = [
+            line
+            for region in args.region or sorted(policy.regions)
+            for line in explain_region(policy, region)
+        ]
+    print("\n".join(map(printable, lines)))
+    return ExitCode.COMPLIANT
+
+
+def _find_instance(
+    args: argparse.Namespace, policy: Policy
+) -> Iterator[tuple[Target, Instance, Finding | None]]:
+    """Yield an instance as saved files, AWS or the state have it, with its finding."""
+    state = Path(os.path.realpath(args.state))
+    findings = load_findings(state, policy.name, args.instance) if state.exists() else []
+    known = {Target(finding.account_id, finding.region): finding for finding in findings}
+    if args.instances:
+        for path in args.instances:
+            for target, instances in load_instances(path)[0].items():
+                for instance in instances:
+                    if instance.instance_id == args.instance and policy.covers(target.region):
+                        yield target, instance, known.get(target)
+                        return
+        raise UsageError(
+            f"{args.instance} is not in {', '.join(args.instances)}, or in a region that is not covered"
+        )
+    if args.live:
+        session = make_session(args.profile)
+        regions = args.region or sorted({target.region for target in known})
+        if not regions:
+            raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
+        account_id = describe_caller(session, regions[0])
+        for page in describe_instances(make_client(session, "ec2", regions[0]), args.instance):
+            for instance in page:
+                target = Target(account_id, regions[0])
+                yield target, instance, known.get(target)
+        return
+    for target, finding in known.items():
+        if (args.region and target.region not in args.region) or (
+            args.account and target.account_id not in args.account
+        ):
+            continue
+        launched = datetime.fromisoformat(finding.launch_time)
+        yield target, Instance(finding.instance_id, finding.state, launched, finding.tags), finding
+    if not known:
+        raise UsageError(
+            f"{state} has no finding of {args.instance} under the policy {policy.name}: it complied whenever it was "
+            "looked at, or never was; ask AWS with --live --region R"
+        )
 
 
 class Progress:
@@ -2406,6 +3168,7 @@ def _silence_stdout() -> None:
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -2419,6 +3182,9 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         print(error, file=sys.stderr)
         print(f"{counted(len(error.problems), 'problem')}; nothing was scanned", file=sys.stderr)
         return ExitCode.USAGE
+    except BrokenPipeError:
+        _silence_stdout()
+        return ExitCode.COMPLIANT
     except TagcheckError as error:
         print(f"tagcheck: {printable(str(error))}", file=sys.stderr)
         return error.exit_code

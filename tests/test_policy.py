@@ -70,7 +70,8 @@ def test_scalars_are_the_text_as_it_was_written(written):
     policy = load(
         HEAD + f"regions: {{us-east-1: {{required_tags: [{{key: {written}, values: [{written}]}}]}}}}"
     )
-    assert policy.rules("us-east-1")[0] == tagcheck.RequiredTag(written, (written,))
+    (rule,) = policy.rules("us-east-1")
+    assert (rule.key, rule.values) == (written, (written,))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +185,9 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
             "p.yaml:4:17: required_tags[0]: must be text or a mapping (key: value), not true",
             id="true is no text",
         ),
-        pytest.param(BODY + "a: b: c", "p.yaml:4:5: this is not YAML", id="no YAML"),
-        pytest.param(BODY + "x: *y", "p.yaml:4:4: this is not YAML", id="an alias without an anchor"),
-        pytest.param(BODY + "---\na: 1", "p.yaml:4:1: this is not YAML", id="two documents"),
+        pytest.param(BODY + "a: b: c", "p.yaml:4:5: a text with ': ' in it needs quotes", id="no YAML"),
+        pytest.param(BODY + "x: *y", "p.yaml:4:4: a text that begins with * needs", id="an alias without an anchor"),
+        pytest.param(BODY + "---\na: 1", "p.yaml:4:1: a second document begins here", id="two documents"),
         pytest.param(
             BODY + "x: !!python/name:os.system ''", "p.yaml:4:4: x: tag:yaml.org,2002:python", id="python"
         ),
