@@ -32,6 +32,7 @@ import json
 import logging
 import os
 import queue
+import random
 import re
 import shutil
 import signal
@@ -50,7 +51,7 @@ from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal, NamedTuple, Self
+from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
 from xml.sax.xmlreader import AttributesImpl
@@ -104,6 +105,10 @@ class CredentialsError(TagcheckError):
 
 class StateError(TagcheckError):
     """The state cannot be read or written."""
+
+
+class UploadError(StateError):
+    """The scan is recorded in a copy of the state that could not be put in the state's place."""
 
 
 class OutputError(TagcheckError):
@@ -272,6 +277,9 @@ def printable(text: str) -> str:
     )
 
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -297,6 +305,7 @@ _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
 # EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
 _TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
 _DURATION, _DATE = "^[0-9]{1,6}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+_ROLE_NAME = "^[A-Za-z0-9+=,.@_/-]{1,512}$"
 _ACCOUNT_ID, _INSTANCE_ID = "^[0-9]{12}$", "^i-[0-9a-f]{8,17}$"
 
 
@@ -409,6 +418,33 @@ POLICY_SCHEMA: dict[str, Any] = {
                 },
             ),
         ),
+        "accounts": _key(
+            "The accounts to scan. Left out: the one account of the credentials.",
+            {"organization": True, "role_name": "tagcheck-read"},
+            type="object",
+            required=["role_name"],
+            additionalProperties=False,
+            properties={
+                "organization": _key("true: every active account of the organization.", True, type="boolean"),
+                "ids": _key(
+                    "The ids of the accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
+                ),
+                "role_name": _key(
+                    "The role to assume in each of them but the caller's own.",
+                    "tagcheck-read",
+                    **_TEXT | {"pattern": _ROLE_NAME},
+                ),
+                "external_id": _key("The external id that the role asks for.", "tagcheck", **_TEXT),
+                "exclude": _key(
+                    "Accounts to leave out.", ["210987654321"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
+                ),
+            },
+        ),
+        "expected_account": _key(
+            "The account that the credentials must be of. With any other nothing is read.",
+            "012345678901",
+            **_TEXT | {"pattern": _ACCOUNT_ID},
+        ),
         "exemptions": _key(
             "Instances that need not carry some tags, each with a reason.",
             [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}],
@@ -497,6 +533,21 @@ class Exemption:
                 yield f"it is for {key}={wanted}; here {key} is {'missing' if value is None else repr(value)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Which accounts are scanned, and how they are entered."""
+
+    organization: bool
+    ids: tuple[str, ...]
+    exclude: tuple[str, ...]
+    role_name: str
+    external_id: str | None
+
+    def covers(self, account_id: str) -> bool:
+        """Return whether an account is in the policy's scope."""
+        return account_id not in self.exclude and (self.organization or account_id in self.ids)
+
+
 @functools.cache
 def _glob(text: str) -> re.Pattern[str]:
     """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
@@ -514,7 +565,9 @@ class Policy:
     placeholder_values: frozenset[str]
     states: frozenset[str]
     grace_period: timedelta
-    exemptions: tuple[Exemption, ...] = ()
+    exemptions: tuple[Exemption, ...]
+    accounts: Accounts | None
+    expected_account: str | None
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -764,6 +817,7 @@ _PATTERN_MESSAGES = {
     _DURATION: "no time: write a number and s, m, h or d, such as 2h",
     _DATE: "no date: write year-month-day, such as 2027-01-31",
     _ACCOUNT_ID: "no account id: it has 12 digits",
+    _ROLE_NAME: "no role name: give the name alone, not the ARN",
     _INSTANCE_ID: "no instance id: it looks like i-0123456789abcdef0",
 }
 _SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
@@ -829,6 +883,9 @@ def _rule_mistakes(value: Any) -> Iterator[Mistake]:
         asked |= _tag_keys(own)
         if not own and not (shared and _as(dict, entry).get("inherit", True)):
             yield Mistake(path, f"{region} asks for no tag: name one, or take the region out", at_key=True)
+    accounts = _as(dict, value.get("accounts"))
+    if accounts and (accounts.get("organization") is True) == ("ids" in accounts):
+        yield Mistake(("accounts",), "says not which accounts: give it organization: true, or ids, not both")
     for index, entry in enumerate(_as(list, value.get("exemptions"))):
         yield from _exemption_mistakes(("exemptions", index), _as(dict, entry), asked)
 
@@ -918,6 +975,7 @@ def pattern_complaint(pattern: str) -> str | None:
 
 
 PATTERN_SECONDS = 0.5
+MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 PAGE_SECONDS = 20  # a thousand instances take 10 milliseconds
 
 
@@ -1014,6 +1072,16 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
             _exemption(entry, *document.place(("exemptions", index)))
             for index, entry in enumerate(value.get("exemptions", ()))
         ),
+        accounts=_accounts(value["accounts"]) if "accounts" in value else None,
+        expected_account=value.get("expected_account"),
+    )
+
+
+def _accounts(entry: Mapping[str, Any]) -> Accounts:
+    """Build the scope of accounts."""
+    ids, exclude = tuple(entry.get("ids", ())), tuple(entry.get("exclude", ()))
+    return Accounts(
+        entry.get("organization", False), ids, exclude, entry["role_name"], entry.get("external_id")
     )
 
 
@@ -1315,7 +1383,7 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 ########################################################################################################
-# 5 AWS: make_session, describe_caller, describe_regions, describe_instances, load_instances
+# 5 AWS: Aws, describe_caller, describe_accounts, describe_regions, describe_instances, load_instances
 ########################################################################################################
 
 PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
@@ -1326,7 +1394,9 @@ CONNECT_TIMEOUT = 5
 READ_TIMEOUT = 60  # EC2 itself takes up to 3 seconds for a page of 1,000
 SDK_ATTEMPTS = 5
 # botocore 1.44 rides out a broken network for a few seconds only, and never repeats a cut answer.
-NETWORK_PAUSES = (1.0, 4.0)
+NETWORK_PAUSES = (3.0,)
+# What a role is assumed for, as its session policy and as `iam-policy` prints it.
+READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 
 ADVICE = {
     "AuthFailure": "the region is not enabled in this account, or the credentials are not for it: enable the "
@@ -1365,32 +1435,95 @@ SAME_ADVICE = {
 }
 
 
-def make_session(profile: str | None) -> Any:
-    """Return a boto3 session; raises CredentialsError where the profile is not there or not whole."""
-    import boto3
-    import botocore.exceptions
+class Aws:
+    """AWS as one scan calls it: one client a service and region, shared by all accounts and threads.
 
-    try:
-        return boto3.Session(profile_name=profile)
-    except botocore.exceptions.BotoCoreError as error:
-        raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
+    A client costs 10 ms, a session 20 MB: 500 accounts with their own would be minutes and gigabytes. So the
+    clients are the caller's, and a request is signed for the account that its thread has entered.
+    """
 
+    def __init__(self, profile: str | None, workers: int) -> None:
+        import boto3
+        import botocore.config
+        import botocore.exceptions
 
-def make_client(session: Any, service: str, region: str) -> Any:
-    """Return a client whose retries and time-outs are set: botocore's own defaults differ by version."""
-    import botocore.config
-    import botocore.exceptions
+        try:
+            self.session = boto3.Session(profile_name=profile)
+        except botocore.exceptions.BotoCoreError as error:
+            raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
+        # All said outright: botocore's own defaults differ by version.
+        self._config = botocore.config.Config(
+            retries={"mode": "standard", "total_max_attempts": SDK_ATTEMPTS},
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
+            max_pool_connections=workers,
+            user_agent_extra=f"tagcheck/{__version__}",
+        )
+        self._clients: dict[tuple[str, str], Any] = {}
+        self._making = threading.Lock()  # clients may be shared by threads, sessions may not
+        self._entered = threading.local()
+        self._credentials: dict[str, Any] = {}
 
-    config = botocore.config.Config(
-        retries={"mode": "standard", "total_max_attempts": SDK_ATTEMPTS},
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        user_agent_extra=f"tagcheck/{__version__}",
-    )
-    try:
-        return session.client(service, region_name=region, config=config)
-    except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise CredentialsError(f"cannot call AWS: {error}; check the AWS configuration") from error
+    def client(self, service: str, region: str) -> Any:
+        """Return the client of a service in a region; raises CredentialsError where none can be made."""
+        import botocore.exceptions
+
+        with self._making:
+            if (service, region) not in self._clients:
+                try:
+                    client = self.session.client(service, region_name=region, config=self._config)
+                except (botocore.exceptions.BotoCoreError, ValueError) as error:
+                    raise CredentialsError(
+                        f"cannot call AWS: {error}; check the AWS configuration"
+                    ) from error
+                if service == "ec2":
+                    client.meta.events.register("before-sign.ec2", self._sign)
+                    _read_instances_of(client)
+                self._clients[service, region] = client
+            return self._clients[service, region]
+
+    def _sign(self, request: Any, **_: object) -> None:
+        """Have botocore sign a request of EC2 for the account that this thread has entered."""
+        credentials = getattr(self._entered, "credentials", None)
+        if credentials:
+            request.context.setdefault("signing", {})["request_credentials"] = credentials
+
+    @contextlib.contextmanager
+    def account(self, account_id: str) -> Iterator[None]:
+        """Sign this thread's requests to EC2 for an account: with its role where one was assumed."""
+        self._entered.credentials = self._credentials.get(account_id)
+        try:
+            yield
+        finally:
+            self._entered.credentials = None
+
+    def assume_role(self, account_id: str, accounts: Accounts, home: str, partition: str) -> None:
+        """Get credentials of an account, which renew themselves in time; raises TargetError."""
+        import botocore.credentials
+
+        sts = self.client("sts", home)
+        # An hour: shorter ones are within botocore's window for renewal from the beginning, and are renewed with
+        # each call; longer ones are refused where the caller has a role itself.
+        arguments = {
+            "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
+            "RoleSessionName": "tagcheck",
+            "DurationSeconds": 3600,
+            "Policy": _to_json(_document([_allow(READ_ACTIONS, "*")])),
+        }
+        if accounts.external_id:
+            arguments["ExternalId"] = accounts.external_id
+
+        def renew() -> dict[str, str]:
+            credentials = call_aws(sts, "AssumeRole", **arguments)["Credentials"]
+            return {
+                "access_key": credentials["AccessKeyId"],
+                "secret_key": credentials["SecretAccessKey"],
+                "token": credentials["SessionToken"],
+                "expiry_time": credentials["Expiration"].isoformat(),
+            }
+
+        refreshable = botocore.credentials.RefreshableCredentials
+        self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
 def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
@@ -1432,6 +1565,8 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
 def target_error(code: str, aws_message: str, operation: str) -> TargetError:
     """Return a TargetError with AWS's code, a sentence that helps, and what AWS itself said."""
     advice = ADVICE.get(SAME_ADVICE.get(code, code), "")
+    if operation == "sts:AssumeRole" and code == "AccessDenied":
+        advice = "the role is not there, or does not trust these credentials (tagcheck.py iam-policy)"
     if "service control policy" in aws_message:
         advice = "a service control policy of the organization denies {operation} here"
     # EC2 adds kilobytes of an encoded message, which only an administrator can decode.
@@ -1440,14 +1575,43 @@ def target_error(code: str, aws_message: str, operation: str) -> TargetError:
     return TargetError(code, " — ".join(filter(None, sentences)) or f"{operation} failed")
 
 
-def describe_caller(session: Any, region: str) -> str:
-    """Return the account of the credentials; raises CredentialsError where AWS knows no caller."""
+def describe_caller(sts: Any) -> tuple[str, str]:
+    """Return account and partition of the credentials; raises CredentialsError where AWS knows no caller."""
     try:
-        return str(call_aws(make_client(session, "sts", region), "GetCallerIdentity")["Account"])
+        answer = call_aws(sts, "GetCallerIdentity")
+        return str(answer["Account"]), str(answer["Arn"]).split(":")[1]
     except TargetError as error:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise CredentialsError("the answer is not AWS's: check the network and the proxy") from error
+
+
+def describe_accounts(organizations: Any) -> dict[str, str]:
+    """Return the state of each account of the organization (`ACTIVE`, `SUSPENDED`); raises CredentialsError.
+
+    A page may be empty and yet not the last (Organizations API reference, ListAccounts). `Status` was
+    retired for `State` in September 2026.
+    """
+    states: dict[str, str] = {}
+    token = ""
+    try:
+        for _ in range(MAX_PAGES):
+            page = call_aws(organizations, "ListAccounts", **({"NextToken": token} if token else {}))
+            for account in page["Accounts"]:
+                states[account["Id"]] = account.get("State") or account["Status"]
+            token = page.get("NextToken", "")
+            if not token:
+                return states
+    except TargetError as error:
+        raise CredentialsError(
+            f"the accounts of the organization cannot be listed: {error} (it takes the management account, or one "
+            "that it delegates to)"
+        ) from error
+    except KeyError as error:
+        raise CredentialsError(
+            f"the list of accounts has no {error}: the answer is not that of Organizations, or its format has changed"
+        ) from error
+    raise CredentialsError("the list of accounts does not end: run again, and tell AWS")
 
 
 def describe_regions(client: Any) -> list[str]:
@@ -1464,9 +1628,6 @@ def describe_regions(client: Any) -> list[str]:
 
 def describe_instances(client: Any, instance_id: str | None = None) -> Iterator[list[Instance]]:
     """Yield every instance of the client's account and region, or one of them, by pages; raises TargetError."""
-    # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
-    client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
     scope = {"InstanceIds": [instance_id]} if instance_id else {"MaxResults": PAGE_SIZE}
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
@@ -1483,6 +1644,13 @@ def describe_instances(client: Any, instance_id: str | None = None) -> Iterator[
             break
         tokens.add(token)
     raise TargetError("EndlessPages", "EC2 went on announcing a next page: run again, and tell AWS")
+
+
+def _read_instances_of(client: Any) -> None:
+    """Have a client of EC2 read its instances by parse_instances."""
+    # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
+    client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
+    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
 
 
 PARSED = "tagcheck.instances"
@@ -1580,6 +1748,63 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     return Instance(instance_id, state, launched if launched.tzinfo else launched.replace(tzinfo=UTC), tags)
 
 
+def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return an IAM policy document."""
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def _allow(actions: Sequence[str], resource: str | list[str], **more: Any) -> dict[str, Any]:
+    """Return a statement that allows actions."""
+    return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **more}
+
+
+def iam_documents(policy: Policy, state: str) -> dict[str, dict[str, Any]]:
+    """Return the least IAM policies for what a policy uses, by who needs them.
+
+    `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
+    policy's; `remediate` is for whoever writes tags, and should be another role.
+    """
+    describing = _allow(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
+    scan, documents = [describing], {}
+    accounts = policy.accounts
+    if accounts:
+        members = ["*"] if accounts.organization else accounts.ids
+        roles = [f"arn:*:iam::{account_id}:role/{accounts.role_name}" for account_id in members]
+        scan.append(_allow(["sts:AssumeRole"], roles))
+        if accounts.organization:
+            scan.append(_allow(["organizations:ListAccounts"], "*"))
+        trust = {
+            "Effect": "Allow",
+            "Principal": {"AWS": f"arn:aws:iam::{policy.expected_account or 'CALLER-ACCOUNT-ID'}:root"},
+            "Action": "sts:AssumeRole",
+        }
+        if accounts.external_id:
+            trust["Condition"] = {"StringEquals": {"sts:ExternalId": accounts.external_id}}
+        documents = {"member": _document([describing]), "member_trust": _document([trust])}
+    if state.startswith("s3://"):
+        bucket, key = split_s3(state)
+        scan.append(_allow(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
+        # Without it S3 answers 403 for a state that is not there yet, as for one that may not be read.
+        scan.append(
+            _allow(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}})
+        )
+    keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
+    writing = _allow(
+        ["ec2:CreateTags"],
+        "arn:*:ec2:*:*:instance/*",
+        Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
+    )
+    return {"scan": _document(scan), **documents, "remediate": _document([describing, writing])}
+
+
+def split_s3(location: str) -> tuple[str, str]:
+    """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
+    bucket, _, key = location.removeprefix("s3://").partition("/")
+    if not bucket or not key or key.endswith("/"):
+        raise UsageError(f"{printable(location)}: name the state as s3://BUCKET/KEY")
+    return bucket, key
+
+
 def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     """Read what `aws ec2 describe-instances` printed (`-`: standard input), and whether it is all of it.
 
@@ -1629,7 +1854,7 @@ def zone_region(zone: str) -> str:
 
 
 ########################################################################################################
-# 6 State: check_state, Sightings, record_scan, fetch_coverage, fetch_findings
+# 6 State: LocalState, S3State, the sightings, record_scan, fetch_coverage, fetch_findings
 ########################################################################################################
 
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
@@ -1686,8 +1911,6 @@ SIGHTINGS_SCHEMA = (
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
 )
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
-
 
 @dataclass(frozen=True, slots=True)
 class Scan:
@@ -1739,6 +1962,12 @@ def check_state(path: Path) -> None:
         if damage != "ok":
             raise sqlite3.DatabaseError(damage)
         _migrate(db, path)
+
+
+def has_scan(path: Path, scan_id: str) -> bool:
+    """Return whether a scan is in a state already; raises StateError."""
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        return db.execute("SELECT 1 FROM scans WHERE scan_id = ?", (scan_id,)).fetchone() is not None
 
 
 def copy_state(path: Path, copy: Path) -> None:
@@ -1823,6 +2052,135 @@ def _state_version(db: sqlite3.Connection, path: Path) -> int:
             f"the state {path} was written by a newer tagcheck (version {version}): use that one"
         )
     return int(version)
+
+
+class LocalState:
+    """A state in a file of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self) -> None:
+        """Find out before the scan whether it can be used; raises StateError."""
+        check_state(self.path)
+
+    def attempts(self, scan_id: str) -> Iterator[Path]:
+        """Yield the file to record into, once: a transaction that ends stands."""
+        yield self.path
+
+    def copy(self, copy: Path) -> None:
+        """Copy it, where there is one; raises StateError."""
+        copy_state(self.path, copy)
+
+
+S3_TRIES = 40
+S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
+
+
+class _PassingError(Exception):
+    """S3 refused or failed in a way that may pass."""
+
+
+class S3State:
+    """A state in S3, recorded into a copy that takes its place only if nobody else was faster."""
+
+    def __init__(self, s3: Any, bucket: str, key: str, path: Path) -> None:
+        self._s3, self._object, self._path = s3, {"Bucket": bucket, "Key": key}, path
+        self._name = f"s3://{bucket}/{key}"
+
+    def check(self) -> None:
+        """Find out before the scan whether it can be read; raises StateError."""
+        next(self.attempts(""))
+
+    def copy(self, copy: Path) -> None:
+        """Copy it, where there is one; raises StateError."""
+        self.check()
+        copy_state(self._path, copy)
+
+    def attempts(self, scan_id: str) -> Iterator[Path]:
+        """Yield a fresh copy to record into, as often as it takes until one stands; raises StateError.
+
+        A put whose answer was lost is repeated by the SDK, and then refused because of itself: only the scan's
+        id in the state tells that it was not another's.
+        """
+        failure = ""
+        for number in range(S3_TRIES):
+            if number:
+                LOG.debug("%s: %s; trying again", self._name, failure)
+                time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
+            try:
+                etag = self._download()
+            except _PassingError as error:
+                failure = str(error)
+                continue
+            if etag and has_scan(self._path, scan_id):
+                return
+            yield self._path
+            try:
+                self._upload(etag)
+            except _PassingError as error:
+                failure = str(error)
+            else:
+                return
+        raise UploadError(
+            f"the state {self._name}: given up after {S3_TRIES} tries, the last of which ended in {failure}; the "
+            "scan is not recorded, run again"
+        )
+
+    def _download(self) -> str | None:
+        """Fetch the state and check it; returns its ETag, or None where there is none and a new one begins."""
+        self._path.unlink(missing_ok=True)
+        answer = self._call("get_object")
+        if answer:
+            with self._path.open("wb") as file:
+                self._call(lambda: shutil.copyfileobj(answer["Body"], file))
+        check_state(self._path)
+        return str(answer["ETag"]) if answer else None
+
+    def _upload(self, etag: str | None) -> None:
+        """Put the copy in the place of what it was made from, or of nothing."""
+        check_state(self._path)
+        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+        with self._path.open("rb") as body:
+            if self._call("put_object", Body=body, **condition) is None:
+                raise _PassingError("the state was deleted meanwhile")
+
+    def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
+        """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.
+
+        409 ConditionalRequestConflict is for the caller to try again (S3 user guide, conditional writes), and
+        botocore never does.
+        """
+        import botocore.exceptions as exceptions
+
+        try:
+            if callable(operation):
+                return operation()
+            return getattr(self._s3, operation)(**self._object, **arguments)
+        except exceptions.ClientError as error:
+            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+            if code == "NoSuchKey":
+                return None
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status in (409, 412, 429) or status >= 500 or code in ("SlowDown", "RequestTimeout"):
+                raise _PassingError(f"{code}: {message}") from error
+            advice = {
+                "AccessDenied": "allow s3:GetObject, s3:PutObject and s3:ListBucket (tagcheck.py iam-policy)",
+                "NoSuchBucket": "create the bucket, or correct its name",
+                "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
+            }.get(code, "check --state")
+            raise StateError(f"the state {self._name}: {code}: {printable(message)}; {advice}") from error
+        except (
+            exceptions.ConnectionError,
+            exceptions.HTTPClientError,
+            exceptions.IncompleteReadError,
+        ) as error:
+            raise _PassingError(f"{type(error).__name__}: {error}") from error
+        except exceptions.BotoCoreError as error:
+            raise StateError(f"the state {self._name}: {error}") from error
+
+
+State = LocalState | S3State
 
 
 def open_sightings() -> sqlite3.Connection:
@@ -2136,11 +2494,11 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
     return map(_load_finding, rows)
 
 
-def load_findings(path: Path, policy_name: str, instance_id: str) -> list[Finding]:
+def load_findings(state: State, policy_name: str, instance_id: str) -> list[Finding]:
     """Return what the state knows of an instance, in whatever account and region; raises StateError."""
-    _refuse_unlike_state(path)
+    state.check()
+    path = next(state.attempts(""))
     with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        _migrate(db, path)
         query = f"SELECT {_FINDING} FROM findings AS finding WHERE policy = ? AND instance_id = ?"
         return [_load_finding(row) for row in db.execute(query, (policy_name, instance_id))]
 
@@ -2634,6 +2992,11 @@ def stage_report(staged: Sequence[tuple[Output, Path]], write: Callable[[Output,
             raise _output_error(output, error) from error
 
 
+def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
+    """Return what writes a report in the format of an output."""
+    return lambda output, file: WRITERS[output.format](file, report)
+
+
 def publish_report(staged: Sequence[tuple[Output, Path]], stdout: IO[str]) -> None:
     """Move each new file to its goal, or copy it to the standard output, pipe or device that is its goal."""
     for output, path in staged:
@@ -2678,6 +3041,17 @@ def _positive(text: str) -> int:
     return number
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """Return the share that 3/8 stands for."""
+    part, _, parts = text.partition("/")
+    share = int(part), int(parts)
+    if not 1 <= share[0] <= share[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no share: write the first of eight as 1/8, the last as 8/8"
+        )
+    return share
+
+
 def _one(metavar: str, help_: str, **more: Any) -> dict[str, Any]:
     """Describe an option that takes one value."""
     return {"metavar": metavar, "help": help_, **more}
@@ -2698,13 +3072,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--policy": _one("FILE", "default: policies/default.yaml beside the script", default=str(DEFAULT_POLICY)),
     "--region": _many("R", "only this region of the policy's"),
     "--account": _many("ID", "only this account of the policy's"),
+    "--shard": _one("I/N", "only the I-th of N shares of the accounts", type=_shard, default=(1, 1)),
     "--profile": _one("NAME", "the AWS profile whose credentials to use"),
     "--instances": _many(
         "FILE", "saved `aws ec2 describe-instances` JSON in place of calling AWS, - for stdin"
     ),
     "--live": _flag("ask AWS how the instance is now"),
     "--workers": _one("N", "targets read at a time (default: 16)", type=_positive, default=16),
-    "--state": _one("FILE", "what is remembered (default: instance_state.db)", default="instance_state.db"),
+    "--state": _one(
+        "FILE",
+        "what is remembered, or s3://BUCKET/KEY (default: instance_state.db)",
+        default="instance_state.db",
+    ),
     "--csv": _one("FILE", "the findings (default: violators.csv), - for stdout", default="violators.csv"),
     "--json": _one("FILE", "the whole result as JSON, - for stdout"),
     "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
@@ -2716,8 +3095,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _COMMANDS = {
     "scan": (
         "check every instance in scope against the policy; record, report, exit",
-        *("--policy", "--region", "--account", "--profile", "--instances", "--workers", "--state", "--csv"),
-        *("--json", "--junit", "--fail-on", "--dry-run", "--quiet", "--verbose"),
+        *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
+        *("--csv", "--json", "--junit", "--fail-on", "--dry-run", "--quiet", "--verbose"),
     ),
     "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
     "explain": (
@@ -2725,6 +3104,7 @@ _COMMANDS = {
         *("--policy", "--region", "--account", "--state", "--instances", "--live", "--profile"),
     ),
     "schema": ("print the policy's JSON Schema (Draft 7)",),
+    "iam-policy": ("print the least IAM policy that this policy file's features need", "--policy", "--state"),
 }
 
 
@@ -2740,7 +3120,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", **shape
         )
-        command.set_defaults(run=globals()[f"run_{name}"], quiet=False, verbose=False)
+        command.set_defaults(run=globals()[f"run_{name.replace('-', '_')}"], quiet=False, verbose=False)
         for option in options:
             short = [f"-{option[2]}"] if option in ("--quiet", "--verbose") else []
             command.add_argument(*short, option, **OPTIONS[option])
@@ -2761,31 +3141,29 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     outputs = _outputs(args)
     scan = Scan(str(uuid.uuid4()), policy, now)
     with contextlib.ExitStack() as stack:
-        state = _open_for(args, stack)
+        state = open_state(args, stack)
+        state.check()
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
-        readings = read_saved(args, policy) if args.instances else read_live(args, policy)
+        notices: list[str] = []
+        readings = read_saved(args, policy) if args.instances else read_live(args, policy, notices)
         used = _collect(db, scan, readings, Progress(quiet=args.quiet))
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
-        summary = StringIO()
-        with record_scan(db, state, scan, finished_at):
-            coverage = fetch_coverage(db, scan)
-            report = ScanReport(
-                scan,
-                finished_at,
-                args.dry_run,
-                decide_exit_code(coverage, args.fail_on),
-                coverage,
-                findings=lambda: fetch_findings(db, scan),
-                resolved=lambda: fetch_findings(db, scan, resolved=True),
-                exempted=lambda: fetch_exempted(db),
-                notices=_notices(args, scan, coverage, used),
-            )
-            stage_report(staged, lambda output, file: WRITERS[output.format](file, report))
-            talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-            write_summary(summary, report, args.csv, colour=_has_colour(talk))
-            # From here to the last report in its place a second is enough: no signal comes between.
-            stack.enter_context(_signals_held())
+        talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+        try:
+            for path in state.attempts(scan.scan_id):
+                with record_scan(db, path, scan, finished_at):
+                    report = _report(
+                        args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
+                    )
+                    stage_report(staged, report_writer(report))
+                    summary = StringIO()
+                    write_summary(summary, report, args.csv, colour=_has_colour(talk))
+                    # From here to the last report in its place no signal comes between.
+                    stack.enter_context(_signals_held())
+        except UploadError:
+            publish_report([(output, new) for output, new in staged if output.format == "csv"], sys.stdout)
+            raise
         try:
             publish_report(staged, sys.stdout)
             if not args.quiet:
@@ -2794,6 +3172,28 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         except BrokenPipeError:
             _silence_stdout()
         return report.exit_code
+
+
+def _report(
+    args: argparse.Namespace,
+    db: sqlite3.Connection,
+    scan: Scan,
+    finished_at: datetime,
+    notices: Sequence[str],
+) -> ScanReport:
+    """Return what the reports print of the scan that is being recorded."""
+    coverage = fetch_coverage(db, scan)
+    return ScanReport(
+        scan,
+        finished_at,
+        args.dry_run,
+        decide_exit_code(coverage, args.fail_on),
+        coverage,
+        findings=lambda: fetch_findings(db, scan),
+        resolved=lambda: fetch_findings(db, scan, resolved=True),
+        exempted=lambda: fetch_exempted(db),
+        notices=notices,
+    )
 
 
 def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
@@ -2813,7 +3213,7 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
     outputs = [Output(name, getattr(args, name)) for name in WRITERS if getattr(args, name)]
     goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
-    if len(set(goals)) < len(goals) or os.path.realpath(args.state) in goals:
+    if len({*goals, os.path.realpath(args.state)}) <= len(goals):
         raise UsageError(
             "two outputs have the same goal: give each of --state, --csv, --json, --junit its own"
         )
@@ -2822,81 +3222,148 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     return outputs
 
 
-def _open_for(args: argparse.Namespace, stack: contextlib.ExitStack) -> Path:
-    """Return the path of a state that can be used: the one that was named, or a copy of it for a dry run."""
-    state = Path(os.path.realpath(args.state))
+def open_state(args: argparse.Namespace, stack: contextlib.ExitStack) -> State:
+    """Return the state that was named, or a copy of it for a dry run; raises UsageError, StateError."""
+    state: State = LocalState(Path(os.path.realpath(args.state)))
+    if args.state.startswith("s3://"):
+        bucket, key = split_s3(args.state)
+        aws = Aws(args.profile, workers=1)
+        s3 = aws.client("s3", aws.session.region_name or "us-east-1")
+        state = S3State(s3, bucket, key, _temporary(stack) / "state.db")
     if args.dry_run:
-        copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-"))) / "state.db"
-        copy_state(state, copy)
-        state = copy
-    check_state(state)
+        copy = LocalState(_temporary(stack) / "state.db")
+        state.copy(copy.path)
+        return copy
     return state
 
 
-def read_live(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
-    """Yield what AWS answers for every target in scope, many targets at a time."""
-    session = make_session(args.profile)
+def _temporary(stack: contextlib.ExitStack) -> Path:
+    """Return a directory that goes away at the end of the command."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-")))
+
+
+def read_live(args: argparse.Namespace, policy: Policy, notices: list[str]) -> Iterator[Reading]:
+    """Yield what AWS answers for every target in scope, many targets at a time.
+
+    First each account is entered, then its regions are read; consecutive targets are of different accounts, so
+    that a slow one does not keep all workers.
+    """
+    aws = Aws(args.profile, args.workers)
     named = sorted(args.region or policy.regions.keys() - {"*"})
-    home = next(iter(named), session.region_name or "us-east-1")
-    account_id = describe_caller(session, home)
-    for wanted in args.account:
-        if wanted != account_id:
-            raise UsageError(f"--account {wanted}: these are the credentials of account {account_id}")
-    regions = set(named)
-    if "*" in policy.regions and not args.region:
-        try:
-            regions |= set(describe_regions(make_client(session, "ec2", home)))
-        except TargetError as error:
-            yield Target(account_id, "*"), error
-    making = threading.Lock()  # boto3 clients may be shared by threads, sessions may not
+    home = next(iter(named), aws.session.region_name or "us-east-1")
+    caller, partition = describe_caller(aws.client("sts", home))
+    if policy.expected_account not in (None, caller):
+        raise CredentialsError(
+            f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
+        )
+    accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
+
+    def enter(account_id: str) -> Iterator[list[str]]:
+        if policy.accounts and account_id != caller:
+            aws.assume_role(account_id, policy.accounts, home, partition)
+        yield named
+        if "*" in policy.regions and not args.region:
+            with aws.account(account_id):
+                yield sorted(set(describe_regions(aws.client("ec2", home))) - set(named))
+
+    targets: list[Target] = []
+    for account_id, regions in read_in_parallel(accounts, enter, args.workers):
+        if isinstance(regions, list):
+            targets += [Target(account_id, region) for region in regions]
+        elif regions:
+            yield Target(account_id, "*"), regions
+    silent: Counter[str] = Counter()
 
     def describe(target: Target) -> Iterator[list[Instance]]:
-        with making:
-            client = make_client(session, "ec2", target.region)
-        return describe_instances(client)
+        if silent[target.region] >= MAX_SILENT:
+            raise TargetError("EndpointConnectionError", f"not tried: {target.region} does not answer at all")
+        try:
+            with aws.account(target.account_id):
+                yield from describe_instances(aws.client("ec2", target.region))
+            silent[target.region] = 0
+        except TargetError as error:
+            silent[target.region] += SAME_ADVICE.get(error.code, error.code) == "EndpointConnectionError"
+            raise
 
-    yield from read_in_parallel(
-        [Target(account_id, region) for region in sorted(regions)], describe, args.workers
-    )
+    targets.sort(key=lambda target: (target.region, target.account_id))
+    yield from read_in_parallel(targets, describe, args.workers)
+
+
+def _accounts_in_scope(
+    args: argparse.Namespace, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
+) -> list[str]:
+    """Return the accounts to scan; adds a notice for each that is not active. Raises UsageError."""
+    if policy.accounts is None:
+        found = {caller: "ACTIVE"}
+    elif policy.accounts.organization:
+        found = describe_accounts(aws.client("organizations", home))
+    else:
+        found = dict.fromkeys(policy.accounts.ids, "ACTIVE")
+    in_scope = {
+        id_: state for id_, state in found.items() if policy.accounts is None or policy.accounts.covers(id_)
+    }
+    for account_id in args.account:
+        if account_id not in in_scope:
+            raise UsageError(
+                f"--account {account_id}: not in the policy's scope (the credentials are of {caller})"
+            )
+    chosen = {id_: state for id_, state in in_scope.items() if _is_chosen(args, id_)}
+    notices += [
+        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state != "ACTIVE"
+    ]
+    return sorted(id_ for id_, state in chosen.items() if state == "ACTIVE")
+
+
+def _is_chosen(args: argparse.Namespace, account_id: str) -> bool:
+    """Return whether --account and --shard let an account be scanned."""
+    part, parts = args.shard
+    # Not hash(), which Python salts anew in each process.
+    share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
+    return (not args.account or account_id in args.account) and share == part - 1
+
+
+Job = TypeVar("Job")
+Page = TypeVar("Page")
 
 
 def read_in_parallel(
-    targets: Sequence[Target], describe: Callable[[Target], Iterator[list[Instance]]], workers: int
-) -> Iterator[Reading]:
-    """Yield the readings of many targets as they come, from threads that wait for the network.
+    jobs: Sequence[Job], read: Callable[[Job], Iterator[list[Page]]], workers: int
+) -> Iterator[tuple[Job, list[Page] | TargetError | None]]:
+    """Yield the pages of many jobs as they come, from threads that wait for the network.
 
-    The queue is short, so that slow recording holds back reading. The threads are daemons: one that waits
-    for an answer must not keep an interrupted run alive.
+    A job ends with None, or with the TargetError that ended it. The queue is short, so that slow recording
+    holds back reading. The threads are daemons: one that waits for an answer must not keep an interrupted run
+    alive.
     """
-    waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
-    readings: queue.Queue[tuple[Target, list[Instance] | TargetError | Exception | None]] = queue.Queue(4)
-    for target in targets:
-        waiting.put(target)
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    readings: queue.Queue[tuple[Job, list[Page] | Exception | None]] = queue.Queue(4)
+    for job in jobs:
+        waiting.put(job)
 
     def work() -> None:
         while True:
             try:
-                target = waiting.get_nowait()
+                job = waiting.get_nowait()
             except queue.Empty:
                 return
             try:
-                for page in describe(target):
-                    readings.put((target, page))
-                readings.put((target, None))
+                for page in read(job):
+                    readings.put((job, page))
+                readings.put((job, None))
             except CredentialsError as error:
-                readings.put((target, TargetError("Credentials", str(error))))
+                readings.put((job, TargetError("Credentials", str(error))))
             except Exception as error:  # a bug goes to the main thread, which would wait for ever
-                readings.put((target, error))
+                readings.put((job, error))
 
-    for _ in range(min(workers, len(targets))):
+    for _ in range(min(workers, len(jobs))):
         threading.Thread(target=work, daemon=True).start()
     ended = 0
-    while ended < len(targets):
-        target, reading = readings.get()
+    while ended < len(jobs):
+        job, reading = readings.get()
         if isinstance(reading, Exception) and not isinstance(reading, TargetError):
             raise reading
         ended += not isinstance(reading, list)
-        yield target, reading
+        yield job, reading
 
 
 def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
@@ -2914,7 +3381,10 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
             if not complete:
                 message = f"{path} has a NextToken, so more pages follow: save it without --max-items or --no-paginate"
                 errors[target] = TargetError("Truncated", message)
-    accounts = set(args.account) or {target.account_id for target in instances}
+    covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
+    accounts = {
+        a for a in {*args.account, *(t.account_id for t in instances)} if covered(a) and _is_chosen(args, a)
+    }
     named = set(args.region) or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in accounts for region in named}
     if not args.region:
@@ -2981,19 +3451,17 @@ def _pattern_guard(target: Target) -> Iterator[None]:
         raise UsageError(message) from error
 
 
-def _notices(
-    args: argparse.Namespace, scan: Scan, coverage: Iterable[Coverage], used: Iterable[Exemption]
-) -> list[str]:
-    """Return what is to be said of the exemptions: that one ends, has ended, or covered nothing."""
+def _exemption_notices(args: argparse.Namespace, scan: Scan, used: Iterable[Exemption]) -> Iterator[str]:
+    """Yield what is to be said of the exemptions: that one ends, has ended, or covered nothing."""
     today = scan.started_at.date()
-    notices = list(map(str, check_expiry(scan.policy, today)))
-    if not (args.region or args.account) and all(target.read for target in coverage):
-        for index, exemption in enumerate(scan.policy.exemptions):
-            if exemption.holds(today) and exemption not in used:
-                where = f"exemptions[{index}] ({exemption.reason})"
-                place = (scan.policy.file, exemption.line, exemption.column, where)
-                notices.append(str(Problem(*place, "covered nothing in this scan", "warning")))
-    return notices
+    yield from map(str, check_expiry(scan.policy, today))
+    if args.region or args.account or args.shard != (1, 1):
+        return
+    for index, exemption in enumerate(scan.policy.exemptions):
+        if exemption.holds(today) and exemption not in used:
+            where = f"exemptions[{index}] ({exemption.reason})"
+            place = (scan.policy.file, exemption.line, exemption.column, where)
+            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
 
 
 def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
@@ -3044,6 +3512,12 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
     return ExitCode.COMPLIANT
 
 
+def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Print the IAM policies that the policy's features need."""
+    print(json.dumps(iam_documents(load_policy(args.policy), args.state), indent=2))
+    return ExitCode.COMPLIANT
+
+
 def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
     policy = load_policy(args.policy)
@@ -3069,8 +3543,9 @@ def _find_instance(
     args: argparse.Namespace, policy: Policy
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as saved files, AWS or the state have it, with its finding."""
-    state = Path(os.path.realpath(args.state))
-    findings = load_findings(state, policy.name, args.instance) if state.exists() else []
+    with contextlib.ExitStack() as stack:
+        args.dry_run = True  # a copy will do: to explain writes nothing
+        findings = load_findings(open_state(args, stack), policy.name, args.instance)
     known = {Target(finding.account_id, finding.region): finding for finding in findings}
     if args.instances:
         for path in args.instances:
@@ -3083,12 +3558,12 @@ def _find_instance(
             f"{args.instance} is not in {', '.join(args.instances)}, or in a region that is not covered"
         )
     if args.live:
-        session = make_session(args.profile)
         regions = args.region or sorted({target.region for target in known})
         if not regions:
             raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
-        account_id = describe_caller(session, regions[0])
-        for page in describe_instances(make_client(session, "ec2", regions[0]), args.instance):
+        aws = Aws(args.profile, workers=1)
+        account_id, _ = describe_caller(aws.client("sts", regions[0]))
+        for page in describe_instances(aws.client("ec2", regions[0]), args.instance):
             for instance in page:
                 target = Target(account_id, regions[0])
                 yield target, instance, known.get(target)
@@ -3102,7 +3577,7 @@ def _find_instance(
         yield target, Instance(finding.instance_id, finding.state, launched, finding.tags), finding
     if not known:
         raise UsageError(
-            f"{state} has no finding of {args.instance} under the policy {policy.name}: it complied whenever it was "
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}: it complied whenever it was "
             "looked at, or never was; ask AWS with --live --region R"
         )
 
