@@ -1398,41 +1398,32 @@ NETWORK_PAUSES = (3.0,)
 # What a role is assumed for, as its session policy and as `iam-policy` prints it.
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 
-ADVICE = {
-    "AuthFailure": "the region is not enabled in this account, or the credentials are not for it: enable the "
-    "region, or take it out of the policy",
-    "OptInRequired": "the region is not enabled in this account: enable it, or take it out of the policy",
-    "UnauthorizedOperation": "the credentials may not call {operation}: allow it (README, IAM policy)",
-    "ExpiredToken": "the credentials have expired: renew them and run again",
-    "RequestExpired": "the request was too old when it arrived: check this machine's clock, then renew the "
-    "credentials",
-    "SignatureDoesNotMatch": "the secret key is wrong, or this machine's clock is",
-    "InvalidClientTokenId": "AWS does not know these credentials: check the profile or the environment",
-    "RequestLimitExceeded": "AWS throttled the calls, and went on after every retry: run again later, or with "
-    "fewer --workers",
-    "EndpointConnectionError": "no connection: check the network, the proxy and the region's name",
-    "ReadTimeoutError": "no answer in time: check the network and run again",
-    "SSLError": "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)",
-    "ResponseParserError": "the answer was cut short or is not AWS's: check the network and the proxy",
-    "InternalError": "AWS failed, and went on failing after every retry: run again later",
-}
-SAME_ADVICE = {
-    "IncompleteReadError": "ResponseParserError",
-    "AccessDenied": "UnauthorizedOperation",
-    "AccessDeniedException": "UnauthorizedOperation",
-    "ExpiredTokenException": "ExpiredToken",
-    "UnrecognizedClientException": "InvalidClientTokenId",
-    "Throttling": "RequestLimitExceeded",
-    "ThrottlingException": "RequestLimitExceeded",
-    "TooManyRequestsException": "RequestLimitExceeded",
-    "InternalFailure": "InternalError",
-    "ServiceUnavailable": "InternalError",
-    "Unavailable": "InternalError",
-    "ConnectTimeoutError": "EndpointConnectionError",
-    "ConnectionClosedError": "EndpointConnectionError",
-    "ProxyConnectionError": "EndpointConnectionError",
-    "ResponseStreamingError": "ReadTimeoutError",
-}
+# What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
+_ADVICE = (
+    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
+     "region, or take it out of the policy"),
+    ("OptInRequired", "the region is not enabled in this account: enable it, or take it out of the policy"),
+    ("UnauthorizedOperation AccessDenied AccessDeniedException", "the credentials may not call {operation}: "
+     "allow it (tagcheck.py iam-policy prints how)"),
+    ("ExpiredToken ExpiredTokenException", "the credentials have expired: renew them and run again"),
+    ("RequestExpired", "the request was too old when it arrived: check this machine's clock, then renew the "
+     "credentials"),
+    ("SignatureDoesNotMatch", "the secret key is wrong, or this machine's clock is"),
+    ("InvalidClientTokenId UnrecognizedClientException", "AWS does not know these credentials: check the profile "
+     "or the environment"),
+    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException", "AWS throttled the calls, and "
+     "went on after every retry: run again later, or with fewer --workers"),
+    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
+     "the network, the proxy and the region's name"),
+    ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
+    ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
+    ("ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
+     "the proxy"),
+    ("InternalError InternalFailure ServiceUnavailable Unavailable", "AWS failed, and went on failing after every "
+     "retry: run again later"),
+)  # fmt: skip
+ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
+NO_CONNECTION = frozenset(("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"))
 
 
 class Aws:
@@ -1462,7 +1453,7 @@ class Aws:
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
         self._entered = threading.local()
-        self._credentials: dict[str, Any] = {}
+        self._credentials: dict[str, Any] = {}  # of each account; None where they are the caller's own
 
     def client(self, service: str, region: str) -> Any:
         """Return the client of a service in a region; raises CredentialsError where none can be made."""
@@ -1490,12 +1481,16 @@ class Aws:
 
     @contextlib.contextmanager
     def account(self, account_id: str) -> Iterator[None]:
-        """Sign this thread's requests to EC2 for an account: with its role where one was assumed."""
-        self._entered.credentials = self._credentials.get(account_id)
+        """Sign this thread's requests to EC2 for an account that was entered before."""
+        self._entered.credentials = self._credentials[account_id]
         try:
             yield
         finally:
             self._entered.credentials = None
+
+    def enter_own(self, account_id: str) -> None:
+        """Let the caller's own account be read with the caller's own credentials."""
+        self._credentials[account_id] = None
 
     def assume_role(self, account_id: str, accounts: Accounts, home: str, partition: str) -> None:
         """Get credentials of an account, which renew themselves in time; raises TargetError."""
@@ -1564,7 +1559,7 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
 
 def target_error(code: str, aws_message: str, operation: str) -> TargetError:
     """Return a TargetError with AWS's code, a sentence that helps, and what AWS itself said."""
-    advice = ADVICE.get(SAME_ADVICE.get(code, code), "")
+    advice = ADVICE.get(code, "")
     if operation == "sts:AssumeRole" and code == "AccessDenied":
         advice = "the role is not there, or does not trust these credentials (tagcheck.py iam-policy)"
     if "service control policy" in aws_message:
@@ -1921,22 +1916,24 @@ class Scan:
     started_at: datetime
 
 
+WAY_OUT = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
+
+
 @contextlib.contextmanager
 def _state_errors(path: Path) -> Iterator[None]:
     """Turn SQLite's errors that an operator can act on into StateErrors; the others are bugs."""
-    way_out = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
-        "SQLITE_NOTADB": f"is not a SQLite database: {way_out}",
-        "SQLITE_CORRUPT": f"is damaged: {way_out}",
+        "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
+        "SQLITE_CORRUPT": f"is damaged: {WAY_OUT}",
         "SQLITE_FULL": f"cannot grow: the disk is full (or that of {tempfile.gettempdir()}); make room and run again",
         "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
         "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
         "SQLITE_PERM": "cannot be opened: check its permissions",
         "SQLITE_AUTH": "cannot be opened: check its permissions",
-        "SQLITE_TOOBIG": "holds a value too large for SQLite: " + way_out,
+        "SQLITE_TOOBIG": f"holds a value too large for SQLite: {WAY_OUT}",
     }
     try:
         yield
@@ -1960,7 +1957,7 @@ def check_state(path: Path) -> None:
         # Only this check finds flipped bits; count(*) does not.
         damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
-            raise sqlite3.DatabaseError(damage)
+            raise StateError(f"the state {path} is damaged ({damage}): {WAY_OUT}")
         _migrate(db, path)
 
 
@@ -3150,6 +3147,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         used = _collect(db, scan, readings, Progress(quiet=args.quiet))
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+        report: ScanReport | None = None
         try:
             for path in state.attempts(scan.scan_id):
                 with record_scan(db, path, scan, finished_at):
@@ -3162,8 +3160,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     # From here to the last report in its place no signal comes between.
                     stack.enter_context(_signals_held())
         except UploadError:
-            publish_report([(output, new) for output, new in staged if output.format == "csv"], sys.stdout)
+            if report:
+                publish_report([goal for goal in staged if goal[0].format == "csv"], sys.stdout)
             raise
+        assert report is not None
         try:
             publish_report(staged, sys.stdout)
             if not args.quiet:
@@ -3259,7 +3259,9 @@ def read_live(args: argparse.Namespace, policy: Policy, notices: list[str]) -> I
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
 
     def enter(account_id: str) -> Iterator[list[str]]:
-        if policy.accounts and account_id != caller:
+        if policy.accounts is None or account_id == caller:
+            aws.enter_own(account_id)
+        else:
             aws.assume_role(account_id, policy.accounts, home, partition)
         yield named
         if "*" in policy.regions and not args.region:
@@ -3282,7 +3284,7 @@ def read_live(args: argparse.Namespace, policy: Policy, notices: list[str]) -> I
                 yield from describe_instances(aws.client("ec2", target.region))
             silent[target.region] = 0
         except TargetError as error:
-            silent[target.region] += SAME_ADVICE.get(error.code, error.code) == "EndpointConnectionError"
+            silent[target.region] += error.code in NO_CONNECTION
             raise
 
     targets.sort(key=lambda target: (target.region, target.account_id))
