@@ -849,7 +849,8 @@ def _shown(value: Any) -> str:
         return repr(value if len(value) <= 100 else f"{value[:99]}…")
     if isinstance(value, bool):
         return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
-    return "nothing" if value is None else "a list" if isinstance(value, list) else "a mapping"
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(value), repr(value)[:100])
 
 
 def _did_you_mean(word: Any, known: Sequence[str]) -> str:
@@ -1417,9 +1418,9 @@ _ADVICE = (
      "the network, the proxy and the region's name"),
     ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
     ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
+    ("ForeignAnswer ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
      "the proxy"),
-    ("InternalError InternalFailure ServiceUnavailable Unavailable", "AWS failed, and went on failing after every "
+    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
      "retry: run again later"),
 )  # fmt: skip
 ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
@@ -1547,7 +1548,8 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
             time.sleep(pause)
         except botocore.exceptions.ClientError as error:
             answer = error.response.get("Error", {})
-            raise target_error(answer.get("Code", "Unknown"), answer.get("Message", ""), name) from error
+            code, message = answer.get("Code") or "ForeignAnswer", answer.get("Message") or ""
+            raise target_error(code, message, name) from error
         except botocore.exceptions.NoCredentialsError as error:
             raise CredentialsError(
                 "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
@@ -1568,6 +1570,17 @@ def target_error(code: str, aws_message: str, operation: str) -> TargetError:
     said = printable(aws_message.partition(" Encoded authorization failure message")[0][:300])
     sentences = [advice.format(operation=operation), f"{operation}: {said}" if said else ""]
     return TargetError(code, " — ".join(filter(None, sentences)) or f"{operation} failed")
+
+
+def home_region(regions: Iterable[str]) -> str:
+    """Return the region to ask what is not of a region: one that no account of the partition can be without.
+
+    STS of a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
+    """
+    first = next(iter(regions), "")
+    homes = {"cn-": "cn-north-1", "us-gov-": "us-gov-west-1", "eusc-": "eusc-de-east-1"}
+    isolated = first if first.startswith(("us-iso", "eu-iso")) else "us-east-1"
+    return next((home for prefix, home in homes.items() if first.startswith(prefix)), isolated)
 
 
 def describe_caller(sts: Any) -> tuple[str, str]:
@@ -1611,14 +1624,14 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
 
 def describe_regions(client: Any) -> list[str]:
     """Return the regions that are enabled in the account; raises TargetError."""
-    answer = call_aws(client, "DescribeRegions", AllRegions=True)
-    if not answer.get("Regions"):
-        raise TargetError(
-            "ForeignAnswer", "the list of regions is not EC2's: check the network and the proxy"
-        )
-    return sorted(
-        region["RegionName"] for region in answer["Regions"] if region["OptInStatus"] != "not-opted-in"
-    )
+    try:
+        regions = call_aws(client, "DescribeRegions", AllRegions=True)["Regions"]
+        enabled = [region["RegionName"] for region in regions if region["OptInStatus"] != "not-opted-in"]
+    except KeyError as error:
+        raise target_error("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
+    if not enabled:
+        raise target_error("ForeignAnswer", "no region at all", "ec2:DescribeRegions")
+    return sorted(enabled)
 
 
 def describe_instances(client: Any, instance_id: str | None = None) -> Iterator[list[Instance]]:
@@ -1808,7 +1821,7 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     shown = "standard input" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        answer = json.loads(content.removeprefix(b"\xef\xbb\xbf"))
+        answer = json.loads(content)
         reservations = answer["Reservations"]
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
@@ -1818,19 +1831,36 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
             + ("it has no Reservations" if isinstance(error, (KeyError, TypeError)) else str(error))
         ) from error
     targets: dict[Target, list[Instance]] = {}
-    for index, reservation in enumerate(reservations):
-        for number, item in enumerate(reservation.get("Instances", [])):
-            try:
-                target = Target(
-                    _account_id(reservation["OwnerId"]), zone_region(item["Placement"]["AvailabilityZone"])
-                )
-                tags = {tag["Key"]: tag["Value"] for tag in item.get("Tags", [])}
-                instance = _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-                raise UsageError(f"{shown}: Reservations[{index}].Instances[{number}]: {what}") from error
-            targets.setdefault(target, []).append(instance)
+    place = "Reservations"
+    try:
+        for index, reservation in enumerate(_listed(reservations)):
+            place = f"Reservations[{index}]"
+            for number, item in enumerate(_listed(reservation["Instances"])):
+                place = f"Reservations[{index}].Instances[{number}]"
+                zone = item["Placement"]["AvailabilityZone"]
+                target = Target(_account_id(reservation["OwnerId"]), zone_region(zone))
+                targets.setdefault(target, []).append(_instance_of_json(item))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{shown}: {place}: {what}") from error
     return targets, not answer.get("NextToken")
+
+
+def _instance_of_json(item: Mapping[str, Any]) -> Instance:
+    """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
+    tags = {tag["Key"]: tag["Value"] for tag in _listed(item.get("Tags", []))}
+    if not all(isinstance(text, str) for pair in tags.items() for text in pair):
+        raise TypeError("a tag's key or value is not text")
+    if not re.fullmatch("i-[0-9a-f]+", item["InstanceId"]):
+        raise ValueError(f"{_shown(item['InstanceId'])} is no instance id")
+    return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list if the value is one; raises TypeError."""
+    if not isinstance(value, list):
+        raise TypeError(f"{_shown(value)} stands where a list should")
+    return value
 
 
 def _account_id(text: Any) -> str:
@@ -3024,8 +3054,8 @@ def publish_report(staged: Sequence[tuple[Output, Path]], stdout: IO[str]) -> No
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
-if DEFAULT_POLICY.is_relative_to(Path.cwd()):
-    DEFAULT_POLICY = DEFAULT_POLICY.relative_to(Path.cwd())  # as its user would write it
+with contextlib.suppress(OSError, ValueError):  # not in the directory of the script, or in one that is gone
+    DEFAULT_POLICY = DEFAULT_POLICY.relative_to(Path.cwd())
 # What the reading of a target hands on: a page of it, the reason why it failed, or None at its end.
 Reading = tuple[Target, list[Instance] | TargetError | None]
 
@@ -3171,6 +3201,11 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                 talk.flush()
         except BrokenPipeError:
             _silence_stdout()
+        except OSError as error:
+            _silence_stdout()
+            raise OutputError(
+                f"the summary cannot be written: {error.strerror}; the scan is recorded"
+            ) from error
         return report.exit_code
 
 
@@ -3250,7 +3285,7 @@ def read_live(args: argparse.Namespace, policy: Policy, notices: list[str]) -> I
     """
     aws = Aws(args.profile, args.workers)
     named = sorted(args.region or policy.regions.keys() - {"*"})
-    home = next(iter(named), aws.session.region_name or "us-east-1")
+    home = aws.session.region_name or home_region(named)
     caller, partition = describe_caller(aws.client("sts", home))
     if policy.expected_account not in (None, caller):
         raise CredentialsError(
@@ -3610,7 +3645,7 @@ class Progress:
     def end(self, target: Target, error: TargetError | None) -> None:
         """Say how a target ended."""
         self.ended += 1
-        if not self.quiet and not self.live:
+        if not self.live and (error or not self.quiet):
             how = f"not read: {error}" if error else counted(self.instances.get(target, 0), "instance")
             print(printable(f"{target}: {how}"), file=sys.stderr, flush=True)
 
@@ -3646,6 +3681,9 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
+    # A stream that the caller has closed is None.
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -438,6 +438,12 @@ def answer_fault(
     return passage.proceed() if made is None else Answer(*made)
 
 
+def edit_fault(passage: Passage, *, edit: Callable[[bytes], bytes]) -> Answer:
+    """Carry the request out, and answer with what the function makes of the true body."""
+    answer = passage.proceed()
+    return answer._replace(body=edit(answer.body))
+
+
 FAULT_KINDS: dict[str, Callable[..., Answer]] = {
     "error": error_fault,
     "slow": slow_fault,
@@ -447,6 +453,7 @@ FAULT_KINDS: dict[str, Callable[..., Answer]] = {
     "truncate": truncate_fault,
     "body": body_fault,
     "answer": answer_fault,
+    "edit": edit_fault,
 }
 
 
@@ -457,6 +464,7 @@ class Fault:
     kind: str
     details: dict[str, Any]
     wanted: dict[str, str | None]
+    when: Callable[[Request], bool] | None
     times: int | None
     skip: int
     hits: int = 0
@@ -466,7 +474,7 @@ class Fault:
 
     def takes(self, request: Request) -> bool:
         """Tell whether this request is hit, and count it."""
-        if not request.fits(**self.wanted):
+        if not request.fits(**self.wanted) or (self.when and not self.when(request)):
             return False
         with self.lock:
             if self.passed < self.skip:
@@ -537,6 +545,8 @@ class AwsServer:
         self.disabled: set[tuple[str | None, str]] = set()
         #: Accounts that let nobody assume their roles.
         self.denied_roles: set[str] = set()
+        #: Callers may do what IAM allows them, and nothing else; keys that IAM does not know may do nothing.
+        self.checks_permissions = False
         self._faults: list[Fault] = []
         self._requests: list[Request] = []
         self._credentials: dict[str, dict[str, str]] = {}
@@ -577,6 +587,7 @@ class AwsServer:
         region: str | None = None,
         account_id: str | None = None,
         action: str | None = None,
+        when: Callable[[Request], bool] | None = None,
         times: int | None = None,
         skip: int = 0,
         **details: Any,
@@ -584,7 +595,7 @@ class AwsServer:
         """Let requests meet a fault: these, the first `skip` of them left out, and not more than `times`."""
         inspect.signature(FAULT_KINDS[kind]).bind(None, **details)
         wanted = {"service": service, "region": region, "account_id": account_id, "action": action}
-        fault = Fault(kind, details, wanted, times, skip)
+        fault = Fault(kind, details, wanted, when, times, skip)
         self._faults.append(fault)
         return fault
 

@@ -1,0 +1,494 @@
+"""Section 9: the script as its users run it, from its arguments to its exit code."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aws_server import ACCOUNT_ID, AwsServer, Fault
+from conftest import TAGCHECK, Result, clean_environment
+
+import tagcheck as script
+
+REGION, OTHER_REGION, CLEAN_REGION = "us-east-1", "eu-west-1", "ap-south-1"
+DENIED = {"status": 403, "code": "UnauthorizedOperation", "message": "No."}
+JSON_OUTPUT = ("--json", "out.json")
+
+Tagcheck = Callable[..., Result]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    """Write a policy that asks for Owner and CostCenter in two regions; JSON is YAML."""
+    tags = {"required_tags": ["Owner", "CostCenter"], "regions": {REGION: None, OTHER_REGION: None}}
+    path = tmp_path / "policy.yaml"
+    path.write_text(json.dumps({"version": 1, "name": "test"} | tags))
+    return path
+
+
+def save(path: Path, *items: tuple[str, dict[str, str]]) -> Path:
+    """Write a file as `aws ec2 describe-instances` prints it, with these instances and their tags."""
+    instances = [
+        {
+            "InstanceId": instance_id,
+            "State": {"Name": "running"},
+            "Placement": {"AvailabilityZone": f"{REGION}a"},
+            "LaunchTime": "2026-02-24T10:30:45+00:00",
+            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+        }
+        for instance_id, tags in items
+    ]
+    path.write_text(json.dumps({"Reservations": [{"OwnerId": ACCOUNT_ID, "Instances": instances}]}))
+    return path
+
+
+def statuses(result: Result, key: str = "findings") -> dict[str, str]:
+    """Read the status of each finding of a run by its instance."""
+    return {finding["instance_id"]: finding["status"] for finding in result.json("out.json")[key]}
+
+
+def remembered(directory: Path, region: str = "%") -> list[tuple[Any, ...]]:
+    """Read what the state holds of the findings of a region, every column of it."""
+    with closing(sqlite3.connect(directory / "instance_state.db")) as db:
+        query = "SELECT * FROM findings WHERE region LIKE ? ORDER BY account_id, region, instance_id"
+        return db.execute(query, (region,)).fetchall()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Read every file of a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+# ---- The whole way -----------------------------------------------------------------------------------------
+
+
+def test_findings_are_new_repeated_resolved_and_reopened(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tmp_path: Path
+) -> None:
+    right = {"Owner": "ann", "CostCenter": "CC-1"}
+    aws.launch(CLEAN_REGION, right, count=2)
+    [untagged], [half] = aws.launch(REGION), aws.launch(OTHER_REGION, {"Owner": "ann"})
+    aws.launch(OTHER_REGION, right)
+    regions = dict.fromkeys((REGION, OTHER_REGION, CLEAN_REGION))
+    policy.write_text(json.dumps(json.loads(policy.read_text()) | {"regions": regions}))
+
+    def scan(code: int) -> Result:
+        return tagcheck("scan", "--policy", policy, *JSON_OUTPUT, env=aws.env, check=code)
+
+    first = scan(3)
+    assert statuses(first) == {untagged: "NEW", half: "NEW"}
+    first_seen = {f["instance_id"]: f["first_seen"] for f in first.json("out.json")["findings"]}
+    rows = {row["InstanceId"]: row for row in first.csv("violators.csv")}
+    assert {instance_id: row["MissingTags"] for instance_id, row in rows.items()} == {
+        untagged: "Owner,CostCenter",
+        half: "CostCenter",
+    }
+    second = scan(3)
+    assert statuses(second) == {untagged: "REPEAT", half: "REPEAT"}
+    assert [finding["times_seen"] for finding in second.json("out.json")["findings"]] == [2, 2]
+
+    before = remembered(tmp_path, OTHER_REGION)
+    aws.fault("error", action="DescribeInstances", region=OTHER_REGION, **DENIED)
+    aws.tag(OTHER_REGION, [half], right)
+    denied = scan(4)
+    assert statuses(denied) == {untagged: "REPEAT"}
+    assert remembered(tmp_path, OTHER_REGION) == before
+    assert [row["Status"] for row in denied.csv("violators.csv")] == ["REPEAT", "UNREAD"]
+
+    aws.clear_faults()
+    aws.tag(REGION, [untagged], right)
+    tagged = scan(0)
+    assert statuses(tagged, "resolved") == {untagged: "RESOLVED", half: "RESOLVED"}
+    assert {finding["resolution"] for finding in tagged.json("out.json")["resolved"]} == {"tagged"}
+    assert statuses(tagged) == {}
+    assert tagged.csv("violators.csv") == []
+
+    aws.untag(REGION, [untagged], right)
+    back = scan(3)
+    assert statuses(back) == {untagged: "REOPENED"}
+    [finding] = back.json("out.json")["findings"]
+    assert (finding["times_seen"], finding["times_reopened"]) == (4, 1)
+    assert finding["first_seen"] == first_seen[untagged]
+
+
+# ---- Exit codes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [("--help",), ("scan", "--help")], ids=" ".join)
+def test_help_ends_with_the_exit_codes(tagcheck: Tagcheck, args: tuple[str, ...]) -> None:
+    table = re.findall(r"^ +(\d+) ([A-Z]+) +(.+)$", tagcheck(*args, check=0).out, re.MULTILINE)
+    assert table == [(str(int(code)), code.name, code.meaning) for code in script.ExitCode]
+
+
+@pytest.mark.parametrize("package", ["jsonschema", "yaml", "boto3", "botocore"])
+def test_missing_package_is_named_and_no_finding(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tmp_path: Path, package: str
+) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})")
+    env = aws.env | {"PYTHONPATH": str(packages)}
+    result = tagcheck("scan", "--policy", policy, env=env, check=1)
+    assert f"the package {package} is missing: pip install" in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        pytest.param((), "usage:", id="no command"),
+        pytest.param(("scna",), "invalid choice", id="no such command"),
+        pytest.param(("scan", "--polcy", "p"), "unrecognized arguments", id="no such option"),
+        pytest.param(("scan", "--workers", "0"), "--workers", id="no worker"),
+        pytest.param(("scan", "--fail-on", "maybe"), "--fail-on", id="no such choice"),
+        pytest.param(("scan", "--policy", "none.yaml"), "none.yaml", id="policy that is not there"),
+        pytest.param(("scan", "--policy", "bad.yaml"), "bad.yaml:1:13: version", id="invalid policy"),
+        pytest.param(
+            ("scan", "--policy", "typo.yaml"),
+            "(did you mean 'us-east-1'?)",
+            id="policy with an unknown region",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--region", "us-west-2"),
+            "--region us-west-2: policy.yaml does not cover it",
+            id="region that the policy does not cover",
+        ),
+        pytest.param(
+            ("scan", "--policy", "star.yaml", "--region", "us-west-9"),
+            "--region us-west-9",
+            id="region that AWS does not have",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--account", "1234"),
+            "has 12 digits",
+            id="account that is none",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--account", "210987654321"),
+            f"credentials are of {ACCOUNT_ID}",
+            id="account of other credentials",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--json", "./violators.csv"),
+            "the same goal",
+            id="one goal twice",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--json", "-", "--csv", "-"),
+            "the same goal",
+            id="stdout twice",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--csv", "instance_state.db"),
+            "the same goal",
+            id="the state as CSV",
+        ),
+        pytest.param(
+            ("scan", "--policy", "policy.yaml", "--instances", "none.json"),
+            "none.json",
+            id="no saved instances",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("policy")
+def test_usage_error_is_said_and_nothing_is_scanned(
+    aws: AwsServer, tagcheck: Tagcheck, tmp_path: Path, args: tuple[str, ...], says: str
+) -> None:
+    valid = '"name": "test", "required_tags": ["Owner"]'
+    (tmp_path / "bad.yaml").write_text(f'{{"version": 2, {valid}, "regions": {{"us-east-1": }}}}')
+    (tmp_path / "typo.yaml").write_text(f'{{"version": 1, {valid}, "regions": {{"us-esat-1": }}}}')
+    (tmp_path / "star.yaml").write_text(f'{{"version": 1, {valid}, "regions": {{"*": }}}}')
+    result = tagcheck(*args, env=aws.env, check=2)
+    assert says in result.err
+    assert result.out == ""
+    assert not aws.calls(service="ec2")
+    assert not (tmp_path / "violators.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        pytest.param(
+            ("--state", "none/state.db"), "name another place with --state", id="no place for the state"
+        ),
+        pytest.param(("--state", "."), "is a directory", id="a directory as state"),
+        pytest.param(("--state", "empty"), "is empty (0 bytes)", id="an empty file as state"),
+        pytest.param(("--state", "policy.yaml"), "is not a SQLite database", id="a text as state"),
+        pytest.param(("--csv", "none/out.csv"), "there is no directory none", id="no place for the CSV"),
+        pytest.param(("--json", "."), "is a directory", id="a directory as JSON"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_scan(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tmp_path: Path, args: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "empty").touch()
+    before = files(tmp_path)
+    result = tagcheck("scan", "--policy", policy, *args, env=aws.env, check=5)
+    assert result.err.startswith("tagcheck: ")
+    assert says in result.err
+    assert aws.requests == []
+    assert {name: text for name, text in files(tmp_path).items() if name in before} == before
+
+
+FULL = ("--json", "/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("tags", "denied", "args", "code"),
+    [
+        pytest.param({"Owner": "x", "CostCenter": "x"}, False, (), 0, id="0"),
+        pytest.param({}, False, (), 3, id="3"),
+        pytest.param({"Owner": "x", "CostCenter": "x"}, True, (), 4, id="4"),
+        pytest.param({}, True, (), 4, id="4 before 3"),
+        pytest.param({}, True, ("--fail-on", "never"), 4, id="4 whatever counts"),
+        pytest.param({}, False, FULL, 5, id="5 before 3"),
+        pytest.param({}, True, FULL, 5, id="5 before 4"),
+    ],
+)
+def test_the_worst_decides(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tags: dict[str, str], denied: bool, args: Any, code: int
+) -> None:
+    aws.launch(REGION, tags)
+    if denied:
+        aws.fault("error", action="DescribeInstances", region=OTHER_REGION, **DENIED)
+    result = tagcheck("scan", "--policy", policy, *args, env=aws.env, check=code)
+    if not args or args[0] != "--json":
+        assert f"Exit code {code} {script.ExitCode(code).name}: " in result.out
+    else:
+        assert "/dev/full cannot be written: No space left on device" in result.err
+
+
+RIGHT = {"Owner": "ann", "CostCenter": "CC-1"}
+
+
+@pytest.mark.parametrize(
+    ("history", "now", "codes"),
+    [
+        pytest.param([], [("i-0a", {})], {"any": 3, "new": 3, "never": 0}, id="NEW"),
+        pytest.param([[("i-0a", {})]], [("i-0a", {})], {"any": 3, "new": 0, "never": 0}, id="REPEAT"),
+        pytest.param(
+            [[("i-0a", {})], [("i-0a", RIGHT)]],
+            [("i-0a", {})],
+            {"any": 3, "new": 3, "never": 0},
+            id="REOPENED",
+        ),
+        pytest.param([[("i-0a", {})]], [("i-0a", RIGHT)], {"any": 0, "new": 0, "never": 0}, id="RESOLVED"),
+        pytest.param(
+            [[("i-0a", {})]],
+            [("i-0a", {}), ("i-0b", {})],
+            {"any": 3, "new": 3, "never": 0},
+            id="REPEAT and NEW",
+        ),
+    ],
+)
+def test_fail_on_says_which_findings_count(
+    tagcheck: Tagcheck, policy: Path, tmp_path: Path, history: Any, now: Any, codes: Mapping[str, int]
+) -> None:
+    args = ("scan", "--policy", policy, "--region", REGION, "--instances")
+    for instances in history:
+        tagcheck(*args, save(tmp_path / "then.json", *instances))
+    saved = save(tmp_path / "now.json", *now)
+    given = {choice: tagcheck(*args, saved, "--dry-run", "--fail-on", choice).code for choice in codes}
+    assert given == codes
+    assert tagcheck(*args, saved).code == codes["any"]
+
+
+# ---- Stopped -----------------------------------------------------------------------------------------------
+
+
+def wait_for(fault: Fault, hits: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the fault holds that many requests of a process that still runs."""
+    end = time.monotonic() + 30
+    while fault.hits < hits:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "action", "hits"),
+    [
+        pytest.param(signal.SIGINT, "DescribeInstances", 2, id="Ctrl-C while all workers wait"),
+        pytest.param(signal.SIGTERM, "DescribeInstances", 2, id="SIGTERM while all workers wait"),
+        pytest.param(signal.SIGINT, "GetCallerIdentity", 1, id="Ctrl-C at the first call"),
+        pytest.param(signal.SIGTERM, "GetCallerIdentity", 1, id="SIGTERM at the first call"),
+    ],
+)
+def test_interrupted_scan_ends_at_once_and_leaves_everything_as_it_was(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tmp_path: Path, number: int, action: str, hits: int
+) -> None:
+    [instance] = aws.launch(REGION)
+    args = ("scan", "--policy", policy, *JSON_OUTPUT, "--junit", "out.xml")
+    tagcheck(*args, env=aws.env, check=3)
+    before = files(tmp_path)
+    aws.tag(REGION, [instance], RIGHT)
+    fault = aws.fault("slow", action=action, seconds=60)
+    process = subprocess.Popen(
+        [sys.executable, TAGCHECK, *args],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path) | aws.env | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(fault, hits, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=15)
+    finally:
+        process.kill()
+        aws.clear_faults()
+    assert (process.returncode, out, err) == (130, "", "tagcheck: interrupted; nothing was recorded\n")
+    assert files(tmp_path) == before
+    assert statuses(tagcheck(*args, env=aws.env, check=0), "resolved") == {instance: "RESOLVED"}
+
+
+def test_reader_that_goes_away_is_no_failure(tagcheck: Tagcheck, policy: Path, tmp_path: Path) -> None:
+    save(tmp_path / "saved.json", *((f"i-{number:04}", {}) for number in range(3000)))
+    args = ["scan", "--policy", policy, "--region", REGION, "--instances", "saved.json", "--csv", "-", "-q"]
+    process = subprocess.Popen(
+        [sys.executable, TAGCHECK, *args],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 3
+    assert len(remembered(tmp_path)) == 3000
+
+
+def test_stdout_that_takes_nothing_is_a_failure(policy: Path, tmp_path: Path) -> None:
+    save(tmp_path / "saved.json", ("i-0a", {}))
+    args = ["scan", "--policy", policy, "--region", REGION, "--instances", "saved.json"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, TAGCHECK, *args],
+            cwd=tmp_path,
+            env=clean_environment(tmp_path),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (run.returncode, "Traceback" in run.stderr) == (5, False)
+
+
+# ---- What is said ------------------------------------------------------------------------------------------
+
+
+def test_version(tagcheck: Tagcheck) -> None:
+    assert tagcheck("--version", check=0).out == f"tagcheck {script.__version__}\n"
+
+
+@pytest.mark.parametrize(("tags", "code"), [(RIGHT, 0), ({}, 3)], ids=["compliant", "violations"])
+def test_quiet_says_nothing(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path, tags: dict[str, str], code: int
+) -> None:
+    aws.launch(REGION, tags)
+    result = tagcheck("scan", "--policy", policy, "-q", env=aws.env, check=code)
+    assert (result.out, result.err) == ("", "")
+    assert len(result.csv("violators.csv")) == (code == 3)
+
+
+def test_quiet_prints_a_report_that_was_asked_for(tagcheck: Tagcheck, policy: Path, tmp_path: Path) -> None:
+    saved = save(tmp_path / "saved.json", ("i-0a", {}))
+    args = ("scan", "--policy", policy, "--region", REGION, "--instances", saved, "--csv", "-", "-q")
+    result = tagcheck(*args, check=3)
+    assert [row["InstanceId"] for row in result.csv("-")] == ["i-0a"]
+    assert result.err == ""
+
+
+def test_quiet_still_says_errors(aws: AwsServer, tagcheck: Tagcheck, policy: Path) -> None:
+    assert "none.yaml" in tagcheck("scan", "-q", "--policy", "none.yaml", env=aws.env, check=2).err
+    aws.fault("error", action="DescribeInstances", region=OTHER_REGION, **DENIED)
+    result = tagcheck("scan", "-q", "--policy", policy, env=aws.env, check=4)
+    assert result.out == ""
+    assert f"{ACCOUNT_ID} {OTHER_REGION}: not read: UnauthorizedOperation: " in result.err
+    assert REGION not in result.err
+
+
+def test_verbose_says_each_retry(aws: AwsServer, tagcheck: Tagcheck, policy: Path) -> None:
+    aws.fault("truncate", action="DescribeInstances", region=REGION, times=1)
+    result = tagcheck("scan", "--policy", policy, "-v", env=aws.env, check=0)
+    assert "ec2:DescribeInstances: ResponseParserError; trying again" in result.err
+
+
+def test_progress_is_a_line_a_target_where_there_is_no_terminal(
+    aws: AwsServer, tagcheck: Tagcheck, policy: Path
+) -> None:
+    aws.launch(REGION, RIGHT, count=3)
+    aws.page_size = 1
+    result = tagcheck("scan", "--policy", policy, env=aws.env, check=0)
+    assert sorted(result.err.splitlines()) == [
+        f"{ACCOUNT_ID} {OTHER_REGION}: 0 instances",
+        f"{ACCOUNT_ID} {REGION}: 3 instances",
+    ]
+
+
+def test_progress_is_one_line_that_goes_away_on_a_terminal(
+    aws: AwsServer, policy: Path, tmp_path: Path
+) -> None:
+    aws.launch(REGION, RIGHT)
+    leader, follower = os.openpty()
+    run = subprocess.run(
+        [sys.executable, TAGCHECK, "scan", "--policy", policy],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path) | aws.env,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        timeout=60,
+        check=False,
+    )
+    os.close(follower)
+    said = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert run.returncode == 0
+    assert re.fullmatch(r"(\r\x1b\[K\d targets? read, \d instances? so far)+\r\x1b\[K", said)
+    assert b"\x1b" not in run.stdout
+
+
+# ---- The one file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["symlink", "copy"])
+def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path, way: str) -> None:
+    home, cwd = tmp_path / "home", tmp_path / "cwd"
+    shutil.copytree(TAGCHECK.parent / "policies", home / "policies")
+    shutil.copy(TAGCHECK, home)
+    cwd.mkdir()
+    path = home / TAGCHECK.name
+    if way == "symlink":
+        path = cwd / "tagcheck"
+        path.symlink_to(home / TAGCHECK.name)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, path, "scan", *JSON_OUTPUT],
+            cwd=cwd,
+            env=clean_environment(cwd) | aws.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert run().returncode == 0
+    report = json.loads((cwd / "out.json").read_text())
+    assert Path(cwd, report["policy"]["file"]) == (home / "policies" / "default.yaml").resolve()
+    assert [target["region"] for target in report["coverage"]] == [REGION]
+    shutil.rmtree(home / "policies")
+    without = run()
+    assert (without.returncode, "name one with --policy FILE" in without.stderr) == (2, True)
