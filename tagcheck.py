@@ -280,6 +280,9 @@ def printable(text: str) -> str:
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
+CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
+
+
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -1390,7 +1393,6 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 MAX_PAGES = 10_000
 MAX_EMPTY_PAGES = 100  # EC2 may send pages without instances, but not for ever
-CHUNK_SIZE = 65_536
 CONNECT_TIMEOUT = 5
 READ_TIMEOUT = 60  # EC2 itself takes up to 3 seconds for a page of 1,000
 SDK_ATTEMPTS = 5
@@ -1957,6 +1959,7 @@ def _state_errors(path: Path) -> Iterator[None]:
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
         "SQLITE_CORRUPT": f"is damaged: {WAY_OUT}",
+        "SQLITE_CONSTRAINT": f"is damaged: {WAY_OUT}",
         "SQLITE_FULL": f"cannot grow: the disk is full (or that of {tempfile.gettempdir()}); make room and run again",
         "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
         "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
@@ -1982,13 +1985,21 @@ def check_state(path: Path) -> None:
     """
     if not os.path.lexists(path):
         _create_state(path)
+    with _checked_state(path) as db:
+        _migrate(db, path)
+
+
+@contextlib.contextmanager
+def _checked_state(path: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a state that is there, found to be ours and whole; raises StateError."""
     _refuse_unlike_state(path)
     with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        # Only this check finds flipped bits; count(*) does not.
-        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        _state_version(db, path)
+        # count(*) does not notice flipped bits, and quick_check none in an index.
+        damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if damage != "ok":
             raise StateError(f"the state {path} is damaged ({damage}): {WAY_OUT}")
-        _migrate(db, path)
+        yield db
 
 
 def has_scan(path: Path, scan_id: str) -> bool:
@@ -1999,13 +2010,8 @@ def has_scan(path: Path, scan_id: str) -> bool:
 
 def copy_state(path: Path, copy: Path) -> None:
     """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
-    if path.exists():
-        _refuse_unlike_state(path)
-        with (
-            _state_errors(path),
-            contextlib.closing(_open_state(path)) as source,
-            contextlib.closing(sqlite3.connect(copy)) as target,
-        ):
+    if os.path.lexists(path):
+        with _checked_state(path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
             source.backup(target)
 
 
@@ -2016,11 +2022,10 @@ def _refuse_unlike_state(path: Path) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise StateError(f"the state {path} cannot be read: {error.strerror}") from error
-    if size == 0:
-        raise StateError(
-            f"the state {path} is empty (0 bytes): restore it from a backup, or delete it to start anew"
-        )
+        message = f"the state {path} cannot be read: {error.strerror}; name another file with --state"
+        raise StateError(message) from error
+    if size < 512:  # SQLite's smallest page; it takes what is smaller for a database that is new
+        raise StateError(f"the state {path} is empty or cut short ({size} bytes): {WAY_OUT}")
 
 
 def _create_state(path: Path) -> None:
@@ -2072,8 +2077,11 @@ def _state_version(db: sqlite3.Connection, path: Path) -> int:
         db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
     tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if application_id != APPLICATION_ID and tables and "flagged_instances" not in tables:
-        raise StateError(f"{path} is another program's database: name another file with --state")
+    old = {row[1] for row in db.execute("PRAGMA table_info(flagged_instances)")}
+    empty = (application_id, version, len(tables)) == (0, 0, 0)
+    older_tool = application_id == 0 and {"instance_id", "first_seen", "is_active"} <= old
+    if not (application_id == APPLICATION_ID or empty or older_tool):
+        raise StateError(f"the state {path} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
         raise StateError(
             f"the state {path} was written by a newer tagcheck (version {version}): use that one"
@@ -2218,6 +2226,11 @@ def open_sightings() -> sqlite3.Connection:
     return db
 
 
+def sighting_errors() -> contextlib.AbstractContextManager[None]:
+    """Turn SQLite's errors of what this scan has seen, in the body of the `with`, into StateErrors."""
+    return _state_errors(Path(tempfile.gettempdir()) / "(of this scan)")
+
+
 def add_target(db: sqlite3.Connection, target: Target) -> int:
     """Note that a target is being read, and return its number among the sightings."""
     row = db.execute(
@@ -2283,7 +2296,7 @@ def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     }
 
 
-def _load_violations(text: str) -> tuple[Violation, ...]:
+def _load_violations(text: str | bytes) -> tuple[Violation, ...]:
     """Read violations back from the state."""
     return tuple(map(_load_violation, json.loads(text)))
 
@@ -2360,7 +2373,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """
         INSERT INTO resolved
         SELECT finding.id,
-            resolution(finding.violations, sighting.tags, sighting.exempted IS NOT NULL)
+            resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted IS NOT NULL)
         FROM target
         JOIN state.findings AS finding ON finding.policy = :policy
             AND finding.account_id = target.account_id AND finding.region = target.region
@@ -2409,10 +2422,13 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     _record_coverage(db, names)
 
 
-def _resolution(violations: str, tags: str | None, exempted: int) -> str:
-    """Return resolution() of what the state and the sightings keep as JSON."""
+def _resolution(violations: bytes, tags: str | None, exempted: int) -> str | None:
+    """Return resolution() of JSON from the state and the sightings; None, which no column takes, of damaged JSON."""
     now = None if tags is None else json.loads(tags)
-    return resolution(_load_violations(violations), now, exempted=bool(exempted))
+    try:
+        return resolution(_load_violations(violations), now, exempted=bool(exempted))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
@@ -2425,14 +2441,22 @@ def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -
         """
         UPDATE state.findings AS finding SET
             first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
-            status = CASE WHEN old.is_active THEN 'REPEAT' ELSE 'REOPENED' END,
+            status = CASE WHEN coalesce(old.is_active, 0) THEN 'REPEAT' ELSE 'REOPENED' END,
             times_seen = finding.times_seen + 1,
-            times_reopened = finding.times_reopened + NOT old.is_active
+            times_reopened = finding.times_reopened + NOT coalesce(old.is_active, 0)
         FROM state.flagged_instances AS old
         WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
             AND finding.last_scan = :scan AND finding.status = 'NEW'
         """,
         names,
+    )
+    db.execute(
+        """
+        UPDATE state.flagged_instances SET is_active = 0 WHERE instance_id IN (
+            SELECT instance_id FROM sighting JOIN target ON target.id = sighting.target
+            WHERE error_code IS NULL AND violations IS NULL
+        )
+        """
     )
     db.execute(
         """
@@ -2894,7 +2918,7 @@ def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> l
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     more = number - len(rows) + 1
-    where = "" if csv_path == "-" else f" in {csv_path}"
+    where = "" if csv_path in ("", "-") else f" in {csv_path}"
     return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
 
 
@@ -2982,22 +3006,28 @@ def check_output(output: Output) -> None:
 
 @contextlib.contextmanager
 def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[tuple[Output, Path]]]:
-    """Yield a new file for each report, beside its goal where it can be moved there; remove what is left."""
-    staged: list[tuple[Output, Path]] = []
+    """Yield a new file for each report, beside its goal where it can be moved there.
+
+    At the end those that are still there are removed.
+    """
+    staged = [(output, _new_name(output)) for output in outputs]
     try:
-        for output in outputs:
-            goal = Path(output.path)
-            beside = goal.parent if output.replaceable else None
+        for output, path in staged:
             try:
-                handle, name = tempfile.mkstemp(prefix=f".{goal.name}.", dir=beside)
+                path.touch(exist_ok=False)
             except OSError as error:
                 raise _output_error(output, error) from error
-            os.close(handle)
-            staged.append((output, Path(name)))
         yield staged
     finally:
         for _, path in staged:
             path.unlink(missing_ok=True)
+
+
+def _new_name(output: Output) -> Path:
+    """Return a name that nobody has."""
+    goal = Path(output.path)
+    beside = goal.parent if output.replaceable else Path(tempfile.gettempdir())
+    return beside / f".{goal.name}.{uuid.uuid4().hex}"
 
 
 def _output_error(output: Output, error: OSError) -> OutputError:
@@ -3011,7 +3041,7 @@ def stage_report(staged: Sequence[tuple[Output, Path]], write: Callable[[Output,
     """Write each report into its new file, down to the disk; raises OutputError."""
     for output, path in staged:
         try:
-            with open(path, "w", encoding="utf-8", newline="") as file:
+            with path.open("w", encoding="utf-8", newline="") as file:
                 write(output, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -3024,27 +3054,23 @@ def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
     return lambda output, file: WRITERS[output.format](file, report)
 
 
-def publish_report(staged: Sequence[tuple[Output, Path]], stdout: IO[str]) -> None:
-    """Move each new file to its goal, or copy it to the standard output, pipe or device that is its goal."""
-    for output, path in staged:
+def publish_report(staged: Sequence[tuple[Output, Path]], emit: Callable[[str], None]) -> None:
+    """Move each new file to its goal; then write those that go to stdout (by emit), a pipe or a device."""
+    for output, path in sorted(staged, key=lambda pair: not pair[0].replaceable):
         try:
             if output.replaceable:
-                mask = os.umask(0)
-                os.umask(mask)
-                path.chmod(0o666 & ~mask)  # as a file that is opened for writing would have it
-                os.replace(path, output.path)
-            else:
-                with contextlib.ExitStack() as stack:
-                    source = stack.enter_context(open(path, encoding="utf-8", newline=""))
-                    goal = (
-                        stdout
-                        if output.path == "-"
-                        else stack.enter_context(open(output.path, "a", encoding="utf-8", newline=""))
-                    )
-                    shutil.copyfileobj(source, goal)
-                    goal.flush()
-        except BrokenPipeError:
-            raise
+                path.replace(output.path)
+                continue
+            with path.open(encoding="utf-8", newline="") as source:
+                pieces = iter(lambda: source.read(CHUNK_SIZE), "")
+                if output.path == "-":
+                    for piece in pieces:
+                        emit(piece)
+                else:
+                    with Path(output.path).open("a", encoding="utf-8", newline="") as goal:
+                        goal.writelines(pieces)
+        except BrokenPipeError:  # a reader that has read enough
+            continue
         except OSError as error:
             raise _output_error(output, error) from error
 
@@ -3174,7 +3200,8 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
         readings = read_saved(args, policy) if args.instances else read_live(args, policy, notices)
-        used = _collect(db, scan, readings, Progress(quiet=args.quiet))
+        with sighting_errors():
+            used = _collect(db, scan, readings, Progress(quiet=args.quiet))
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
@@ -3187,25 +3214,15 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     stage_report(staged, report_writer(report))
                     summary = StringIO()
                     write_summary(summary, report, args.csv, colour=_has_colour(talk))
-                    # From here to the last report in its place no signal comes between.
-                    stack.enter_context(_signals_held())
+                    _hold_signals()  # state and reports take their places together
         except UploadError:
             if report:
-                publish_report([goal for goal in staged if goal[0].format == "csv"], sys.stdout)
+                publish_report([goal for goal in staged if goal[0].format == "csv"], emit)
             raise
         assert report is not None
-        try:
-            publish_report(staged, sys.stdout)
-            if not args.quiet:
-                talk.write(summary.getvalue())
-                talk.flush()
-        except BrokenPipeError:
-            _silence_stdout()
-        except OSError as error:
-            _silence_stdout()
-            raise OutputError(
-                f"the summary cannot be written: {error.strerror}; the scan is recorded"
-            ) from error
+        publish_report(staged, emit)
+        if not args.quiet:
+            emit(summary.getvalue(), talk)
         return report.exit_code
 
 
@@ -3246,11 +3263,14 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
     """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
-    outputs = [Output(name, getattr(args, name)) for name in WRITERS if getattr(args, name)]
+    paths = {name: getattr(args, name) for name in WRITERS if getattr(args, name)}
+    stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+    outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
     goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
-    if len({*goals, os.path.realpath(args.state)}) <= len(goals):
+    taken = {os.path.realpath(path) for path in (args.state, args.policy, *args.instances) if path != "-"}
+    if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two outputs have the same goal: give each of --state, --csv, --json, --junit its own"
+            "two of --state, --policy, --instances, --csv, --json and --junit name the same: give each its own"
         )
     for output in outputs:
         check_output(output)
@@ -3410,14 +3430,12 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
     says that the files cover it.
     """
     instances: dict[Target, list[Instance]] = {}
-    errors: dict[Target, TargetError] = {}
+    cut = ""
     for path in args.instances:
         loaded, complete = load_instances(path)
         for target, found in loaded.items():
             instances.setdefault(target, []).extend(found)
-            if not complete:
-                message = f"{path} has a NextToken, so more pages follow: save it without --max-items or --no-paginate"
-                errors[target] = TargetError("Truncated", message)
+        cut = cut if complete else path
     covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
     accounts = {
         a for a in {*args.account, *(t.account_id for t in instances)} if covered(a) and _is_chosen(args, a)
@@ -3439,12 +3457,16 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
             ", ".join(map(str, sorted(left_out))),
         )
     for target in sorted(targets):
-        if target not in instances and not args.region:
-            message = "no instance of this region is in the files; if there is none, say so with --region"
-            errors[target] = TargetError("NotInFiles", message)
         if target in instances:
             yield target, instances[target]
-        yield target, errors.get(target)
+        if cut:  # what follows may be of any account and region
+            message = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
+            yield target, TargetError("Truncated", message)
+        elif target not in instances and not args.region:
+            message = "no instance of this region is in the files; if there is none, say so with --region"
+            yield target, TargetError("NotInFiles", message)
+        else:
+            yield target, None
 
 
 def _collect(
@@ -3520,9 +3542,9 @@ def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
         check_output(output)
         with staged_outputs([output]) as staged:
             stage_report(staged, lambda _, file: _write_problems(file, results))
-            publish_report(staged, sys.stdout)
+            publish_report(staged, emit)
     if args.json != "-":
-        print("\n".join(lines))
+        emit("\n".join(lines) + "\n")
     valid = all(problem.severity == "warning" for problems in results.values() for problem in problems)
     return ExitCode.COMPLIANT if valid else ExitCode.USAGE
 
@@ -3545,13 +3567,13 @@ def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) 
 
 def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
     """Print the policy's JSON Schema."""
-    print(json.dumps(POLICY_SCHEMA, indent=2))
+    emit(json.dumps(POLICY_SCHEMA, indent=2) + "\n")
     return ExitCode.COMPLIANT
 
 
 def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
     """Print the IAM policies that the policy's features need."""
-    print(json.dumps(iam_documents(load_policy(args.policy), args.state), indent=2))
+    emit(json.dumps(iam_documents(load_policy(args.policy), args.state), indent=2) + "\n")
     return ExitCode.COMPLIANT
 
 
@@ -3572,7 +3594,7 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
             for region in args.region or sorted(policy.regions)
             for line in explain_region(policy, region)
         ]
-    print("\n".join(map(printable, lines)))
+    emit("\n".join(map(printable, lines)) + "\n")
     return ExitCode.COMPLIANT
 
 
@@ -3635,24 +3657,19 @@ class Progress:
         if self.live and time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
             total = counted(sum(self.instances.values()), "instance")
-            print(
-                f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            emit(f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far", sys.stderr)
 
     def end(self, target: Target, error: TargetError | None) -> None:
         """Say how a target ended."""
         self.ended += 1
         if not self.live and (error or not self.quiet):
             how = f"not read: {error}" if error else counted(self.instances.get(target, 0), "instance")
-            print(printable(f"{target}: {how}"), file=sys.stderr, flush=True)
+            emit(printable(f"{target}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
         """Clear the line."""
         if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            emit("\r\x1b[K", sys.stderr)
 
 
 def _has_colour(stream: IO[str]) -> bool:
@@ -3660,26 +3677,41 @@ def _has_colour(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM for the moment in which state and reports take their places."""
-    held = (signal.SIGINT, signal.SIGTERM)
-    former = [signal.signal(number, signal.SIG_IGN) for number in held]
+def _hold_signals() -> None:
+    """Let no Ctrl-C and no SIGTERM come between any more: what is left takes a moment."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def emit(text: str, stream: IO[str] | None = None) -> None:
+    """Write text to stdout, or to another stream; raises OutputError.
+
+    A reader that went away, as of `| head`, is no failure, and what is said on stderr is no result.
+    """
+    stream = stream or sys.stdout
     try:
-        yield
-    finally:
-        for number, handler in zip(held, former, strict=True):
-            signal.signal(number, handler)
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        # What is left in the stream must not fail again when Python flushes it at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            message = (
+                f"standard output cannot be written: {error.strerror}; if this was a scan, it is recorded"
+            )
+            raise OutputError(message) from error
 
 
-def _silence_stdout() -> None:
-    """Let what is left for a reader that went away go nowhere: `| head` is no failure of the scan."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _interrupt(*_: object) -> None:
+    """End the run at the first Ctrl-C or SIGTERM; a second one must not interrupt the cleaning up."""
+    _hold_signals()
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
     # A stream that the caller has closed is None.
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
@@ -3694,25 +3726,20 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     try:
         return int(args.run(args, now or datetime.now(UTC)))
     except PolicyError as error:
-        print(error, file=sys.stderr)
-        print(f"{counted(len(error.problems), 'problem')}; nothing was scanned", file=sys.stderr)
+        number_of = counted(len(error.problems), "problem")
+        emit(f"{error}\n{number_of}; nothing was scanned\n", sys.stderr)
         return ExitCode.USAGE
-    except BrokenPipeError:
-        _silence_stdout()
-        return ExitCode.COMPLIANT
     except TagcheckError as error:
-        print(f"tagcheck: {printable(str(error))}", file=sys.stderr)
+        emit(f"tagcheck: {printable(str(error))}\n", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("tagcheck: interrupted; nothing was recorded", file=sys.stderr)
+        emit("tagcheck: interrupted; nothing was recorded\n", sys.stderr)
         return ExitCode.INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
             raise
-        print(
-            f"tagcheck: the package {error.name} is missing: pip install boto3 PyYAML jsonschema",
-            file=sys.stderr,
-        )
+        needed = "pip install boto3 PyYAML jsonschema"
+        emit(f"tagcheck: the package {error.name} is missing: {needed}\n", sys.stderr)
         return ExitCode.CRASHED
 
 

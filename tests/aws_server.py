@@ -10,6 +10,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -23,9 +24,11 @@ from xml.sax.saxutils import escape
 
 import boto3
 import botocore.config
+import moto.settings
 import werkzeug.test
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.availability_zones_and_regions import RegionsAndZonesBackend
+from moto.iam.access_control import IAMPolicy, IAMUserAccessKey, PermissionResult
 from moto.iam.models import get_account_id_from
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from moto.organizations.models import organizations_backends
@@ -158,6 +161,11 @@ def read_request(environ: dict[str, Any]) -> Request:
     )
 
 
+def is_backstage(request: Request) -> bool:
+    """Tell whether a request sets a scene."""
+    return BACKSTAGE in request.headers.get("user-agent", "")
+
+
 def numbered(params: dict[str, str], name: str) -> list[str]:
     """List the values of a form parameter that is a list, such as `ResourceId.1`, `ResourceId.2`."""
     return [value for key, value in params.items() if re.fullmatch(rf"{re.escape(name)}\.\d+", key)]
@@ -281,6 +289,17 @@ def region_refusal(request: Request, opt_in_status: str) -> Answer | None:
         message = "AWS was not able to validate the provided access credentials"
         return error_answer(request, 401, "AuthFailure", message)
     return None
+
+
+def missing_object_refusal(request: Request) -> Answer | None:
+    """Refuse to say that an object is not there to a user who may not list the bucket."""
+    user = IAMUserAccessKey(request.account_id, "aws", request.access_key, {})
+    listing = "s3:ListBucket", f"arn:aws:s3:::{request.params['Bucket']}"
+    if PermissionResult.PERMITTED in (
+        IAMPolicy(p).is_action_permitted(*listing) for p in user.collect_policies()
+    ):
+        return None
+    return error_answer(request, 403, "AccessDenied", "Access Denied")
 
 
 def page_refusal(request: Request) -> Answer | None:
@@ -700,7 +719,7 @@ class AwsServer:
         """Answer one request: backstage ones by moto alone, the others with all there is."""
         with self._moto_lock:
             request = read_request(environ)
-        if BACKSTAGE in request.headers.get("user-agent", ""):
+        if is_backstage(request):
             return self._moto_answer(request, environ)
         self._requests.append(request)
         return through_faults(self._faults, request, lambda: self._aws_answer(request, environ))
@@ -711,12 +730,17 @@ class AwsServer:
         if refusal:
             return refusal
         if request.fits(service="ec2", action="DescribeInstances"):
-            return self._describe_instances(request, environ)
+            # Those that cut_page makes of it are not signed, and not checked.
+            given = self._moto_answer(request, environ) if self.checks_permissions else None
+            return given if given and given.status != 200 else self._describe_instances(request, environ)
         if request.fits(service="ec2", action="DescribeRegions"):
             return self._describe_regions(request, environ)
         if request.fits(service="ec2", action="CreateTags") and request.params.get("DryRun") != "true":
             return self._create_tags(request)
-        return self._moto_answer(request, environ)
+        given = self._moto_answer(request, environ)
+        if self.checks_permissions and request.action == "GetObject" and given.status == 404:
+            return missing_object_refusal(request) or given
+        return given
 
     def _refusal(self, request: Request) -> Answer | None:
         """Find what AWS would refuse the request for."""
@@ -818,9 +842,13 @@ class AwsServer:
         """Let moto carry out a request, or one with another body; what moto cannot do is an error 500."""
         environ = dict(environ)
         replace_body(environ, request.body if body is None else body)
+        checked = self.checks_permissions and body is None and not is_backstage(request)
         with self._moto_lock:
+            moto.settings.INITIAL_NO_AUTH_ACTION_COUNT = 0 if checked else math.inf
             try:
                 chunks, status, headers = werkzeug.test.run_wsgi_app(self._moto, environ, buffered=True)
             except Exception as failure:  # moto in its debug mode raises on what it has not implemented
                 return error_answer(request, 500, "InternalError", f"moto: {failure!r}")
+            finally:
+                moto.settings.INITIAL_NO_AUTH_ACTION_COUNT = math.inf
         return Answer(int(status.split()[0]), dict(headers), b"".join(chunks))

@@ -7,9 +7,10 @@ import site
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -19,8 +20,21 @@ if TYPE_CHECKING:
 TAGCHECK = Path(__file__).resolve().parent.parent / "tagcheck.py"
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tests that take minutes be asked for."""
+    parser.addoption("--soak", action="store_true", help="run the tests that take minutes as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that take minutes where nobody asked for them."""
+    for item in items:
+        if item.get_closest_marker("soak") and not config.getoption("soak"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with --soak"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests themselves from any true account, and from proxies on the way to loopback."""
+    config.addinivalue_line("markers", "soak: takes minutes, and is skipped without --soak")
     for name in list(os.environ):
         if name.startswith("AWS_") or name.lower().endswith("_proxy"):
             del os.environ[name]
@@ -83,6 +97,28 @@ def run_tagcheck(
     if check is not None and run.returncode != check:
         pytest.fail(f"exit code {run.returncode}, not {check}: {shown}")
     return Result(run.returncode, out, err, cwd)
+
+
+def script_with(directory: Path, **constants: float | tuple[float, ...]) -> Path:
+    """Write a script that is tagcheck.py with other constants, to see soon what would take minutes."""
+    path = directory / "impatient.py"
+    lines = [
+        *("import sys", f"sys.path.insert(0, {str(TAGCHECK.parent)!r})", "import tagcheck"),
+        *(f"assert tagcheck.{name}; tagcheck.{name} = {value!r}" for name, value in constants.items()),
+        "raise SystemExit(tagcheck.main())",
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+Case = TypeVar("Case")
+Outcome = TypeVar("Outcome")
+
+
+def at_once(run: Callable[[str, Case], Outcome], cases: Mapping[str, Case]) -> dict[str, Future[Outcome]]:
+    """Run cases that have nothing to do with each other at the same time; each fails where it is asked for."""
+    with ThreadPoolExecutor(4) as pool:
+        return {name: pool.submit(run, name, case) for name, case in cases.items()}
 
 
 @pytest.fixture
