@@ -44,7 +44,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
@@ -307,7 +307,7 @@ def _key(description: str, example: Any, **schema: Any) -> dict[str, Any]:
 _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
 # EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
 _TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
-_DURATION, _DATE = "^[0-9]{1,6}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
+_DURATION, _DATE = "^[0-9]{1,4}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 _ROLE_NAME = "^[A-Za-z0-9+=,.@_/-]{1,512}$"
 _ACCOUNT_ID, _INSTANCE_ID = "^[0-9]{12}$", "^i-[0-9a-f]{8,17}$"
 
@@ -616,17 +616,27 @@ class YamlDocument:
             raise YamlError(_mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
         try:
-            self._root = loader.get_single_node() or yaml.ScalarNode("", "", loader.get_mark())
+            end = loader.get_mark()
+            self._root = loader.get_single_node() or yaml.ScalarNode("", "", end, end)
             self.value = self._build(self._root, ())
         except yaml.MarkedYAMLError as error:
-            raise YamlError(*_yaml_advice(text, error)) from error
+            mark, message = _yaml_advice(text, error)
+            line = text.splitlines(keepends=True)[mark.line : mark.line + 1]
+            if odd := re.search(f"[{''.join(_UNSEEN)}]", "".join(line)):
+                message = f"{_UNSEEN[odd[0]]} (U+{ord(odd[0]):04X}) stands here: type it anew"
+                mark = SimpleNamespace(line=mark.line, column=odd.start())
+            raise YamlError(mark, message) from error
         except RecursionError as error:
             raise YamlError(loader, "nested too deep") from error
+        except ValueError as error:  # PyYAML's own, of numbers in escapes and directives
+            raise YamlError(loader, "a number in an escape or a directive is too large") from error
 
     def place(self, path: Sequence[str | int], *, at_key: bool = False) -> tuple[int, int]:
         """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
         mark, node = self._root.start_mark, self.value
         for step in path:
+            if (id(node), step) not in self._marks:
+                break  # a second key of that name has replaced what was there
             mark = self._marks[id(node), step][0 if at_key and step is path[-1] else 1]
             node = node[step]
         return mark.line + 1, mark.column + 1
@@ -672,49 +682,73 @@ class YamlDocument:
         return mapping
 
     def _check_text(self, node: Any, path: tuple[str | int, ...], *, at_key: bool = False) -> None:
-        """Note characters that look like others, but where people write for people: no tag would ever match."""
-        if path[-1:] in (("reason",), ("approved_by",), ("ticket",)) and not at_key:
+        """Note what in a text no tag would ever match, though it may look right; people's prose is their own."""
+        text, plain = node.value, node.style is None
+        message = ""
+        if odd := next((character for character in text if "\ud800" <= character <= "\udfff"), ""):
+            message = f"half of a character (U+{ord(odd):04X}) stands here: write the character itself"
+        elif path[-1:] in (("reason",), ("approved_by",), ("ticket",)) and not at_key:
             return
-        begins_with_quote = node.style is None and node.value[:1] in _QUOTES
-        odd = node.value[0] if begins_with_quote else next(filter(_UNSEEN.__contains__, node.value), None)
-        if odd is not None:
-            message = f"{(_QUOTES | _UNSEEN)[odd]} (U+{ord(odd):04X}) stands here: type it anew"
+        elif odd := next(
+            (character for character in text if ord(character) < 32 or 127 <= ord(character) < 160), ""
+        ):
+            message = f"the control character U+{ord(odd):04X} stands here: take it out"
+            message += " (| and > add one at the end)" if odd == "\n" else ""
+        elif plain and text[:1] in _QUOTES:
+            message = "a typographic quote stands here: type a straight one, or none"
+        elif odd := next(filter(_UNSEEN.__contains__, text), ""):
+            message = f"{_UNSEEN[odd]} (U+{ord(odd):04X}) stands here: type it anew"
+        elif plain and node.start_mark.line != node.end_mark.line:
+            message = (
+                f"goes on in the next line, so that both are one text, {_shown(text)}: indent the lines alike"
+            )
+        elif plain and text[-1:] in ("'", '"'):
+            message = f"{_shown(text)} ends with a quote that nothing opens: take it out, or write both"
+        if message:
             self.mistakes.append(Mistake(path, message, at_key))
 
 
-_QUOTES = dict.fromkeys("\u201c\u201d\u201e\u2018\u2019\u201a", "a typographic quote, not one of YAML's")
+_QUOTES = frozenset("\u201c\u201d\u201e\u2018\u2019\u201a")
 _UNSEEN = dict.fromkeys("\u00a0\u2007\u202f", "a no-break space, not a space")
 _UNSEEN |= dict.fromkeys("\u200b\u200c\u200d\u2028\u2029\u2060\ufeff", "an invisible character")
-# What PyYAML says, and what to do about it; the first that fits.
+# What PyYAML says (context and problem), what to do about it, and whether the place is where it began.
 _YAML_ADVICE = (
-    (r"character '\\t'", "indented with a TAB; use spaces"),
-    (r"cannot start any token|expected alphabetic", "a text that begins with {char} needs quotes round it"),
-    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)"),
-    ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'"),
-    ("end of stream|document separator", "a quote or a bracket is opened here, and not closed"),
-    ("expected ',' or", "a [ or {{ before this is not closed, or a comma is missing"),
-    ("another document", "a second document begins here; a policy is one document"),
-    ("mapping values are not allowed", "a text with ': ' in it needs quotes round it; or this line, or the one "
-     "above, is not indented as it should be"),
-    ("could not find expected ':'", "a colon with a space after it is missing, here or in the line above"),
-    ("expected <block end>", "not indented like the lines above that it belongs to, or text follows a closing quote"),
-    ("sequence entries", "a list cannot begin with - in the line of its key; begin it on the next line"),
-    ("duplicate anchor", "the anchor is there twice"),
-    ("expected the node content", "a [ or {{ is not closed, or a value is missing"),
+    (r"character '\\t'", "a TAB stands here; use spaces", False),
+    ("cannot start any token|expected alphabetic", "a text that begins with {char} needs quotes round it", False),
+    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)", False),
+    ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
+    ("quoted scalar", "the quote opened here is not closed", True),
+    ("flow (sequence|mapping)", "the [ or {{ opened here is not closed, or a comma in it is missing", True),
+    ("another document", "a second document begins here; a policy is one document", False),
+    ("mapping values are not allowed", "a text with ': ' in it needs quotes round it; or this line is not indented "
+     "as it should be, or the one above lacks its colon", False),
+    ("could not find expected ':'.*-", "a space is missing after the dash", True),
+    ("could not find expected ':'", "a colon and a space after it are missing in this line", True),
+    ("sequence entries", "a list cannot begin with - in the line of its key; begin it on the next line", False),
+    ("duplicate anchor", "the anchor is there twice", False),
+    ("block scalar", "a text that begins with | or > needs quotes round it", True),
+    ("<block end>.* after text", "text goes on after a closing quote or bracket: put quotes round all of it", False),
+    ("<block end>", "not indented like the lines above that it belongs to", False),
+    ("node content", "a value is missing here", False),
 )  # fmt: skip
 
 
 def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
     """Return where a YAML text is broken, and what to do about it."""
-    problem = str(error.problem or error.context)
     mark = error.problem_mark or error.context_mark
-    if mark.index >= len(text) and error.context_mark:
-        mark = error.context_mark  # what was opened there goes on to the end of the file
-    advice = next(
-        (advice for said, advice in _YAML_ADVICE if re.search(said, problem)), f"not YAML: {problem}"
-    )
-    begin = text[max(0, mark.index - 1) : mark.index + 1].strip()
-    return mark, advice.format(char=repr(begin[:1]))
+    before = text[mark.index - mark.column : mark.index].strip(" -?")
+    said = f"{error.context}; {error.problem}{' after text' if before else ''}"
+    begun = error.context_mark or mark
+    if "simple key" in said and text[begun.index :].startswith("-"):
+        said += " -"
+    for sign, advice, at_context in _YAML_ADVICE:
+        if re.search(sign, said):
+            if at_context or text[begun.index :].startswith("*"):
+                mark = begun
+            char = text[max(0, mark.index - 1) : mark.index + 1].strip()[-1:] if mark is begun else ""
+            char = char or text[max(0, mark.index - 1) : mark.index + 1].strip()[:1]
+            return mark, advice.format(char=repr(char))
+    return mark, f"not YAML: {error.problem or error.context}"
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -724,11 +758,10 @@ _YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq"
 def load_policy(path: str) -> Policy:
     """Read a policy file; raises PolicyError with every problem in it, or UsageError if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
             content = file.read(MAX_POLICY_BYTES + 1)
     except OSError as error:
-        message = f"cannot read the policy {path}: {error.strerror}; name one with --policy FILE"
-        raise UsageError(message) from error
+        raise UsageError(f"cannot read the policy {path}: {error.strerror}; name another file") from error
     return check_policy(content, path)
 
 
@@ -739,6 +772,7 @@ def check_policy(content: bytes, file: str) -> Policy:
     except YamlError as error:
         raise PolicyError([Problem(file, error.line, error.column, "", error.message)]) from error
     mistakes = [*document.mistakes, *_schema_mistakes(document.value), *_rule_mistakes(document.value)]
+    mistakes = mistakes or [*_empty_regions(document.value)]
     if mistakes:
         problems = [
             Problem(
@@ -783,14 +817,26 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
         if error.validator == "additionalProperties":
             known = sorted(error.schema["properties"])
             for key in found.keys() - error.schema["properties"].keys():
-                yield Mistake(
-                    (*path, key), f"unknown key {_shown(key)}{_did_you_mean(key, known)}", at_key=True
-                )
+                hint = _did_you_mean(key, known)
+                if not path and is_region(key):
+                    hint = ": it is a region; indent it by two spaces, under regions:"
+                elif path[-2:-1] == ("required_tags",) and len(found) == 1:
+                    hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
+                yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
         elif error.validator == "required":
-            for key in [key for key in wanted if key not in found]:
+            # `- Owner:` is one mistake, and told as an unknown key.
+            one_unknown = (
+                path[-2:-1] == ("required_tags",) and len(found) == 1 and not found.keys() & _RULE_KEYS
+            )
+            for key in [key for key in wanted if key not in found and not one_unknown]:
                 yield Mistake(path, f"the key {key!r} is missing")
+        elif error.validator == "type":
+            yield Mistake(path, _type_message(found, wanted) + _type_hint(path, found))
         else:
             yield Mistake(path, _SCHEMA_MESSAGES[error.validator](found, wanted))
+
+
+_RULE_KEYS = frozenset(("key", "values", "pattern", "default"))
 
 
 def _type_message(found: Any, wanted: str | Sequence[str]) -> str:
@@ -802,12 +848,34 @@ def _type_message(found: Any, wanted: str | Sequence[str]) -> str:
         "string": "text",
     }
     kinds = [words[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in words]
-    hint = (
-        "; a space must follow the colon" if isinstance(found, str) and re.match(r"[\w-]+:\S", found) else ""
-    )
-    if "a list" in kinds and isinstance(found, str):
-        hint = f"; write [{found[:40]}], or - {found[:40]} on a line of its own"
-    return f"must be {' or '.join(kinds)}, not {_shown(found)}{hint}"
+    return f"must be {' or '.join(kinds)}, not {_shown(found)}"
+
+
+def _type_hint(path: tuple[str | int, ...], found: Any) -> str:
+    """Return what to write where something of another kind stands, as far as the place tells."""
+    text = found[:40] if isinstance(found, str) else ""
+    if text.startswith("-"):
+        return "; a space is missing after the dash: - Owner"
+    match path:
+        case ("regions",):
+            return "; write each region on a line of its own, indented, with a colon after it: us-east-1:"
+        case ("regions", _):
+            return "; put required_tags: before it"
+        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
+            return (
+                f"; write [{text}]" if "," in text or " " not in text else "; begin each with a dash: - Owner"
+            )
+        case (*_, "required_tags" | "exemptions"):
+            return f"; begin each one with a dash and a space: - {'Owner' if path[-1] == 'required_tags' else 'reason: …'}"
+        case (*_, "pattern"):
+            return "; put single quotes round it: '[0-9]'"
+        case (*_, "inherit"):
+            return "; write it in small letters and without quotes"
+        case (*_, "tags", _) if found is None:
+            return '; for any value write "*"'
+        case ():
+            return "; a space must follow each colon" if re.match(r"[\w-]+:\S", text) else ""
+    return "; if it begins with #, put quotes round it" if found is None else ""
 
 
 def _enum_message(found: Any, wanted: Sequence[Any]) -> str:
@@ -824,7 +892,6 @@ _PATTERN_MESSAGES = {
     _INSTANCE_ID: "no instance id: it looks like i-0123456789abcdef0",
 }
 _SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
-    "type": _type_message,
     "enum": _enum_message,
     "pattern": lambda found, wanted: f"{_shown(found)} is {_PATTERN_MESSAGES[wanted]}",
     "minLength": lambda *_: "must not be empty",
@@ -861,7 +928,9 @@ def _did_you_mean(word: Any, known: Sequence[str]) -> str:
     if not isinstance(word, str):
         return ""
     words = {synonym: key for synonym, key in _SYNONYMS.items() if key in known} | {key: key for key in known}
-    near = difflib.get_close_matches(word[:100], words)
+    near = difflib.get_close_matches(word[:100], words) or difflib.get_close_matches(
+        word[:100].lower(), words
+    )
     # Of equally near words difflib may not choose the one whose letters were only typed in another order.
     best = next(
         (candidate for candidate in near if sorted(candidate) == sorted(word)), next(iter(near), None)
@@ -885,13 +954,20 @@ def _rule_mistakes(value: Any) -> Iterator[Mistake]:
         own = _as(list, _as(dict, entry).get("required_tags"))
         yield from _tag_mistakes((*path, "required_tags"), own)
         asked |= _tag_keys(own)
-        if not own and not (shared and _as(dict, entry).get("inherit", True)):
-            yield Mistake(path, f"{region} asks for no tag: name one, or take the region out", at_key=True)
     accounts = _as(dict, value.get("accounts"))
     if accounts and (accounts.get("organization") is True) == ("ids" in accounts):
         yield Mistake(("accounts",), "says not which accounts: give it organization: true, or ids, not both")
     for index, entry in enumerate(_as(list, value.get("exemptions"))):
         yield from _exemption_mistakes(("exemptions", index), _as(dict, entry), asked)
+
+
+def _empty_regions(value: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield the regions that ask for nothing; told only when nothing else is wrong, as it may be the cause."""
+    for region, entry in value["regions"].items():
+        inherits = (entry or {}).get("inherit", True) and "required_tags" in value
+        if not inherits and "required_tags" not in (entry or {}):
+            message = f"{region} asks for no tag: name one, or take the region out"
+            yield Mistake(("regions", region), message, at_key=True)
 
 
 def _tag_keys(tags: Sequence[Any]) -> set[str]:
@@ -972,13 +1048,14 @@ def pattern_complaint(pattern: str) -> str | None:
             for value in _hard_values(re._parser.parse(pattern)):  # type: ignore[attr-defined]
                 compiled.fullmatch(value)
     except (re.error, OverflowError, RecursionError) as error:
-        return f"is not a regular expression: {error}"
+        hint = " (any text is .* in a pattern)" if "nothing to repeat" in str(error) else ""
+        return f"is not a regular expression: {error}{hint}"
     except TimeoutError:
         return "can take for ever on a long value: repeat no part that holds a repetition, or list the values"
     return None
 
 
-PATTERN_SECONDS = 0.5
+PATTERN_SECONDS = 0.25
 MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 PAGE_SECONDS = 20  # a thousand instances take 10 milliseconds
 
@@ -1012,16 +1089,27 @@ def _hard_values(tokens: Any, before: str = "") -> Iterator[str]:
         for part in parts:
             yield from _hard_values(part, before)
             if "REPEAT" in name:
-                yield (before + _sample(part) * 256)[:255] + "\0"
+                samples = list(map(_sample, _branches(part)))
+                for sample in (*samples, "".join(samples)):
+                    yield (before + sample * 256)[:255] + "\0"
         before += _sample([(name, argument)])
+
+
+def _branches(tokens: Any) -> list[Any]:
+    """Return the alternatives of a pattern that is nothing but alternatives, perhaps in a group."""
+    if len(tokens) == 1 and str(tokens[0][0]) == "SUBPATTERN":
+        return _branches(tokens[0][1][-1])
+    return list(tokens[0][1][1]) if len(tokens) == 1 and str(tokens[0][0]) == "BRANCH" else [tokens]
 
 
 def _sub_patterns(name: str, argument: Any) -> list[Any]:
     """Return the patterns within a token of a parsed pattern."""
     if name == "BRANCH":
         return list(argument[1])
-    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "SUBPATTERN", "ASSERT"):
+    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "SUBPATTERN", "ASSERT", "ASSERT_NOT"):
         return [argument[-1]]
+    if name == "GROUPREF_EXISTS":
+        return [part for part in argument[1:] if part is not None]
     return [argument] if name == "ATOMIC_GROUP" else []
 
 
@@ -1036,8 +1124,9 @@ def _sample(tokens: Any) -> str:
             text += _sample_of_set([(str(kind), value) for kind, value in argument])
         elif name in ("ANY", "NOT_LITERAL"):
             text += "," if name == "ANY" or argument != ord(",") else "a"
-        elif name != "ASSERT" and (parts := _sub_patterns(name, argument)):
+        elif not name.startswith("ASSERT") and (parts := _sub_patterns(name, argument)):
             text += _sample(parts[0]) * (max(1, min(argument[0], 256)) if "REPEAT" in name else 1)
+        text = text[:256]
     return text
 
 
@@ -1132,7 +1221,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
             continue
         days = counted((exemption.expires - today).days, "day")
         message = (
-            f"ends on {exemption.expires}, in {days}"
+            f"ends on {exemption.expires}, {f'in {days}' if today < exemption.expires else 'today'}"
             if exemption.holds(today)
             else f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
         )
@@ -1282,20 +1371,22 @@ def _bare_key(key: str) -> str:
 
 def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> bool:
     """Return whether an instance is still within its grace period: tags often come after the launch."""
-    return instance.launch_time > now - grace_period
+    return now - instance.launch_time < grace_period
 
 
 def resolution(
-    violations: Iterable[Violation], tags: Mapping[str, str] | None, *, exempted: bool = False
+    violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
 ) -> Resolution:
     """Return why a finding is no longer one; tags are None where the instance is no longer looked at.
+
+    `exempted` are the keys that it need not carry.
 
     It was put right only if all that it lacked is there now. Where one of the tags still is as it was,
     it is the policy that has stopped asking for it.
     """
     if tags is None:
         return Resolution.GONE
-    if exempted:
+    if any(violation.tag_key in exempted for violation in violations):
         return Resolution.EXEMPTED
     if any(_still_lacks(violation, tags) for violation in violations):
         return Resolution.POLICY_CHANGED
@@ -1308,7 +1399,7 @@ def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
     return not value.strip() or (violation.type is not ViolationType.MISSING and value == violation.value)
 
 
-def explain_region(policy: Policy, region: str) -> Iterator[str]:
+def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
     """Yield the rules in force in a region, each with the policy's line that it comes from."""
     here = "every region that is not named" if region == "*" else region
     yield f"Policy {policy.name} in {here}:"
@@ -1320,7 +1411,7 @@ def explain_region(policy: Policy, region: str) -> Iterator[str]:
     if policy.grace_period:
         yield f"  Not judged within {policy.grace_period} of their launch"
     for exemption in policy.exemptions:
-        if region == "*" or not exemption.regions or region in exemption.regions:
+        if exemption.holds(today) and (region == "*" or not exemption.regions or region in exemption.regions):
             until = f" until {exemption.expires}" if exemption.expires else ""
             which = ", ".join(exemption.required_tags) or "all tags"
             yield f"  Exempted{until} from {which}: {exemption.reason} ({policy.file}:{exemption.line})"
@@ -1331,7 +1422,9 @@ def explain(
 ) -> Iterator[str]:
     """Yield, rule by rule, why an instance passes or fails, and then its history."""
     name = instance.tags.get("Name")
-    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}:"
+    # The state keeps an instance as it was when it was last found in violation.
+    then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
+    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
     exempted = {case.violation.tag_key: case for case in sighting.exempted}
@@ -1952,7 +2045,7 @@ WAY_OUT = "restore it from a backup, or move it away to start anew (every findin
 
 
 @contextlib.contextmanager
-def _state_errors(path: Path) -> Iterator[None]:
+def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn SQLite's errors that an operator can act on into StateErrors; the others are bugs."""
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
@@ -1971,10 +2064,10 @@ def _state_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        name = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        if name not in advice:
+        code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+        if code not in advice:
             raise
-        raise StateError(f"the state {path} {advice[name]}") from error
+        raise StateError(f"the state {name} {advice[code]}") from error
 
 
 def check_state(path: Path) -> None:
@@ -2092,8 +2185,8 @@ def _state_version(db: sqlite3.Connection, path: Path) -> int:
 class LocalState:
     """A state in a file of this machine."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or str(path)
 
     def check(self) -> None:
         """Find out before the scan whether it can be used; raises StateError."""
@@ -2121,7 +2214,7 @@ class S3State:
 
     def __init__(self, s3: Any, bucket: str, key: str, path: Path) -> None:
         self._s3, self._object, self._path = s3, {"Bucket": bucket, "Key": key}, path
-        self._name = f"s3://{bucket}/{key}"
+        self.name = f"s3://{bucket}/{key}"
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
@@ -2141,7 +2234,7 @@ class S3State:
         failure = ""
         for number in range(S3_TRIES):
             if number:
-                LOG.debug("%s: %s; trying again", self._name, failure)
+                LOG.debug("%s: %s; trying again", self.name, failure)
                 time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
             try:
                 etag = self._download()
@@ -2158,7 +2251,7 @@ class S3State:
             else:
                 return
         raise UploadError(
-            f"the state {self._name}: given up after {S3_TRIES} tries, the last of which ended in {failure}; the "
+            f"the state {self.name}: given up after {S3_TRIES} tries, the last of which ended in {failure}; the "
             "scan is not recorded, run again"
         )
 
@@ -2204,7 +2297,7 @@ class S3State:
                 "NoSuchBucket": "create the bucket, or correct its name",
                 "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
             }.get(code, "check --state")
-            raise StateError(f"the state {self._name}: {code}: {printable(message)}; {advice}") from error
+            raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
         except (
             exceptions.ConnectionError,
             exceptions.HTTPClientError,
@@ -2212,7 +2305,7 @@ class S3State:
         ) as error:
             raise _PassingError(f"{type(error).__name__}: {error}") from error
         except exceptions.BotoCoreError as error:
-            raise StateError(f"the state {self._name}: {error}") from error
+            raise StateError(f"the state {self.name}: {error}") from error
 
 
 State = LocalState | S3State
@@ -2324,13 +2417,15 @@ def _load_exempted(text: str) -> tuple[Exempted, ...]:
 
 
 @contextlib.contextmanager
-def record_scan(db: sqlite3.Connection, state: Path, scan: Scan, finished_at: datetime) -> Iterator[None]:
+def record_scan(
+    db: sqlite3.Connection, path: Path, scan: Scan, finished_at: datetime, name: str
+) -> Iterator[None]:
     """Record what was seen into the state, in one transaction; the body of the `with` runs before it is final.
 
     In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes all, so
     that a report that cannot be written costs no NEW. Raises StateError.
     """
-    with _state_errors(state):
+    with _state_errors(name):
         db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
         # An instance that moved between two pages while they were read is on both: the last sight counts.
         db.execute(
@@ -2344,7 +2439,7 @@ def record_scan(db: sqlite3.Connection, state: Path, scan: Scan, finished_at: da
             )
             """
         )
-        db.execute("ATTACH DATABASE ? AS state", (f"{state.absolute().as_uri()}?mode=rw",))
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
         try:
             db.execute("PRAGMA state.synchronous = FULL")
             db.execute("BEGIN IMMEDIATE")
@@ -2373,7 +2468,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """
         INSERT INTO resolved
         SELECT finding.id,
-            resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted IS NOT NULL)
+            resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
         FROM target
         JOIN state.findings AS finding ON finding.policy = :policy
             AND finding.account_id = target.account_id AND finding.region = target.region
@@ -2422,13 +2517,14 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     _record_coverage(db, names)
 
 
-def _resolution(violations: bytes, tags: str | None, exempted: int) -> str | None:
+def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
     """Return resolution() of JSON from the state and the sightings; None, which no column takes, of damaged JSON."""
     now = None if tags is None else json.loads(tags)
     try:
-        return resolution(_load_violations(violations), now, exempted=bool(exempted))
+        before = _load_violations(violations)
     except (ValueError, KeyError, TypeError):
         return None
+    return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
 
 
 def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
@@ -3207,7 +3303,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         report: ScanReport | None = None
         try:
             for path in state.attempts(scan.scan_id):
-                with record_scan(db, path, scan, finished_at):
+                with record_scan(db, path, scan, finished_at, state.name):
                     report = _report(
                         args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
                     )
@@ -3286,7 +3382,7 @@ def open_state(args: argparse.Namespace, stack: contextlib.ExitStack) -> State:
         s3 = aws.client("s3", aws.session.region_name or "us-east-1")
         state = S3State(s3, bucket, key, _temporary(stack) / "state.db")
     if args.dry_run:
-        copy = LocalState(_temporary(stack) / "state.db")
+        copy = LocalState(_temporary(stack) / "state.db", state.name)
         state.copy(copy.path)
         return copy
     return state
@@ -3531,6 +3627,8 @@ def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
             results[path] = check_expiry(load_policy(path), now.date())
         except PolicyError as error:
             results[path] = error.problems
+        except UsageError as error:
+            results[path] = [Problem(path, 1, 1, "", str(error))]
     lines: list[str] = []
     for path, problems in results.items():
         errors = sum(problem.severity == "error" for problem in problems)
@@ -3592,7 +3690,7 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
         lines = [
             line
             for region in args.region or sorted(policy.regions)
-            for line in explain_region(policy, region)
+            for line in explain_region(policy, region, now.date())
         ]
     emit("\n".join(map(printable, lines)) + "\n")
     return ExitCode.COMPLIANT
@@ -3620,25 +3718,45 @@ def _find_instance(
         regions = args.region or sorted({target.region for target in known})
         if not regions:
             raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
-        aws = Aws(args.profile, workers=1)
-        account_id, _ = describe_caller(aws.client("sts", regions[0]))
-        for page in describe_instances(aws.client("ec2", regions[0]), args.instance):
-            for instance in page:
-                target = Target(account_id, regions[0])
-                yield target, instance, known.get(target)
+        yield from _describe_instance(args, regions, known)
         return
-    for target, finding in known.items():
-        if (args.region and target.region not in args.region) or (
-            args.account and target.account_id not in args.account
-        ):
-            continue
+    here = {
+        target: finding
+        for target, finding in known.items()
+        if (not args.region or target.region in args.region)
+        and (not args.account or target.account_id in args.account)
+        and policy.covers(target.region)
+    }
+    for target, finding in here.items():
         launched = datetime.fromisoformat(finding.launch_time)
         yield target, Instance(finding.instance_id, finding.state, launched, finding.tags), finding
-    if not known:
+    if not here:
+        known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}: it complied whenever it was "
-            "looked at, or never was; ask AWS with --live --region R"
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it complied, was "
+            "exempted or too young whenever it was looked at, or never was; ask AWS with --live --region R"
         )
+
+
+def _describe_instance(
+    args: argparse.Namespace, regions: Sequence[str], known: Mapping[Target, Finding]
+) -> Iterator[tuple[Target, Instance, Finding | None]]:
+    """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
+    aws = Aws(args.profile, workers=1)
+    account_id, _ = describe_caller(aws.client("sts", aws.session.region_name or home_region(regions)))
+    for region in regions:
+        try:
+            for instance in itertools.chain.from_iterable(
+                describe_instances(aws.client("ec2", region), args.instance)
+            ):
+                yield Target(account_id, region), instance, known.get(Target(account_id, region))
+                return
+        except TargetError as error:
+            if not error.code.startswith("InvalidInstanceID"):
+                raise
+    raise UsageError(
+        f"account {account_id} has no {args.instance} in {', '.join(regions)}: say with --region where it is"
+    )
 
 
 class Progress:

@@ -207,9 +207,9 @@ def test_hostile_names_of_what_is_resolved(scan, tmp_path):
     assert [finding["name"] for finding in run.json("out.json")["resolved"]] == names
 
 
-def test_hostile_names_of_files_and_policy(tagcheck, tmp_path):
+def test_hostile_names_of_files(tagcheck, tmp_path):
     hostile = "a\x1b[31m\x9b1m\u202e\nb"
-    save(tmp_path, *[BARE] * 21, name=hostile)
+    save(tmp_path, *[BARE] * 21)
     (tmp_path / "policy.yaml").rename(tmp_path / f"{hostile}.yaml")
     answer = json.loads((tmp_path / "fleet.json").read_text())
     (tmp_path / "cut.json").write_text(json.dumps(answer | {"NextToken": "x"}))
@@ -221,7 +221,7 @@ def test_hostile_names_of_files_and_policy(tagcheck, tmp_path):
         assert [unfit(text) for text in (run.out, run.err, *texts)] == [[], [], [], [], []]
         assert texts[0].count("\n") == {3: 22, 4: 2}[code]
         assert ElementTree.fromstring(texts[2]).get("errors") == {3: "0", 4: "1"}[code]
-    assert run.json("out.json")["policy"]["name"] == hostile
+    assert run.json("out.json")["policy"]["file"] == f"{hostile}.yaml"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,729 @@
+"""The policy's author: every mistake is told where it stands, everything legal is taken, and nothing crashes.
+
+`data/policies/invalid` has a file a mistake; its first lines say, after `#: `, what is to be said of it.
+`data/policies/valid` has what looks odd and is legal; a line `#: REGION: KEY, KEY` says what it asks for.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+import yaml
+from conftest import TAGCHECK, Result, run_tagcheck
+
+import tagcheck as script
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+CORPUS = Path(__file__).resolve().parent / "data" / "policies"
+INVALID, VALID = (sorted((CORPUS / kind).glob("*.yaml")) for kind in ("invalid", "valid"))
+SHIPPED = sorted((TAGCHECK.parent / "policies").glob("*.yaml"))
+SCHEMA_FILE = TAGCHECK.parent / "policies" / "policy.schema.json"
+OWNER = "version: 1\nname: test\nrequired_tags: [Owner]\n"
+GOOD = OWNER + "regions: {us-east-1: }\n"
+ENDED = GOOD + "exemptions: [{reason: old, regions: [us-east-1], expires: 2026-11-22}]\n"
+BAD = "version: 2\nname: test\nrequired_tags: [Owner]\nregions: {us-esat-1: }\n"
+BAD_PROBLEMS = [
+    "bad.yaml:1:10: version: '2' is not 1",
+    "bad.yaml:4:11: regions: AWS has no region 'us-esat-1' (did you mean 'us-east-1'?)",
+]
+
+Tagcheck = Callable[..., Result]
+
+
+class Verdict(NamedTuple):
+    """What `validate` has said."""
+
+    code: int
+    lines: list[str]
+    err: str
+
+
+@pytest.fixture
+def validate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Verdict]:
+    """Run `validate` in this process, in the test's own directory; a crash is the test's failure."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str | Path) -> Verdict:
+        code = script.main(["validate", *map(str, args)], now=NOW)
+        out, err = capsys.readouterr()
+        return Verdict(code, out.splitlines(), err)
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Write a policy that is right, one that is wrong, and one with a warning."""
+    for name, text in (("good", GOOD), ("bad", BAD), ("ended", ENDED)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def notes(path: Path) -> list[str]:
+    """Read what a file of the corpus says of itself."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    lines = re.split("\r\n|\r|\n", content.decode(encoding, "replace"))
+    return [line.removeprefix("#: ") for line in lines if line.startswith("#: ")]
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+# ---- The corpus --------------------------------------------------------------------------------------------
+
+
+def test_corpus_is_not_lost() -> None:
+    assert len(INVALID) >= 200
+    assert len(VALID) >= 40
+
+
+@pytest.mark.parametrize("path", INVALID, ids=stem)
+def test_mistake(validate: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.chdir(path.parent)
+    wanted = notes(path)
+    assert wanted
+    problems = [f"{path.name}:{problem}" for problem in wanted]
+    assert validate(path.name) == (
+        2,
+        [*problems, f"{path.name}: {script.counted(len(problems), 'error')}"],
+        "",
+    )
+
+
+@pytest.mark.parametrize("path", VALID, ids=stem)
+def test_odd_but_legal(validate: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.chdir(path.parent)
+    assert validate(path.name) == (0, [f"{path.name}: valid"], "")
+    policy = script.load_policy(path.name)
+    for note in notes(path):
+        region, _, keys = note.partition(": ")
+        assert ", ".join(rule.key for rule in policy.rules(region)) == keys
+
+
+@pytest.mark.parametrize("path", VALID, ids=stem)
+def test_what_is_valid_can_be_explained_and_scanned_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
+) -> None:
+    use(monkeypatch, tmp_path, path)
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: Path) -> None:
+    """Explain a policy, and scan with it: both must end as they should."""
+    monkeypatch.chdir(tmp_path)
+    instance = {
+        "InstanceId": "i-0123456789abcdef0",
+        "State": {"Name": "running"},
+        "LaunchTime": "2026-02-24T10:30:45+00:00",
+        "Placement": {"AvailabilityZone": "us-east-1a"},
+        "Tags": [{"Key": "Name", "Value": "x"}],
+    }
+    fleet = {"Reservations": [{"OwnerId": "123456789012", "Instances": [instance]}]}
+    Path("fleet.json").write_text(json.dumps(fleet))
+    assert script.main(["explain", "--policy", str(policy)], now=NOW) == 0
+    regions = script.load_policy(str(policy)).regions
+    scope = ["--region", "us-east-1"] if regions.keys() & {"us-east-1", "*"} else []
+    scan = ["scan", "--policy", str(policy), "--instances", "fleet.json", "--dry-run", *scope]
+    assert script.main(scan, now=NOW) in (0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(
+            "version: 1\nname: large\nregions:\n"
+            + "".join(
+                f"  {region}:\n    required_tags:\n"
+                + "".join(f"      - Tag-{number}-{region}\n" for number in range(22))
+                for region in sorted(script.AWS_REGIONS)
+            ),
+            id="1,000 tags over all regions",
+        ),
+        pytest.param(
+            "version: 1\nname: large\nrequired_tags:\n"
+            + "".join(f"  - {{key: Tag-{number}, values: [a, b], default: a}}\n" for number in range(1000))
+            + "regions:\n  us-east-1:\n",
+            id="1,000 tags in one list",
+        ),
+        pytest.param(
+            f"version: 1\nname: large\nrequired_tags: [{{key: Team, values: {list(range(1000))}}}]\n"
+            "regions: {us-east-1: }\n",
+            id="1,000 values",
+        ),
+        pytest.param(
+            f"{GOOD}exemptions:\n"
+            + "".join(f"  - {{reason: r, instances: [i-{number:017x}]}}\n" for number in range(1000)),
+            id="1,000 exemptions",
+        ),
+        pytest.param("# comment\n" * 10_000 + GOOD, id="10,000 lines of comments"),
+    ],
+)
+def test_large_and_legal(validate: Callable[..., Verdict], tmp_path: Path, text: str) -> None:
+    (tmp_path / "large.yaml").write_text(text)
+    assert validate("large.yaml") == (0, ["large.yaml: valid"], "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(GOOD.encode("utf-16-le"), id="UTF-16 without a byte order mark"),
+        pytest.param(GOOD.encode("utf-32"), id="UTF-32"),
+        pytest.param(GOOD.encode("utf-16")[:-1], id="UTF-16 cut within a character"),
+        pytest.param(b"\xff\xfe" + "name: \U0001f3f7".encode("utf-16-le")[:-2], id="UTF-16 cut within a pair"),
+        pytest.param(b"", id="nothing at all"),
+        pytest.param(b"\xef\xbb\xbf", id="a byte order mark alone"),
+        pytest.param(b"\0" * 100, id="zeros"),
+        pytest.param(b"PK\x03\x04" + bytes(range(256)), id="a zip file"),
+        pytest.param(b"SQLite format 3\0" + bytes(100), id="a database"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(100), id="a picture"),
+        pytest.param(b'{"version":1,"name":"a"}\n{"version":1,"name":"b"}\n', id="JSON twice"),
+        pytest.param(b"name: x\n}\n", id="a brace too many"),
+        pytest.param(GOOD.encode() + b'x: "\\U00110000"\n', id="an escape beyond Unicode"),
+        pytest.param(b"%YAML 1." + b"9" * 5000 + b"\n---\n" + GOOD.encode(), id="a version of 5,000 digits"),
+        pytest.param(
+            (OWNER + "regions: {us-east-1: , us-east-1: }\nregions: {eu-west-1: }\n").encode(),
+            id="a mistake in what a second key replaces",
+        ),
+        pytest.param(
+            (OWNER + "regions: &r\n  us-east-1:\n  <<: *r\n").encode(), id="a mapping merged into itself"
+        ),
+        pytest.param((OWNER + "regions: {us-east-1: &x {<<: [*x]}}\n").encode(), id="a merge of its own list"),
+        pytest.param((OWNER + "regions: {us-east-1: }\n? {a: b}\n: c\n").encode(), id="a mapping as a key"),
+        pytest.param(b"- " * 100 + b"x", id="100 levels"),
+        pytest.param(("placeholder_values: &a [" + "x, " * 5000 + "]\n" + GOOD + "states: *a").encode(), id="5,000 mistakes"),
+    ],
+)  # fmt: skip
+def test_no_policy_is_refused_without_a_crash(
+    validate: Callable[..., Verdict], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "p.yaml").write_bytes(content)
+    code, lines, err = validate("p.yaml")
+    assert (code, err) == (2, "")
+    assert_told(lines)
+
+
+def assert_told(lines: list[str]) -> None:
+    """Assert that problems are told as compilers do, and counted at the end."""
+    *problems, verdict = lines
+    assert problems
+    for line in problems:
+        assert re.fullmatch(r"\S+\.yaml:[1-9]\d*:[1-9]\d*: .{4,}", line), line
+        assert len(line) < 2000
+        assert line.isprintable()
+    errors = sum(": warning: " not in line for line in problems)
+    assert re.match(rf"\S+\.yaml: {errors:,} errors?\b" if errors else r"\S+\.yaml: valid, ", verdict)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param('required_tags: ["Own\\e[31mer"]', id="ESC in a tag key"),
+        pytest.param('required_tags: ["Own\\0er"]', id="NUL in a tag key"),
+        pytest.param('required_tags: ["Owner\\n"]', id="a line end after a tag key"),
+        pytest.param('required_tags: ["\\uD800"]', id="half of a pair in a tag key"),
+        pytest.param('required_tags: [{key: A, values: ["\\e[31m"]}]', id="ESC in a value"),
+        pytest.param('placeholder_values: ["\\a"]', id="BEL in a placeholder"),
+    ],
+)
+def test_controls_behind_escapes_are_refused(
+    validate: Callable[..., Verdict], tmp_path: Path, line: str
+) -> None:
+    text = f"version: 1\nname: test\nregions: {{us-east-1: {{required_tags: [Team]}}}}\n{line}\n"
+    (tmp_path / "p.yaml").write_text(text)
+    code, lines, _ = validate("p.yaml")
+    assert code == 2
+    assert lines[0].startswith("p.yaml:4:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(GOOD + "grace_period: 999999d\n", id="a grace period of 2,700 years"),
+        pytest.param(GOOD + "grace_period: |\n  2h\n", id="a grace period with a line end"),
+        pytest.param(GOOD.replace("name: test", 'name: "\\uD800"'), id="half of a pair as a name"),
+        pytest.param(GOOD.replace("name: test", 'name: "a\\0b"'), id="NUL in a name"),
+        pytest.param(GOOD + 'exemptions: [{reason: "\\uDFFF", regions: [us-east-1]}]\n', id="half a reason"),
+        pytest.param(GOOD + 'exemptions: [{reason: r, tags: {"\\uD800": "*"}}]\n', id="half a tag"),
+        pytest.param(GOOD + "exemptions: [{reason: r, regions: [us-east-1], expires: 9999-12-31}]\n", id="9999"),
+        pytest.param(GOOD + "exemptions: [{reason: r, tags: {Name: '[!]*[^]?]-'}}]\n", id="brackets in a glob"),
+    ],
+)  # fmt: skip
+def test_what_validates_never_crashes_a_scan(
+    validate: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    policy = tmp_path / "p.yaml"
+    policy.write_text(text)
+    if validate(policy).code == 0:
+        use(monkeypatch, tmp_path, policy)
+
+
+# ---- Patterns ----------------------------------------------------------------------------------------------
+
+
+def pattern_policy(path: Path, pattern: str) -> None:
+    rule = {"key": "Tag", "pattern": pattern}
+    path.write_text(
+        json.dumps({"version": 1, "name": "p", "required_tags": [rule], "regions": {"us-east-1": None}})
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "^(([a-z])+.)+[A-Z]([a-z])+$",
+        r"^(\w+\s?)*$",
+        "^([a-zA-Z0-9_-]+)*@x$",
+        "(x+x+)+y",
+        "^(a|aa)+$",
+        "^(.*?,){11}P",
+        "(a|a)*b",
+        "prod-(?:[a-z]+)*-[0-9]",
+        "(?=(a+)+$)a",
+        "(?i)(A+)+!",
+        r"(\S+\s*)+:",
+    ],
+)
+def test_pattern_that_takes_for_ever_is_refused(
+    validate: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pattern: str
+) -> None:
+    monkeypatch.setattr(script, "PATTERN_SECONDS", 0.1)
+    pattern_policy(tmp_path / "p.yaml", pattern)
+    code, (problem, *_), _ = validate("p.yaml")
+    assert code == 2
+    assert "required_tags[0].pattern: " in problem
+    assert "can take for ever" in problem
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("[a-z0-9]+(-[a-z0-9]+)*", "team-web-2"),
+        (r"[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}", "ops@example.com"),
+        (r"[^@\s]+@example\.com", "ops@example.com"),
+        ("CC-[0-9]{4}", "CC-1042"),
+        ("dev|test|prod", "prod"),
+        ("(dev|test|prod)-[0-9]+", "prod-1"),
+        (r"\d{4}-\d{2}-\d{2}", "2027-01-31"),
+        ("(?i)yes|no", "YES"),
+        ("(?!prod)[a-z]+", "dev"),
+        (r"\S+( \S+)*", "two words"),
+        ("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "01234567-89ab-cdef-0123-456789abcdef"),
+        (r"([a-z]+\.)*example\.com", "www.shop.example.com"),
+        (r"(\d{1,3}\.){3}\d{1,3}", "10.0.0.17"),
+        (r"https?://[^\s/]+(/\S*)?", "https://example.com/x"),
+        ("[A-Z]{2,4}-[0-9]{1,6}(, [A-Z]{2,4}-[0-9]{1,6})*", "OPS-1, OPS-22"),
+        ("[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "host-1"),
+        (".{1,64}", "anything"),
+        (".*", "anything"),
+    ],
+)
+def test_ordinary_pattern_is_taken(
+    validate: Callable[..., Verdict], tmp_path: Path, pattern: str, matches: str
+) -> None:
+    pattern_policy(tmp_path / "p.yaml", pattern)
+    assert validate("p.yaml") == (0, ["p.yaml: valid"], "")
+    (rule,) = script.load_policy("p.yaml").rules("us-east-1")
+    assert rule.allows(matches)
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("files")
+def test_several_files(validate: Callable[..., Verdict]) -> None:
+    code, lines, err = validate("good.yaml", "bad.yaml", "ended.yaml")
+    assert (code, err) == (2, "")
+    *told, warning, last = lines
+    assert told == ["good.yaml: valid", *BAD_PROBLEMS, "bad.yaml: 2 errors"]
+    assert warning.startswith("ended.yaml:5:14: warning: exemptions[0] (old): ended on 2026-11-22")
+    assert last == "ended.yaml: valid, 1 warning"
+
+
+@pytest.mark.usefixtures("files")
+def test_warnings_are_no_reason_to_refuse(validate: Callable[..., Verdict]) -> None:
+    code, lines, _ = validate("ended.yaml", "good.yaml")
+    assert code == 0
+    assert lines[-2:] == ["ended.yaml: valid, 1 warning", "good.yaml: valid"]
+
+
+@pytest.mark.parametrize(
+    ("days", "warned"), [(-400, True), (-1, True), (0, True), (14, True), (15, False), (400, False)]
+)
+def test_an_end_of_an_exemption_is_announced(
+    validate: Callable[..., Verdict], files: Path, days: int, warned: bool
+) -> None:
+    day = (NOW + timedelta(days)).date().isoformat()
+    (files / "ended.yaml").write_text(ENDED.replace("2026-11-22", day))
+    code, lines, _ = validate("ended.yaml")
+    assert code == 0
+    assert [day in line for line in lines[:-1]] == [True] * warned
+
+
+@pytest.mark.usefixtures("files")
+def test_json_for_editors(validate: Callable[..., Verdict], files: Path) -> None:
+    verdict = validate("good.yaml", "bad.yaml", "ended.yaml", "--json", "out.json")
+    assert (verdict.code, len(verdict.lines)) == (2, 6)
+    report = json.loads((files / "out.json").read_text())
+    assert report.keys() == {"version", "files"}
+    assert report["version"] == script.__version__
+    good, bad, ended = report["files"]
+    assert good == {"file": "good.yaml", "valid": True, "problems": []}
+    assert (bad["file"], bad["valid"], ended["file"], ended["valid"]) == (
+        "bad.yaml",
+        False,
+        "ended.yaml",
+        True,
+    )
+    assert bad["problems"] == [
+        {"line": 1, "column": 10, "severity": "error", "where": "version", "message": "'2' is not 1"},
+        {
+            "line": 4,
+            "column": 11,
+            "severity": "error",
+            "where": "regions",
+            "message": "AWS has no region 'us-esat-1' (did you mean 'us-east-1'?)",
+        },
+    ]
+    (warning,) = ended["problems"]
+    assert (warning["line"], warning["column"], warning["severity"]) == (5, 14, "warning")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(("name", "code"), [("good.yaml", 0), ("ended.yaml", 0), ("bad.yaml", 2)])
+def test_json_to_stdout_stands_there_alone(validate: Callable[..., Verdict], name: str, code: int) -> None:
+    verdict = validate(name, "--json", "-")
+    assert (verdict.code, verdict.err) == (code, "")
+    (file,) = json.loads("\n".join(verdict.lines))["files"]
+    assert (file["file"], file["valid"]) == (name, code == 0)
+
+
+@pytest.mark.usefixtures("files")
+def test_json_that_cannot_be_written(validate: Callable[..., Verdict]) -> None:
+    code, _, err = validate("good.yaml", "--json", "nowhere/out.json")
+    assert code == 5
+    assert "nowhere" in err
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "directory", ""])
+def test_file_that_cannot_be_read_is_named(validate: Callable[..., Verdict], files: Path, name: str) -> None:
+    (files / "directory").mkdir()
+    code, lines, err = validate("good.yaml", name)
+    assert code == 2
+    assert f"{name}: " in "\n".join([*lines, err])
+
+
+@pytest.mark.usefixtures("files")
+def test_file_that_cannot_be_read_hides_no_other(validate: Callable[..., Verdict]) -> None:
+    code, lines, err = validate("bad.yaml", "none.yaml", "good.yaml")
+    assert code == 2
+    assert [line for line in [*lines, *err.splitlines()] if "none.yaml" in line]
+    assert [line for line in lines if "none.yaml" not in line] == [
+        *BAD_PROBLEMS,
+        "bad.yaml: 2 errors",
+        "good.yaml: valid",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_file_without_permission(validate: Callable[..., Verdict], files: Path) -> None:
+    (files / "good.yaml").chmod(0)
+    code, lines, err = validate("good.yaml")
+    assert code == 2
+    assert "Permission denied" in "\n".join([*lines, err])
+
+
+@pytest.mark.parametrize(("text", "code"), [(GOOD, 0), (BAD, 2)], ids=["valid", "not valid"])
+def test_policy_from_stdin(tagcheck: Tagcheck, text: str, code: int) -> None:
+    result = tagcheck("validate", "-", stdin=text, check=code)
+    assert result.out.splitlines()[-1].endswith(": valid" if code == 0 else ": 2 errors")
+
+
+@pytest.mark.usefixtures("files")
+def test_no_policy_named(tagcheck: Tagcheck) -> None:
+    assert "POLICY" in tagcheck("validate", check=2).err
+
+
+NO_NETWORK = """\
+import socket
+def refuse(*_, **__):
+    raise AssertionError("validate has no business on the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+"""
+
+
+def test_needs_no_aws_no_boto3_and_no_network(tagcheck: Tagcheck, files: Path) -> None:
+    packages = files / "packages"
+    packages.mkdir()
+    for name in ("boto3", "botocore"):
+        (packages / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name={name!r})")
+    (packages / "sitecustomize.py").write_text(NO_NETWORK)
+    result = tagcheck("validate", "good.yaml", "bad.yaml", env={"PYTHONPATH": str(packages)}, check=2)
+    assert result.out.splitlines() == ["good.yaml: valid", *BAD_PROBLEMS, "bad.yaml: 2 errors"]
+    assert result.err == ""
+
+
+@pytest.mark.usefixtures("files")
+def test_json_for_a_full_disk(tagcheck: Tagcheck) -> None:
+    assert tagcheck("validate", "good.yaml", "--json", "/dev/full", check=5).err
+
+
+def test_file_name_is_no_way_into_the_terminal(validate: Callable[..., Verdict], files: Path) -> None:
+    (files / "a\x1b[31m.yaml").write_text(BAD)
+    code, lines, _ = validate("a\x1b[31m.yaml", "--json", "out.json")
+    assert code == 2
+    assert all(line.startswith("a\\x1b[31m.yaml:") and line.isprintable() for line in lines)
+
+
+# ---- Quick verdicts -----------------------------------------------------------------------------------------
+
+MEGABYTE = 1 << 20
+# Runs a script with little memory, and says on stderr what it took; the peak that the system tells a parent
+# begins with the parent's own.
+MEASURED = f"""\
+import atexit, resource, runpy, sys, time
+resource.setrlimit(resource.RLIMIT_AS, ({400 * MEGABYTE},) * 2)
+def say():
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print("took", time.process_time(), peak.split()[1], file=sys.stderr)
+atexit.register(say)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+LEVELS = "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 20))
+MERGES = "".join(f"b{n}: &b{n} {{<<: [{', '.join([f'*b{n - 1}'] * 9)}]}}\n" for n in range(1, 20))
+NESTED_REPETITIONS = "((((a{256}){256}){256}){256}){4}"
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS") or sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize(
+    ("content", "codes"),
+    [
+        pytest.param(f"b0: &b0 [x]\n{LEVELS}".encode(), [2], id="alias bomb"),
+        pytest.param(f"b0: &b0 {{x: y}}\n{MERGES}".encode(), [2], id="merge bomb"),
+        pytest.param(b"a: b\n" * 2_000_000, [2], id="10 MB"),
+        pytest.param(b"[" * 5000, [2], id="5,000 lists"),
+        pytest.param(b"{a: " * 5000, [2], id="5,000 mappings"),
+        pytest.param(b"- " * 5000, [2], id="5,000 dashes"),
+        pytest.param(b"".join(b" " * n + b"a:\n" for n in range(1400)), [2], id="1,400 levels of lines"),
+        pytest.param(random.Random(3).randbytes(900_000), [2], id="binary"),
+        pytest.param(b"\x7fELF\x02\x01\x01" + bytes(900_000), [2], id="a program"),
+        pytest.param(b"version: 1\nname: " + b"n" * 900_000, [2], id="a text of 900 kB"),
+        pytest.param(
+            GOOD.replace("[Owner]", f"[{{key: A, pattern: '{NESTED_REPETITIONS}'}}]").encode(),
+            [0, 2],
+            id="a pattern whose repetitions multiply",
+        ),
+        pytest.param(
+            GOOD.replace("[Owner]", f"[{{key: A, pattern: '{'(' * 3000}{')' * 3000}'}}]").encode(),
+            [2],
+            id="a pattern of 3,000 groups",
+        ),
+    ],
+)
+def test_quick_verdict(tmp_path: Path, content: bytes, codes: list[int]) -> None:
+    """Each within a second and 100 MB; a busy machine is given three times as long."""
+    (tmp_path / "p.yaml").write_bytes(content)
+    (tmp_path / "measured.py").write_text(MEASURED)
+    result = run_tagcheck(
+        TAGCHECK, "validate", "p.yaml", cwd=tmp_path, script=tmp_path / "measured.py", timeout=20
+    )
+    assert result.code in codes
+    assert_fair(result.code, result.out.splitlines())
+    (took,) = re.findall(r"^took (\S+) (\d+)$", result.err, re.MULTILINE)
+    assert float(took[0]) < 3
+    assert int(took[1]) < 100 * 1024
+
+
+# ---- Whatever bytes ----------------------------------------------------------------------------------------
+
+PIECES = [
+    *(b"\t", b"\n", b"\r", b" ", b"  ", b"\xc2\xa0", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"\x00", b"\x1b", b"\xff"),
+    *(b"\xfe", b"\xc3", b"\xe2\x80\x9c", b"\xf0\x9f\x8f\xb7", b"'", b'"', b"[", b"]", b"{", b"}", b",", b":"),
+    *(b": ", b"- ", b"? ", b"#", b" #", b"|\n", b">-\n", b"&a ", b"*a", b"<<: *a", b"!x ", b"!!binary ", b"@"),
+    *(b"`", b"%", b"%YAML 1.1\n", b"---\n", b"...\n", b"\\", b'"\\U00110000"', b'"\\uD800"', b"true", b"null"),
+    *(b"~", b"0", b"-1", b"*", b"=", b"aws:", b"(", b"9" * 400, b"2027-01-31", b"0000-00-00", b"1_000"),
+    *(b"grace_period: |\n  2h\n", b"name: x\n", b"regions:\n", b"  us-east-1:\n", b"required_tags: [A]\n"),
+]  # fmt: skip
+SEEDS = [path.read_bytes() for path in [*VALID, *SHIPPED]]
+
+
+def mutated(rng: random.Random) -> bytes:
+    """Make a file of which nobody knows whether it is a policy: often it nearly is."""
+    if rng.random() < 0.1:
+        return rng.randbytes(rng.randrange(300))
+    content = rng.choice(SEEDS)
+    for _ in range(rng.choice([1, 1, 2, 3, 8])):
+        begin = rng.randrange(len(content) + 1)
+        end = min(len(content), begin + rng.randrange(1, 30))
+        before, cut, after = content[:begin], content[begin:end], content[end:]
+        other = rng.choice(SEEDS)
+        lines = content.splitlines(keepends=True) or [b""]
+        start = rng.randrange(len(other))
+        content = rng.choice(
+            [
+                before + rng.choice(PIECES) + cut + after,
+                before + rng.choice(PIECES) + after,
+                before + after,
+                before + cut * rng.randrange(2, 5) + after,
+                before + rng.randbytes(1) + cut[1:] + after,
+                before + other[start : start + rng.randrange(60)] + after,
+                b"".join(
+                    rng.sample(lines, len(lines)) if rng.random() < 0.3 else [*lines, rng.choice(lines)]
+                ),
+                content + other if rng.random() < 0.2 else content,
+            ]
+        )
+    return content
+
+
+def assert_fair(code: int, lines: list[str]) -> None:
+    assert code in (0, 2, 5)
+    if code == 2:
+        assert_told(lines)
+    else:
+        assert re.match(r"p\.yaml: valid", lines[-1])
+
+
+@pytest.mark.parametrize("first", range(0, 600, 50))
+def test_no_bytes_end_in_a_crash(validate: Callable[..., Verdict], tmp_path: Path, first: int) -> None:
+    for seed in range(first, first + 50):
+        content = mutated(random.Random(seed))
+        (tmp_path / "p.yaml").write_bytes(content)
+        try:
+            code, lines, _ = validate("p.yaml")
+            assert_fair(code, lines)
+        except Exception as error:
+            error.add_note(f"seed {seed}: {content!r}")
+            raise
+
+
+@pytest.mark.parametrize("seed", range(10_000, 10_020))
+def test_no_bytes_end_in_a_traceback(tagcheck: Tagcheck, tmp_path: Path, seed: int) -> None:
+    (tmp_path / "p.yaml").write_bytes(mutated(random.Random(seed)))
+    result = tagcheck("validate", "p.yaml", timeout=20)
+    assert_fair(result.code, result.out.splitlines())
+
+
+# ---- The schema, and the policies that come along ----------------------------------------------------------
+
+
+def keys_of(schema: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each key that a policy can have, as a path, and its schema."""
+    for name, key in schema.get("properties", {}).items():
+        yield f"{path}{name}", key
+        yield from keys_of(key, f"{path}{name}.")
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            yield from keys_of(schema[name], f"{path}*.")
+
+
+def used_keys(schema: Mapping[str, Any], value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the schema of each key that a value has; keys with one meaning in two places share theirs."""
+    properties = schema.get("properties", {})
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if name in properties:
+            yield properties[name]
+        others = schema.get("additionalProperties") or {}
+        yield from used_keys(properties.get(name, others), inner)
+    for inner in value if isinstance(value, list) else ():
+        yield from used_keys(schema.get("items", {}), inner)
+
+
+KEYS = dict(keys_of(script.POLICY_SCHEMA))
+
+
+def test_schema_file_is_what_the_command_prints(tagcheck: Tagcheck) -> None:
+    assert tagcheck("schema", check=0).out.encode() == SCHEMA_FILE.read_bytes()
+
+
+def test_schema_is_draft_7() -> None:
+    schema = json.loads(SCHEMA_FILE.read_text("utf-8"))
+    assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
+    jsonschema.Draft7Validator.check_schema(schema)
+    assert schema["title"]
+    assert schema["description"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_key_is_described_with_an_example(key: str) -> None:
+    schema = KEYS[key]
+    assert re.fullmatch(r"[^\s].{2,}[.)]", schema["description"]), schema["description"]
+    assert schema["examples"]
+    for example in schema["examples"]:
+        assert list(jsonschema.Draft7Validator(schema).iter_errors(example)) == []
+
+
+def subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema and all that it is made of."""
+    if isinstance(schema, dict):
+        yield schema
+        for name, inner in schema.items():
+            if name not in ("examples", "enum", "const", "required"):
+                yield from subschemas(inner)
+
+
+def test_every_other_example_is_right_as_well() -> None:
+    with_examples = [schema for schema in subschemas(script.POLICY_SCHEMA) if "examples" in schema]
+    assert len(with_examples) >= len(KEYS)
+    for schema in with_examples:
+        for example in schema["examples"]:
+            jsonschema.validate(example, schema, jsonschema.Draft7Validator)
+
+
+def test_no_mapping_takes_keys_that_nobody_knows() -> None:
+    for schema in subschemas(script.POLICY_SCHEMA):
+        if "properties" in schema:
+            assert "additionalProperties" in schema, schema.get("description")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=stem)
+def test_shipped_policy(validate: Callable[..., Verdict], path: Path) -> None:
+    first = path.read_text("utf-8").partition("\n")[0]
+    assert first == f"# yaml-language-server: $schema={SCHEMA_FILE.name}"
+    assert validate(path) == (0, [f"{path}: valid"], "")
+
+
+class EditorLoader(yaml.SafeLoader):
+    """Reads YAML as editors do: numbers are numbers, dates and the like are text."""
+
+
+EditorLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+@pytest.mark.parametrize(
+    "path", [*SHIPPED, CORPUS / "valid" / "account-ids-with-leading-zeros.yaml"], ids=stem
+)
+def test_an_editor_finds_nothing_wrong_either(path: Path) -> None:
+    value = yaml.load(path.read_text("utf-8"), EditorLoader)
+    assert list(jsonschema.Draft7Validator(script.POLICY_SCHEMA).iter_errors(value)) == []
+
+
+def test_example_policy_shows_every_key_and_says_when_one_would_use_it() -> None:
+    text = (TAGCHECK.parent / "policies" / "example.yaml").read_text("utf-8")
+    used = set(map(id, used_keys(script.POLICY_SCHEMA, script.YamlDocument(text).value)))
+    # Organization and ids exclude each other, so that ids stand in a comment.
+    assert [key for key, schema in KEYS.items() if id(schema) not in used] == ["accounts.ids"]
+    assert "# ids: [" in text
+    lines = text.splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r"[a-z]", line) and not line.startswith("version"):
+            assert before.startswith("#"), f"nothing is said of {line}"
