@@ -138,7 +138,7 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
     [
         pytest.param("", "p.yaml:1:1: must be a mapping (key: value), not nothing", id="empty"),
         pytest.param(
-            "# only\n", "p.yaml:2:1: must be a mapping (key: value), not nothing", id="comments alone"
+            "# only\n", "p.yaml:1:1: must be a mapping (key: value), not nothing", id="comments alone"
         ),
         pytest.param(
             "- a\n", "p.yaml:1:1: must be a mapping (key: value), not a list", id="a list at the top"
