@@ -284,8 +284,8 @@ CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only pas
 
 
 def utc_text(moment: datetime) -> str:
-    """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """Return a time in UTC as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def counted(number: int, word: str) -> str:
@@ -1845,10 +1845,14 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
 
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str]) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
-    if not (instance_id and state):
+    if not (instance_id and isinstance(state, str)):
         raise ValueError("no instance id or no state")
     launched = datetime.fromisoformat(launch_time)
-    return Instance(instance_id, state, launched if launched.tzinfo else launched.replace(tzinfo=UTC), tags)
+    try:
+        launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
+    except OverflowError as error:
+        raise ValueError(f"no time of this world: {launch_time}") from error
+    return Instance(instance_id, state, launched, tags)
 
 
 def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -3123,7 +3127,7 @@ def _new_name(output: Output) -> Path:
     """Return a name that nobody has."""
     goal = Path(output.path)
     beside = goal.parent if output.replaceable else Path(tempfile.gettempdir())
-    return beside / f".{goal.name}.{uuid.uuid4().hex}"
+    return beside / f".{goal.name[:80]}.{uuid.uuid4().hex}"
 
 
 def _output_error(output: Output, error: OSError) -> OutputError:
