@@ -471,7 +471,7 @@ AWS_REGIONS = frozenset(
     il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1
     us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
     us-isof-south-1 us-west-1 us-west-2
-    """.split()  # noqa: SIM905
+    """.split()
 )
 
 
