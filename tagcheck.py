@@ -284,8 +284,8 @@ CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only pas
 
 
 def utc_text(moment: datetime) -> str:
-    """Return a time in UTC as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def counted(number: int, word: str) -> str:
@@ -761,7 +761,9 @@ def load_policy(path: str) -> Policy:
         with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
             content = file.read(MAX_POLICY_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the policy {path}: {error.strerror}; name another file") from error
+        raise UsageError(
+            f"cannot read the policy {path}: {error.strerror}; name another file (of a scan: --policy FILE)"
+        ) from error
     return check_policy(content, path)
 
 
@@ -2121,8 +2123,10 @@ def _refuse_unlike_state(path: Path) -> None:
     except OSError as error:
         message = f"the state {path} cannot be read: {error.strerror}; name another file with --state"
         raise StateError(message) from error
+    if size == 0:
+        raise StateError(f"the state {path} is empty (0 bytes): {WAY_OUT}")
     if size < 512:  # SQLite's smallest page; it takes what is smaller for a database that is new
-        raise StateError(f"the state {path} is empty or cut short ({size} bytes): {WAY_OUT}")
+        raise StateError(f"the state {path} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
 
 
 def _create_state(path: Path) -> None:
@@ -3370,7 +3374,7 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     taken = {os.path.realpath(path) for path in (args.state, args.policy, *args.instances) if path != "-"}
     if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two of --state, --policy, --instances, --csv, --json and --junit name the same: give each its own"
+            "two of --state, --policy, --instances, --csv, --json, --junit have the same goal: give each its own"
         )
     for output in outputs:
         check_output(output)

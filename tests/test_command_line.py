@@ -491,4 +491,4 @@ def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path,
     assert [target["region"] for target in report["coverage"]] == [REGION]
     shutil.rmtree(home / "policies")
     without = run()
-    assert (without.returncode, "name one with --policy FILE" in without.stderr) == (2, True)
+    assert (without.returncode, "of a scan: --policy FILE" in without.stderr) == (2, True)
