@@ -293,6 +293,33 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
+# What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
+_ADVICE = (
+    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
+     "region, or take it out of the policy"),
+    ("OptInRequired", "the region is not enabled in this account: enable it, or take it out of the policy"),
+    ("UnauthorizedOperation AccessDenied AccessDeniedException", "the credentials may not call {operation}: "
+     "allow it (tagcheck.py iam-policy prints how)"),
+    ("ExpiredToken ExpiredTokenException", "the credentials have expired: renew them and run again"),
+    ("RequestExpired", "the request was too old when it arrived: check this machine's clock, then renew the "
+     "credentials"),
+    ("SignatureDoesNotMatch", "the secret key is wrong, or this machine's clock is"),
+    ("InvalidClientTokenId UnrecognizedClientException", "AWS does not know these credentials: check the profile "
+     "or the environment"),
+    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException", "AWS throttled the calls, and "
+     "went on after every retry: run again later, or with fewer --workers"),
+    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
+     "the network, the proxy and the region's name"),
+    ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
+    ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
+    ("ForeignAnswer ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
+     "the proxy"),
+    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
+     "retry: run again later"),
+)  # fmt: skip
+ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
+
+
 ########################################################################################################
 # 2 Policy: POLICY_SCHEMA, Policy, parse_yaml, load_policy
 ########################################################################################################
@@ -1496,32 +1523,9 @@ NETWORK_PAUSES = (3.0,)
 # What a role is assumed for, as its session policy and as `iam-policy` prints it.
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 
-# What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
-_ADVICE = (
-    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
-     "region, or take it out of the policy"),
-    ("OptInRequired", "the region is not enabled in this account: enable it, or take it out of the policy"),
-    ("UnauthorizedOperation AccessDenied AccessDeniedException", "the credentials may not call {operation}: "
-     "allow it (tagcheck.py iam-policy prints how)"),
-    ("ExpiredToken ExpiredTokenException", "the credentials have expired: renew them and run again"),
-    ("RequestExpired", "the request was too old when it arrived: check this machine's clock, then renew the "
-     "credentials"),
-    ("SignatureDoesNotMatch", "the secret key is wrong, or this machine's clock is"),
-    ("InvalidClientTokenId UnrecognizedClientException", "AWS does not know these credentials: check the profile "
-     "or the environment"),
-    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException", "AWS throttled the calls, and "
-     "went on after every retry: run again later, or with fewer --workers"),
-    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
-     "the network, the proxy and the region's name"),
-    ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
-    ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ForeignAnswer ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
-     "the proxy"),
-    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
-     "retry: run again later"),
-)  # fmt: skip
-ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
-NO_CONNECTION = frozenset(("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"))
+NO_CONNECTION = frozenset(
+    "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError".split()
+)
 
 
 class Aws:
@@ -1607,13 +1611,16 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            credentials = call_aws(sts, "AssumeRole", **arguments)["Credentials"]
-            return {
-                "access_key": credentials["AccessKeyId"],
-                "secret_key": credentials["SecretAccessKey"],
-                "token": credentials["SessionToken"],
-                "expiry_time": credentials["Expiration"].isoformat(),
-            }
+            try:
+                credentials = call_aws(sts, "AssumeRole", **arguments)["Credentials"]
+                return {
+                    "access_key": credentials["AccessKeyId"],
+                    "secret_key": credentials["SecretAccessKey"],
+                    "token": credentials["SessionToken"],
+                    "expiry_time": credentials["Expiration"].isoformat(),
+                }
+            except KeyError as error:
+                raise target_error("ForeignAnswer", f"no {error}", "sts:AssumeRole") from error
 
         refreshable = botocore.credentials.RefreshableCredentials
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
@@ -1647,6 +1654,10 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
             answer = error.response.get("Error", {})
             code, message = answer.get("Code") or "ForeignAnswer", answer.get("Message") or ""
             raise target_error(code, message, name) from error
+        except KeyError as error:  # botocore looks for the answer's own element in whatever XML there is
+            raise target_error("ForeignAnswer", f"no {error}", name) from error
+        except RuntimeError as error:  # of credentials that were renewed, and have expired already
+            raise target_error("ExpiredToken", str(error), name) from error
         except botocore.exceptions.NoCredentialsError as error:
             raise CredentialsError(
                 "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
@@ -1705,6 +1716,8 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
             for account in page["Accounts"]:
                 states[account["Id"]] = account.get("State") or account["Status"]
             token = page.get("NextToken", "")
+            if not token and not states:
+                raise KeyError("account")
             if not token:
                 return states
     except TargetError as error:
@@ -2210,6 +2223,7 @@ class LocalState:
 
 
 S3_TRIES = 40
+S3_DAMAGED_DOWNLOADS = 2  # that may be the network's fault; then it is the state that is damaged
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
@@ -2220,9 +2234,11 @@ class _PassingError(Exception):
 class S3State:
     """A state in S3, recorded into a copy that takes its place only if nobody else was faster."""
 
-    def __init__(self, s3: Any, bucket: str, key: str, path: Path) -> None:
-        self._s3, self._object, self._path = s3, {"Bucket": bucket, "Key": key}, path
-        self.name = f"s3://{bucket}/{key}"
+    def __init__(
+        self, s3: Any, bucket: str, key: str, path: Path, hold_signals: Callable[[], Callable[[], None]]
+    ) -> None:
+        self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
+        self.path, self.name = path, f"s3://{bucket}/{key}"
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
@@ -2231,7 +2247,7 @@ class S3State:
     def copy(self, copy: Path) -> None:
         """Copy it, where there is one; raises StateError."""
         self.check()
-        copy_state(self._path, copy)
+        copy_state(self.path, copy)
 
     def attempts(self, scan_id: str) -> Iterator[Path]:
         """Yield a fresh copy to record into, as often as it takes until one stands; raises StateError.
@@ -2249,12 +2265,19 @@ class S3State:
             except _PassingError as error:
                 failure = str(error)
                 continue
-            if etag and has_scan(self._path, scan_id):
+            except StateError:
+                if number >= S3_DAMAGED_DOWNLOADS:
+                    raise
+                failure = "the download is damaged"
+                continue
+            if etag and has_scan(self.path, scan_id):
                 return
-            yield self._path
+            yield self.path
+            release = self._hold_signals()  # a put that is cut off may have been carried out
             try:
                 self._upload(etag)
             except _PassingError as error:
+                release()
                 failure = str(error)
             else:
                 return
@@ -2265,21 +2288,30 @@ class S3State:
 
     def _download(self) -> str | None:
         """Fetch the state and check it; returns its ETag, or None where there is none and a new one begins."""
-        self._path.unlink(missing_ok=True)
+        new = self.path.with_suffix(".new")
+        new.unlink(missing_ok=True)
         answer = self._call("get_object")
         if answer:
-            with self._path.open("wb") as file:
+            with new.open("wb") as file:
                 self._call(lambda: shutil.copyfileobj(answer["Body"], file))
-        check_state(self._path)
+        self._check(new)
+        new.replace(self.path)
         return str(answer["ETag"]) if answer else None
 
     def _upload(self, etag: str | None) -> None:
         """Put the copy in the place of what it was made from, or of nothing."""
-        check_state(self._path)
+        self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        with self._path.open("rb") as body:
+        with self.path.open("rb") as body:
             if self._call("put_object", Body=body, **condition) is None:
                 raise _PassingError("the state was deleted meanwhile")
+
+    def _check(self, path: Path) -> None:
+        """Check a copy; what is wrong with it is said of the state that it is a copy of."""
+        try:
+            check_state(path)
+        except StateError as error:
+            raise StateError(str(error).replace(str(path), self.name)) from error
 
     def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
         """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.
@@ -2294,7 +2326,7 @@ class S3State:
                 return operation()
             return getattr(self._s3, operation)(**self._object, **arguments)
         except exceptions.ClientError as error:
-            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message") or ""
             if code == "NoSuchKey":
                 return None
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -2303,8 +2335,8 @@ class S3State:
             advice = {
                 "AccessDenied": "allow s3:GetObject, s3:PutObject and s3:ListBucket (tagcheck.py iam-policy)",
                 "NoSuchBucket": "create the bucket, or correct its name",
-                "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
-            }.get(code, "check --state")
+                "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
+            }.get(code, ADVICE.get(code, "check --state"))
             raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
         except (
             exceptions.ConnectionError,
@@ -3309,21 +3341,30 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
+        summary = StringIO()
+
+        def record(path: Path) -> None:
+            nonlocal report, summary
+            with record_scan(db, path, scan, finished_at, state.name):
+                report = _report(
+                    args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
+                )
+                stage_report(staged, report_writer(report))
+                summary = StringIO()
+                write_summary(summary, report, args.csv, colour=_has_colour(talk))
+                if isinstance(state, LocalState):
+                    _ignore_signals()  # state and reports take their places together
+
         try:
             for path in state.attempts(scan.scan_id):
-                with record_scan(db, path, scan, finished_at, state.name):
-                    report = _report(
-                        args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
-                    )
-                    stage_report(staged, report_writer(report))
-                    summary = StringIO()
-                    write_summary(summary, report, args.csv, colour=_has_colour(talk))
-                    _hold_signals()  # state and reports take their places together
+                record(path)
         except UploadError:
-            if report:
-                publish_report([goal for goal in staged if goal[0].format == "csv"], emit)
+            if report is None:
+                record(state.path)  # the state as it was before the scan will do for a CSV
+            publish_report([goal for goal in staged if goal[0].format == "csv"], emit)
             raise
         assert report is not None
+        _ignore_signals()
         publish_report(staged, emit)
         if not args.quiet:
             emit(summary.getvalue(), talk)
@@ -3388,7 +3429,7 @@ def open_state(args: argparse.Namespace, stack: contextlib.ExitStack) -> State:
         bucket, key = split_s3(args.state)
         aws = Aws(args.profile, workers=1)
         s3 = aws.client("s3", aws.session.region_name or "us-east-1")
-        state = S3State(s3, bucket, key, _temporary(stack) / "state.db")
+        state = S3State(s3, bucket, key, _temporary(stack) / "state.db", _hold_signals)
     if args.dry_run:
         copy = LocalState(_temporary(stack) / "state.db", state.name)
         state.copy(copy.path)
@@ -3463,7 +3504,11 @@ def _accounts_in_scope(
     in_scope = {
         id_: state for id_, state in found.items() if policy.accounts is None or policy.accounts.covers(id_)
     }
+    if not in_scope:
+        raise UsageError(f"{policy.file} leaves no account to scan: see ids and exclude")
     for account_id in args.account:
+        if in_scope.get(account_id, "ACTIVE") != "ACTIVE":
+            raise UsageError(f"--account {account_id}: it is {in_scope[account_id]}")
         if account_id not in in_scope:
             raise UsageError(
                 f"--account {account_id}: not in the policy's scope (the credentials are of {caller})"
@@ -3803,10 +3848,25 @@ def _has_colour(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _hold_signals() -> None:
+def _ignore_signals() -> None:
     """Let no Ctrl-C and no SIGTERM come between any more: what is left takes a moment."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _hold_signals() -> Callable[[], None]:
+    """Let no Ctrl-C and no SIGTERM come between, for a moment; returns what lets them come."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    former = [(number, signal.signal(number, lambda number, _: came.append(number))) for number in numbers]
+
+    def release() -> None:
+        for number, handler in former:
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+    return release
 
 
 def emit(text: str, stream: IO[str] | None = None) -> None:
@@ -3830,7 +3890,7 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
 
 def _interrupt(*_: object) -> None:
     """End the run at the first Ctrl-C or SIGTERM; a second one must not interrupt the cleaning up."""
-    _hold_signals()
+    _ignore_signals()
     raise KeyboardInterrupt
 
 
@@ -3847,8 +3907,10 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
+    LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
     LOG.setLevel(level)
+    # What botocore has to say comes as an exception; its log holds tracebacks, and may hold secrets.
+    logging.getLogger("botocore").addHandler(logging.NullHandler())
     try:
         return int(args.run(args, now or datetime.now(UTC)))
     except PolicyError as error:

@@ -1,0 +1,547 @@
+"""Section 6, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
+
+import functools
+import itertools
+import json
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
+from conftest import TAGCHECK, Result, at_once, clean_environment, run_tagcheck, script_with
+
+REGION = "us-east-1"
+BUCKET, KEY = "fleet-state", "org/tagcheck.db"
+SHARED = "i-00000000000000000"
+OUTPUTS = ("--csv", "out.csv", "--json", "out.json", "--junit", "out.xml")
+
+# ---- What the tests share ----------------------------------------------------------------------------------
+
+
+def instance(instance_id: str) -> dict[str, Any]:
+    """Write an instance without a tag as `aws ec2 describe-instances` prints it."""
+    return {
+        "InstanceId": instance_id,
+        "State": {"Name": "running"},
+        "Placement": {"AvailabilityZone": f"{REGION}a"},
+        "LaunchTime": "2026-02-24T10:30:45+00:00",
+    }
+
+
+SCAN = ("scan", "--policy", "policy.yaml", "--instances", "fleet.json", *OUTPUTS)
+
+
+class State:
+    """One state in S3, and the agents that record into it; each is thrown away after its scan."""
+
+    def __init__(self, aws: AwsServer, directory: Path, key: str = KEY) -> None:
+        self.aws, self.directory, self.key = aws, directory, key
+        self.location = f"s3://{BUCKET}/{key}"
+        self._s3 = aws.backstage("s3", REGION)
+        self._agents = itertools.count(1)
+
+    def new_agent(self, *ids: str) -> Path:
+        """Make the directory of an agent that has never been there, with a policy and saved instances."""
+        (cwd := self.directory / f"agent{next(self._agents)}").mkdir(parents=True)
+        policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: None}}
+        (cwd / "policy.yaml").write_text(json.dumps(policy))
+        saved = {"OwnerId": ACCOUNT_ID, "Instances": [instance(id_) for id_ in (SHARED, *ids)]}
+        (cwd / "fleet.json").write_text(json.dumps({"Reservations": [saved]}))
+        return cwd
+
+    def scan(self, *args: str, code: int | None = 3, cwd: Path | None = None, **options: Any) -> Result:
+        """Scan into the state."""
+        args = (*SCAN, "--state", self.location, *args)
+        return run_tagcheck(
+            *args, cwd=cwd or self.new_agent(), check=code, **{"env": self.aws.env, "timeout": 120} | options
+        )
+
+    def compete(self, _: object) -> None:
+        """Scan into the state, without any faults, while another's request is held."""
+        self.scan(cwd=self.new_agent("i-0c"), env=self.aws.env | {"AWS_SDK_UA_APP_ID": "competitor"})
+
+    def delete(self, _: object) -> None:
+        """Delete the state while another's request is held."""
+        self._s3.delete_object(Bucket=BUCKET, Key=self.key)
+
+    def fault(self, kind: str, **details: Any) -> Fault:
+        """Let requests for this state alone meet a fault; what answers is a method of State."""
+
+        def is_ours(request: Request) -> bool:
+            return request.params.get("Key") == self.key and "competitor" not in request.headers["user-agent"]
+
+        if kind == "answer":
+            details["answer"] = functools.partial(details["answer"], self)
+        return self.aws.fault(kind, when=is_ours, **details)
+
+    def calls(self, action: str) -> list[Request]:
+        """List the requests for this state with this action."""
+        return [request for request in self.aws.calls(action) if request.params["Key"] == self.key]
+
+    @property
+    def stored(self) -> bytes | None:
+        """The state as it is stored, or None where there is none."""
+        try:
+            body: bytes = self._s3.get_object(Bucket=BUCKET, Key=self.key)["Body"].read()
+        except self._s3.exceptions.NoSuchKey:
+            return None
+        return body
+
+    @stored.setter
+    def stored(self, body: bytes) -> None:
+        self._s3.put_object(Bucket=BUCKET, Key=self.key, Body=body)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """Ask the state."""
+        path = self.directory / "fetched.db"
+        path.write_bytes(self.stored or b"")
+        with closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            return db.execute(sql).fetchall()
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many scans are recorded, and how often they saw the instance that all of them see."""
+        [(scans,)] = self.query("SELECT count(*) FROM scans")
+        [(seen,)] = self.query(f"SELECT times_seen FROM findings WHERE instance_id = '{SHARED}'")
+        return scans, seen
+
+
+@pytest.fixture(scope="module")
+def recorded(aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Give a state after one scan."""
+    state = State(new_bucket(aws_server), tmp_path_factory.mktemp("recorded"))
+    state.scan()
+    assert state.stored
+    return state.stored
+
+
+@pytest.fixture
+def state(recorded: bytes, aws_server: AwsServer, tmp_path: Path) -> State:
+    """Give a state that is not there yet."""
+    return State(new_bucket(aws_server), tmp_path)
+
+
+def new_bucket(aws: AwsServer) -> AwsServer:
+    """Begin anew with an empty bucket."""
+    aws.reset()
+    aws.backstage("s3", REGION).create_bucket(Bucket=BUCKET)
+    return aws
+
+
+def database(*statements: str) -> bytes:
+    """Make a SQLite database by these statements."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+        return db.serialize()
+
+
+def statuses(result: Result) -> list[str]:
+    """Read what became of the findings."""
+    return [finding["status"] for finding in result.json("out.json")["findings"]]
+
+
+# ---- Without trouble ---------------------------------------------------------------------------------------
+
+
+def test_agents_remember_what_other_agents_found(state: State) -> None:
+    assert statuses(state.scan(cwd=state.new_agent("i-0a"))) == ["NEW", "NEW"]
+    for _ in range(2):
+        result = state.scan()
+        assert statuses(result) == ["REPEAT"]
+    assert state.counted == (3, 3)
+    assert state.query("SELECT instance_id, resolution FROM findings WHERE resolved_at") == [("i-0a", "gone")]
+    conditions = [
+        (request.params.get("IfNoneMatch"), "IfMatch" in request.params)
+        for request in state.calls("PutObject")
+    ]
+    assert conditions == [("*", False), (None, True), (None, True)]
+
+
+def test_agent_leaves_nothing_of_the_state_behind(state: State, tmp_path: Path) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    result = state.scan(env=state.aws.env | {"TMPDIR": str(temporary)})
+    assert list(temporary.iterdir()) == []
+    assert {file.name for file in result.cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
+
+
+def test_dry_run_compares_and_writes_nothing(state: State, recorded: bytes) -> None:
+    assert statuses(state.scan("--dry-run")) == ["NEW"]
+    assert state.stored is None
+    state.stored = recorded
+    assert statuses(state.scan("--dry-run")) == ["REPEAT"]
+    assert state.stored == recorded
+    assert not state.calls("PutObject")
+
+
+def test_explain_reads_the_history(state: State, recorded: bytes) -> None:
+    args = ("explain", SHARED, "--policy", "policy.yaml", "--state", state.location)
+    cwd, env = state.new_agent(), state.aws.env
+    assert f"{state.location} has no finding of" in run_tagcheck(*args, cwd=cwd, env=env, check=2).err
+    assert state.stored is None
+    state.stored = recorded
+    assert "History: NEW, found 1 time" in run_tagcheck(*args, cwd=cwd, env=env, check=0).out
+    assert not state.calls("PutObject")
+
+
+def test_key_may_have_any_signs(state: State, recorded: bytes) -> None:
+    state = State(state.aws, state.directory, "équipe a//b/../état + 1 %20?#.db")
+    state.stored = recorded
+    assert statuses(state.scan()) == ["REPEAT"]
+    assert state.counted == (2, 2)
+
+
+def test_bucket_in_another_region_is_found(state: State) -> None:
+    there = {"x-amz-bucket-region": "eu-west-1"}
+    state.aws.fault("error", region=REGION, status=301, code="PermanentRedirect", headers=there)
+    state.scan()
+    assert state.counted == (1, 1)
+    assert state.calls("PutObject")[-1].region == "eu-west-1"
+
+
+def test_advice_for_a_bucket_in_another_region_works(state: State) -> None:
+    state.aws.fault("error", action="GetObject", region=REGION, status=301, code="PermanentRedirect")
+    advice = re.search(r"the bucket is in another region: set (\w+) to it", state.scan(code=5).err)
+    assert advice
+    state.scan(env=state.aws.env | {advice[1]: "eu-west-1"})
+    assert state.calls("PutObject")[-1].region == "eu-west-1"
+
+
+def test_state_of_the_older_tool_is_taken_over(state: State) -> None:
+    state.stored = database(
+        "CREATE TABLE flagged_instances (id INTEGER PRIMARY KEY, instance_id TEXT UNIQUE NOT NULL, "
+        "first_seen TIMESTAMP, last_seen TIMESTAMP, missing_tags TEXT NOT NULL, is_active INTEGER DEFAULT 1)",
+        "INSERT INTO flagged_instances (instance_id, first_seen, missing_tags) "
+        f"VALUES ('{SHARED}', '2025-03-30 01:30:00', 'Owner')",
+    )
+    [finding] = state.scan().json("out.json")["findings"]
+    assert (finding["status"], finding["first_seen"]) == ("REPEAT", "2025-03-30T01:30:00Z")
+    assert state.query("SELECT first_seen FROM findings") == [("2025-03-30T01:30:00Z",)]
+
+
+# ---- Troubles that pass ------------------------------------------------------------------------------------
+
+
+def error(action: str, status: int, code: str, **when: Any) -> dict[str, Any]:
+    """Give the fault of an error of S3."""
+    return {"kind": "error", "action": action, "status": status, "code": code, "message": "No."} | when
+
+
+def upload(kind: str, **when: Any) -> dict[str, Any]:
+    """Give a fault of the upload."""
+    return {"kind": kind, "action": "PutObject", **when}
+
+
+def download(kind: str, **when: Any) -> dict[str, Any]:
+    """Give a fault of the download."""
+    return {"kind": kind, "action": "GetObject", **when}
+
+
+def upload_error(status: int, code: str, **when: Any) -> dict[str, Any]:
+    """Give the fault of an error of S3 at the upload."""
+    return error("PutObject", status, code, **when)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What the requests of a scan meet, and how often scans are counted in the end, that before it included."""
+
+    faults: tuple[dict[str, Any], ...]
+    counted: int = 2
+    status: str = "REPEAT"
+    first: bool = False  # there is no state yet
+
+
+def trouble(*faults: dict[str, Any], **expected: Any) -> Trouble:
+    """Write a row of the table."""
+    return Trouble(faults, **expected)
+
+
+def first(*faults: dict[str, Any], counted: int = 1, status: str = "NEW") -> Trouble:
+    """Write a row of the table in which there is no state yet."""
+    return Trouble(faults, counted, status, first=True)
+
+
+COMPETE, DELETE = {"answer": State.compete}, {"answer": State.delete}
+CONFLICT, FAILED, UNMET = "ConditionalRequestConflict", "InternalError", "PreconditionFailed"
+PORTAL: dict[str, Any] = {
+    "body": b"<html>%s</html>" % (b"Log in to the guest network. " * 99),
+    "content_type": "text/html",
+}
+TROUBLES = {
+    "another was faster": trouble(upload("answer", times=1, **COMPETE), counted=3),
+    "answer lost": trouble(upload("lost", times=1)),
+    "answer lost, and another on top": trouble(
+        upload("lost", times=1), upload("answer", skip=1, times=1, **COMPETE), counted=3
+    ),
+    "answer lost after another was faster": trouble(
+        upload("answer", times=1, **COMPETE), upload("lost", skip=1, times=1), counted=3
+    ),
+    "connection dropped until the SDK gives up": trouble(upload("drop", times=6)),
+    "two writers at the same moment": trouble(upload_error(409, CONFLICT, times=2)),
+    "500 until the SDK gives up": trouble(upload_error(500, FAILED, times=6)),
+    "upload ends at a captive portal": trouble(upload("body", times=1, **PORTAL)),
+    "deleted before the upload": trouble(upload("answer", times=1, **DELETE), counted=1, status="NEW"),
+    "deleted before the download": trouble(
+        download("answer", skip=1, times=1, **DELETE), counted=1, status="NEW"
+    ),
+    "connection ends in the download after the scan": trouble(download("cut", skip=1, times=1)),
+    "half the download as if it were all": trouble(download("truncate", times=1)),
+    "first, and another was faster": first(upload("answer", times=1, **COMPETE), counted=2, status="REPEAT"),
+    "first, and its answer is lost": first(upload("lost", times=1)),
+}
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """What is left after a scan that met troubles."""
+
+    result: Result
+    hits: list[int]
+    stored: bytes | None
+    counted: tuple[int, int] | None
+
+
+@pytest.fixture(scope="module")
+def passed(
+    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Aftermath]]:
+    """Scan with every trouble of the table, each into a state of its own."""
+    directory, aws = tmp_path_factory.mktemp("passed"), new_bucket(aws_server)
+
+    def scan(why: str, case: Trouble) -> Aftermath:
+        state = State(aws, directory / why, f"{why}.db")
+        if not case.first:
+            state.stored = recorded
+        faults = [state.fault(**fault) for fault in case.faults]
+        result = state.scan(code=None)
+        return Aftermath(
+            result, [fault.hits for fault in faults], state.stored, state.counted if state.stored else None
+        )
+
+    return at_once(scan, TROUBLES)
+
+
+@pytest.mark.parametrize("why", TROUBLES)
+def test_trouble_passes_and_every_scan_is_counted_once(
+    passed: dict[str, Future[Aftermath]], why: str
+) -> None:
+    case, after = TROUBLES[why], passed[why].result()
+    assert after.hits == [fault["times"] for fault in case.faults]
+    assert after.counted == (case.counted, case.counted)
+    assert after.result.code == 3, after.result.err
+    assert statuses(after.result) == [case.status]
+    assert [row["Status"] for row in after.result.csv("out.csv")] == [case.status]
+
+
+def test_report_is_of_the_recording_that_stands(state: State) -> None:
+    state.fault("answer", action="PutObject", times=1, **COMPETE)
+    result = state.scan(cwd=state.new_agent("i-0b"))
+    found = {each["instance_id"]: each["status"] for each in result.json("out.json")["findings"]}
+    assert found == {SHARED: "REPEAT", "i-0b": "NEW"}
+    assert [each["instance_id"] for each in result.json("out.json")["resolved"]] == ["i-0c"]
+    assert {row["InstanceId"]: row["Status"] for row in result.csv("out.csv")} == found
+    assert "1 NEW, 1 REPEAT" in result.out
+
+
+# ---- Troubles that do not pass -----------------------------------------------------------------------------
+
+OTHER_PROGRAMS = database("CREATE TABLE bookmarks (url TEXT)")
+NEWER = database("CREATE TABLE scans (id)", "PRAGMA application_id = 0x74616763", "PRAGMA user_version = 99")
+DENIED = "allow s3:GetObject, s3:PutObject and s3:ListBucket"
+Refusal = tuple[Callable[[bytes], bytes | None], dict[str, Any] | None, str]
+REFUSALS: dict[str, Refusal] = {
+    "may not be read": (lambda recorded: recorded, error("GetObject", 403, "AccessDenied"), DENIED),
+    "token has expired": (lambda recorded: recorded, error("GetObject", 400, "ExpiredToken"), "renew"),
+    "wrong secret": (lambda recorded: recorded, error("GetObject", 403, "SignatureDoesNotMatch"), "clock"),
+    "answer without a reason": (
+        lambda recorded: recorded,
+        error("GetObject", 403, "AccessDenied", message=""),
+        DENIED,
+    ),
+    "captive portal that answers 403": (
+        lambda recorded: recorded,
+        download("body", status=403, **PORTAL),
+        "403",
+    ),
+    "empty": (lambda _: b"", None, "is empty"),
+    "garbage": (lambda _: b"not a database" * 400, None, "is not a SQLite database"),
+    "of another program": (lambda _: OTHER_PROGRAMS, None, "another program's database"),
+    "of a newer version": (lambda _: NEWER, None, "written by a newer tagcheck"),
+    "cut short": (lambda recorded: recorded[:-4096], None, "is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(
+    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[tuple[Result, list[Request]]]]:
+    """Scan into every state of the table that cannot be used."""
+    directory, aws = tmp_path_factory.mktemp("refused"), new_bucket(aws_server)
+
+    def scan(why: str, case: Refusal) -> tuple[Result, list[Request]]:
+        make, fault, _ = case
+        state = State(aws, directory / why, f"{why}.db")
+        if (stored := make(recorded)) is not None:
+            state.stored = stored
+        if fault:
+            state.fault(**fault)
+        result = state.scan(code=None)
+        assert state.stored == stored
+        return result, state.calls("PutObject")
+
+    return at_once(scan, REFUSALS)
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+def test_state_that_cannot_be_used_is_refused_untouched_before_the_scan(
+    refused: dict[str, Future[tuple[Result, list[Request]]]], why: str
+) -> None:
+    result, uploads = refused[why].result()
+    assert result.code == 5
+    assert REFUSALS[why][-1] in result.err
+    assert result.err.startswith(f"tagcheck: the state s3://{BUCKET}/{why}.db")
+    assert uploads == []
+    assert not (result.cwd / "out.csv").exists()
+
+
+def test_bucket_that_is_not_there(state: State) -> None:
+    assert "create the bucket" in state.scan("--state", "s3://nowhere/state.db", code=5).err
+
+
+def test_without_credentials_there_is_no_state(state: State) -> None:
+    env = {name: value for name, value in state.aws.env.items() if "KEY" not in name}
+    assert "credentials" in state.scan(env=env, code=5).err
+
+
+def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    state.fault(**upload_error(403, "AccessDenied"))
+    result = state.scan(code=5)
+    assert DENIED in result.err
+    assert state.stored == recorded
+    assert not (result.cwd / "out.json").exists()
+
+
+ENDLESS = {
+    "409": upload_error(409, CONFLICT),
+    "500": upload_error(500, FAILED),
+    "another is faster each time": upload("answer", **COMPETE),
+    "no download after the scan": error("GetObject", 500, FAILED, skip=1),
+}
+
+
+@pytest.fixture(scope="module")
+def given_up(
+    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Aftermath]]:
+    """Scan with every trouble that does not end, each into a state of its own, and with less patience."""
+    directory, aws = tmp_path_factory.mktemp("given_up"), new_bucket(aws_server)
+    impatient = script_with(directory, S3_TRIES=3, S3_PAUSE=0.01)
+
+    def scan(why: str, fault: dict[str, Any]) -> Aftermath:
+        state = State(aws, directory / why, f"{why}.db")
+        state.stored = recorded
+        cwd = state.new_agent()
+        for name in ("out.json", "out.xml"):
+            (cwd / name).write_text("as it was")
+        limits = state.fault(**fault)
+        result = state.scan(cwd=cwd, code=None, script=impatient)
+        return Aftermath(result, [limits.hits], state.stored, state.counted)
+
+    return at_once(scan, ENDLESS)
+
+
+@pytest.mark.parametrize("why", ENDLESS)
+def test_tries_run_out_and_only_the_csv_is_written(
+    given_up: dict[str, Future[Aftermath]], recorded: bytes, why: str
+) -> None:
+    after = given_up[why].result()
+    assert (after.result.code, after.result.out) == (5, "")
+    assert f"the state s3://{BUCKET}/{why}.db: given up after 3 tries" in after.result.err
+    assert "not recorded, run again" in after.result.err
+    others = after.hits[0] if ENDLESS[why]["kind"] == "answer" else 0
+    assert after.counted == (1 + others, 1 + others)
+    assert (after.stored == recorded) is (others == 0)
+    cwd = after.result.cwd
+    assert {(cwd / name).read_text() for name in ("out.json", "out.xml")} == {"as it was"}
+    assert {file.name for file in cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
+    assert [row["Status"] for row in after.result.csv("out.csv")] == ["REPEAT"]
+
+
+def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    fault, cwd = state.fault(**upload_error(409, CONFLICT)), state.new_agent()
+    process = subprocess.Popen(
+        [sys.executable, TAGCHECK, *SCAN, "--state", state.location],
+        cwd=cwd,
+        env=clean_environment(cwd) | state.aws.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 30
+        while fault.hits < 2:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
+    assert "nothing was recorded" in err
+    assert state.stored == recorded
+
+
+@pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/", "s3:///state.db"])
+def test_location_without_bucket_or_key_is_a_usage_error(state: State, location: str) -> None:
+    assert f"{location}: name the state as s3://BUCKET/KEY" in state.scan("--state", location, code=2).err
+    assert state.aws.requests == []
+
+
+# ---- Many at once ------------------------------------------------------------------------------------------
+
+
+def scan_at_once(state: State, agents: int, rounds: int, seed: int) -> None:
+    """Let agents scan into one state at once, again and again, while S3 fails at random: all must count."""
+    chance = random.Random(seed).random
+    mix = (
+        (0.25, upload("lost")),
+        (0.10, upload_error(409, CONFLICT)),
+        (0.05, upload_error(412, UNMET)),
+        (0.05, upload_error(500, FAILED)),
+        (0.05, download("cut")),
+    )
+    faults = [state.aws.fault(**fault, when=lambda _, share=share: chance() < share) for share, fault in mix]
+    own = [state.new_agent(f"i-0{number:x}") for number in range(1, agents + 1)]
+    with ThreadPoolExecutor(agents) as pool:
+        for _ in range(rounds):
+            list(pool.map(lambda cwd: state.scan(cwd=cwd, timeout=300), own))
+    state.aws.clear_faults()
+    assert sum(fault.hits for fault in faults) > 0
+    assert state.counted == (agents * rounds, agents * rounds)
+    seen = state.query("SELECT instance_id, times_seen FROM findings ORDER BY instance_id")[1:]
+    assert seen == [(f"i-0{number:x}", rounds) for number in range(1, agents + 1)]
+
+
+def test_scans_at_once_are_all_counted(state: State) -> None:
+    scan_at_once(state, agents=3, rounds=2, seed=1)
+
+
+@pytest.mark.soak
+def test_many_scans_at_once_are_all_counted(state: State) -> None:
+    scan_at_once(state, agents=8, rounds=20, seed=7)
