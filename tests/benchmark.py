@@ -19,11 +19,12 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
@@ -319,6 +320,33 @@ FIRST, SECOND, GROWN = "tagcheck, all new", "tagcheck, all repeat", "tagcheck, f
 PLAIN, HELP, OFFLINE = "plain boto3 loop", "tagcheck --help", "tagcheck --instances"
 
 
+def run_record(fleet: Fleet, times: str) -> None:
+    """Record findings into a new state, then a third of them again, and print what each took."""
+    sys.path.insert(0, str(TAGCHECK.parent))
+    import tagcheck
+
+    policy = tagcheck.check_policy(policy_text(replace(fleet, accounts=1)).encode(), "benchmark")
+    now = datetime.now(UTC)
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        state = Path(directory) / "state.db"
+        for name, share in [("all NEW", 1), *[("a third of them again", 3)] * int(times)]:
+            with closing(tagcheck.open_sightings()) as sightings:
+                for (account, region), count in list(fleet.targets().items())[::share]:
+                    target = tagcheck.Target(account, region)
+                    number = tagcheck.add_target(sightings, target)
+                    for page in range(0, count, PAGE_SIZE):
+                        ids = range(page, min(page + PAGE_SIZE, count))
+                        seen = [tagcheck.Instance(f"i-{n:017x}", "running", now, {"Name": "x"}) for n in ids]
+                        judged = [tagcheck.judge(target, instance, policy, now) for instance in seen]
+                        tagcheck.add_sightings(sightings, number, judged)
+                begun = time.monotonic()
+                tagcheck.check_state(state)
+                scan = tagcheck.Scan(str(uuid.uuid4()), policy, now)
+                with tagcheck.record_scan(sightings, state, scan, now, str(state)):
+                    findings = sum(target.findings for target in tagcheck.fetch_coverage(sightings, scan))
+                print(f"recorded {findings:>9} findings, {name}: {time.monotonic() - begun:.1f} s")
+
+
 class BenchmarkError(Exception):
     """A run did not do what was to be measured."""
 
@@ -505,6 +533,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accounts", type=positive, default=1, metavar="N")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N")
     parser.add_argument("--latency-ms", type=int, default=0, metavar="MS", help="what each answer waits")
+    parser.add_argument(
+        "--record", action="store_true", help="only record as many findings, then a third again"
+    )
     parser.add_argument("--growth", action="store_true", help="scan a fleet four times as large as well")
     return parser
 
@@ -517,6 +548,9 @@ def main(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     fleet = Fleet(options.instances, options.regions, options.accounts)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.record:
+        run_record(fleet, str(options.rounds))
+        return 0
     try:
         run_benchmark(fleet, options.rounds, options.latency_ms, options.growth)
     except (BenchmarkError, OSError) as error:
