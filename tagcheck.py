@@ -2291,6 +2291,8 @@ class S3State:
         new = self.path.with_suffix(".new")
         new.unlink(missing_ok=True)
         answer = self._call("get_object")
+        if answer and "ETag" not in answer:
+            raise _PassingError("the answer is not S3's: check the network and the proxy")
         if answer:
             with new.open("wb") as file:
                 self._call(lambda: shutil.copyfileobj(answer["Body"], file))
@@ -2303,8 +2305,11 @@ class S3State:
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         with self.path.open("rb") as body:
-            if self._call("put_object", Body=body, **condition) is None:
-                raise _PassingError("the state was deleted meanwhile")
+            answer = self._call("put_object", Body=body, **condition)
+        if answer is None:
+            raise _PassingError("the state was deleted meanwhile")
+        if "ETag" not in answer:
+            raise _PassingError("the answer is not S3's: check the network and the proxy")
 
     def _check(self, path: Path) -> None:
         """Check a copy; what is wrong with it is said of the state that it is a copy of."""

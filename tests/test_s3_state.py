@@ -156,11 +156,16 @@ def statuses(result: Result) -> list[str]:
 # ---- Without trouble ---------------------------------------------------------------------------------------
 
 
-def test_agents_remember_what_other_agents_found(state: State) -> None:
+def test_agents_remember_what_other_agents_found_and_leave_nothing_behind(
+    state: State, tmp_path: Path
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
     assert statuses(state.scan(cwd=state.new_agent("i-0a"))) == ["NEW", "NEW"]
     for _ in range(2):
-        result = state.scan()
+        result = state.scan(env=state.aws.env | {"TMPDIR": str(temporary)})
         assert statuses(result) == ["REPEAT"]
+        assert list(temporary.iterdir()) == []
+        assert {file.name for file in result.cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
     assert state.counted == (3, 3)
     assert state.query("SELECT instance_id, resolution FROM findings WHERE resolved_at") == [("i-0a", "gone")]
     conditions = [
@@ -168,13 +173,6 @@ def test_agents_remember_what_other_agents_found(state: State) -> None:
         for request in state.calls("PutObject")
     ]
     assert conditions == [("*", False), (None, True), (None, True)]
-
-
-def test_agent_leaves_nothing_of_the_state_behind(state: State, tmp_path: Path) -> None:
-    (temporary := tmp_path / "temporary").mkdir()
-    result = state.scan(env=state.aws.env | {"TMPDIR": str(temporary)})
-    assert list(temporary.iterdir()) == []
-    assert {file.name for file in result.cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
 
 
 def test_dry_run_compares_and_writes_nothing(state: State, recorded: bytes) -> None:
@@ -201,14 +199,6 @@ def test_key_may_have_any_signs(state: State, recorded: bytes) -> None:
     state.stored = recorded
     assert statuses(state.scan()) == ["REPEAT"]
     assert state.counted == (2, 2)
-
-
-def test_bucket_in_another_region_is_found(state: State) -> None:
-    there = {"x-amz-bucket-region": "eu-west-1"}
-    state.aws.fault("error", region=REGION, status=301, code="PermanentRedirect", headers=there)
-    state.scan()
-    assert state.counted == (1, 1)
-    assert state.calls("PutObject")[-1].region == "eu-west-1"
 
 
 def test_advice_for_a_bucket_in_another_region_works(state: State) -> None:
@@ -294,9 +284,6 @@ TROUBLES = {
     "500 until the SDK gives up": trouble(upload_error(500, FAILED, times=6)),
     "upload ends at a captive portal": trouble(upload("body", times=1, **PORTAL)),
     "deleted before the upload": trouble(upload("answer", times=1, **DELETE), counted=1, status="NEW"),
-    "deleted before the download": trouble(
-        download("answer", skip=1, times=1, **DELETE), counted=1, status="NEW"
-    ),
     "connection ends in the download after the scan": trouble(download("cut", skip=1, times=1)),
     "half the download as if it were all": trouble(download("truncate", times=1)),
     "first, and another was faster": first(upload("answer", times=1, **COMPETE), counted=2, status="REPEAT"),
@@ -365,7 +352,6 @@ Refusal = tuple[Callable[[bytes], bytes | None], dict[str, Any] | None, str]
 REFUSALS: dict[str, Refusal] = {
     "may not be read": (lambda recorded: recorded, error("GetObject", 403, "AccessDenied"), DENIED),
     "token has expired": (lambda recorded: recorded, error("GetObject", 400, "ExpiredToken"), "renew"),
-    "wrong secret": (lambda recorded: recorded, error("GetObject", 403, "SignatureDoesNotMatch"), "clock"),
     "answer without a reason": (
         lambda recorded: recorded,
         error("GetObject", 403, "AccessDenied", message=""),
@@ -507,7 +493,7 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
     assert state.stored == recorded
 
 
-@pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/", "s3:///state.db"])
+@pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/"])
 def test_location_without_bucket_or_key_is_a_usage_error(state: State, location: str) -> None:
     assert f"{location}: name the state as s3://BUCKET/KEY" in state.scan("--state", location, code=2).err
     assert state.aws.requests == []
