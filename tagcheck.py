@@ -3060,6 +3060,11 @@ def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> l
     ]
     more = number - len(rows) + 1
     where = "" if csv_path in ("", "-") else f" in {csv_path}"
+    return _with_rest(lines, more, where)
+
+
+def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
+    """Return a part of the summary: its lines, and how many more there are."""
     return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
 
 
@@ -3085,7 +3090,7 @@ def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
         f"{finding.resolution}"
         for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
     ]
-    return ["", *lines, *([f"… and {number - len(lines):,} more"] if number > len(lines) else [])]
+    return _with_rest(lines, number - len(lines))
 
 
 def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list[str]:
@@ -3097,7 +3102,7 @@ def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list
         + "; ".join(dict.fromkeys(map(str, case.exempted)))
         for case in itertools.islice(exempted, SUMMARY_FINDINGS)
     ]
-    return ["", *lines, *([f"… and {number - len(lines):,} more"] if number > len(lines) else [])]
+    return _with_rest(lines, number - len(lines))
 
 
 def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -3335,7 +3340,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     outputs = _outputs(args)
     scan = Scan(str(uuid.uuid4()), policy, now)
     with contextlib.ExitStack() as stack:
-        state = open_state(args, stack)
+        state = open_state(args, stack, copied=args.dry_run)
         state.check()
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
@@ -3427,15 +3432,15 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     return outputs
 
 
-def open_state(args: argparse.Namespace, stack: contextlib.ExitStack) -> State:
-    """Return the state that was named, or a copy of it for a dry run; raises UsageError, StateError."""
+def open_state(args: argparse.Namespace, stack: contextlib.ExitStack, *, copied: bool) -> State:
+    """Return the state that was named, or a copy of it to do with as one likes; raises UsageError, StateError."""
     state: State = LocalState(Path(os.path.realpath(args.state)))
     if args.state.startswith("s3://"):
         bucket, key = split_s3(args.state)
         aws = Aws(args.profile, workers=1)
         s3 = aws.client("s3", aws.session.region_name or "us-east-1")
         state = S3State(s3, bucket, key, _temporary(stack) / "state.db", _hold_signals)
-    if args.dry_run:
+    if copied:
         copy = LocalState(_temporary(stack) / "state.db", state.name)
         state.copy(copy.path)
         return copy
@@ -3759,8 +3764,8 @@ def _find_instance(
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as saved files, AWS or the state have it, with its finding."""
     with contextlib.ExitStack() as stack:
-        args.dry_run = True  # a copy will do: to explain writes nothing
-        findings = load_findings(open_state(args, stack), policy.name, args.instance)
+        state = open_state(args, stack, copied=True)  # to explain writes nothing
+        findings = load_findings(state, policy.name, args.instance)
     known = {Target(finding.account_id, finding.region): finding for finding in findings}
     if args.instances:
         for path in args.instances:
