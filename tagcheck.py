@@ -10,6 +10,7 @@ The file reads downward; a section uses only what stands above it:
  1 Words           exit codes, errors, records
  2 Policy          the YAML file, checked, as a Policy
  3 Evaluation      an instance's tags and its rules -> violations
+ 4 Suggestions     the tags of its siblings -> what a missing value probably is
  5 AWS             accounts, regions and instances, live or saved
  6 State           what is remembered between scans, in SQLite
  7 Reports         summary, CSV, JSON, JUnit
@@ -170,6 +171,10 @@ class Instance:
     state: str
     launch_time: datetime
     tags: Mapping[str, str]
+    instance_type: str = ""
+    profile: str = ""
+    subnet_id: str = ""
+    vpc_id: str = ""
 
 
 class ViolationType(StrEnum):
@@ -210,6 +215,27 @@ class Resolution(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What a required tag should probably be, how sure that is (0 to 1), and why."""
+
+    tag_key: str
+    value: str
+    confidence: float
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.tag_key}={self.value} ({self.evidence})"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What instances of a target have in common, such as their Auto Scaling group."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """An instance with violations under a policy, with its history; times are text in UTC."""
 
@@ -228,7 +254,15 @@ class Finding:
     resolved_at: str | None
     resolution: Resolution | None
     created_by: str | None
-    suggestions: str | None
+    suggestions: tuple[Suggestion, ...]
+    instance_type: str | None
+    cause: Group | None
+    monthly_cost: float | None
+
+    @property
+    def target(self) -> Target:
+        """Where the instance is."""
+        return Target(self.account_id, self.region)
 
     @property
     def name(self) -> str:
@@ -261,6 +295,32 @@ class Coverage:
     def too_young(self) -> int:
         """Instances within their grace period, not judged yet."""
         return self.instances - self.compliant - self.findings - self.exempted
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A target as it stands: how the latest scan of it ended, and the counts of when it was last read in full."""
+
+    target: Target
+    error: str | None
+    last_read: str | None
+    instances: int
+    compliant: int
+    findings: int
+    exempted: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrendPoint:
+    """What was open after a scan, all targets as they were last read, and what the scan changed."""
+
+    at: str
+    open: int
+    new: int
+    reopened: int
+    resolved: int
+    targets: int
+    targets_unread: int
 
 
 def printable(text: str) -> str:
@@ -1506,6 +1566,107 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
         if counted_findings:
             code = ExitCode.VIOLATIONS
     return code
+
+
+########################################################################################################
+# 4 Suggestions: groups_of, cause_of, agreement, suggest
+########################################################################################################
+
+
+class GroupKind(NamedTuple):
+    """A way in which instances belong together: its word, and how its tags reach the instances, if they do."""
+
+    word: str
+    remedy: str
+
+
+# The most specific first. A cause is a group that hands its tags on; the ways to have it do so are those of
+# AWS's user guides (EC2 Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed
+# node groups with launch templates; EC2, Tag on creation).
+GROUP_KINDS = {
+    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
+    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
+    "launch_template": GroupKind("launch template", "set it in the instance tags of {names}"),
+    "stack": GroupKind("CloudFormation stack", "set it on the stack {names}"),
+    "instance_profile": GroupKind("instance profile", ""),
+    "name_prefix": GroupKind("name", ""),
+    "subnet": GroupKind("subnet", ""),
+    "vpc": GroupKind("VPC", ""),
+}
+_GROUP_TAGS = (
+    ("autoscaling_group", "aws:autoscaling:groupName"),
+    ("launch_template", "aws:ec2launchtemplate:id"),
+    ("stack", "aws:cloudformation:stack-name"),
+)
+
+
+def groups_of(instance: Instance) -> list[Group]:
+    """Return the groups that an instance belongs to within its target, the most specific first."""
+    tags = instance.tags
+    groups = []
+    if node_group := tags.get("eks:nodegroup-name"):
+        cluster = tags.get("eks:cluster-name") or tags.get("aws:eks:cluster-name")
+        groups.append(Group("node_group", f"{cluster}/{node_group}" if cluster else node_group))
+    groups += [Group(kind, tags[key]) for kind, key in _GROUP_TAGS if tags.get(key)]
+    if instance.profile:
+        groups.append(Group("instance_profile", instance.profile.rpartition("/")[2]))
+    if prefix := tags.get("Name", "").rstrip("0123456789").rstrip("-_. "):
+        groups.append(Group("name_prefix", prefix))
+    if instance.subnet_id:
+        groups.append(Group("subnet", instance.subnet_id))
+    if instance.vpc_id:
+        groups.append(Group("vpc", instance.vpc_id))
+    return groups
+
+
+def cause_of(groups: Iterable[Group]) -> Group | None:
+    """Return the group on which the tags of all its instances can be set, if there is one."""
+    return next((group for group in groups if GROUP_KINDS[group.kind].remedy), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A group whose instances lack the same tag, so that it is one thing to put right."""
+
+    target: Target
+    group: Group
+    tag_key: str
+    instances: int
+
+    def __str__(self) -> str:
+        return next(cause_lines([self]))
+
+
+CAUSES_NAMED = 3
+
+
+def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
+    """Yield a sentence for each kind of group and tag: what is lacking, and where to set it for all at once."""
+    alike: dict[tuple[str, str], list[Cause]] = {}
+    for cause in causes:
+        alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
+    for (kind, tag_key), group in alike.items():
+        names = [cause.group.name for cause in group[:CAUSES_NAMED]]
+        more = f" and {len(group) - CAUSES_NAMED:,} more" if len(group) > CAUSES_NAMED else ""
+        instances = sum(cause.instances for cause in group)
+        lack = "instance lacks" if instances == 1 else "instances lack"
+        remedy = GROUP_KINDS[kind].remedy.format(names=", ".join(names) + more)
+        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFindings:
+    """The open findings of a policy, counted in several ways; each list has the greatest first."""
+
+    total: int
+    by_tag: Sequence[tuple[str, int]]
+    by_age: Sequence[tuple[str, int]]
+    by_creator: Sequence[tuple[str, int]]
+    by_suggestion: Sequence[tuple[str, int]]
+    causes: Sequence[Cause]
+    oldest: Sequence[Finding]
+    priced: int
+    cost_by_tag: Sequence[tuple[str, float]]
 
 
 ########################################################################################################
@@ -3219,6 +3380,18 @@ def publish_report(staged: Sequence[tuple[Output, Path]], emit: Callable[[str], 
             continue
         except OSError as error:
             raise _output_error(output, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    """All that the dashboard shows; `trend` and `standings` are of every scan and target that the state has."""
+
+    policy: Policy
+    made_at: datetime
+    trend: Sequence[TrendPoint]
+    standings: Sequence[Standing]
+    open: OpenFindings
+    endings: Sequence[Problem]
 
 
 ########################################################################################################
