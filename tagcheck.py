@@ -325,165 +325,112 @@ ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
 ########################################################################################################
 
 
-def _key(description: str, example: Any, **schema: Any) -> dict[str, Any]:
-    """Return the schema of one key; editors show its description and offer its example."""
-    return {"description": description, "examples": [example], **schema}
+def _list(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a list that is not empty."""
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+def _form(pattern: str, complaint: str) -> dict[str, Any]:
+    """Return the schema of a text of some form; of another, validate and editors say the complaint."""
+    return {"type": "string", "pattern": pattern, "patternErrorMessage": complaint}
+
+
+def _mapping(required: str, **keys: tuple[str, Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the schema of a mapping with these keys alone: what editors say of each, an example, its schema."""
+    properties = {
+        name: {"description": description, "examples": [example], **schema}
+        for name, (description, example, schema) in keys.items()
+    }
+    shape = {"type": "object", "required": required.split(), "additionalProperties": False}
+    return {**shape, "properties": properties}
 
 
 # tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
 _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
 # EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
 _TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
-_DURATION, _DATE = "^[0-9]{1,4}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
-_ROLE_NAME = "^[A-Za-z0-9+=,.@_/-]{1,512}$"
-_ACCOUNT_ID, _INSTANCE_ID = "^[0-9]{12}$", "^i-[0-9a-f]{8,17}$"
+_DATE = _form("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", "is no date: write year-month-day, such as 2027-01-31")
+_DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h or d, such as 2h")
+_ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
+_INSTANCE_ID = _form("^i-[0-9a-f]{8,17}$", "is no instance id: it looks like i-0123456789abcdef0")
+_ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the name alone, not the ARN")
+# The first four are the default: a terminated instance cannot be put right.
+_STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
 
-
-def _list(items: Mapping[str, Any], **schema: Any) -> dict[str, Any]:
-    """Return the schema of a list that is not empty."""
-    return {"type": "array", "minItems": 1, "items": items, **schema}
-
-
-_REQUIRED_TAGS = _list(
-    _key(
-        "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-        {"key": "Environment", "values": ["dev", "test", "prod"]},
-        **_TAG_KEY | {"type": ["string", "number", "object"]},
-        required=["key"],
-        additionalProperties=False,
-        properties={
-            "key": _key("The tag key, in exactly this spelling.", "CostCenter", **_TAG_KEY),
-            "values": _key(
-                "The values that are allowed, in exactly this spelling.",
-                ["dev", "test", "prod"],
-                **_list(_TAG_VALUE),
-            ),
-            "pattern": _key("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", **_TEXT),
-            "default": _key("What remediate may write where nothing better is known.", "dev", **_TAG_VALUE),
-        },
-    )
+_REQUIRED_TAGS = _list({
+    "description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
+    **_TAG_KEY,
+    **_mapping(
+        "key",
+        key=("The tag key, in exactly this spelling.", "CostCenter", _TAG_KEY),
+        values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(_TAG_VALUE)),
+        pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
+        default=("What remediate may write where nothing better is known.", "dev", _TAG_VALUE),
+    ),
+    "type": ["string", "number", "object"],
+})  # fmt: skip
+_REGION = {
+    "description": "What this region asks for. Nothing here: the policy's required_tags alone.",
+    **_mapping(
+        "",
+        inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
+        required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["DataResidency"],
+                       _REQUIRED_TAGS),
+    ),
+    "type": ["object", "null"],
+}  # fmt: skip
+_ACCOUNTS = _mapping(
+    "role_name",
+    organization=("true: every active account of the organization.", True, {"type": "boolean"}),
+    ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+    role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
+    external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
+    exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
 )
-_EXEMPTION = _key(
-    "Instances that need not carry some tags, why, and until when. All that it names must match.",
-    {"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}, "expires": "2027-01-31"},
-    type="object",
-    required=["reason"],
-    additionalProperties=False,
-    properties={
-        "reason": _key("Why: every report shows it.", "EKS nodes are tagged by the cluster team", **_TEXT),
-        "tags": _key(
-            "Tags of the instances; in a value * stands for any text and ? for one character.",
-            {"eks:cluster-name": "*"},
-            type="object",
-            minProperties=1,
-            additionalProperties={"type": ["string", "number"], "maxLength": 256},
-        ),
-        "instances": _key(
-            "The ids of the instances.", ["i-0123456789abcdef0"], **_list(_TEXT | {"pattern": _INSTANCE_ID})
-        ),
-        "accounts": _key("The accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})),
-        "regions": _key("The regions.", ["eu-west-1"], **_list(_TEXT)),
-        "required_tags": _key(
-            "The tags that they need not carry. Left out: none of them.", ["Owner"], **_list(_TAG_KEY)
-        ),
-        "expires": _key("The last day on which it holds (UTC).", "2027-01-31", type="string", pattern=_DATE),
-        "approved_by": _key("Who agreed.", "head of platform", **_TEXT),
-        "ticket": _key("Where it was agreed.", "OPS-1234", **_TEXT),
-    },
-)
+_EXEMPTION = {
+    "description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
+    **_mapping(
+        "reason",
+        reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
+        tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
+              {"eks:cluster-name": "*"},
+              {"type": "object", "minProperties": 1, "additionalProperties": _TAG_VALUE | {"minLength": 0}}),
+        instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
+        accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+        regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
+        required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
+        expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
+        approved_by=("Who agreed.", "head of platform", _TEXT),
+        ticket=("Where it was agreed.", "OPS-1234", _TEXT),
+    ),
+}  # fmt: skip
 POLICY_SCHEMA: dict[str, Any] = {
     "$schema": "http://json-schema.org/draft-07/schema#",
     "title": "tagcheck policy",
     "description": "Which tags EC2 instances must carry, region by region.",
-    "type": "object",
-    "required": ["version", "name", "regions"],
-    "additionalProperties": False,
-    "properties": {
-        "version": _key("The version of this format: 1.", 1, enum=[1, "1"]),
-        "name": _key(
-            "Findings are kept under this name. Rename a policy, and all of them are NEW.",
-            "org-tagging",
-            **_TEXT,
-        ),
-        "required_tags": _key(
-            "The tags that instances must carry in every region below.",
-            ["Owner", "CostCenter"],
-            **_REQUIRED_TAGS,
-        ),
-        "placeholder_values": _key(
-            "Values that count as empty, whatever their case.",
-            ["tbd", "n/a", "none", "unknown"],
-            **_list(_TAG_VALUE),
-        ),
-        "states": _key(
-            "The instance states that are looked at. Left out: all but shutting-down and terminated.",
-            ["running", "stopped"],
-            **_list({"enum": ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]}),
-        ),
-        "grace_period": _key(
-            "How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.",
-            "2h",
-            type="string",
-            pattern=_DURATION,
-        ),
-        "regions": _key(
-            'The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
-            {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
-            type="object",
-            minProperties=1,
-            additionalProperties=_key(
-                "What this region asks for. Nothing here: the policy's required_tags alone.",
-                {"required_tags": ["DataResidency"]},
-                type=["object", "null"],
-                additionalProperties=False,
-                properties={
-                    "inherit": _key(
-                        "false: the policy's required_tags do not hold here.", False, type="boolean"
-                    ),
-                    "required_tags": _key(
-                        "Tags as well as the policy's. The same key replaces the policy's.",
-                        ["DataResidency"],
-                        **_REQUIRED_TAGS,
-                    ),
-                },
-            ),
-        ),
-        "accounts": _key(
-            "The accounts to scan. Left out: the one account of the credentials.",
-            {"organization": True, "role_name": "tagcheck-read"},
-            type="object",
-            required=["role_name"],
-            additionalProperties=False,
-            properties={
-                "organization": _key("true: every active account of the organization.", True, type="boolean"),
-                "ids": _key(
-                    "The ids of the accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
-                ),
-                "role_name": _key(
-                    "The role to assume in each of them but the caller's own.",
-                    "tagcheck-read",
-                    **_TEXT | {"pattern": _ROLE_NAME},
-                ),
-                "external_id": _key("The external id that the role asks for.", "tagcheck", **_TEXT),
-                "exclude": _key(
-                    "Accounts to leave out.", ["210987654321"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
-                ),
-            },
-        ),
-        "expected_account": _key(
-            "The account that the credentials must be of. With any other nothing is read.",
-            "012345678901",
-            **_TEXT | {"pattern": _ACCOUNT_ID},
-        ),
-        "exemptions": _key(
-            "Instances that need not carry some tags, each with a reason.",
-            [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}],
-            **_list(_EXEMPTION),
-        ),
-    },
-}
+    **_mapping(
+        "version name regions",
+        version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
+        name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
+        required_tags=("The tags that instances must carry in every region below.", ["Owner", "CostCenter"],
+                       _REQUIRED_TAGS),
+        placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a", "none", "unknown"],
+                            _list(_TAG_VALUE)),
+        states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
+                ["running", "stopped"], _list({"enum": _STATES})),
+        grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
+        regions=('The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
+                 {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
+                 {"type": "object", "minProperties": 1, "additionalProperties": _REGION}),
+        accounts=("The accounts to scan. Left out: the one account of the credentials.",
+                  {"organization": True, "role_name": "tagcheck-read"}, _ACCOUNTS),
+        expected_account=("The account that the credentials must be of. With any other nothing is read.",
+                          "012345678901", _ACCOUNT_ID),
+        exemptions=("Instances that need not carry some tags, each with a reason.",
+                    [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
+    ),
+}  # fmt: skip
 
-DEFAULT_STATES = ("pending", "running", "stopping", "stopped")
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
 MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
 
@@ -861,6 +808,8 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
                 yield Mistake(path, f"the key {key!r} is missing")
         elif error.validator == "type":
             yield Mistake(path, _type_message(found, wanted) + _type_hint(path, found))
+        elif error.validator == "pattern":
+            yield Mistake(path, f"{_shown(found)} {error.schema['patternErrorMessage']}")
         else:
             yield Mistake(path, _SCHEMA_MESSAGES[error.validator](found, wanted))
 
@@ -913,16 +862,8 @@ def _enum_message(found: Any, wanted: Sequence[Any]) -> str:
     return f"{_shown(found)} is not {'one of ' * (len(known) > 1)}{', '.join(known)}{_did_you_mean(found, known)}"
 
 
-_PATTERN_MESSAGES = {
-    _DURATION: "no time: write a number and s, m, h or d, such as 2h",
-    _DATE: "no date: write year-month-day, such as 2027-01-31",
-    _ACCOUNT_ID: "no account id: it has 12 digits",
-    _ROLE_NAME: "no role name: give the name alone, not the ARN",
-    _INSTANCE_ID: "no instance id: it looks like i-0123456789abcdef0",
-}
 _SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
     "enum": _enum_message,
-    "pattern": lambda found, wanted: f"{_shown(found)} is {_PATTERN_MESSAGES[wanted]}",
     "minLength": lambda *_: "must not be empty",
     "minItems": lambda *_: "the list is empty: name at least one, or take the key out",
     "minProperties": lambda *_: "is empty: name at least one",
@@ -1058,7 +999,7 @@ def _exemption_mistakes(
             message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
             yield Mistake((*path, "required_tags", index), message)
     expires = entry.get("expires")
-    if isinstance(expires, str) and re.match(_DATE, expires):
+    if isinstance(expires, str) and re.match(_DATE["pattern"], expires):
         try:
             date.fromisoformat(expires)
         except ValueError:
@@ -1188,7 +1129,7 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         digest=digest,
         regions=regions,
         placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
-        states=frozenset(value.get("states", DEFAULT_STATES)),
+        states=frozenset(value.get("states", _STATES[:4])),
         grace_period=_duration(value.get("grace_period", "0s")),
         exemptions=tuple(
             _exemption(entry, *document.place(("exemptions", index)))
