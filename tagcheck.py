@@ -555,10 +555,13 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
 
+KeyPath = tuple[str | int, ...]
+
+
 class Mistake(NamedTuple):
     """What is wrong in a policy and at which path: at the value there, or at the key that leads to it."""
 
-    path: tuple[str | int, ...]
+    path: KeyPath
     message: str
     at_key: bool = False
 
@@ -581,114 +584,112 @@ class YamlDocument:
     def __init__(self, text: str) -> None:
         import yaml
 
-        self._yaml = yaml
         self._nodes = 0
-        self._marks: dict[tuple[int, str | int], tuple[Any, Any]] = {}
         self.mistakes: list[Mistake] = []
         if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
             message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
             raise YamlError(_mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
+        start = loader.get_mark()
         try:
-            end = loader.get_mark()
-            self._root = loader.get_single_node() or yaml.ScalarNode("", "", end, end)
-            self.value = self._build(self._root, ())
+            root = loader.get_single_node() or yaml.ScalarNode("", "", start, start)
+            self._marks: dict[KeyPath, tuple[Any, Any]] = {(): (root.start_mark, root.start_mark)}
+            self.value = self._build(root, ())
         except yaml.MarkedYAMLError as error:
-            mark, message = _yaml_advice(text, error)
-            line = text.splitlines(keepends=True)[mark.line : mark.line + 1]
-            if odd := re.search(f"[{''.join(_UNSEEN)}]", "".join(line)):
-                message = f"{_UNSEEN[odd[0]]} (U+{ord(odd[0]):04X}) stands here: type it anew"
-                mark = SimpleNamespace(line=mark.line, column=odd.start())
-            raise YamlError(mark, message) from error
+            raise _yaml_error(text, error) from error
         except RecursionError as error:
             raise YamlError(loader, "nested too deep") from error
         except ValueError as error:  # PyYAML's own, of numbers in escapes and directives
             raise YamlError(loader, "a number in an escape or a directive is too large") from error
 
-    def place(self, path: Sequence[str | int], *, at_key: bool = False) -> tuple[int, int]:
+    def place(self, path: KeyPath, *, at_key: bool = False) -> tuple[int, int]:
         """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
-        mark, node = self._root.start_mark, self.value
-        for step in path:
-            if (id(node), step) not in self._marks:
-                break  # a second key of that name has replaced what was there
-            mark = self._marks[id(node), step][0 if at_key and step is path[-1] else 1]
-            node = node[step]
+        mark = self._marks[path][0 if at_key else 1]
         return mark.line + 1, mark.column + 1
 
-    def _build(self, node: Any, path: tuple[str | int, ...]) -> Any:
+    def _build(self, node: Any, path: KeyPath) -> Any:
         """Return the value of a node; an alias costs as much as if its anchor stood there again."""
         self._nodes += 1
         if self._nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
             raise YamlError(node.start_mark, "the nesting or the aliases make this larger than any policy")
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
-        if isinstance(node, self._yaml.ScalarNode):
-            self._check_text(node, path)
-            return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
-        if isinstance(node, self._yaml.SequenceNode):
-            items: list[Any] = []
-            for index, item in enumerate(node.value):
-                self._marks[id(items), index] = (item.start_mark, item.start_mark)
-                items.append(self._build(item, (*path, index)))
-            return items
+        if node.id == "mapping":
+            return self._build_mapping(node, path)
+        if node.id == "sequence":
+            self._marks |= {(*path, i): (item.start_mark,) * 2 for i, item in enumerate(node.value)}
+            return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
+        self._check_text(node, path)
+        return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
+
+    def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        """Return a mapping; what it merges in comes first, so that its own keys and their places replace that."""
         mapping: dict[str, Any] = {}
-        merged: list[Any] = []
-        for key, value in node.value:
-            if not isinstance(key, self._yaml.ScalarNode):
-                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
-            if key.tag == "tag:yaml.org,2002:merge":
-                merged += value.value if isinstance(value, self._yaml.SequenceNode) else [value]
+        lines: dict[str, int] = {}
+        for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _YAML_MERGE):
+            if key.tag == _YAML_MERGE:
+                for source in reversed(value.value if value.id == "sequence" else [value]):
+                    merged = self._build(source, path)
+                    if not isinstance(merged, dict):
+                        raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
+                    mapping |= merged
                 continue
-            self._check_text(key, (*path, key.value), at_key=True)
-            if key.value in mapping:
-                first = self._marks[id(mapping), key.value][0].line + 1
-                message = f"{_shown(key.value)} appears twice (first in line {first})"
-                self.mistakes.append(Mistake((*path, key.value), message, at_key=True))
-            self._marks[id(mapping), key.value] = (key.start_mark, value.start_mark)
-            mapping[key.value] = self._build(value, (*path, key.value))
-        for source in merged:
-            values = self._build(source, path)
-            if not isinstance(values, dict):
-                raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
-            for name in values.keys() - mapping.keys():
-                self._marks[id(mapping), name] = self._marks[id(values), name]
-                mapping[name] = values[name]
+            if key.id != "scalar":
+                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
+            name, key_path = key.value, (*path, key.value)
+            self._marks[key_path] = (key.start_mark, value.start_mark)
+            self._check_text(key, key_path, at_key=True)
+            if name in lines:
+                message = f"{_shown(name)} appears twice (first in line {lines[name]})"
+                self.mistakes.append(Mistake(key_path, message, at_key=True))
+            lines.setdefault(name, key.start_mark.line + 1)
+            mapping[name] = self._build(value, key_path)
         return mapping
 
-    def _check_text(self, node: Any, path: tuple[str | int, ...], *, at_key: bool = False) -> None:
+    def _check_text(self, node: Any, path: KeyPath, *, at_key: bool = False) -> None:
         """Note what in a text no tag would ever match, though it may look right; people's prose is their own."""
-        text, plain = node.value, node.style is None
-        message = ""
-        if odd := next((character for character in text if "\ud800" <= character <= "\udfff"), ""):
-            message = f"half of a character (U+{ord(odd):04X}) stands here: write the character itself"
-        elif path[-1:] in (("reason",), ("approved_by",), ("ticket",)) and not at_key:
-            return
-        elif odd := next(
-            (character for character in text if ord(character) < 32 or 127 <= ord(character) < 160), ""
-        ):
-            message = f"the control character U+{ord(odd):04X} stands here: take it out"
-            message += " (| and > add one at the end)" if odd == "\n" else ""
-        elif plain and text[:1] in _QUOTES:
-            message = "a typographic quote stands here: type a straight one, or none"
-        elif odd := next(filter(_UNSEEN.__contains__, text), ""):
-            message = f"{_UNSEEN[odd]} (U+{ord(odd):04X}) stands here: type it anew"
-        elif plain and node.start_mark.line != node.end_mark.line:
-            message = (
-                f"goes on in the next line, so that both are one text, {_shown(text)}: indent the lines alike"
-            )
-        elif plain and text[-1:] in ("'", '"'):
-            message = f"{_shown(text)} ends with a quote that nothing opens: take it out, or write both"
-        if message:
-            self.mistakes.append(Mistake(path, message, at_key))
+        plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
+        odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
+        if found := _find_odd(node.value, odd):
+            self.mistakes.append(Mistake(path, found[1], at_key))
+        elif plain and not prose and node.start_mark.line != node.end_mark.line:
+            message = f"goes on in the next line, so that both are one text, {_shown(node.value)}"
+            self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
 
 
-_QUOTES = frozenset("\u201c\u201d\u201e\u2018\u2019\u201a")
-_UNSEEN = dict.fromkeys("\u00a0\u2007\u202f", "a no-break space, not a space")
-_UNSEEN |= dict.fromkeys("\u200b\u200c\u200d\u2028\u2029\u2060\ufeff", "an invisible character")
+_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map", "merge", "")
+_YAML_MERGE = "tag:yaml.org,2002:merge"
+_PROSE = (("reason",), ("approved_by",), ("ticket",))
+
+# Characters that no tag would ever match, though they may look right, and what to say of the first one.
+_HALF = (("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),)
+_CONTROL = (
+    ("[\0-\t\v-\x1f\x7f-\x9f]", "the control character U+{:04X} stands here: take it out"),
+    ("\n", "the control character U+{:04X} stands here: take it out (| and > add one at the end)"),
+)
+_UNSEEN = (
+    ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it anew"),
+    ("[\u200b\u200c\u200d\u2028\u2029\u2060\ufeff]", "an invisible character (U+{:04X}) stands here: type it anew"),
+)  # fmt: skip
+_UNQUOTED = (
+    ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "a typographic quote stands here: type a straight one, or none"),
+    ("['\"]$", "{text} ends with a quote that nothing opens: take it out, or write both"),
+)  # fmt: skip
+
+
+def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
+    """Return where in a text the first of such characters stands, and what to say of it."""
+    for characters, message in odd:
+        if found := re.search(characters, text):
+            return found.start(), message.format(ord(found[0]), text=_shown(text))
+    return None
+
+
 # What PyYAML says (context and problem), what to do about it, and whether the place is where it began.
 _YAML_ADVICE = (
     (r"character '\\t'", "a TAB stands here; use spaces", False),
-    ("cannot start any token|expected alphabetic", "a text that begins with {char} needs quotes round it", False),
+    ("cannot start any token|expected alphabetic", "a text that begins with {begun!r} needs quotes round it", True),
     ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)", False),
     ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
     ("quoted scalar", "the quote opened here is not closed", True),
@@ -704,29 +705,23 @@ _YAML_ADVICE = (
     ("<block end>.* after text", "text goes on after a closing quote or bracket: put quotes round all of it", False),
     ("<block end>", "not indented like the lines above that it belongs to", False),
     ("node content", "a value is missing here", False),
+    ("", "not YAML: {problem}", False),
 )  # fmt: skip
 
 
-def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
+def _yaml_error(text: str, error: Any) -> YamlError:
     """Return where a YAML text is broken, and what to do about it."""
     mark = error.problem_mark or error.context_mark
-    before = text[mark.index - mark.column : mark.index].strip(" -?")
-    said = f"{error.context}; {error.problem}{' after text' if before else ''}"
     begun = error.context_mark or mark
-    if "simple key" in said and text[begun.index :].startswith("-"):
-        said += " -"
-    for sign, advice, at_context in _YAML_ADVICE:
-        if re.search(sign, said):
-            if at_context or text[begun.index :].startswith("*"):
-                mark = begun
-            char = text[max(0, mark.index - 1) : mark.index + 1].strip()[-1:] if mark is begun else ""
-            char = char or text[max(0, mark.index - 1) : mark.index + 1].strip()[:1]
-            return mark, advice.format(char=repr(char))
-    return mark, f"not YAML: {error.problem or error.context}"
-
-
-_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map", "merge", "")
+    said = f"{error.context}; {error.problem}"
+    said += " after text" if text[mark.index - mark.column : mark.index].strip(" -?") else ""
+    said += " -" if text[begun.index :].startswith("-") else ""
+    advice, at_beginning = next(row[1:] for row in _YAML_ADVICE if re.search(row[0], said))
+    mark = begun if at_beginning else mark
+    line = "".join(text.splitlines(keepends=True)[mark.line : mark.line + 1])
+    if odd := _find_odd(line, _UNSEEN):
+        return YamlError(SimpleNamespace(line=mark.line, column=odd[0]), odd[1])
+    return YamlError(mark, advice.format(begun=text[mark.index :][:1], problem=error.problem))
 
 
 def load_policy(path: str) -> Policy:
