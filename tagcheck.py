@@ -37,6 +37,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import string
 import sys
 import tempfile
 import threading
@@ -379,14 +380,20 @@ _REGION = {
     ),
     "type": ["object", "null"],
 }  # fmt: skip
-_ACCOUNTS = _mapping(
-    "role_name",
-    organization=("true: every active account of the organization.", True, {"type": "boolean"}),
-    ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
-    role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
-    external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
-    exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
-)
+_ACCOUNTS = {
+    **_mapping(
+        "role_name",
+        organization=("true: every active account of the organization.", True, {"type": "boolean"}),
+        ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+        role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
+        external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
+        exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
+    ),
+    "oneOf": [
+        {"required": ["ids"]},
+        {"required": ["organization"], "properties": {"organization": {"const": True}}},
+    ],
+}
 _EXEMPTION = {
     "description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
     **_mapping(
@@ -403,6 +410,7 @@ _EXEMPTION = {
         approved_by=("Who agreed.", "head of platform", _TEXT),
         ticket=("Where it was agreed.", "OPS-1234", _TEXT),
     ),
+    "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions")],
 }  # fmt: skip
 POLICY_SCHEMA: dict[str, Any] = {
     "$schema": "http://json-schema.org/draft-07/schema#",
@@ -514,11 +522,11 @@ class Exemption:
 class Accounts:
     """Which accounts are scanned, and how they are entered."""
 
-    organization: bool
-    ids: tuple[str, ...]
-    exclude: tuple[str, ...]
     role_name: str
-    external_id: str | None
+    organization: bool = False
+    ids: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    external_id: str | None = None
 
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
@@ -650,11 +658,11 @@ class YamlDocument:
         """Note what in a text no tag would ever match, though it may look right; people's prose is their own."""
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
         odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
-        if found := _find_odd(node.value, odd):
-            self.mistakes.append(Mistake(path, found[1], at_key))
-        elif plain and not prose and node.start_mark.line != node.end_mark.line:
+        if plain and not prose and node.start_mark.line != node.end_mark.line:
             message = f"goes on in the next line, so that both are one text, {_shown(node.value)}"
             self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
+        elif found := _find_odd(node.value, odd):
+            self.mistakes.append(Mistake(path, found[1], at_key))
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -743,16 +751,19 @@ def check_policy(content: bytes, file: str) -> Policy:
     except YamlError as error:
         raise PolicyError([Problem(file, error.line, error.column, "", error.message)]) from error
     mistakes = [*document.mistakes, *_schema_mistakes(document.value), *_rule_mistakes(document.value)]
-    mistakes = mistakes or [*_empty_regions(document.value)]
-    if mistakes:
-        problems = [
-            Problem(
-                file, *document.place(path, at_key=at_key), _where(path[:-1] if at_key else path), message
-            )
-            for path, message, at_key in dict.fromkeys(mistakes)
-        ]
-        raise PolicyError(problems)
-    return _policy(document, file, hashlib.sha256(content).hexdigest())
+    if not mistakes:
+        policy = _policy(document, file, hashlib.sha256(content).hexdigest())
+        idle = [region for region, rules in policy.regions.items() if not rules]
+        if not idle:
+            return policy
+        # Told only when nothing else is wrong, as that may be the cause.
+        advice = "asks for no tag: name one, or take the region out"
+        mistakes = [Mistake(("regions", region), f"{region} {advice}", at_key=True) for region in idle]
+    problems = []
+    for path, message, at_key in dict.fromkeys(mistakes):
+        where = _where(path[:-1] if at_key else path)
+        problems.append(Problem(file, *document.place(path, at_key=at_key), where, message))
+    raise PolicyError(problems)
 
 
 def _decode(content: bytes) -> str:
@@ -771,7 +782,7 @@ def _mark(before: str) -> SimpleNamespace:
     return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
 
 
-def _where(path: Sequence[str | int]) -> str:
+def _where(path: KeyPath) -> str:
     """Return a path as people write it: regions.eu-west-1.required_tags[1]."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
@@ -785,46 +796,51 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
 
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
-        if error.validator == "additionalProperties":
-            known = sorted(error.schema["properties"])
-            for key in found.keys() - error.schema["properties"].keys():
-                hint = _did_you_mean(key, known)
-                if not path and is_region(key):
-                    hint = ": it is a region; indent it by two spaces, under regions:"
-                elif path[-2:-1] == ("required_tags",) and len(found) == 1:
-                    hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
-                yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
-        elif error.validator == "required":
-            # `- Owner:` is one mistake, and told as an unknown key.
-            one_unknown = (
-                path[-2:-1] == ("required_tags",) and len(found) == 1 and not found.keys() & _RULE_KEYS
-            )
-            for key in [key for key in wanted if key not in found and not one_unknown]:
-                yield Mistake(path, f"the key {key!r} is missing")
-        elif error.validator == "type":
-            yield Mistake(path, _type_message(found, wanted) + _type_hint(path, found))
-        elif error.validator == "pattern":
-            yield Mistake(path, f"{_shown(found)} {error.schema['patternErrorMessage']}")
-        else:
-            yield Mistake(path, _SCHEMA_MESSAGES[error.validator](found, wanted))
+        known = sorted(error.schema.get("properties", ()))
+        unknown = [key for key in found if key not in known] if known and isinstance(found, dict) else []
+        # `- Owner:` is one mistake, and told as an unknown key.
+        colon = path[-2:-1] == ("required_tags",) and bool(unknown) and len(found) == 1
+        match error.validator:
+            case "additionalProperties":
+                for key in unknown:
+                    hint = _did_you_mean(key, known)
+                    if colon:
+                        hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
+                    elif not path and is_region(key):
+                        hint = ": it is a region; indent it by two spaces, under regions:"
+                    yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
+            case "required":
+                missing = [] if colon else [key for key in wanted if key not in found]
+                yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
+            case "type":
+                kinds = [_KINDS[kind] for kind in _KINDS if kind in wanted]
+                yield Mistake(
+                    path, f"must be {' or '.join(kinds)}, not {_shown(found)}{_type_hint(path, found)}"
+                )
+            case "enum":
+                texts = list(dict.fromkeys(map(str, wanted)))
+                choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
+                yield Mistake(path, f"{_shown(found)} is not {choice}{_did_you_mean(found, texts)}")
+            case other:
+                complaint = error.schema.get("patternErrorMessage")
+                yield Mistake(
+                    path, _SCHEMA_MESSAGES[other].format(_shown(found), len(found), wanted, complaint)
+                )
 
 
-_RULE_KEYS = frozenset(("key", "values", "pattern", "default"))
+_KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
+_SCHEMA_MESSAGES = {
+    "pattern": "{0} {3}",
+    "minLength": "must not be empty",
+    "minItems": "the list is empty: name at least one, or take the key out",
+    "minProperties": "is empty: name at least one",
+    "maxLength": "{0} has {1} characters; AWS allows {2}",
+    "anyOf": "says not for which instances: give it tags, instances, accounts or regions",
+    "oneOf": "says not which accounts: give it organization: true, or ids, not both",
+}
 
 
-def _type_message(found: Any, wanted: str | Sequence[str]) -> str:
-    """Say what should stand there, and what does."""
-    words = {
-        "array": "a list",
-        "boolean": "true or false",
-        "object": "a mapping (key: value)",
-        "string": "text",
-    }
-    kinds = [words[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in words]
-    return f"must be {' or '.join(kinds)}, not {_shown(found)}"
-
-
-def _type_hint(path: tuple[str | int, ...], found: Any) -> str:
+def _type_hint(path: KeyPath, found: Any) -> str:
     """Return what to write where something of another kind stands, as far as the place tells."""
     text = found[:40] if isinstance(found, str) else ""
     if text.startswith("-"):
@@ -835,47 +851,48 @@ def _type_hint(path: tuple[str | int, ...], found: Any) -> str:
         case ("regions", _):
             return "; put required_tags: before it"
         case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
-            return (
-                f"; write [{text}]" if "," in text or " " not in text else "; begin each with a dash: - Owner"
-            )
-        case (*_, "required_tags" | "exemptions"):
-            return f"; begin each one with a dash and a space: - {'Owner' if path[-1] == 'required_tags' else 'reason: …'}"
+            one = "," in text or " " not in text
+            return f"; write [{text}]" if one else "; begin each with a dash: - Owner"
+        case (*_, "required_tags"):
+            return "; begin each one with a dash and a space: - Owner"
+        case (*_, "exemptions"):
+            return "; begin each one with a dash and a space: - reason: …"
         case (*_, "pattern"):
             return "; put single quotes round it: '[0-9]'"
         case (*_, "inherit"):
             return "; write it in small letters and without quotes"
         case (*_, "tags", _) if found is None:
             return '; for any value write "*"'
-        case ():
-            return "; a space must follow each colon" if re.match(r"[\w-]+:\S", text) else ""
-    return "; if it begins with #, put quotes round it" if found is None else ""
+        case () if re.match(r"[\w-]+:\S", text):
+            return "; a space must follow each colon"
+        case (_, *_) if found is None:
+            return "; if it begins with #, put quotes round it"
+    return ""
 
 
-def _enum_message(found: Any, wanted: Sequence[Any]) -> str:
-    """Say what is allowed there."""
-    known = list(dict.fromkeys(map(str, wanted)))
-    return f"{_shown(found)} is not {'one of ' * (len(known) > 1)}{', '.join(known)}{_did_you_mean(found, known)}"
-
-
-_SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
-    "enum": _enum_message,
-    "minLength": lambda *_: "must not be empty",
-    "minItems": lambda *_: "the list is empty: name at least one, or take the key out",
-    "minProperties": lambda *_: "is empty: name at least one",
-    "maxLength": lambda found, wanted: f"{_shown(found)} has {len(found)} characters; AWS allows {wanted}",
-}
 # What people write for our keys, beside typing errors.
 _SYNONYMS = {
-    **dict.fromkeys(("allowed", "allowed_values", "value", "enum"), "values"),
-    **dict.fromkeys(("regex", "regexp", "match", "format"), "pattern"),
-    **dict.fromkeys(("tag", "tag_key", "name"), "key"),
-    **dict.fromkeys(("required", "tags", "mandatory_tags"), "required_tags"),
-    **dict.fromkeys(("ignore", "exceptions", "waivers", "exclude"), "exemptions"),
-    **dict.fromkeys(("until", "expiry", "expires_at", "expired_at", "end"), "expires"),
-    **dict.fromkeys(("why", "comment", "description"), "reason"),
-    **dict.fromkeys(("placeholders", "empty_values"), "placeholder_values"),
-    **dict.fromkeys(("grace", "grace_minutes", "grace_hours"), "grace_period"),
+    "values": "allowed allowed_values value enum",
+    "pattern": "regex regexp match format",
+    "key": "tag tag_key name",
+    "required_tags": "required tags mandatory_tags",
+    "exemptions": "ignore exceptions waivers exclude",
+    "expires": "until expiry expires_at expired_at end",
+    "reason": "why comment description",
+    "placeholder_values": "placeholders empty_values",
+    "grace_period": "grace grace_minutes grace_hours",
 }
+
+
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    words = {synonym: key for key in known for synonym in _SYNONYMS.get(key, "").split()}
+    words |= {key.casefold(): key for key in known}
+    word = word[:100].casefold() if isinstance(word, str) else ""
+    near = difflib.get_close_matches(word, words)
+    # Of equally near words difflib may not choose the one whose letters were only typed in another order.
+    near.sort(key=lambda candidate: sorted(candidate) != sorted(word))
+    return f" (did you mean {words[near[0]]!r}?)" if near else ""
 
 
 def _shown(value: Any) -> str:
@@ -888,113 +905,84 @@ def _shown(value: Any) -> str:
     return kinds.get(type(value), repr(value)[:100])
 
 
-def _did_you_mean(word: Any, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
-    if not isinstance(word, str):
-        return ""
-    words = {synonym: key for synonym, key in _SYNONYMS.items() if key in known} | {key: key for key in known}
-    near = difflib.get_close_matches(word[:100], words) or difflib.get_close_matches(
-        word[:100].lower(), words
-    )
-    # Of equally near words difflib may not choose the one whose letters were only typed in another order.
-    best = next(
-        (candidate for candidate in near if sorted(candidate) == sorted(word)), next(iter(near), None)
-    )
-    return f" (did you mean {words[best]!r}?)" if best else ""
+def _given(mapping: Any, key: str, kind: type[Any]) -> Any:
+    """Return what a mapping has under a key; something empty of this kind where the schema finds it wrong."""
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    return value if isinstance(value, kind) else kind()
+
+
+def _texts(mapping: Any, key: str) -> dict[int, str]:
+    """Return the texts of a list under a key, by their places in it."""
+    return {index: text for index, text in enumerate(_given(mapping, key, list)) if isinstance(text, str)}
+
+
+def _rules(entry: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rules of a required_tags list in their long form, each with its place in the list."""
+    for index, tag in enumerate(_given(entry, "required_tags", list)):
+        rule = {"key": tag} if isinstance(tag, str) else tag
+        if _given(rule, "key", str):
+            yield index, rule
 
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
-    """Yield what a schema cannot say: regions, reserved keys, tags asked for twice, patterns, exemptions.
-
-    What the schema has found wrong is passed over.
-    """
-    value = _as(dict, value)
-    shared = _as(list, value.get("required_tags"))
-    yield from _tag_mistakes(("required_tags",), shared)
-    asked = _tag_keys(shared)
-    for region, entry in _as(dict, value.get("regions")).items():
-        path = ("regions", region)
+    """Yield what a schema cannot say; what the schema has found wrong is passed over."""
+    regions = _given(value, "regions", dict)
+    yield from _tag_mistakes((), value)
+    for region, entry in regions.items():
         if region != "*":
-            yield from _region_mistakes(path, region, at_key=True)
-        own = _as(list, _as(dict, entry).get("required_tags"))
-        yield from _tag_mistakes((*path, "required_tags"), own)
-        asked |= _tag_keys(own)
-    accounts = _as(dict, value.get("accounts"))
-    if accounts and (accounts.get("organization") is True) == ("ids" in accounts):
-        yield Mistake(("accounts",), "says not which accounts: give it organization: true, or ids, not both")
-    for index, entry in enumerate(_as(list, value.get("exemptions"))):
-        yield from _exemption_mistakes(("exemptions", index), _as(dict, entry), asked)
+            yield from _region_mistakes(("regions", region), region, at_key=True)
+        yield from _tag_mistakes(("regions", region), entry)
+    asked = {rule["key"] for entry in (value, *regions.values()) for _, rule in _rules(entry)}
+    for index, entry in enumerate(_given(value, "exemptions", list)):
+        yield from _exemption_mistakes(("exemptions", index), entry, asked)
 
 
-def _empty_regions(value: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield the regions that ask for nothing; told only when nothing else is wrong, as it may be the cause."""
-    for region, entry in value["regions"].items():
-        inherits = (entry or {}).get("inherit", True) and "required_tags" in value
-        if not inherits and "required_tags" not in (entry or {}):
-            message = f"{region} asks for no tag: name one, or take the region out"
-            yield Mistake(("regions", region), message, at_key=True)
-
-
-def _tag_keys(tags: Sequence[Any]) -> set[str]:
-    """Return the keys that a required_tags list asks for."""
-    keys = (tag if isinstance(tag, str) else _as(dict, tag).get("key") for tag in tags)
-    return {key for key in keys if isinstance(key, str)}
-
-
-def _region_mistakes(path: tuple[str | int, ...], region: Any, *, at_key: bool = False) -> Iterator[Mistake]:
+def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
     """Yield what is wrong with the name of a region."""
-    if isinstance(region, str) and not is_region(region):
-        message = f"AWS has no region {_shown(region)}{_did_you_mean(region, sorted(AWS_REGIONS))}"
-        yield Mistake(path, message, at_key)
+    if not is_region(region):
+        near = _did_you_mean(region, sorted(AWS_REGIONS))
+        yield Mistake(path, f"AWS has no region {_shown(region)}{near}", at_key)
 
 
-def _tag_mistakes(path: tuple[str | int, ...], tags: Sequence[Any]) -> Iterator[Mistake]:
+def _tag_mistakes(path: KeyPath, entry: Any) -> Iterator[Mistake]:
     """Yield what is wrong with the rules of one required_tags list."""
     seen: set[str] = set()
-    for index, tag in enumerate(tags):
-        rule = {"key": tag} if isinstance(tag, str) else _as(dict, tag)
-        key, at_key = rule.get("key"), (*path, index) if isinstance(tag, str) else (*path, index, "key")
-        if not isinstance(key, str):
-            continue
+    for index, rule in _rules(entry):
+        key, rule_path = rule["key"], (*path, "required_tags", index)
+        key_path = rule_path if entry["required_tags"][index] == key else (*rule_path, "key")
         if key in seen:
-            yield Mistake(at_key, f"{_shown(key)} is asked for twice")
+            yield Mistake(key_path, f"{_shown(key)} is asked for twice")
         seen.add(key)
         if key.lower().startswith("aws:"):
-            yield Mistake(
-                at_key, f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
-            )
+            reserved = "keys that begin with aws: are AWS's own and cannot be asked for"
+            yield Mistake(key_path, f"{_shown(key)}: {reserved}")
         if key != key.strip():
-            yield Mistake(at_key, f"{_shown(key)} begins or ends with a space: take it out")
-        pattern = _as(str, rule.get("pattern"))
-        complaint = pattern_complaint(pattern)
-        if complaint:
-            yield Mistake((*path, index, "pattern"), f"{_shown(pattern)} {complaint}")
+            yield Mistake(key_path, f"{_shown(key)} begins or ends with a space: take it out")
+        values = _texts(rule, "values")
+        first = {text: number for number, text in reversed(values.items())}
+        for number, text in values.items():
+            if first[text] != number:
+                yield Mistake((*rule_path, "values", number), f"{_shown(text)} stands in the list twice")
+        pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
+        if complaint := pattern_complaint(pattern):
+            yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
             continue
-        values = tuple(value for value in _as(list, rule.get("values")) if isinstance(value, str))
-        for number, value in enumerate(values):
-            if value in values[:number]:
-                yield Mistake((*path, index, "values", number), f"{_shown(value)} stands in the list twice")
-        default = rule.get("default")
-        checked = RequiredTag(key, values, re.compile(pattern) if pattern else None)
-        if isinstance(default, str) and not checked.allows(default):
+        checked = RequiredTag(key, tuple(values.values()), re.compile(pattern) if pattern else None)
+        if default and not checked.allows(default):
             message = f"{_shown(default)} is not {checked.wanted}, as the rule itself asks"
-            yield Mistake((*path, index, "default"), message + _did_you_mean(default, values))
+            yield Mistake((*rule_path, "default"), message + _did_you_mean(default, checked.values))
 
 
-def _exemption_mistakes(
-    path: tuple[str | int, ...], entry: Mapping[str, Any], asked: set[str]
-) -> Iterator[Mistake]:
-    """Yield what is wrong with one exemption."""
-    if entry and not entry.keys() & {"tags", "instances", "accounts", "regions"}:
-        yield Mistake(path, "says not for which instances: give it tags, instances, accounts or regions")
-    for index, region in enumerate(_as(list, entry.get("regions"))):
+def _exemption_mistakes(path: KeyPath, entry: Any, asked: set[str]) -> Iterator[Mistake]:
+    """Yield what is wrong with one exemption, in view of the tags that are asked for."""
+    for index, region in _texts(entry, "regions").items():
         yield from _region_mistakes((*path, "regions", index), region)
-    for index, key in enumerate(_as(list, entry.get("required_tags"))):
-        if isinstance(key, str) and key not in asked:
+    for index, key in _texts(entry, "required_tags").items():
+        if key not in asked:
             message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
             yield Mistake((*path, "required_tags", index), message)
-    expires = entry.get("expires")
-    if isinstance(expires, str) and re.match(_DATE["pattern"], expires):
+    expires = _given(entry, "expires", str)
+    if re.match(_DATE["pattern"], expires):
         try:
             date.fromisoformat(expires)
         except ValueError:
@@ -1010,8 +998,7 @@ def pattern_complaint(pattern: str) -> str | None:
     try:
         compiled = re.compile(pattern)
         with time_limit(PATTERN_SECONDS):
-            for value in _hard_values(re._parser.parse(pattern)):  # type: ignore[attr-defined]
-                compiled.fullmatch(value)
+            _samples(re._parser.parse(pattern), compiled.fullmatch)  # type: ignore[attr-defined]
     except (re.error, OverflowError, RecursionError) as error:
         hint = " (any text is .* in a pattern)" if "nothing to repeat" in str(error) else ""
         return f"is not a regular expression: {error}{hint}"
@@ -1047,77 +1034,71 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def _hard_values(tokens: Any, before: str = "") -> Iterator[str]:
-    """Yield values of 256 characters that match a pattern up to one of its repetitions, then go on in it."""
-    for name, argument in [(str(token), argument) for token, argument in tokens]:
-        parts = _sub_patterns(name, argument)
-        for part in parts:
-            yield from _hard_values(part, before)
-            if "REPEAT" in name:
-                samples = list(map(_sample, _branches(part)))
-                for sample in (*samples, "".join(samples)):
-                    yield (before + sample * 256)[:255] + "\0"
-        before += _sample([(name, argument)])
+def _samples(tokens: Any, attempt: Callable[[str], object], before: str = "") -> list[str]:
+    """Return short texts that a parsed pattern matches, by and large: one for each of its alternatives.
 
-
-def _branches(tokens: Any) -> list[Any]:
-    """Return the alternatives of a pattern that is nothing but alternatives, perhaps in a group."""
-    if len(tokens) == 1 and str(tokens[0][0]) == "SUBPATTERN":
-        return _branches(tokens[0][1][-1])
-    return list(tokens[0][1][1]) if len(tokens) == 1 and str(tokens[0][0]) == "BRANCH" else [tokens]
-
-
-def _sub_patterns(name: str, argument: Any) -> list[Any]:
-    """Return the patterns within a token of a parsed pattern."""
-    if name == "BRANCH":
-        return list(argument[1])
-    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return [argument[-1]]
-    if name == "GROUPREF_EXISTS":
-        return [part for part in argument[1:] if part is not None]
-    return [argument] if name == "ATOMIC_GROUP" else []
-
-
-def _sample(tokens: Any) -> str:
-    """Return a short text that the tokens of a parsed pattern match, by and large."""
-    text = ""
-    for token, argument in tokens:
-        name = str(token)
+    On the way, attempt values of 256 characters that match up to a repetition, go on in it, and fail at the end.
+    """
+    samples = [""]
+    for token in tokens:
+        name, argument, ahead = str(token[0]), token[1], before + samples[0]
         if name == "LITERAL":
-            text += chr(argument)
-        elif name == "IN":
-            text += _sample_of_set([(str(kind), value) for kind, value in argument])
-        elif name in ("ANY", "NOT_LITERAL"):
-            text += "," if name == "ANY" or argument != ord(",") else "a"
-        elif not name.startswith("ASSERT") and (parts := _sub_patterns(name, argument)):
-            text += _sample(parts[0]) * (max(1, min(argument[0], 256)) if "REPEAT" in name else 1)
-        text = text[:256]
-    return text
+            found = [chr(argument)]
+        elif name in ("ANY", "IN", "NOT_LITERAL"):
+            one = re._compiler.compile(re._parser.SubPattern(tokens.state, [token]))  # type: ignore[attr-defined]
+            found = [next(filter(one.fullmatch, f",a0 -_{string.printable}"), "~")]
+        else:
+            found = [text for part in _parts(argument) for text in _samples(part, attempt, ahead)] or [""]
+        if "REPEAT" in name:
+            for text in (*found, "".join(found)):
+                attempt((ahead + text * 256)[:255] + "\0")
+            found = [found[0] * min(max(1, argument[0]), 256)]
+        elif name.startswith("ASSERT"):
+            found = [""]
+        samples = [text[:256] for text in found] if len(tokens) == 1 else [(samples[0] + found[0])[:256]]
+    return samples
 
 
-def _sample_of_set(items: Sequence[tuple[str, Any]]) -> str:
-    """Return a character of a set such as [a-z_], or one that is not in [^a-z_]."""
-    samples = {"CATEGORY_DIGIT": "0", "CATEGORY_WORD": "a", "CATEGORY_SPACE": " "}
-    if items[0][0] == "NEGATE":
-        return next((c for c in ",a0 -_" if ("LITERAL", ord(c)) not in items), "~")
-    kind, value = items[0]
-    return samples.get(str(value), ",") if kind == "CATEGORY" else chr(value[0] if kind == "RANGE" else value)
+def _parts(argument: Any) -> list[Any]:
+    """Return the patterns within a token of a parsed pattern."""
+    if isinstance(argument, re._parser.SubPattern):  # type: ignore[attr-defined]
+        return [argument]
+    return (
+        [part for inner in argument for part in _parts(inner)] if isinstance(argument, list | tuple) else []
+    )
 
 
-def _as(kind: type[Any], value: Any) -> Any:
-    """Return the value if it is of this kind, else an empty one."""
-    return value if isinstance(value, kind) else kind()
+_READ: dict[str, Callable[[Any], Any]] = {
+    "pattern": re.compile,
+    "expires": date.fromisoformat,
+    "tags": lambda tags: tuple(tags.items()),
+}
+
+
+def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record from a mapping of the policy, whose keys are their names."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return fields | {key: read(fields[key]) for key, read in _READ.items() if key in fields}
 
 
 def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     """Build the Policy of a document in which no mistake was found."""
     value = document.value
-    shared = _required_tags(document, ("required_tags",), value)
+
+    def required_tags(entry: Any, *path: str) -> dict[str, RequiredTag]:
+        lines = {index: document.place((*path, "required_tags", index))[0] for index, _ in _rules(entry)}
+        return {rule["key"]: RequiredTag(**_fields(rule), line=lines[index]) for index, rule in _rules(entry)}
+
+    shared = required_tags(value)
     regions = {}
     for region, entry in value["regions"].items():
         inherited = shared if (entry or {}).get("inherit", True) else {}
-        own = _required_tags(document, ("regions", region, "required_tags"), entry or {})
-        regions[region] = tuple((inherited | own).values())
+        regions[region] = tuple((inherited | required_tags(entry, "regions", region)).values())
+    exemptions = []
+    for index, entry in enumerate(value.get("exemptions", ())):
+        line, column = document.place(("exemptions", index))
+        exemptions.append(Exemption(**_fields(entry), line=line, column=column))
+    grace = value.get("grace_period", "0s")
     return Policy(
         name=value["name"],
         file=file,
@@ -1125,53 +1106,10 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         regions=regions,
         placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
         states=frozenset(value.get("states", _STATES[:4])),
-        grace_period=_duration(value.get("grace_period", "0s")),
-        exemptions=tuple(
-            _exemption(entry, *document.place(("exemptions", index)))
-            for index, entry in enumerate(value.get("exemptions", ()))
-        ),
-        accounts=_accounts(value["accounts"]) if "accounts" in value else None,
+        grace_period=timedelta(seconds=int(grace[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[grace[-1]]),
+        exemptions=tuple(exemptions),
+        accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
         expected_account=value.get("expected_account"),
-    )
-
-
-def _accounts(entry: Mapping[str, Any]) -> Accounts:
-    """Build the scope of accounts."""
-    ids, exclude = tuple(entry.get("ids", ())), tuple(entry.get("exclude", ()))
-    return Accounts(
-        entry.get("organization", False), ids, exclude, entry["role_name"], entry.get("external_id")
-    )
-
-
-def _required_tags(
-    document: YamlDocument, path: tuple[str | int, ...], entry: Mapping[str, Any]
-) -> dict[str, RequiredTag]:
-    """Build the rules of a required_tags list, in short form or long, by their keys."""
-    rules = {}
-    for index, tag in enumerate(entry.get("required_tags", ())):
-        rule = {"key": tag} if isinstance(tag, str) else tag
-        rules[rule["key"]] = RequiredTag(
-            rule["key"],
-            tuple(rule.get("values", ())),
-            re.compile(rule["pattern"]) if "pattern" in rule else None,
-            rule.get("default"),
-            document.place((*path, index))[0],
-        )
-    return rules
-
-
-def _exemption(entry: Mapping[str, Any], line: int, column: int) -> Exemption:
-    """Build one exemption."""
-    lists = {key: tuple(entry.get(key, ())) for key in ("instances", "accounts", "regions", "required_tags")}
-    return Exemption(
-        entry["reason"],
-        tags=tuple(entry.get("tags", {}).items()),
-        expires=date.fromisoformat(entry["expires"]) if "expires" in entry else None,
-        approved_by=entry.get("approved_by"),
-        ticket=entry.get("ticket"),
-        line=line,
-        column=column,
-        **lists,
     )
 
 
@@ -1182,24 +1120,14 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
     """Return a warning for each exemption that has ended, or ends within NOTICE_DAYS."""
     endings = []
     for index, exemption in enumerate(policy.exemptions):
-        if exemption.expires is None or (exemption.expires - today).days > NOTICE_DAYS:
+        if exemption.expires is None or (days := (exemption.expires - today).days) > NOTICE_DAYS:
             continue
-        days = counted((exemption.expires - today).days, "day")
-        message = (
-            f"ends on {exemption.expires}, {f'in {days}' if today < exemption.expires else 'today'}"
-            if exemption.holds(today)
-            else f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
-        )
+        message = f"ends on {exemption.expires}, {'in ' + counted(days, 'day') if days else 'today'}"
+        if days < 0:
+            message = f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
         where = f"exemptions[{index}] ({exemption.reason})"
-        place = (policy.file, exemption.line, exemption.column)
-        endings.append(Problem(*place, where, message, "warning"))
+        endings.append(Problem(policy.file, exemption.line, exemption.column, where, message, "warning"))
     return endings
-
-
-def _duration(text: str) -> timedelta:
-    """Return the time that 90s, 30m, 2h or 1d stand for."""
-    unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[text[-1]]
-    return timedelta(**{unit: int(text[:-1])})
 
 
 def is_region(name: str) -> bool:
