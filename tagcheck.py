@@ -375,8 +375,7 @@ _REGION = {
     **_mapping(
         "",
         inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
-        required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["DataResidency"],
-                       _REQUIRED_TAGS),
+        required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["Tier"], _REQUIRED_TAGS),
     ),
     "type": ["object", "null"],
 }  # fmt: skip
@@ -420,10 +419,8 @@ POLICY_SCHEMA: dict[str, Any] = {
         "version name regions",
         version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
         name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
-        required_tags=("The tags that instances must carry in every region below.", ["Owner", "CostCenter"],
-                       _REQUIRED_TAGS),
-        placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a", "none", "unknown"],
-                            _list(_TAG_VALUE)),
+        required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
+        placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(_TAG_VALUE)),
         states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
                 ["running", "stopped"], _list({"enum": _STATES})),
         grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
@@ -444,17 +441,14 @@ MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
 # the installed botocore's data, so that a region younger than this file needs only a newer boto3.
-AWS_REGIONS = frozenset(
-    """
-    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2
-    ap-southeast-1 ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6
-    ap-southeast-7 ca-central-1 ca-west-1 cn-north-1 cn-northwest-1 eu-central-1 eu-central-2
-    eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 eusc-de-east-1
-    il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1
-    us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
+AWS_REGIONS = frozenset("""
+    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2 ap-southeast-1
+    ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1 ca-west-1
+    cn-north-1 cn-northwest-1 eu-central-1 eu-central-2 eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1
+    eu-west-2 eu-west-3 eusc-de-east-1 il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1
+    us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
     us-isof-south-1 us-west-1 us-west-2
-    """.split()
-)
+    """.split())  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,8 +469,9 @@ class RequiredTag:
     @property
     def wanted(self) -> str:
         """What the value should have been, for messages."""
-        wants = [f"one of {', '.join(self.values)}"] if self.values else []
-        return " and ".join([*wants, *([f"a match of {self.pattern.pattern}"] if self.pattern else [])])
+        values = f"one of {', '.join(self.values)}" if self.values else ""
+        pattern = f"a match of {self.pattern.pattern}" if self.pattern else ""
+        return " and ".join(filter(None, (values, pattern)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -813,24 +808,20 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
                 missing = [] if colon else [key for key in wanted if key not in found]
                 yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
             case "type":
-                kinds = [_KINDS[kind] for kind in _KINDS if kind in wanted]
-                yield Mistake(
-                    path, f"must be {' or '.join(kinds)}, not {_shown(found)}{_type_hint(path, found)}"
-                )
+                kinds = " or ".join(_KINDS[kind] for kind in _KINDS if kind in wanted)
+                yield Mistake(path, f"must be {kinds}, not {_shown(found)}{_type_hint(path, found)}")
             case "enum":
                 texts = list(dict.fromkeys(map(str, wanted)))
                 choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
                 yield Mistake(path, f"{_shown(found)} is not {choice}{_did_you_mean(found, texts)}")
             case other:
-                complaint = error.schema.get("patternErrorMessage")
-                yield Mistake(
-                    path, _SCHEMA_MESSAGES[other].format(_shown(found), len(found), wanted, complaint)
-                )
+                message = _SCHEMA_MESSAGES[other]
+                yield Mistake(path, message.format(_shown(found), len(found), wanted, error.schema))
 
 
 _KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
 _SCHEMA_MESSAGES = {
-    "pattern": "{0} {3}",
+    "pattern": "{0} {3[patternErrorMessage]}",
     "minLength": "must not be empty",
     "minItems": "the list is empty: name at least one, or take the key out",
     "minProperties": "is empty: name at least one",
@@ -853,10 +844,8 @@ def _type_hint(path: KeyPath, found: Any) -> str:
         case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
             one = "," in text or " " not in text
             return f"; write [{text}]" if one else "; begin each with a dash: - Owner"
-        case (*_, "required_tags"):
-            return "; begin each one with a dash and a space: - Owner"
-        case (*_, "exemptions"):
-            return "; begin each one with a dash and a space: - reason: …"
+        case (*_, "required_tags" | "exemptions" as key):
+            return f"; begin each one with a dash and a space: - {'reason: …' if key == 'exemptions' else 'Owner'}"
         case (*_, "pattern"):
             return "; put single quotes round it: '[0-9]'"
         case (*_, "inherit"):
@@ -926,15 +915,26 @@ def _rules(entry: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
     """Yield what a schema cannot say; what the schema has found wrong is passed over."""
-    regions = _given(value, "regions", dict)
     yield from _tag_mistakes((), value)
-    for region, entry in regions.items():
+    asked = {rule["key"] for _, rule in _rules(value)}
+    for region, entry in _given(value, "regions", dict).items():
         if region != "*":
             yield from _region_mistakes(("regions", region), region, at_key=True)
         yield from _tag_mistakes(("regions", region), entry)
-    asked = {rule["key"] for entry in (value, *regions.values()) for _, rule in _rules(entry)}
-    for index, entry in enumerate(_given(value, "exemptions", list)):
-        yield from _exemption_mistakes(("exemptions", index), entry, asked)
+        asked |= {rule["key"] for _, rule in _rules(entry)}
+    for number, entry in enumerate(_given(value, "exemptions", list)):
+        for index, region in _texts(entry, "regions").items():
+            yield from _region_mistakes(("exemptions", number, "regions", index), region)
+        for index, key in _texts(entry, "required_tags").items():
+            if key not in asked:
+                message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
+                yield Mistake(("exemptions", number, "required_tags", index), message)
+        expires = _given(entry, "expires", str)
+        if re.match(_DATE["pattern"], expires):
+            try:
+                date.fromisoformat(expires)
+            except ValueError:
+                yield Mistake(("exemptions", number, "expires"), f"the calendar has no {expires}")
 
 
 def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
@@ -954,39 +954,23 @@ def _tag_mistakes(path: KeyPath, entry: Any) -> Iterator[Mistake]:
             yield Mistake(key_path, f"{_shown(key)} is asked for twice")
         seen.add(key)
         if key.lower().startswith("aws:"):
-            reserved = "keys that begin with aws: are AWS's own and cannot be asked for"
-            yield Mistake(key_path, f"{_shown(key)}: {reserved}")
+            message = f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
+            yield Mistake(key_path, message)
         if key != key.strip():
             yield Mistake(key_path, f"{_shown(key)} begins or ends with a space: take it out")
-        values = _texts(rule, "values")
-        first = {text: number for number, text in reversed(values.items())}
-        for number, text in values.items():
-            if first[text] != number:
+        values: list[str] = []
+        for number, text in _texts(rule, "values").items():
+            if text in values:
                 yield Mistake((*rule_path, "values", number), f"{_shown(text)} stands in the list twice")
+            values.append(text)
         pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
         if complaint := pattern_complaint(pattern):
             yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
             continue
-        checked = RequiredTag(key, tuple(values.values()), re.compile(pattern) if pattern else None)
+        checked = RequiredTag(key, tuple(values), re.compile(pattern) if pattern else None)
         if default and not checked.allows(default):
             message = f"{_shown(default)} is not {checked.wanted}, as the rule itself asks"
             yield Mistake((*rule_path, "default"), message + _did_you_mean(default, checked.values))
-
-
-def _exemption_mistakes(path: KeyPath, entry: Any, asked: set[str]) -> Iterator[Mistake]:
-    """Yield what is wrong with one exemption, in view of the tags that are asked for."""
-    for index, region in _texts(entry, "regions").items():
-        yield from _region_mistakes((*path, "regions", index), region)
-    for index, key in _texts(entry, "required_tags").items():
-        if key not in asked:
-            message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
-            yield Mistake((*path, "required_tags", index), message)
-    expires = _given(entry, "expires", str)
-    if re.match(_DATE["pattern"], expires):
-        try:
-            date.fromisoformat(expires)
-        except ValueError:
-            yield Mistake((*path, "expires"), f"the calendar has no {expires}")
 
 
 def pattern_complaint(pattern: str) -> str | None:
@@ -1061,13 +1045,12 @@ def _samples(tokens: Any, attempt: Callable[[str], object], before: str = "") ->
 
 def _parts(argument: Any) -> list[Any]:
     """Return the patterns within a token of a parsed pattern."""
-    if isinstance(argument, re._parser.SubPattern):  # type: ignore[attr-defined]
-        return [argument]
-    return (
-        [part for inner in argument for part in _parts(inner)] if isinstance(argument, list | tuple) else []
-    )
+    if isinstance(argument, list | tuple):
+        return [part for inner in argument for part in _parts(inner)]
+    return [argument] if isinstance(argument, re._parser.SubPattern) else []  # type: ignore[attr-defined]
 
 
+# How the values of some keys become fields.
 _READ: dict[str, Callable[[Any], Any]] = {
     "pattern": re.compile,
     "expires": date.fromisoformat,
