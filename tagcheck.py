@@ -336,14 +336,16 @@ def _form(pattern: str, complaint: str) -> dict[str, Any]:
     return {"type": "string", "pattern": pattern, "patternErrorMessage": complaint}
 
 
-def _mapping(required: str, **keys: tuple[str, Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _mapping(
+    required: str, more: Mapping[str, Any], **keys: tuple[str, Any, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return the schema of a mapping with these keys alone: what editors say of each, an example, its schema."""
     properties = {
         name: {"description": description, "examples": [example], **schema}
         for name, (description, example, schema) in keys.items()
     }
-    shape = {"type": "object", "required": required.split(), "additionalProperties": False}
-    return {**shape, "properties": properties}
+    closed = {"required": required.split(), "additionalProperties": False, "properties": properties}
+    return {**more, "type": more.get("type", "object"), **closed}
 
 
 # tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
@@ -358,83 +360,69 @@ _ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the na
 # The first four are the default: a terminated instance cannot be put right.
 _STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
 
-_REQUIRED_TAGS = _list({
-    "description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-    **_TAG_KEY,
-    **_mapping(
-        "key",
-        key=("The tag key, in exactly this spelling.", "CostCenter", _TAG_KEY),
-        values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(_TAG_VALUE)),
-        pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
-        default=("What remediate may write where nothing better is known.", "dev", _TAG_VALUE),
-    ),
-    "type": ["string", "number", "object"],
-})  # fmt: skip
-_REGION = {
-    "description": "What this region asks for. Nothing here: the policy's required_tags alone.",
-    **_mapping(
-        "",
-        inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
-        required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["Tier"], _REQUIRED_TAGS),
-    ),
-    "type": ["object", "null"],
-}  # fmt: skip
-_ACCOUNTS = {
-    **_mapping(
-        "role_name",
-        organization=("true: every active account of the organization.", True, {"type": "boolean"}),
-        ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
-        role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
-        external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
-        exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
-    ),
-    "oneOf": [
-        {"required": ["ids"]},
-        {"required": ["organization"], "properties": {"organization": {"const": True}}},
-    ],
-}
-_EXEMPTION = {
-    "description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
-    **_mapping(
-        "reason",
-        reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
-        tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
-              {"eks:cluster-name": "*"},
-              {"type": "object", "minProperties": 1, "additionalProperties": _TAG_VALUE | {"minLength": 0}}),
-        instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
-        accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
-        regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
-        required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
-        expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
-        approved_by=("Who agreed.", "head of platform", _TEXT),
-        ticket=("Where it was agreed.", "OPS-1234", _TEXT),
-    ),
-    "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions")],
-}  # fmt: skip
-POLICY_SCHEMA: dict[str, Any] = {
-    "$schema": "http://json-schema.org/draft-07/schema#",
-    "title": "tagcheck policy",
-    "description": "Which tags EC2 instances must carry, region by region.",
-    **_mapping(
-        "version name regions",
-        version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
-        name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
-        required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
-        placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(_TAG_VALUE)),
-        states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
-                ["running", "stopped"], _list({"enum": _STATES})),
-        grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
-        regions=('The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
-                 {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
-                 {"type": "object", "minProperties": 1, "additionalProperties": _REGION}),
-        accounts=("The accounts to scan. Left out: the one account of the credentials.",
-                  {"organization": True, "role_name": "tagcheck-read"}, _ACCOUNTS),
-        expected_account=("The account that the credentials must be of. With any other nothing is read.",
-                          "012345678901", _ACCOUNT_ID),
-        exemptions=("Instances that need not carry some tags, each with a reason.",
-                    [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
-    ),
-}  # fmt: skip
+_REQUIRED_TAGS = _list(_mapping(
+    "key",
+    {"description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
+     **_TAG_KEY, "type": ["string", "number", "object"]},
+    key=("The tag key, in exactly this spelling.", "CostCenter", _TAG_KEY),
+    values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(_TAG_VALUE)),
+    pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
+    default=("What remediate may write where nothing better is known.", "dev", _TAG_VALUE),
+))  # fmt: skip
+_REGION = _mapping(
+    "",
+    {"description": "What this region asks for. Nothing here: the policy's required_tags alone.",
+     "type": ["object", "null"]},
+    inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
+    required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["Tier"], _REQUIRED_TAGS),
+)  # fmt: skip
+_ACCOUNTS = _mapping(
+    "role_name",
+    {"oneOf": [{"required": ["ids"]},
+               {"required": ["organization"], "properties": {"organization": {"const": True}}}]},
+    organization=("true: every active account of the organization.", True, {"type": "boolean"}),
+    ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+    role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
+    external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
+    exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
+)  # fmt: skip
+_EXEMPTION = _mapping(
+    "reason",
+    {"description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
+     "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions")]},
+    reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
+    tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
+          {"eks:cluster-name": "*"},
+          {"type": "object", "minProperties": 1, "additionalProperties": _TAG_VALUE | {"minLength": 0}}),
+    instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
+    accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+    regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
+    required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
+    expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
+    approved_by=("Who agreed.", "head of platform", _TEXT),
+    ticket=("Where it was agreed.", "OPS-1234", _TEXT),
+)  # fmt: skip
+POLICY_SCHEMA = _mapping(
+    "version name regions",
+    {"$schema": "http://json-schema.org/draft-07/schema#", "title": "tagcheck policy",
+     "description": "Which tags EC2 instances must carry, region by region."},
+    version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
+    name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
+    required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
+    placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(_TAG_VALUE)),
+    states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
+            ["running", "stopped"], _list({"enum": _STATES})),
+    grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
+    regions=('The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
+             {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
+             {"type": "object", "minProperties": 1, "additionalProperties": _REGION}),
+    accounts=("The accounts to scan. Left out: the one account of the credentials.",
+              {"organization": True, "role_name": "tagcheck-read"}, _ACCOUNTS),
+    expected_account=("The account that the credentials must be of. With any other nothing is read.", "012345678901",
+                      _ACCOUNT_ID),
+    exemptions=("Instances that need not carry some tags, each with a reason.",
+                [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
+)  # fmt: skip
 
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
 MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
