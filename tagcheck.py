@@ -439,6 +439,17 @@ AWS_REGIONS = frozenset("""
     """.split())  # fmt: skip
 
 
+def is_region(name: str) -> bool:
+    """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
+    if name in AWS_REGIONS:
+        return True
+    try:
+        partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
+    except (ModuleNotFoundError, OSError):
+        return False
+    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
+
+
 @dataclass(frozen=True, slots=True)
 class RequiredTag:
     """One rule: a key that must be there, what its value must be, and the policy's line that says so."""
@@ -576,6 +587,8 @@ class YamlDocument:
         import yaml
 
         self._nodes = 0
+        self._key_marks: dict[KeyPath, Any] = {}
+        self._value_marks: dict[KeyPath, Any] = {}
         self.mistakes: list[Mistake] = []
         if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
             message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
@@ -584,7 +597,6 @@ class YamlDocument:
         start = loader.get_mark()
         try:
             root = loader.get_single_node() or yaml.ScalarNode("", "", start, start)
-            self._marks: dict[KeyPath, tuple[Any, Any]] = {(): (root.start_mark, root.start_mark)}
             self.value = self._build(root, ())
         except yaml.MarkedYAMLError as error:
             raise _yaml_error(text, error) from error
@@ -595,7 +607,7 @@ class YamlDocument:
 
     def place(self, path: KeyPath, *, at_key: bool = False) -> tuple[int, int]:
         """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
-        mark = self._marks[path][0 if at_key else 1]
+        mark = (self._key_marks if at_key else self._value_marks)[path]
         return mark.line + 1, mark.column + 1
 
     def _build(self, node: Any, path: KeyPath) -> Any:
@@ -605,13 +617,16 @@ class YamlDocument:
             raise YamlError(node.start_mark, "the nesting or the aliases make this larger than any policy")
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
+        value: Any
         if node.id == "mapping":
-            return self._build_mapping(node, path)
-        if node.id == "sequence":
-            self._marks |= {(*path, i): (item.start_mark,) * 2 for i, item in enumerate(node.value)}
-            return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
-        self._check_text(node, path)
-        return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
+            value = self._build_mapping(node, path)
+        elif node.id == "sequence":
+            value = [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
+        else:
+            self._check_text(node, path)
+            value = _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
+        self._value_marks[path] = node.start_mark  # last, as what is merged in has left its own here
+        return value
 
     def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
         """Return a mapping; what it merges in comes first, so that its own keys and their places replace that."""
@@ -628,7 +643,7 @@ class YamlDocument:
             if key.id != "scalar":
                 raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
             name, key_path = key.value, (*path, key.value)
-            self._marks[key_path] = (key.start_mark, value.start_mark)
+            self._key_marks[key_path] = key.start_mark
             self._check_text(key, key_path, at_key=True)
             if name in lines:
                 message = f"{_shown(name)} appears twice (first in line {lines[name]})"
@@ -721,9 +736,8 @@ def load_policy(path: str) -> Policy:
         with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
             content = file.read(MAX_POLICY_BYTES + 1)
     except OSError as error:
-        raise UsageError(
-            f"cannot read the policy {path}: {error.strerror}; name another file (of a scan: --policy FILE)"
-        ) from error
+        advice = "name another file (of a scan: --policy FILE)"
+        raise UsageError(f"cannot read the policy {path}: {error.strerror}; {advice}") from error
     return check_policy(content, path)
 
 
@@ -1099,17 +1113,6 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
         where = f"exemptions[{index}] ({exemption.reason})"
         endings.append(Problem(policy.file, exemption.line, exemption.column, where, message, "warning"))
     return endings
-
-
-def is_region(name: str) -> bool:
-    """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
-    if name in AWS_REGIONS:
-        return True
-    try:
-        partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
-    except (ModuleNotFoundError, OSError):
-        return False
-    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
 
 
 ########################################################################################################
