@@ -37,7 +37,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import string
 import sys
 import tempfile
 import threading
@@ -1032,7 +1031,8 @@ def _samples(tokens: Any, attempt: Callable[[str], object], before: str = "") ->
             found = [chr(argument)]
         elif name in ("ANY", "IN", "NOT_LITERAL"):
             one = re._compiler.compile(re._parser.SubPattern(tokens.state, [token]))  # type: ignore[attr-defined]
-            found = [next(filter(one.fullmatch, f",a0 -_{string.printable}"), "~")]
+            candidates = itertools.chain(",a0 -_", map(chr, range(32, 0xFFFF)))
+            found = [next(filter(one.fullmatch, candidates), "~")]
         else:
             found = [text for part in _parts(argument) for text in _samples(part, attempt, ahead)] or [""]
         if "REPEAT" in name:
