@@ -1071,6 +1071,7 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     value = document.value
 
     def required_tags(entry: Any, *path: str) -> dict[str, RequiredTag]:
+        """Return the rules of the required_tags at a path, by their keys."""
         lines = {index: document.place((*path, "required_tags", index))[0] for index, _ in _rules(entry)}
         return {rule["key"]: RequiredTag(**_fields(rule), line=lines[index]) for index, rule in _rules(entry)}
 
