@@ -385,181 +385,128 @@ ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
 ########################################################################################################
 
 
-def _key(description: str, example: Any, **schema: Any) -> dict[str, Any]:
-    """Return the schema of one key; editors show its description and offer its example."""
-    return {"description": description, "examples": [example], **schema}
+def _list(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a list that is not empty."""
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+def _form(pattern: str, complaint: str) -> dict[str, Any]:
+    """Return the schema of a text of some form; of another, validate and editors say the complaint."""
+    return {"type": "string", "pattern": pattern, "patternErrorMessage": complaint}
+
+
+def _mapping(
+    required: str, more: Mapping[str, Any], **keys: tuple[str, Any, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the schema of a mapping with these keys alone: what editors say of each, an example, its schema."""
+    properties = {
+        name: {"description": description, "examples": [example], **schema}
+        for name, (description, example, schema) in keys.items()
+    }
+    closed = {"required": required.split(), "additionalProperties": False, "properties": properties}
+    return {**more, "type": more.get("type", "object"), **closed}
 
 
 # tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
 _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
 # EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
 _TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
-_DURATION, _DATE = "^[0-9]{1,4}[smhd]$", "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
-_ROLE_NAME = "^[A-Za-z0-9+=,.@_/-]{1,512}$"
-_ACCOUNT_ID, _INSTANCE_ID = "^[0-9]{12}$", "^i-[0-9a-f]{8,17}$"
+_DATE = _form("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", "is no date: write year-month-day, such as 2027-01-31")
+_DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h or d, such as 2h")
+_ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
+_INSTANCE_ID = _form("^i-[0-9a-f]{8,17}$", "is no instance id: it looks like i-0123456789abcdef0")
+_ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the name alone, not the ARN")
+# The first four are the default: a terminated instance cannot be put right.
+_STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
 
+_REQUIRED_TAGS = _list(_mapping(
+    "key",
+    {"description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
+     **_TAG_KEY, "type": ["string", "number", "object"]},
+    key=("The tag key, in exactly this spelling.", "CostCenter", _TAG_KEY),
+    values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(_TAG_VALUE)),
+    pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
+    default=("What remediate may write where nothing better is known.", "dev", _TAG_VALUE),
+))  # fmt: skip
+_REGION = _mapping(
+    "",
+    {"description": "What this region asks for. Nothing here: the policy's required_tags alone.",
+     "type": ["object", "null"]},
+    inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
+    required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["Tier"], _REQUIRED_TAGS),
+)  # fmt: skip
+_ACCOUNTS = _mapping(
+    "role_name",
+    {"oneOf": [{"required": ["ids"]},
+               {"required": ["organization"], "properties": {"organization": {"const": True}}}]},
+    organization=("true: every active account of the organization.", True, {"type": "boolean"}),
+    ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+    role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
+    external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
+    exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
+)  # fmt: skip
+_EXEMPTION = _mapping(
+    "reason",
+    {"description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
+     "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions")]},
+    reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
+    tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
+          {"eks:cluster-name": "*"},
+          {"type": "object", "minProperties": 1, "additionalProperties": _TAG_VALUE | {"minLength": 0}}),
+    instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
+    accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
+    regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
+    required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
+    expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
+    approved_by=("Who agreed.", "head of platform", _TEXT),
+    ticket=("Where it was agreed.", "OPS-1234", _TEXT),
+)  # fmt: skip
+POLICY_SCHEMA = _mapping(
+    "version name regions",
+    {"$schema": "http://json-schema.org/draft-07/schema#", "title": "tagcheck policy",
+     "description": "Which tags EC2 instances must carry, region by region."},
+    version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
+    name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
+    required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
+    placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(_TAG_VALUE)),
+    states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
+            ["running", "stopped"], _list({"enum": _STATES})),
+    grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
+    regions=('The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
+             {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
+             {"type": "object", "minProperties": 1, "additionalProperties": _REGION}),
+    accounts=("The accounts to scan. Left out: the one account of the credentials.",
+              {"organization": True, "role_name": "tagcheck-read"}, _ACCOUNTS),
+    expected_account=("The account that the credentials must be of. With any other nothing is read.", "012345678901",
+                      _ACCOUNT_ID),
+    exemptions=("Instances that need not carry some tags, each with a reason.",
+                [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
+)  # fmt: skip
 
-def _list(items: Mapping[str, Any], **schema: Any) -> dict[str, Any]:
-    """Return the schema of a list that is not empty."""
-    return {"type": "array", "minItems": 1, "items": items, **schema}
-
-
-_REQUIRED_TAGS = _list(
-    _key(
-        "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-        {"key": "Environment", "values": ["dev", "test", "prod"]},
-        **_TAG_KEY | {"type": ["string", "number", "object"]},
-        required=["key"],
-        additionalProperties=False,
-        properties={
-            "key": _key("The tag key, in exactly this spelling.", "CostCenter", **_TAG_KEY),
-            "values": _key(
-                "The values that are allowed, in exactly this spelling.",
-                ["dev", "test", "prod"],
-                **_list(_TAG_VALUE),
-            ),
-            "pattern": _key("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", **_TEXT),
-            "default": _key("What remediate may write where nothing better is known.", "dev", **_TAG_VALUE),
-        },
-    )
-)
-_EXEMPTION = _key(
-    "Instances that need not carry some tags, why, and until when. All that it names must match.",
-    {"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}, "expires": "2027-01-31"},
-    type="object",
-    required=["reason"],
-    additionalProperties=False,
-    properties={
-        "reason": _key("Why: every report shows it.", "EKS nodes are tagged by the cluster team", **_TEXT),
-        "tags": _key(
-            "Tags of the instances; in a value * stands for any text and ? for one character.",
-            {"eks:cluster-name": "*"},
-            type="object",
-            minProperties=1,
-            additionalProperties={"type": ["string", "number"], "maxLength": 256},
-        ),
-        "instances": _key(
-            "The ids of the instances.", ["i-0123456789abcdef0"], **_list(_TEXT | {"pattern": _INSTANCE_ID})
-        ),
-        "accounts": _key("The accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})),
-        "regions": _key("The regions.", ["eu-west-1"], **_list(_TEXT)),
-        "required_tags": _key(
-            "The tags that they need not carry. Left out: none of them.", ["Owner"], **_list(_TAG_KEY)
-        ),
-        "expires": _key("The last day on which it holds (UTC).", "2027-01-31", type="string", pattern=_DATE),
-        "approved_by": _key("Who agreed.", "head of platform", **_TEXT),
-        "ticket": _key("Where it was agreed.", "OPS-1234", **_TEXT),
-    },
-)
-POLICY_SCHEMA: dict[str, Any] = {
-    "$schema": "http://json-schema.org/draft-07/schema#",
-    "title": "tagcheck policy",
-    "description": "Which tags EC2 instances must carry, region by region.",
-    "type": "object",
-    "required": ["version", "name", "regions"],
-    "additionalProperties": False,
-    "properties": {
-        "version": _key("The version of this format: 1.", 1, enum=[1, "1"]),
-        "name": _key(
-            "Findings are kept under this name. Rename a policy, and all of them are NEW.",
-            "org-tagging",
-            **_TEXT,
-        ),
-        "required_tags": _key(
-            "The tags that instances must carry in every region below.",
-            ["Owner", "CostCenter"],
-            **_REQUIRED_TAGS,
-        ),
-        "placeholder_values": _key(
-            "Values that count as empty, whatever their case.",
-            ["tbd", "n/a", "none", "unknown"],
-            **_list(_TAG_VALUE),
-        ),
-        "states": _key(
-            "The instance states that are looked at. Left out: all but shutting-down and terminated.",
-            ["running", "stopped"],
-            **_list({"enum": ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]}),
-        ),
-        "grace_period": _key(
-            "How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.",
-            "2h",
-            type="string",
-            pattern=_DURATION,
-        ),
-        "regions": _key(
-            'The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
-            {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
-            type="object",
-            minProperties=1,
-            additionalProperties=_key(
-                "What this region asks for. Nothing here: the policy's required_tags alone.",
-                {"required_tags": ["DataResidency"]},
-                type=["object", "null"],
-                additionalProperties=False,
-                properties={
-                    "inherit": _key(
-                        "false: the policy's required_tags do not hold here.", False, type="boolean"
-                    ),
-                    "required_tags": _key(
-                        "Tags as well as the policy's. The same key replaces the policy's.",
-                        ["DataResidency"],
-                        **_REQUIRED_TAGS,
-                    ),
-                },
-            ),
-        ),
-        "accounts": _key(
-            "The accounts to scan. Left out: the one account of the credentials.",
-            {"organization": True, "role_name": "tagcheck-read"},
-            type="object",
-            required=["role_name"],
-            additionalProperties=False,
-            properties={
-                "organization": _key("true: every active account of the organization.", True, type="boolean"),
-                "ids": _key(
-                    "The ids of the accounts.", ["012345678901"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
-                ),
-                "role_name": _key(
-                    "The role to assume in each of them but the caller's own.",
-                    "tagcheck-read",
-                    **_TEXT | {"pattern": _ROLE_NAME},
-                ),
-                "external_id": _key("The external id that the role asks for.", "tagcheck", **_TEXT),
-                "exclude": _key(
-                    "Accounts to leave out.", ["210987654321"], **_list(_TEXT | {"pattern": _ACCOUNT_ID})
-                ),
-            },
-        ),
-        "expected_account": _key(
-            "The account that the credentials must be of. With any other nothing is read.",
-            "012345678901",
-            **_TEXT | {"pattern": _ACCOUNT_ID},
-        ),
-        "exemptions": _key(
-            "Instances that need not carry some tags, each with a reason.",
-            [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}],
-            **_list(_EXEMPTION),
-        ),
-    },
-}
-
-DEFAULT_STATES = ("pending", "running", "stopping", "stopped")
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
 MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
 # the installed botocore's data, so that a region younger than this file needs only a newer boto3.
-AWS_REGIONS = frozenset(
-    """
-    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2
-    ap-southeast-1 ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6
-    ap-southeast-7 ca-central-1 ca-west-1 cn-north-1 cn-northwest-1 eu-central-1 eu-central-2
-    eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 eusc-de-east-1
-    il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1
-    us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
+AWS_REGIONS = frozenset("""
+    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2 ap-southeast-1
+    ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1 ca-west-1
+    cn-north-1 cn-northwest-1 eu-central-1 eu-central-2 eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1
+    eu-west-2 eu-west-3 eusc-de-east-1 il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1
+    us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
     us-isof-south-1 us-west-1 us-west-2
-    """.split()
-)
+    """.split())  # fmt: skip
+
+
+def is_region(name: str) -> bool:
+    """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
+    if name in AWS_REGIONS:
+        return True
+    try:
+        partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
+    except (ModuleNotFoundError, OSError):
+        return False
+    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,8 +527,9 @@ class RequiredTag:
     @property
     def wanted(self) -> str:
         """What the value should have been, for messages."""
-        wants = [f"one of {', '.join(self.values)}"] if self.values else []
-        return " and ".join([*wants, *([f"a match of {self.pattern.pattern}"] if self.pattern else [])])
+        values = f"one of {', '.join(self.values)}" if self.values else ""
+        pattern = f"a match of {self.pattern.pattern}" if self.pattern else ""
+        return " and ".join(filter(None, (values, pattern)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,11 +575,11 @@ class Exemption:
 class Accounts:
     """Which accounts are scanned, and how they are entered."""
 
-    organization: bool
-    ids: tuple[str, ...]
-    exclude: tuple[str, ...]
     role_name: str
-    external_id: str | None
+    organization: bool = False
+    ids: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    external_id: str | None = None
 
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
@@ -668,10 +616,13 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
 
+KeyPath = tuple[str | int, ...]
+
+
 class Mistake(NamedTuple):
     """What is wrong in a policy and at which path: at the value there, or at the key that leads to it."""
 
-    path: tuple[str | int, ...]
+    path: KeyPath
     message: str
     at_key: bool = False
 
@@ -694,114 +645,116 @@ class YamlDocument:
     def __init__(self, text: str) -> None:
         import yaml
 
-        self._yaml = yaml
         self._nodes = 0
-        self._marks: dict[tuple[int, str | int], tuple[Any, Any]] = {}
+        self._key_marks: dict[KeyPath, Any] = {}
+        self._value_marks: dict[KeyPath, Any] = {}
         self.mistakes: list[Mistake] = []
         if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
             message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
             raise YamlError(_mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
+        start = loader.get_mark()
         try:
-            end = loader.get_mark()
-            self._root = loader.get_single_node() or yaml.ScalarNode("", "", end, end)
-            self.value = self._build(self._root, ())
+            root = loader.get_single_node() or yaml.ScalarNode("", "", start, start)
+            self.value = self._build(root, ())
         except yaml.MarkedYAMLError as error:
-            mark, message = _yaml_advice(text, error)
-            line = text.splitlines(keepends=True)[mark.line : mark.line + 1]
-            if odd := re.search(f"[{''.join(_UNSEEN)}]", "".join(line)):
-                message = f"{_UNSEEN[odd[0]]} (U+{ord(odd[0]):04X}) stands here: type it anew"
-                mark = SimpleNamespace(line=mark.line, column=odd.start())
-            raise YamlError(mark, message) from error
+            raise _yaml_error(text, error) from error
         except RecursionError as error:
             raise YamlError(loader, "nested too deep") from error
         except ValueError as error:  # PyYAML's own, of numbers in escapes and directives
             raise YamlError(loader, "a number in an escape or a directive is too large") from error
 
-    def place(self, path: Sequence[str | int], *, at_key: bool = False) -> tuple[int, int]:
+    def place(self, path: KeyPath, *, at_key: bool = False) -> tuple[int, int]:
         """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
-        mark, node = self._root.start_mark, self.value
-        for step in path:
-            if (id(node), step) not in self._marks:
-                break  # a second key of that name has replaced what was there
-            mark = self._marks[id(node), step][0 if at_key and step is path[-1] else 1]
-            node = node[step]
+        mark = (self._key_marks if at_key else self._value_marks)[path]
         return mark.line + 1, mark.column + 1
 
-    def _build(self, node: Any, path: tuple[str | int, ...]) -> Any:
+    def _build(self, node: Any, path: KeyPath) -> Any:
         """Return the value of a node; an alias costs as much as if its anchor stood there again."""
         self._nodes += 1
         if self._nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
             raise YamlError(node.start_mark, "the nesting or the aliases make this larger than any policy")
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
-        if isinstance(node, self._yaml.ScalarNode):
+        value: Any
+        if node.id == "mapping":
+            value = self._build_mapping(node, path)
+        elif node.id == "sequence":
+            value = [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
+        else:
             self._check_text(node, path)
-            return _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
-        if isinstance(node, self._yaml.SequenceNode):
-            items: list[Any] = []
-            for index, item in enumerate(node.value):
-                self._marks[id(items), index] = (item.start_mark, item.start_mark)
-                items.append(self._build(item, (*path, index)))
-            return items
+            value = _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
+        self._value_marks[path] = node.start_mark  # last, as what is merged in has left its own here
+        return value
+
+    def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
+        """Return a mapping; what it merges in comes first, so that its own keys and their places replace that."""
         mapping: dict[str, Any] = {}
-        merged: list[Any] = []
-        for key, value in node.value:
-            if not isinstance(key, self._yaml.ScalarNode):
-                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
-            if key.tag == "tag:yaml.org,2002:merge":
-                merged += value.value if isinstance(value, self._yaml.SequenceNode) else [value]
+        lines: dict[str, int] = {}
+        for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _YAML_MERGE):
+            if key.tag == _YAML_MERGE:
+                for source in reversed(value.value if value.id == "sequence" else [value]):
+                    merged = self._build(source, path)
+                    if not isinstance(merged, dict):
+                        raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
+                    mapping |= merged
                 continue
-            self._check_text(key, (*path, key.value), at_key=True)
-            if key.value in mapping:
-                first = self._marks[id(mapping), key.value][0].line + 1
-                message = f"{_shown(key.value)} appears twice (first in line {first})"
-                self.mistakes.append(Mistake((*path, key.value), message, at_key=True))
-            self._marks[id(mapping), key.value] = (key.start_mark, value.start_mark)
-            mapping[key.value] = self._build(value, (*path, key.value))
-        for source in merged:
-            values = self._build(source, path)
-            if not isinstance(values, dict):
-                raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
-            for name in values.keys() - mapping.keys():
-                self._marks[id(mapping), name] = self._marks[id(values), name]
-                mapping[name] = values[name]
+            if key.id != "scalar":
+                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
+            name, key_path = key.value, (*path, key.value)
+            self._key_marks[key_path] = key.start_mark
+            self._check_text(key, key_path, at_key=True)
+            if name in lines:
+                message = f"{_shown(name)} appears twice (first in line {lines[name]})"
+                self.mistakes.append(Mistake(key_path, message, at_key=True))
+            lines.setdefault(name, key.start_mark.line + 1)
+            mapping[name] = self._build(value, key_path)
         return mapping
 
-    def _check_text(self, node: Any, path: tuple[str | int, ...], *, at_key: bool = False) -> None:
+    def _check_text(self, node: Any, path: KeyPath, *, at_key: bool = False) -> None:
         """Note what in a text no tag would ever match, though it may look right; people's prose is their own."""
-        text, plain = node.value, node.style is None
-        message = ""
-        if odd := next((character for character in text if "\ud800" <= character <= "\udfff"), ""):
-            message = f"half of a character (U+{ord(odd):04X}) stands here: write the character itself"
-        elif path[-1:] in (("reason",), ("approved_by",), ("ticket",)) and not at_key:
-            return
-        elif odd := next(
-            (character for character in text if ord(character) < 32 or 127 <= ord(character) < 160), ""
-        ):
-            message = f"the control character U+{ord(odd):04X} stands here: take it out"
-            message += " (| and > add one at the end)" if odd == "\n" else ""
-        elif plain and text[:1] in _QUOTES:
-            message = "a typographic quote stands here: type a straight one, or none"
-        elif odd := next(filter(_UNSEEN.__contains__, text), ""):
-            message = f"{_UNSEEN[odd]} (U+{ord(odd):04X}) stands here: type it anew"
-        elif plain and node.start_mark.line != node.end_mark.line:
-            message = (
-                f"goes on in the next line, so that both are one text, {_shown(text)}: indent the lines alike"
-            )
-        elif plain and text[-1:] in ("'", '"'):
-            message = f"{_shown(text)} ends with a quote that nothing opens: take it out, or write both"
-        if message:
-            self.mistakes.append(Mistake(path, message, at_key))
+        plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
+        odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
+        if plain and not prose and node.start_mark.line != node.end_mark.line:
+            message = f"goes on in the next line, so that both are one text, {_shown(node.value)}"
+            self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
+        elif found := _find_odd(node.value, odd):
+            self.mistakes.append(Mistake(path, found[1], at_key))
 
 
-_QUOTES = frozenset("\u201c\u201d\u201e\u2018\u2019\u201a")
-_UNSEEN = dict.fromkeys("\u00a0\u2007\u202f", "a no-break space, not a space")
-_UNSEEN |= dict.fromkeys("\u200b\u200c\u200d\u2028\u2029\u2060\ufeff", "an invisible character")
+_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map", "merge", "")
+_YAML_MERGE = "tag:yaml.org,2002:merge"
+_PROSE = (("reason",), ("approved_by",), ("ticket",))
+
+# Characters that no tag would ever match, though they may look right, and what to say of the first one.
+_HALF = (("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),)
+_CONTROL = (
+    ("[\0-\t\v-\x1f\x7f-\x9f]", "the control character U+{:04X} stands here: take it out"),
+    ("\n", "the control character U+{:04X} stands here: take it out (| and > add one at the end)"),
+)
+_UNSEEN = (
+    ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it anew"),
+    ("[\u200b\u200c\u200d\u2028\u2029\u2060\ufeff]", "an invisible character (U+{:04X}) stands here: type it anew"),
+)  # fmt: skip
+_UNQUOTED = (
+    ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "a typographic quote stands here: type a straight one, or none"),
+    ("['\"]$", "{text} ends with a quote that nothing opens: take it out, or write both"),
+)  # fmt: skip
+
+
+def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
+    """Return where in a text the first of such characters stands, and what to say of it."""
+    for characters, message in odd:
+        if found := re.search(characters, text):
+            return found.start(), message.format(ord(found[0]), text=_shown(text))
+    return None
+
+
 # What PyYAML says (context and problem), what to do about it, and whether the place is where it began.
 _YAML_ADVICE = (
     (r"character '\\t'", "a TAB stands here; use spaces", False),
-    ("cannot start any token|expected alphabetic", "a text that begins with {char} needs quotes round it", False),
+    ("cannot start any token|expected alphabetic", "a text that begins with {begun!r} needs quotes round it", True),
     ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)", False),
     ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
     ("quoted scalar", "the quote opened here is not closed", True),
@@ -817,29 +770,23 @@ _YAML_ADVICE = (
     ("<block end>.* after text", "text goes on after a closing quote or bracket: put quotes round all of it", False),
     ("<block end>", "not indented like the lines above that it belongs to", False),
     ("node content", "a value is missing here", False),
+    ("", "not YAML: {problem}", False),
 )  # fmt: skip
 
 
-def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
+def _yaml_error(text: str, error: Any) -> YamlError:
     """Return where a YAML text is broken, and what to do about it."""
     mark = error.problem_mark or error.context_mark
-    before = text[mark.index - mark.column : mark.index].strip(" -?")
-    said = f"{error.context}; {error.problem}{' after text' if before else ''}"
     begun = error.context_mark or mark
-    if "simple key" in said and text[begun.index :].startswith("-"):
-        said += " -"
-    for sign, advice, at_context in _YAML_ADVICE:
-        if re.search(sign, said):
-            if at_context or text[begun.index :].startswith("*"):
-                mark = begun
-            char = text[max(0, mark.index - 1) : mark.index + 1].strip()[-1:] if mark is begun else ""
-            char = char or text[max(0, mark.index - 1) : mark.index + 1].strip()[:1]
-            return mark, advice.format(char=repr(char))
-    return mark, f"not YAML: {error.problem or error.context}"
-
-
-_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map", "merge", "")
+    said = f"{error.context}; {error.problem}"
+    said += " after text" if text[mark.index - mark.column : mark.index].strip(" -?") else ""
+    said += " -" if text[begun.index :].startswith("-") else ""
+    advice, at_beginning = next(row[1:] for row in _YAML_ADVICE if re.search(row[0], said))
+    mark = begun if at_beginning else mark
+    line = "".join(text.splitlines(keepends=True)[mark.line : mark.line + 1])
+    if odd := _find_odd(line, _UNSEEN):
+        return YamlError(SimpleNamespace(line=mark.line, column=odd[0]), odd[1])
+    return YamlError(mark, advice.format(begun=text[mark.index :][:1], problem=error.problem))
 
 
 def load_policy(path: str) -> Policy:
@@ -848,9 +795,8 @@ def load_policy(path: str) -> Policy:
         with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
             content = file.read(MAX_POLICY_BYTES + 1)
     except OSError as error:
-        raise UsageError(
-            f"cannot read the policy {path}: {error.strerror}; name another file (of a scan: --policy FILE)"
-        ) from error
+        advice = "name another file (of a scan: --policy FILE)"
+        raise UsageError(f"cannot read the policy {path}: {error.strerror}; {advice}") from error
     return check_policy(content, path)
 
 
@@ -861,16 +807,19 @@ def check_policy(content: bytes, file: str) -> Policy:
     except YamlError as error:
         raise PolicyError([Problem(file, error.line, error.column, "", error.message)]) from error
     mistakes = [*document.mistakes, *_schema_mistakes(document.value), *_rule_mistakes(document.value)]
-    mistakes = mistakes or [*_empty_regions(document.value)]
-    if mistakes:
-        problems = [
-            Problem(
-                file, *document.place(path, at_key=at_key), _where(path[:-1] if at_key else path), message
-            )
-            for path, message, at_key in dict.fromkeys(mistakes)
-        ]
-        raise PolicyError(problems)
-    return _policy(document, file, hashlib.sha256(content).hexdigest())
+    if not mistakes:
+        policy = _policy(document, file, hashlib.sha256(content).hexdigest())
+        idle = [region for region, rules in policy.regions.items() if not rules]
+        if not idle:
+            return policy
+        # Told only when nothing else is wrong, as that may be the cause.
+        advice = "asks for no tag: name one, or take the region out"
+        mistakes = [Mistake(("regions", region), f"{region} {advice}", at_key=True) for region in idle]
+    problems = []
+    for path, message, at_key in dict.fromkeys(mistakes):
+        where = _where(path[:-1] if at_key else path)
+        problems.append(Problem(file, *document.place(path, at_key=at_key), where, message))
+    raise PolicyError(problems)
 
 
 def _decode(content: bytes) -> str:
@@ -889,7 +838,7 @@ def _mark(before: str) -> SimpleNamespace:
     return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
 
 
-def _where(path: Sequence[str | int]) -> str:
+def _where(path: KeyPath) -> str:
     """Return a path as people write it: regions.eu-west-1.required_tags[1]."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
@@ -903,44 +852,47 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
 
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
-        if error.validator == "additionalProperties":
-            known = sorted(error.schema["properties"])
-            for key in found.keys() - error.schema["properties"].keys():
-                hint = _did_you_mean(key, known)
-                if not path and is_region(key):
-                    hint = ": it is a region; indent it by two spaces, under regions:"
-                elif path[-2:-1] == ("required_tags",) and len(found) == 1:
-                    hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
-                yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
-        elif error.validator == "required":
-            # `- Owner:` is one mistake, and told as an unknown key.
-            one_unknown = (
-                path[-2:-1] == ("required_tags",) and len(found) == 1 and not found.keys() & _RULE_KEYS
-            )
-            for key in [key for key in wanted if key not in found and not one_unknown]:
-                yield Mistake(path, f"the key {key!r} is missing")
-        elif error.validator == "type":
-            yield Mistake(path, _type_message(found, wanted) + _type_hint(path, found))
-        else:
-            yield Mistake(path, _SCHEMA_MESSAGES[error.validator](found, wanted))
+        known = sorted(error.schema.get("properties", ()))
+        unknown = [key for key in found if key not in known] if known and isinstance(found, dict) else []
+        # `- Owner:` is one mistake, and told as an unknown key.
+        colon = path[-2:-1] == ("required_tags",) and bool(unknown) and len(found) == 1
+        match error.validator:
+            case "additionalProperties":
+                for key in unknown:
+                    hint = _did_you_mean(key, known)
+                    if colon:
+                        hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
+                    elif not path and is_region(key):
+                        hint = ": it is a region; indent it by two spaces, under regions:"
+                    yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
+            case "required":
+                missing = [] if colon else [key for key in wanted if key not in found]
+                yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
+            case "type":
+                kinds = " or ".join(_KINDS[kind] for kind in _KINDS if kind in wanted)
+                yield Mistake(path, f"must be {kinds}, not {_shown(found)}{_type_hint(path, found)}")
+            case "enum":
+                texts = list(dict.fromkeys(map(str, wanted)))
+                choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
+                yield Mistake(path, f"{_shown(found)} is not {choice}{_did_you_mean(found, texts)}")
+            case other:
+                message = _SCHEMA_MESSAGES[other]
+                yield Mistake(path, message.format(_shown(found), len(found), wanted, error.schema))
 
 
-_RULE_KEYS = frozenset(("key", "values", "pattern", "default"))
+_KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
+_SCHEMA_MESSAGES = {
+    "pattern": "{0} {3[patternErrorMessage]}",
+    "minLength": "must not be empty",
+    "minItems": "the list is empty: name at least one, or take the key out",
+    "minProperties": "is empty: name at least one",
+    "maxLength": "{0} has {1} characters; AWS allows {2}",
+    "anyOf": "says not for which instances: give it tags, instances, accounts or regions",
+    "oneOf": "says not which accounts: give it organization: true, or ids, not both",
+}
 
 
-def _type_message(found: Any, wanted: str | Sequence[str]) -> str:
-    """Say what should stand there, and what does."""
-    words = {
-        "array": "a list",
-        "boolean": "true or false",
-        "object": "a mapping (key: value)",
-        "string": "text",
-    }
-    kinds = [words[kind] for kind in ([wanted] if isinstance(wanted, str) else wanted) if kind in words]
-    return f"must be {' or '.join(kinds)}, not {_shown(found)}"
-
-
-def _type_hint(path: tuple[str | int, ...], found: Any) -> str:
+def _type_hint(path: KeyPath, found: Any) -> str:
     """Return what to write where something of another kind stands, as far as the place tells."""
     text = found[:40] if isinstance(found, str) else ""
     if text.startswith("-"):
@@ -951,55 +903,46 @@ def _type_hint(path: tuple[str | int, ...], found: Any) -> str:
         case ("regions", _):
             return "; put required_tags: before it"
         case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
-            return (
-                f"; write [{text}]" if "," in text or " " not in text else "; begin each with a dash: - Owner"
-            )
-        case (*_, "required_tags" | "exemptions"):
-            return f"; begin each one with a dash and a space: - {'Owner' if path[-1] == 'required_tags' else 'reason: …'}"
+            one = "," in text or " " not in text
+            return f"; write [{text}]" if one else "; begin each with a dash: - Owner"
+        case (*_, "required_tags" | "exemptions" as key):
+            return f"; begin each one with a dash and a space: - {'reason: …' if key == 'exemptions' else 'Owner'}"
         case (*_, "pattern"):
             return "; put single quotes round it: '[0-9]'"
         case (*_, "inherit"):
             return "; write it in small letters and without quotes"
         case (*_, "tags", _) if found is None:
             return '; for any value write "*"'
-        case ():
-            return "; a space must follow each colon" if re.match(r"[\w-]+:\S", text) else ""
-    return "; if it begins with #, put quotes round it" if found is None else ""
+        case () if re.match(r"[\w-]+:\S", text):
+            return "; a space must follow each colon"
+        case (_, *_) if found is None:
+            return "; if it begins with #, put quotes round it"
+    return ""
 
 
-def _enum_message(found: Any, wanted: Sequence[Any]) -> str:
-    """Say what is allowed there."""
-    known = list(dict.fromkeys(map(str, wanted)))
-    return f"{_shown(found)} is not {'one of ' * (len(known) > 1)}{', '.join(known)}{_did_you_mean(found, known)}"
-
-
-_PATTERN_MESSAGES = {
-    _DURATION: "no time: write a number and s, m, h or d, such as 2h",
-    _DATE: "no date: write year-month-day, such as 2027-01-31",
-    _ACCOUNT_ID: "no account id: it has 12 digits",
-    _ROLE_NAME: "no role name: give the name alone, not the ARN",
-    _INSTANCE_ID: "no instance id: it looks like i-0123456789abcdef0",
-}
-_SCHEMA_MESSAGES: dict[str, Callable[[Any, Any], str]] = {
-    "enum": _enum_message,
-    "pattern": lambda found, wanted: f"{_shown(found)} is {_PATTERN_MESSAGES[wanted]}",
-    "minLength": lambda *_: "must not be empty",
-    "minItems": lambda *_: "the list is empty: name at least one, or take the key out",
-    "minProperties": lambda *_: "is empty: name at least one",
-    "maxLength": lambda found, wanted: f"{_shown(found)} has {len(found)} characters; AWS allows {wanted}",
-}
 # What people write for our keys, beside typing errors.
 _SYNONYMS = {
-    **dict.fromkeys(("allowed", "allowed_values", "value", "enum"), "values"),
-    **dict.fromkeys(("regex", "regexp", "match", "format"), "pattern"),
-    **dict.fromkeys(("tag", "tag_key", "name"), "key"),
-    **dict.fromkeys(("required", "tags", "mandatory_tags"), "required_tags"),
-    **dict.fromkeys(("ignore", "exceptions", "waivers", "exclude"), "exemptions"),
-    **dict.fromkeys(("until", "expiry", "expires_at", "expired_at", "end"), "expires"),
-    **dict.fromkeys(("why", "comment", "description"), "reason"),
-    **dict.fromkeys(("placeholders", "empty_values"), "placeholder_values"),
-    **dict.fromkeys(("grace", "grace_minutes", "grace_hours"), "grace_period"),
+    "values": "allowed allowed_values value enum",
+    "pattern": "regex regexp match format",
+    "key": "tag tag_key name",
+    "required_tags": "required tags mandatory_tags",
+    "exemptions": "ignore exceptions waivers exclude",
+    "expires": "until expiry expires_at expired_at end",
+    "reason": "why comment description",
+    "placeholder_values": "placeholders empty_values",
+    "grace_period": "grace grace_minutes grace_hours",
 }
+
+
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    words = {synonym: key for key in known for synonym in _SYNONYMS.get(key, "").split()}
+    words |= {key.casefold(): key for key in known}
+    word = word[:100].casefold() if isinstance(word, str) else ""
+    near = difflib.get_close_matches(word, words)
+    # Of equally near words difflib may not choose the one whose letters were only typed in another order.
+    near.sort(key=lambda candidate: sorted(candidate) != sorted(word))
+    return f" (did you mean {words[near[0]]!r}?)" if near else ""
 
 
 def _shown(value: Any) -> str:
@@ -1012,117 +955,83 @@ def _shown(value: Any) -> str:
     return kinds.get(type(value), repr(value)[:100])
 
 
-def _did_you_mean(word: Any, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
-    if not isinstance(word, str):
-        return ""
-    words = {synonym: key for synonym, key in _SYNONYMS.items() if key in known} | {key: key for key in known}
-    near = difflib.get_close_matches(word[:100], words) or difflib.get_close_matches(
-        word[:100].lower(), words
-    )
-    # Of equally near words difflib may not choose the one whose letters were only typed in another order.
-    best = next(
-        (candidate for candidate in near if sorted(candidate) == sorted(word)), next(iter(near), None)
-    )
-    return f" (did you mean {words[best]!r}?)" if best else ""
+def _given(mapping: Any, key: str, kind: type[Any]) -> Any:
+    """Return what a mapping has under a key; something empty of this kind where the schema finds it wrong."""
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    return value if isinstance(value, kind) else kind()
+
+
+def _texts(mapping: Any, key: str) -> dict[int, str]:
+    """Return the texts of a list under a key, by their places in it."""
+    return {index: text for index, text in enumerate(_given(mapping, key, list)) if isinstance(text, str)}
+
+
+def _rules(entry: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rules of a required_tags list in their long form, each with its place in the list."""
+    for index, tag in enumerate(_given(entry, "required_tags", list)):
+        rule = {"key": tag} if isinstance(tag, str) else tag
+        if _given(rule, "key", str):
+            yield index, rule
 
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
-    """Yield what a schema cannot say: regions, reserved keys, tags asked for twice, patterns, exemptions.
-
-    What the schema has found wrong is passed over.
-    """
-    value = _as(dict, value)
-    shared = _as(list, value.get("required_tags"))
-    yield from _tag_mistakes(("required_tags",), shared)
-    asked = _tag_keys(shared)
-    for region, entry in _as(dict, value.get("regions")).items():
-        path = ("regions", region)
+    """Yield what a schema cannot say; what the schema has found wrong is passed over."""
+    yield from _tag_mistakes((), value)
+    asked = {rule["key"] for _, rule in _rules(value)}
+    for region, entry in _given(value, "regions", dict).items():
         if region != "*":
-            yield from _region_mistakes(path, region, at_key=True)
-        own = _as(list, _as(dict, entry).get("required_tags"))
-        yield from _tag_mistakes((*path, "required_tags"), own)
-        asked |= _tag_keys(own)
-    accounts = _as(dict, value.get("accounts"))
-    if accounts and (accounts.get("organization") is True) == ("ids" in accounts):
-        yield Mistake(("accounts",), "says not which accounts: give it organization: true, or ids, not both")
-    for index, entry in enumerate(_as(list, value.get("exemptions"))):
-        yield from _exemption_mistakes(("exemptions", index), _as(dict, entry), asked)
+            yield from _region_mistakes(("regions", region), region, at_key=True)
+        yield from _tag_mistakes(("regions", region), entry)
+        asked |= {rule["key"] for _, rule in _rules(entry)}
+    for number, entry in enumerate(_given(value, "exemptions", list)):
+        for index, region in _texts(entry, "regions").items():
+            yield from _region_mistakes(("exemptions", number, "regions", index), region)
+        for index, key in _texts(entry, "required_tags").items():
+            if key not in asked:
+                message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
+                yield Mistake(("exemptions", number, "required_tags", index), message)
+        expires = _given(entry, "expires", str)
+        if re.match(_DATE["pattern"], expires):
+            try:
+                date.fromisoformat(expires)
+            except ValueError:
+                yield Mistake(("exemptions", number, "expires"), f"the calendar has no {expires}")
 
 
-def _empty_regions(value: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield the regions that ask for nothing; told only when nothing else is wrong, as it may be the cause."""
-    for region, entry in value["regions"].items():
-        inherits = (entry or {}).get("inherit", True) and "required_tags" in value
-        if not inherits and "required_tags" not in (entry or {}):
-            message = f"{region} asks for no tag: name one, or take the region out"
-            yield Mistake(("regions", region), message, at_key=True)
-
-
-def _tag_keys(tags: Sequence[Any]) -> set[str]:
-    """Return the keys that a required_tags list asks for."""
-    keys = (tag if isinstance(tag, str) else _as(dict, tag).get("key") for tag in tags)
-    return {key for key in keys if isinstance(key, str)}
-
-
-def _region_mistakes(path: tuple[str | int, ...], region: Any, *, at_key: bool = False) -> Iterator[Mistake]:
+def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
     """Yield what is wrong with the name of a region."""
-    if isinstance(region, str) and not is_region(region):
-        message = f"AWS has no region {_shown(region)}{_did_you_mean(region, sorted(AWS_REGIONS))}"
-        yield Mistake(path, message, at_key)
+    if not is_region(region):
+        near = _did_you_mean(region, sorted(AWS_REGIONS))
+        yield Mistake(path, f"AWS has no region {_shown(region)}{near}", at_key)
 
 
-def _tag_mistakes(path: tuple[str | int, ...], tags: Sequence[Any]) -> Iterator[Mistake]:
+def _tag_mistakes(path: KeyPath, entry: Any) -> Iterator[Mistake]:
     """Yield what is wrong with the rules of one required_tags list."""
     seen: set[str] = set()
-    for index, tag in enumerate(tags):
-        rule = {"key": tag} if isinstance(tag, str) else _as(dict, tag)
-        key, at_key = rule.get("key"), (*path, index) if isinstance(tag, str) else (*path, index, "key")
-        if not isinstance(key, str):
-            continue
+    for index, rule in _rules(entry):
+        key, rule_path = rule["key"], (*path, "required_tags", index)
+        key_path = rule_path if entry["required_tags"][index] == key else (*rule_path, "key")
         if key in seen:
-            yield Mistake(at_key, f"{_shown(key)} is asked for twice")
+            yield Mistake(key_path, f"{_shown(key)} is asked for twice")
         seen.add(key)
         if key.lower().startswith("aws:"):
-            yield Mistake(
-                at_key, f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
-            )
+            message = f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
+            yield Mistake(key_path, message)
         if key != key.strip():
-            yield Mistake(at_key, f"{_shown(key)} begins or ends with a space: take it out")
-        pattern = _as(str, rule.get("pattern"))
-        complaint = pattern_complaint(pattern)
-        if complaint:
-            yield Mistake((*path, index, "pattern"), f"{_shown(pattern)} {complaint}")
+            yield Mistake(key_path, f"{_shown(key)} begins or ends with a space: take it out")
+        values: list[str] = []
+        for number, text in _texts(rule, "values").items():
+            if text in values:
+                yield Mistake((*rule_path, "values", number), f"{_shown(text)} stands in the list twice")
+            values.append(text)
+        pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
+        if complaint := pattern_complaint(pattern):
+            yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
             continue
-        values = tuple(value for value in _as(list, rule.get("values")) if isinstance(value, str))
-        for number, value in enumerate(values):
-            if value in values[:number]:
-                yield Mistake((*path, index, "values", number), f"{_shown(value)} stands in the list twice")
-        default = rule.get("default")
-        checked = RequiredTag(key, values, re.compile(pattern) if pattern else None)
-        if isinstance(default, str) and not checked.allows(default):
+        checked = RequiredTag(key, tuple(values), re.compile(pattern) if pattern else None)
+        if default and not checked.allows(default):
             message = f"{_shown(default)} is not {checked.wanted}, as the rule itself asks"
-            yield Mistake((*path, index, "default"), message + _did_you_mean(default, values))
-
-
-def _exemption_mistakes(
-    path: tuple[str | int, ...], entry: Mapping[str, Any], asked: set[str]
-) -> Iterator[Mistake]:
-    """Yield what is wrong with one exemption."""
-    if entry and not entry.keys() & {"tags", "instances", "accounts", "regions"}:
-        yield Mistake(path, "says not for which instances: give it tags, instances, accounts or regions")
-    for index, region in enumerate(_as(list, entry.get("regions"))):
-        yield from _region_mistakes((*path, "regions", index), region)
-    for index, key in enumerate(_as(list, entry.get("required_tags"))):
-        if isinstance(key, str) and key not in asked:
-            message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
-            yield Mistake((*path, "required_tags", index), message)
-    expires = entry.get("expires")
-    if isinstance(expires, str) and re.match(_DATE, expires):
-        try:
-            date.fromisoformat(expires)
-        except ValueError:
-            yield Mistake((*path, "expires"), f"the calendar has no {expires}")
+            yield Mistake((*rule_path, "default"), message + _did_you_mean(default, checked.values))
 
 
 def pattern_complaint(pattern: str) -> str | None:
@@ -1134,8 +1043,7 @@ def pattern_complaint(pattern: str) -> str | None:
     try:
         compiled = re.compile(pattern)
         with time_limit(PATTERN_SECONDS):
-            for value in _hard_values(re._parser.parse(pattern)):  # type: ignore[attr-defined]
-                compiled.fullmatch(value)
+            _samples(re._parser.parse(pattern), compiled.fullmatch)  # type: ignore[attr-defined]
     except (re.error, OverflowError, RecursionError) as error:
         hint = " (any text is .* in a pattern)" if "nothing to repeat" in str(error) else ""
         return f"is not a regular expression: {error}{hint}"
@@ -1171,131 +1079,83 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def _hard_values(tokens: Any, before: str = "") -> Iterator[str]:
-    """Yield values of 256 characters that match a pattern up to one of its repetitions, then go on in it."""
-    for name, argument in [(str(token), argument) for token, argument in tokens]:
-        parts = _sub_patterns(name, argument)
-        for part in parts:
-            yield from _hard_values(part, before)
-            if "REPEAT" in name:
-                samples = list(map(_sample, _branches(part)))
-                for sample in (*samples, "".join(samples)):
-                    yield (before + sample * 256)[:255] + "\0"
-        before += _sample([(name, argument)])
+def _samples(tokens: Any, attempt: Callable[[str], object], before: str = "") -> list[str]:
+    """Return short texts that a parsed pattern matches, by and large: one for each of its alternatives.
 
-
-def _branches(tokens: Any) -> list[Any]:
-    """Return the alternatives of a pattern that is nothing but alternatives, perhaps in a group."""
-    if len(tokens) == 1 and str(tokens[0][0]) == "SUBPATTERN":
-        return _branches(tokens[0][1][-1])
-    return list(tokens[0][1][1]) if len(tokens) == 1 and str(tokens[0][0]) == "BRANCH" else [tokens]
-
-
-def _sub_patterns(name: str, argument: Any) -> list[Any]:
-    """Return the patterns within a token of a parsed pattern."""
-    if name == "BRANCH":
-        return list(argument[1])
-    if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return [argument[-1]]
-    if name == "GROUPREF_EXISTS":
-        return [part for part in argument[1:] if part is not None]
-    return [argument] if name == "ATOMIC_GROUP" else []
-
-
-def _sample(tokens: Any) -> str:
-    """Return a short text that the tokens of a parsed pattern match, by and large."""
-    text = ""
-    for token, argument in tokens:
-        name = str(token)
+    On the way, attempt values of 256 characters that match up to a repetition, go on in it, and fail at the end.
+    """
+    samples = [""]
+    for token in tokens:
+        name, argument, ahead = str(token[0]), token[1], before + samples[0]
         if name == "LITERAL":
-            text += chr(argument)
-        elif name == "IN":
-            text += _sample_of_set([(str(kind), value) for kind, value in argument])
-        elif name in ("ANY", "NOT_LITERAL"):
-            text += "," if name == "ANY" or argument != ord(",") else "a"
-        elif not name.startswith("ASSERT") and (parts := _sub_patterns(name, argument)):
-            text += _sample(parts[0]) * (max(1, min(argument[0], 256)) if "REPEAT" in name else 1)
-        text = text[:256]
-    return text
+            found = [chr(argument)]
+        elif name in ("ANY", "IN", "NOT_LITERAL"):
+            one = re._compiler.compile(re._parser.SubPattern(tokens.state, [token]))  # type: ignore[attr-defined]
+            candidates = itertools.chain(",a0 -_", map(chr, range(32, 0xFFFF)))
+            found = [next(filter(one.fullmatch, candidates), "~")]
+        else:
+            found = [text for part in _parts(argument) for text in _samples(part, attempt, ahead)] or [""]
+        if "REPEAT" in name:
+            for text in (*found, "".join(found)):
+                attempt((ahead + text * 256)[:255] + "\0")
+            found = [found[0] * min(max(1, argument[0]), 256)]
+        elif name.startswith("ASSERT"):
+            found = [""]
+        samples = [text[:256] for text in found] if len(tokens) == 1 else [(samples[0] + found[0])[:256]]
+    return samples
 
 
-def _sample_of_set(items: Sequence[tuple[str, Any]]) -> str:
-    """Return a character of a set such as [a-z_], or one that is not in [^a-z_]."""
-    samples = {"CATEGORY_DIGIT": "0", "CATEGORY_WORD": "a", "CATEGORY_SPACE": " "}
-    if items[0][0] == "NEGATE":
-        return next((c for c in ",a0 -_" if ("LITERAL", ord(c)) not in items), "~")
-    kind, value = items[0]
-    return samples.get(str(value), ",") if kind == "CATEGORY" else chr(value[0] if kind == "RANGE" else value)
+def _parts(argument: Any) -> list[Any]:
+    """Return the patterns within a token of a parsed pattern."""
+    if isinstance(argument, list | tuple):
+        return [part for inner in argument for part in _parts(inner)]
+    return [argument] if isinstance(argument, re._parser.SubPattern) else []  # type: ignore[attr-defined]
 
 
-def _as(kind: type[Any], value: Any) -> Any:
-    """Return the value if it is of this kind, else an empty one."""
-    return value if isinstance(value, kind) else kind()
+# How the values of some keys become fields.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "pattern": re.compile,
+    "expires": date.fromisoformat,
+    "tags": lambda tags: tuple(tags.items()),
+}
+
+
+def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record from a mapping of the policy, whose keys are their names."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return fields | {key: read(fields[key]) for key, read in _READ.items() if key in fields}
 
 
 def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     """Build the Policy of a document in which no mistake was found."""
     value = document.value
-    shared = _required_tags(document, ("required_tags",), value)
+
+    def required_tags(entry: Any, *path: str) -> dict[str, RequiredTag]:
+        """Return the rules of the required_tags at a path, by their keys."""
+        lines = {index: document.place((*path, "required_tags", index))[0] for index, _ in _rules(entry)}
+        return {rule["key"]: RequiredTag(**_fields(rule), line=lines[index]) for index, rule in _rules(entry)}
+
+    shared = required_tags(value)
     regions = {}
     for region, entry in value["regions"].items():
         inherited = shared if (entry or {}).get("inherit", True) else {}
-        own = _required_tags(document, ("regions", region, "required_tags"), entry or {})
-        regions[region] = tuple((inherited | own).values())
+        regions[region] = tuple((inherited | required_tags(entry, "regions", region)).values())
+    exemptions = []
+    for index, entry in enumerate(value.get("exemptions", ())):
+        line, column = document.place(("exemptions", index))
+        exemptions.append(Exemption(**_fields(entry), line=line, column=column))
+    grace = value.get("grace_period", "0s")
     return Policy(
         name=value["name"],
         file=file,
         digest=digest,
         regions=regions,
         placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
-        states=frozenset(value.get("states", DEFAULT_STATES)),
-        grace_period=_duration(value.get("grace_period", "0s")),
-        exemptions=tuple(
-            _exemption(entry, *document.place(("exemptions", index)))
-            for index, entry in enumerate(value.get("exemptions", ()))
-        ),
-        accounts=_accounts(value["accounts"]) if "accounts" in value else None,
+        states=frozenset(value.get("states", _STATES[:4])),
+        grace_period=timedelta(seconds=int(grace[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[grace[-1]]),
+        exemptions=tuple(exemptions),
+        accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
         expected_account=value.get("expected_account"),
-    )
-
-
-def _accounts(entry: Mapping[str, Any]) -> Accounts:
-    """Build the scope of accounts."""
-    ids, exclude = tuple(entry.get("ids", ())), tuple(entry.get("exclude", ()))
-    return Accounts(
-        entry.get("organization", False), ids, exclude, entry["role_name"], entry.get("external_id")
-    )
-
-
-def _required_tags(
-    document: YamlDocument, path: tuple[str | int, ...], entry: Mapping[str, Any]
-) -> dict[str, RequiredTag]:
-    """Build the rules of a required_tags list, in short form or long, by their keys."""
-    rules = {}
-    for index, tag in enumerate(entry.get("required_tags", ())):
-        rule = {"key": tag} if isinstance(tag, str) else tag
-        rules[rule["key"]] = RequiredTag(
-            rule["key"],
-            tuple(rule.get("values", ())),
-            re.compile(rule["pattern"]) if "pattern" in rule else None,
-            rule.get("default"),
-            document.place((*path, index))[0],
-        )
-    return rules
-
-
-def _exemption(entry: Mapping[str, Any], line: int, column: int) -> Exemption:
-    """Build one exemption."""
-    lists = {key: tuple(entry.get(key, ())) for key in ("instances", "accounts", "regions", "required_tags")}
-    return Exemption(
-        entry["reason"],
-        tags=tuple(entry.get("tags", {}).items()),
-        expires=date.fromisoformat(entry["expires"]) if "expires" in entry else None,
-        approved_by=entry.get("approved_by"),
-        ticket=entry.get("ticket"),
-        line=line,
-        column=column,
-        **lists,
     )
 
 
@@ -1306,35 +1166,14 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
     """Return a warning for each exemption that has ended, or ends within NOTICE_DAYS."""
     endings = []
     for index, exemption in enumerate(policy.exemptions):
-        if exemption.expires is None or (exemption.expires - today).days > NOTICE_DAYS:
+        if exemption.expires is None or (days := (exemption.expires - today).days) > NOTICE_DAYS:
             continue
-        days = counted((exemption.expires - today).days, "day")
-        message = (
-            f"ends on {exemption.expires}, {f'in {days}' if today < exemption.expires else 'today'}"
-            if exemption.holds(today)
-            else f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
-        )
+        message = f"ends on {exemption.expires}, {'in ' + counted(days, 'day') if days else 'today'}"
+        if days < 0:
+            message = f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
         where = f"exemptions[{index}] ({exemption.reason})"
-        place = (policy.file, exemption.line, exemption.column)
-        endings.append(Problem(*place, where, message, "warning"))
+        endings.append(Problem(policy.file, exemption.line, exemption.column, where, message, "warning"))
     return endings
-
-
-def _duration(text: str) -> timedelta:
-    """Return the time that 90s, 30m, 2h or 1d stand for."""
-    unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[text[-1]]
-    return timedelta(**{unit: int(text[:-1])})
-
-
-def is_region(name: str) -> bool:
-    """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
-    if name in AWS_REGIONS:
-        return True
-    try:
-        partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
-    except (ModuleNotFoundError, OSError):
-        return False
-    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
 
 
 ########################################################################################################
