@@ -353,6 +353,11 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
+def _cut(text: str, width: int) -> str:
+    """Return text of at most this width, its end cut off visibly."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
 _ADVICE = (
     ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
@@ -1202,6 +1207,15 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
 
+    def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
+        """Return the value of each required tag, None where it is not as asked: what siblings can learn from."""
+        tags = self.instance.tags
+        if not (self.violations or self.exempted):
+            return tuple(tags[rule.key] for rule in rules)
+        failing = {violation.tag_key for violation in self.violations}
+        failing.update(exempted.violation.tag_key for exempted in self.exempted)
+        return tuple(None if rule.key in failing else tags[rule.key] for rule in rules)
+
 
 @dataclass(frozen=True, slots=True)
 class ExemptedInstance:
@@ -1461,6 +1475,123 @@ def groups_of(instance: Instance) -> list[Group]:
 def cause_of(groups: Iterable[Group]) -> Group | None:
     """Return the group on which the tags of all its instances can be set, if there is one."""
     return next((group for group in groups if GROUP_KINDS[group.kind].remedy), None)
+
+
+class Agreement(NamedTuple):
+    """The value that most of a group's members have of those that have a tag as asked, and how many these are."""
+
+    value: str
+    agreeing: int
+    members: int
+
+
+MIN_MEMBERS = 3  # fewer say nothing of a group
+MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees, and they need not be counted
+
+
+def agreements(
+    values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
+) -> dict[str, Agreement]:
+    """Return for each tag key what the members of one group agree on, of their values and how many have them."""
+    counts: dict[str, Counter[str]] = {key: Counter() for key in keys}
+    for row, number in values:
+        for key, value in zip(keys, row, strict=True):
+            if value is not None and len(counts[key]) < MAX_VALUES:
+                counts[key][value] += number
+    found = {}
+    for key, counter in counts.items():
+        if counter and len(counter) < MAX_VALUES:
+            # Of equally many the first by name, so that the order of the answers does not matter.
+            value, agreeing = min(counter.items(), key=lambda item: (-item[1], item[0]))
+            if counter.total() >= MIN_MEMBERS:
+                found[key] = Agreement(value, agreeing, counter.total())
+    return found
+
+
+class Reliability:
+    """How far the members of a kind of group agree on a tag, over all groups of that kind in a scan."""
+
+    def __init__(self) -> None:
+        self._agreeing: Counter[tuple[str, str]] = Counter()
+        self._members: Counter[tuple[str, str]] = Counter()
+
+    def learn(self, kind: str, found: Mapping[str, Agreement]) -> None:
+        """Count one group."""
+        for tag_key, agreement in found.items():
+            self._agreeing[kind, tag_key] += agreement.agreeing
+            self._members[kind, tag_key] += agreement.members
+
+    def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
+        """Return how probable it is that one more member has the value that most have.
+
+        It is the share of the members that agree, drawn towards the share that agrees in all groups of the kind
+        as if that were PRIOR_MEMBERS more of them (a beta prior); and that share is itself drawn towards a half.
+        """
+        usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
+        return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
+
+
+PRIOR_MEMBERS = 5
+MIN_CONFIDENCE = 0.95  # what `remediate` takes when nothing else is said
+MIN_SHOWN = 0.5
+# The instance says it itself, under another key or in another spelling.
+OWN_CONFIDENCE, TYPO_CONFIDENCE = 0.99, 0.9
+
+
+def suggest(
+    violation: Violation,
+    rule: RequiredTag,
+    siblings: Sequence[tuple[Group, Mapping[str, Agreement]]],
+    reliability: Reliability,
+) -> Suggestion | None:
+    """Return what a tag should probably be: by the instance's own words, or else by its siblings'.
+
+    Of the groups the most specific one that is sure enough wins, else the surest. Where the siblings say the
+    same as the instance the confidence is greater; where they contradict it, nobody is sure.
+    """
+    own = _own_value(violation, rule)
+    best: Suggestion | None = None
+    for group, found in siblings:
+        if agreement := found.get(rule.key):
+            confidence = reliability.confidence(group.kind, rule.key, agreement)
+            if best is None or confidence > best.confidence:
+                where = (
+                    group.name
+                    if GROUP_KINDS[group.kind].remedy
+                    else f"{GROUP_KINDS[group.kind].word} {group.name}"
+                )
+                evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
+                best = Suggestion(rule.key, agreement.value, round(confidence, 4), evidence)
+            if confidence >= MIN_CONFIDENCE:
+                break
+    if own is None:
+        return best if best and best.confidence >= MIN_SHOWN else None
+    if best is None or best.confidence < MIN_CONFIDENCE:
+        return own
+    if best.value == own.value:
+        sure = 1 - (1 - own.confidence) * (1 - best.confidence)
+        return replace(own, confidence=round(sure, 4), evidence=f"{own.evidence}; {best.evidence}")
+    return replace(own, confidence=MIN_SHOWN, evidence=f"{own.evidence}; but {best.value} is {best.evidence}")
+
+
+def _own_value(violation: Violation, rule: RequiredTag) -> Suggestion | None:
+    """Return what the instance itself says of a tag, under a near-miss key or in another spelling."""
+    value = (violation.value or "").strip()
+    if not value or violation.type is ViolationType.EMPTY:
+        return None
+    written = f"{violation.found_key or violation.tag_key}={_cut(violation.value or '', 40)}"
+    for spelling in (
+        value,
+        value.upper(),
+        value.lower(),
+        *(v for v in rule.values if _bare_key(v) == _bare_key(value)),
+    ):
+        if rule.allows(spelling):
+            return Suggestion(rule.key, spelling, OWN_CONFIDENCE, f"it has {written}")
+    for near in difflib.get_close_matches(value.casefold(), rule.values, n=1):
+        if rule.allows(near):
+            return Suggestion(rule.key, near, TYPO_CONFIDENCE, f"near to {written}")
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1778,8 +1909,9 @@ _TAG = f"{_ITEM}/tagSet/item"
 _TOKEN = "/DescribeInstancesResponse/nextToken"
 _LEAVES = frozenset(
     (
-        *(_TOKEN, f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name", f"{_ITEM}/launchTime"),
-        *(f"{_TAG}/key", f"{_TAG}/value"),
+        *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
+        *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
+        *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId"),
     )
 )
 
@@ -1840,7 +1972,13 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
         elif path == _ITEM and instances is not None:
             try:
                 instances.append(
-                    _instance(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags)
+                    _instance(
+                        *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
+                        *(
+                            sys.intern(found.get(key, ""))
+                            for key in ("instanceType", "arn", "subnetId", "vpcId")
+                        ),
+                    )
                 )
             except (TypeError, ValueError) as error:
                 raise TargetError(
@@ -1858,7 +1996,7 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
     return instances, token
 
 
-def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str]) -> Instance:
+def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str)):
         raise ValueError("no instance id or no state")
@@ -1867,7 +2005,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
     except OverflowError as error:
         raise ValueError(f"no time of this world: {launch_time}") from error
-    return Instance(instance_id, state, launched, tags)
+    return Instance(instance_id, state, launched, tags, *more)
 
 
 def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -1967,7 +2105,12 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
         raise TypeError("a tag's key or value is not text")
     if not re.fullmatch("i-[0-9a-f]+", item["InstanceId"]):
         raise ValueError(f"{_shown(item['InstanceId'])} is no instance id")
-    return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags)
+    profile = item.get("IamInstanceProfile") or {}
+    more = (item.get("InstanceType"), profile.get("Arn"), item.get("SubnetId"), item.get("VpcId"))
+    if not all(isinstance(text, str) for text in more if text is not None):
+        raise TypeError("its InstanceType, IamInstanceProfile, SubnetId or VpcId is not text")
+    texts = (text or "" for text in more)
+    return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags, *texts)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -3074,11 +3217,6 @@ def _short(violation: Violation) -> str:
         return f"{violation.tag_key}={_cut(violation.value or '', 40)}"
     near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
     return f"{violation.tag_key} {violation.type}{near}"
-
-
-def _cut(text: str, width: int) -> str:
-    """Return text of at most this width, its end cut off visibly."""
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
