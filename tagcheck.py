@@ -20,6 +20,7 @@ The file reads downward; a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import difflib
@@ -53,6 +54,7 @@ from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
+from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
 from xml.sax.xmlreader import AttributesImpl
@@ -3392,6 +3394,719 @@ class Dashboard:
     standings: Sequence[Standing]
     open: OpenFindings
     endings: Sequence[Problem]
+
+
+HTML_STYLE = """
+:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;
+--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;
+--h4:#b5502b;--h5:#7c260d;--on:#fff}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;
+--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;--warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;
+--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
+body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;background:var(--paper);color:var(--ink);
+font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums;
+overflow-wrap:anywhere}
+h1,h2,.verdict,.figure{font-family:"Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;font-weight:600;
+line-height:1.2;margin:0}
+h1{font-size:2.25rem}h2{font-size:1.375rem}
+p{margin:.375rem 0 0}a{color:inherit}
+header{border-top:3px solid var(--ink);padding-top:.75rem}
+small,.soft,caption,footer,.eyebrow{color:var(--soft);font-size:.875rem}
+.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft);margin:0}
+.banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
+.warn,.banner b{color:var(--warn)}
+.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+.cards{margin-top:1.25rem}.pair{column-gap:3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
+.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--soft)}
+.card.bad{border-top-color:var(--bad)}.card.good{border-top-color:var(--good)}
+.verdict{font-size:1.625rem;margin-top:.375rem}.bad>.verdict{color:var(--bad)}.good>.verdict{color:var(--good)}
+.card svg{margin-top:.75rem}
+section{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem}
+.pair section{min-width:0}
+svg{display:block;overflow:visible}
+text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
+.chart{margin-top:1rem}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}
+.line,.new,.bar{color:var(--bad)}.again{color:var(--h3)}.done{color:var(--good)}
+.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}
+.key{display:inline-block;min-width:.875rem;height:.875rem;margin:0 .375rem 0 0;vertical-align:-.125rem;background:currentColor}
+.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}
+.scroll{overflow-x:auto;margin-top:1rem}
+table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:1rem}.scroll table{margin:0}
+th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+thead th{color:var(--soft);font-weight:600;vertical-align:bottom;border-bottom-color:var(--soft)}
+.number{text-align:right;white-space:nowrap}
+.bars th{font-weight:400;width:44%}.bars td{vertical-align:middle}.bars .number{width:1%;padding-right:0}
+.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem;text-align:center;font-size:.8125rem}
+.heat thead th{font-size:.75rem;overflow-wrap:normal;border-bottom-color:var(--paper)}
+.heat tbody th,.heat thead th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);font-weight:400;
+white-space:nowrap;padding-left:0}
+.heat td:nth-child(2),.heat tr:last-child>*{font-weight:700}
+.h0{background:var(--h0);color:var(--good)}.h1{background:var(--h1)}.h2{background:var(--h2)}.h3{background:var(--h3)}
+.h4{background:var(--h4);color:var(--on)}.h5{background:var(--h5);color:var(--on)}
+.unread{background:repeating-linear-gradient(135deg,var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);
+font-weight:600;line-height:1.15}
+.step{padding:.0625rem .5rem}
+details{margin-top:1rem}summary{cursor:pointer;color:var(--soft);font-size:.875rem}
+code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace;font-size:.9em}
+footer{margin-top:3rem;border-top:1px solid var(--rule);padding-top:.75rem}
+@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide{display:none}
+.list thead{display:none}.list tr,.list td{display:block}.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
+.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal}
+.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}
+.list td:empty{display:none}}
+@media print{@page{margin:12mm}body{padding:0;max-width:none;font-size:10pt}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+:root{--paper:#fff}section{margin-top:1.25rem}.card,tr,svg{break-inside:avoid}h2{break-after:avoid}
+.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}
+.scroll{overflow:visible}.heat th,.heat td{font-size:6.5pt;padding:.125rem;border-width:1px}.heat thead th{font-size:6pt;
+overflow-wrap:anywhere}summary{display:none}}
+"""
+HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = (
+    30,
+    25,
+    50,
+)  # accounts of the heat map, rows of a table, unread targets
+HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
+COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: from one to the next the heat map is darker
+NUMBER_COLUMNS = frozenset({"Instances", "Open", "NEW", "REOPENED", "RESOLVED", "Not read", "A month"})
+_LEFT, _RIGHT = 9.0, 98.5  # percent of a picture's width between which it draws; left of it are the numbers
+
+
+def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
+    """Write the dashboard as one page without script, fonts or pictures from elsewhere."""
+    page = ElementTree.Element("html", lang="en")
+    _add_head(page, f"{dashboard.policy.name}: tag compliance")
+    body = _add(page, "body")
+    _add_header(body, dashboard)
+    main = _add(body, "main")
+    for add in (_add_cards, _add_trend, _add_heat_map, _add_counts, _add_causes, _add_oldest, _add_rest):
+        add(main, dashboard)
+    policy = dashboard.policy
+    made = f"Made by tagcheck {__version__} for the policy {policy.name} ({policy.file}). All times are UTC."
+    _add(body, "footer", made)
+    for number, words in enumerate(page.iterfind(".//svg[@role]/*")):
+        if words.tag in ("title", "desc"):
+            words.set("id", f"words{number}")
+    for svg in page.iterfind(".//svg[@role]"):
+        svg.set("aria-labelledby", " ".join(words.attrib["id"] for words in svg if "id" in words.attrib))
+    file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
+
+
+def _add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: Any) -> ElementTree.Element:
+    """Add an element; what strangers wrote stays text in it, and its invisible characters are seen."""
+    names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
+    element = ElementTree.SubElement(parent, tag, names)
+    element.text = printable(text)
+    return element
+
+
+def _brief(text: str, width: int = 60) -> str:
+    """Return text as the page shows it: printable, and cut where it is long."""
+    return _cut(printable(text), width)
+
+
+def _add_head(page: ElementTree.Element, title: str) -> None:
+    """Add what a browser must know before it shows anything, above all that nothing is to be loaded or run."""
+    head = _add(page, "head")
+    _add(head, "meta", charset="utf-8")
+    digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
+    rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    _add(head, "meta", http_equiv="Content-Security-Policy", content=rules)
+    for name, content in (
+        ("viewport", "width=device-width, initial-scale=1"),
+        ("color-scheme", "light dark"),
+        ("referrer", "no-referrer"),
+    ):
+        _add(head, "meta", name=name, content=content)
+    _add(head, "title", title)
+    _add(head, "style").text = HTML_STYLE
+
+
+def _add_header(body: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add whose tags these are, as of when, and in words how much of it was not read."""
+    standings = dashboard.standings
+    accounts = {standing.target.account_id for standing in standings}
+    regions = {standing.target.region for standing in standings}
+    header = _add(body, "header")
+    _add(header, "p", "EC2 instances and their required tags", class_="eyebrow")
+    _add(header, "h1", _brief(dashboard.policy.name, 120))
+    days = (dashboard.made_at - datetime.fromisoformat(dashboard.trend[-1].at)).days
+    about = [
+        f"{dashboard.made_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
+        f"latest scan {_minute(dashboard.trend[-1].at)}"
+        + (f", {counted(days, 'day')} ago" if days > 0 else ""),
+        f"{counted(sum(s.instances for s in standings), 'instance')} in {counted(len(accounts), 'account')} "
+        f"and {counted(len(regions), 'region')}",
+    ]
+    _add(header, "p", " · ".join(about), class_="soft")
+    unread = [standing.error for standing in standings if standing.error]
+    if unread:
+        banner = _add(header, "p", class_="banner", role="note")
+        are = "was" if len(unread) == 1 else "were"
+        _add(
+            banner, "b", f"Incomplete: {len(unread):,} of {counted(len(standings), 'target')} {are} not read"
+        )
+        codes = Counter(_brief(error.partition(":")[0], 40) for error in unread).most_common(3)
+        why = ", ".join(f"{code} {number:,}" for code, number in codes)
+        banner[0].tail = (
+            f" ({why}{', …' if sum(n for _, n in codes) < len(unread) else ''}). Their numbers below are those of "
+            "when they were last read; nothing is known of them since. "
+        )
+        _add(banner, "a", "Which, and why", href="#unread")
+
+
+def _minute(moment: str) -> str:
+    """Return a time of the state as people read it: 2026-02-24 10:30."""
+    return moment[:16].replace("T", " ")
+
+
+def _add_cards(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the answers to the three questions: does it get better, where is it worst, and whom to ask."""
+    cards = _add(main, "div", class_="cards")
+    _add_trend_card(cards, dashboard)
+    _add_worst_card(cards, dashboard)
+    _add_ask_card(cards, dashboard)
+
+
+def _add_card(cards: ElementTree.Element, question: str, answer: str, tone: str = "") -> ElementTree.Element:
+    """Add a question and its answer."""
+    card = _add(cards, "article", class_=f"card {tone}".strip())
+    _add(card, "h2", question)
+    _add(card, "p", answer, class_="verdict")
+    return card
+
+
+def _unread(dashboard: Dashboard) -> int:
+    """Return how many targets are not known as they are now."""
+    return sum(standing.error is not None for standing in dashboard.standings)
+
+
+def _add_trend_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add whether there are fewer open findings than 30 days ago, or at the first scan."""
+    trend, total = dashboard.trend, dashboard.open.total
+    question, now = "Does it get better?", counted(total, "open finding")
+    if len(trend) == 1:
+        card = _add_card(cards, question, now)
+        _add(card, "p", "Not known yet: a trend needs a second scan, and this was the first.")
+        return
+    latest = datetime.fromisoformat(trend[-1].at)
+    month_ago = utc_text(latest - timedelta(days=30))
+    base = next((point for point in reversed(trend[:-1]) if point.at <= month_ago), trend[0])
+    change = total - base.open
+    answer, tone = (
+        ("Getting better", "good")
+        if change < 0
+        else ("Getting worse", "bad")
+        if change
+        else ("Unchanged", "")
+    )
+    card = _add_card(cards, question, answer, tone)
+    days = (latest - datetime.fromisoformat(base.at)).days
+    share = f" ({100 * change / base.open:+,.0f}%)".replace("-", "−") if change and base.open else ""
+    than = f"{abs(change):,} {'fewer' if change < 0 else 'more'}{share} than" if change else "as many as"
+    when = f"{counted(days, 'day')} before, on" if base.at <= month_ago else "at the first scan, on"
+    _add(_add(card, "p"), "b", now).tail = f": {than} {when} {base.at[:10]} ({base.open:,})."
+    doubts = [
+        f"{n:,} not read {when}"
+        for n, when in ((_unread(dashboard), "now"), (base.targets_unread, "then"))
+        if n
+    ]
+    if doubts:
+        _add(card, "p", f"As far as is known: of the targets, {' and '.join(doubts)}.", class_="warn")
+    points = _grouped(trend, HTML_POINTS)
+    title = "Open findings, scan by scan"
+    _add_line(_add_picture(card, title, "", 48), points, max(point.open for point in points), 4, 40)
+
+
+def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
+    """Return how many instances comply, how many do not, and the first as a share: never 100% that are fewer."""
+    counts = [(standing.compliant, standing.findings) for standing in standings]
+    compliant, findings = sum(pair[0] for pair in counts), sum(pair[1] for pair in counts)
+    percent = 100 * compliant // (compliant + findings) if compliant or findings else None
+    text = "–" if percent is None else f"{percent}%" if percent or not compliant else "<1%"
+    return compliant, findings, text
+
+
+def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
+    """Return the targets by account_id or region; first where most is open, then where most is not read."""
+    groups: dict[str, list[Standing]] = {}
+    for standing in standings:
+        groups.setdefault(getattr(standing.target, attribute), []).append(standing)
+
+    def badness(name: str) -> tuple[int, int, str]:
+        return -_compliance(groups[name])[1], -sum(s.error is not None for s in groups[name]), name
+
+    return {name: groups[name] for name in sorted(groups, key=badness)}
+
+
+def _add_worst_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the target, the account and the region with most open findings, and the lowest compliance."""
+    question, standings, unread = "Where is it worst?", dashboard.standings, _unread(dashboard)
+    worst = max(standings, key=lambda standing: standing.findings)
+    if worst.findings:
+        card = _add_card(cards, question, str(worst.target), "bad")
+        since = f" (not read since {(worst.last_read or '')[:10]})" if worst.error else ""
+        text = f"{worst.findings:,} of {counted(worst.instances, 'instance')} lack tags{since}."
+        _add(card, "p", text)
+        for word, attribute in (("account", "account_id"), ("region", "region")):
+            groups = _worst_first(standings, attribute)
+            name, group = next(iter(groups.items()))
+            if len(groups) > 1:
+                _, findings, share = _compliance(group)
+                _add(
+                    _add(card, "p", f"Worst {word}: "), "b", name
+                ).tail = f", {findings:,} open, {share} compliant."
+        judged = [s for s in standings if s.compliant + s.findings]
+        lowest = min(judged, key=lambda s: (s.compliant / (s.compliant + s.findings), -s.findings))
+        if lowest is not worst:
+            line = _add(card, "p", "Lowest compliance: ")
+            _add(
+                line, "b", str(lowest.target)
+            ).tail = f", {_compliance([lowest])[2]} of {lowest.instances:,}."
+    elif unread:
+        card = _add_card(cards, question, "Not known")
+        _add(card, "p", "Nothing is open in what was read.")
+    else:
+        card = _add_card(cards, question, "Nowhere", "good")
+        _add(card, "p", _all_good(standings))
+    if unread:
+        them = "1 target was" if unread == 1 else f"{unread:,} targets were"
+        _add(card, "p", f"{them} not read: it may be worse there.", class_="warn")
+
+
+def _all_good(standings: Sequence[Standing]) -> str:
+    """Return what can be said in truth where everything was read and nothing is open."""
+    instances, compliant, exempted = (
+        sum(getattr(standing, name) for standing in standings)
+        for name in ("instances", "compliant", "exempted")
+    )
+    if not instances:
+        return "There are no instances."
+    young = instances - compliant - exempted
+    if young or exempted:
+        rest = [f"{n:,} {word}" for n, word in ((exempted, "exempted"), (young, "too young to judge")) if n]
+        return f"{compliant:,} of {counted(instances, 'instance')} carry their tags; {' and '.join(rest)}."
+    return f"Every one of {counted(instances, 'instance')} carries its tags."
+
+
+def _add_ask_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
+    found, question = dashboard.open, "Whom to ask?"
+    if not found.total:
+        nobody = "Nobody yet" if _unread(dashboard) else "Nobody"
+        _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
+        return
+    ways = (("created", found.by_creator), ("would probably be right for", found.by_suggestion))
+    verb, people = next((way for way in ways if way[1]), ("", ()))
+    if people:
+        card = _add_card(cards, question, _brief(people[0][0]))
+        _add(card, "p", f"{verb} {people[0][1]:,} of the {counted(found.total, 'instance')} with findings.")
+        others = [f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]]
+        if others:
+            _add(card, "p", f"Then {', '.join(others)}.")
+    else:
+        card = _add_card(cards, question, "What they share" if found.causes else "Not known")
+    if found.causes:
+        _add(_add(card, "p"), "b", "Most at once: ").tail = _brief(str(found.causes[0]), 240)
+    if not found.by_creator:
+        line = _add(card, "p", "Who created the instances is not known: ", class_="soft")
+        _add(line, "code", "scan --creators").tail = " looks it up."
+
+
+def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
+    """Return at most so many points; one that stands for several scans has the last one's time and open findings."""
+    size = -(-len(trend) // most)
+    groups = [trend[start : start + size] for start in range(0, len(trend), size)]
+    return [
+        replace(
+            group[-1],
+            new=sum(point.new for point in group),
+            reopened=sum(point.reopened for point in group),
+            resolved=sum(point.resolved for point in group),
+            targets_unread=max(point.targets_unread for point in group),
+        )
+        for group in groups
+    ]
+
+
+def _add_picture(
+    parent: ElementTree.Element, title: str, description: str, height: int, **attributes: Any
+) -> ElementTree.Element:
+    """Add a picture as wide as its place: it draws in percent across and in pixels down, so that no text shrinks."""
+    svg = _add(parent, "svg", role="img", width="100%", height=height, **attributes)
+    _add(svg, "title", title)
+    if description:
+        _add(svg, "desc", description)
+    return svg
+
+
+def _add_line(
+    svg: ElementTree.Element, points: Sequence[TrendPoint], peak: int, top: int, height: int
+) -> None:
+    """Draw what was open as a line with its area, hollow where a scan left targets unread."""
+    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
+    span = moments[-1] - moments[0]
+    left = _LEFT if svg.get("class") else 1.0
+    across = [left + (_RIGHT - left) * ((at - moments[0]) / span if span else 0.5) for at in moments]
+    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    box: dict[str, Any] = {
+        "viewBox": f"0 0 100 {height}",
+        "preserveAspectRatio": "none",
+        "overflow": "visible",
+    }
+    plot = _add(svg, "svg", y=top, width="100%", height=height, class_="line", color="#b5502b", **box)
+    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
+    _add(plot, "path", d=area, fill="currentColor", fill_opacity=0.12)
+    line: dict[str, Any] = {
+        "fill": "none",
+        "stroke": "currentColor",
+        "stroke_width": 2,
+        "stroke_linejoin": "round",
+    }
+    _add(plot, "path", d=f"M{path}", vector_effect="non-scaling-stroke", **line)
+    dots = _add(svg, "g", class_="line", color="#b5502b", stroke="currentColor", stroke_width=1.5)
+    for point, x, y in zip(points, across, down, strict=True):
+        unread = point.targets_unread
+        if unread or len(points) <= HTML_BARS or point is points[-1]:
+            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
+            dot = _add(dots, "circle", cx=f"{x:.2f}%", cy=f"{top + y:.1f}", r=3, **look)
+            more = f", {counted(unread, 'target')} not read" if unread else ""
+            _add(dot, "title", f"{_minute(point.at)}: {point.open:,} open{more}")
+
+
+def _ticks(peak: int) -> list[int]:
+    """Return round numbers from 0 up to a peak, four steps or fewer."""
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    step = next(step for step in steps if step * 4 >= peak)
+    return list(range(0, max(peak, 1) + 1, step))
+
+
+def _add_grid(svg: ElementTree.Element, lines: Iterable[tuple[int, float]]) -> None:
+    """Draw lines across, each with its number."""
+    grid = _add(svg, "g", class_="grid", stroke="#8888")
+    for number, y in lines:
+        _add(
+            grid, "line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="axis" if number == 0 else ""
+        )
+    for number, y in lines:
+        _add(svg, "text", f"{abs(number):,}", x=0, y=f"{y - 4:.1f}", fill="#888", font_size=12)
+
+
+def _add_dates(svg: ElementTree.Element, y: int, dates: Sequence[tuple[float, str]]) -> None:
+    """Write dates below a picture; a narrow one shows the first, the middle and the last."""
+    for index, (x, text) in enumerate(dates):
+        anchor = "middle" if 0 < index < len(dates) - 1 or len(dates) == 1 else "end" if index else "start"
+        hidden = {"class_": "wide"} if index % 2 and len(dates) > 3 else {}
+        _add(svg, "text", text, x=f"{x:.2f}%", y=y, text_anchor=anchor, fill="#888", font_size=12, **hidden)
+
+
+def _add_section(
+    parent: ElementTree.Element, title: str, lead: str = "", **attributes: Any
+) -> ElementTree.Element:
+    """Add a section with its heading and what is to be known of it."""
+    section = _add(parent, "section", **attributes)
+    _add(section, "h2", title)
+    if lead:
+        _add(section, "p", lead, class_="soft")
+    return section
+
+
+def _add_trend(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the open findings over time, and below them what each scan changed."""
+    trend = dashboard.trend
+    points = _grouped(trend, HTML_POINTS)
+    lead = "All targets, each as it was last read. "
+    if any(point.targets_unread for point in trend):
+        lead += "A hollow point is a scan that left targets unread."
+    section = _add_section(main, "Open findings over time", lead)
+    ticks = _ticks(max(point.open for point in points))
+    peak = max(ticks[-1], *(point.open for point in points))
+    first, last = points[0], points[-1]
+    description = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}."
+    svg = _add_picture(section, "Open findings over time", description, 250, class_="chart")
+    _add_grid(svg, [(tick, 18 + 200 * (1 - tick / peak)) for tick in ticks])
+    _add_line(svg, points, peak, 18, 200)
+    start, end = (datetime.fromisoformat(point.at) for point in (first, last))
+    form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
+    quarters = range(5) if end > start else [2]
+    _add_dates(
+        svg,
+        242,
+        [(_LEFT + (_RIGHT - _LEFT) * n / 4, f"{start + (end - start) * n / 4:{form}}") for n in quarters],
+    )
+    _add_changes(section, trend)
+    details = _add(section, "details")
+    _add(details, "summary", f"The last {counted(min(len(trend), HTML_ROWS), 'scan')} in numbers")
+    _add_table(
+        details,
+        ("Scan", "Open", "NEW", "REOPENED", "RESOLVED", "Not read"),
+        [
+            (_minute(point.at), *(f"{n:,}" for n in (point.open, point.new, point.reopened, point.resolved)),
+             f"{point.targets_unread:,} of {point.targets:,}")
+            for point in trend[: -HTML_ROWS - 1 : -1]
+        ],
+    )  # fmt: skip
+
+
+def _add_changes(section: ElementTree.Element, trend: Sequence[TrendPoint]) -> None:
+    """Draw what scans opened upward and what they resolved downward, several of them to a bar where there are many."""
+    bars = _grouped(trend, HTML_BARS)
+    size = -(-len(trend) // HTML_BARS)
+    opened = [bar.new + bar.reopened for bar in bars]
+    up, down = max(opened), max(bar.resolved for bar in bars)
+    # To the first scan everything is NEW: at its scale the others would be flat.
+    rest = max([*opened[1:], down])
+    cut = bool(rest) and opened[0] > 2 * rest
+    up = max(rest, max(opened[1:])) if cut else up
+    scale = 150 / max(up + down, 1)
+    zero = 22 + up * scale
+    legend = _add(section, "p", class_="legend soft")
+    for look, words in (("new", "NEW"), ("again", "REOPENED"), ("done", "RESOLVED")):
+        key = _add(legend, "span")
+        _add(key, "span", class_=f"key {look}").tail = words
+    each = "a scan" if size == 1 else f"{size:,} scans"
+    legend[0][0].tail = f"NEW, upward; each bar is {each}"
+    legend[2][0].tail = "RESOLVED, downward"
+    totals = f"{sum(bar.new for bar in bars):,} NEW, {sum(bar.reopened for bar in bars):,} REOPENED, "
+    totals += f"{sum(bar.resolved for bar in bars):,} RESOLVED in all; each bar is {each}."
+    svg = _add_picture(section, "NEW and RESOLVED findings per scan", totals, 200, class_="chart")
+    ticks = _ticks(max(up, down))
+    _add_grid(
+        svg,
+        [
+            (sign * n, zero - sign * n * scale)
+            for sign, most in ((1, up), (-1, down))
+            for n in ticks
+            if n <= most and (n or sign > 0)
+        ],
+    )
+    slot = min((_RIGHT - _LEFT) / len(bars), 8.0)
+    for look, colour in (("new", "#b5502b"), ("again", "#eba883"), ("done", "#2a8a78")):
+        group = _add(svg, "g", class_=look, color=colour, fill="currentColor")
+        for index, bar in enumerate(bars):
+            number = {"new": bar.new, "again": bar.reopened, "done": bar.resolved}[look]
+            base = bar.new if look == "again" else 0
+            height = min(number, max(up - base, 0)) * scale if look != "done" else number * scale
+            y = zero if look == "done" else zero - base * scale - height
+            if height > 0:
+                x = f"{_LEFT + slot * (index + 0.14):.2f}%"
+                rect = _add(
+                    group, "rect", x=x, y=f"{y:.1f}", width=f"{slot * 0.72:.2f}%", height=f"{height:.1f}"
+                )
+                _add(
+                    rect,
+                    "title",
+                    f"{_minute(bar.at)}: {bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED",
+                )
+    if cut:
+        _add(svg, "text", f"↑ {opened[0]:,} at first", x=f"{_LEFT:.2f}%", y=14, fill="#888", font_size=12)
+    ends = [(_LEFT, bars[0].at[:10]), (_LEFT + slot * len(bars), bars[-1].at[:10])]
+    _add_dates(svg, 196, ends if slot * len(bars) > 50 else ends[:1])
+
+
+def _add_table(parent: ElementTree.Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Add a table whose rows stand as blocks on a phone, each cell behind the name of its column."""
+    table = _add(parent, "table", class_="list")
+    head = _add(_add(table, "thead"), "tr")
+    for column in columns:
+        _add(head, "th", column, scope="col", **{"class_": "number"} if column in NUMBER_COLUMNS else {})
+    body = _add(table, "tbody")
+    for row in rows:
+        line = _add(body, "tr")
+        for column, cell in zip(columns, row, strict=True):
+            number = {"class_": "number"} if column in NUMBER_COLUMNS else {}
+            _add(line, "td", cell, data_label=column, **number)
+
+
+def _add_more(parent: ElementTree.Element, number: int, what: str) -> None:
+    """Say how many more there are than are shown."""
+    if number > 0:
+        _add(parent, "p", f"… and {counted(number, what)} more that this page leaves out.", class_="soft")
+
+
+def _add_heat_map(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the compliance of each account in each region, the worst first; what was not read is hatched."""
+    by_account = _worst_first(dashboard.standings, "account_id")
+    regions = list(_worst_first(dashboard.standings, "region"))
+    shown = list(by_account)[:HTML_ACCOUNTS]
+    others = [standing for name in list(by_account)[HTML_ACCOUNTS:] for standing in by_account[name]]
+    left_out = len(by_account) - len(shown)
+    lead = "The share of instances that carry their tags, of those that were judged; worst first."
+    if left_out:
+        lead += f" Of {counted(len(by_account), 'account')} these are the {len(shown)} worst; the others are in one row."
+    section = _add_section(main, "Compliance by account and region", lead)
+    legend = _add(section, "p", class_="legend soft")
+    names = [
+        "100%",
+        *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]),
+        f"less than {COMPLIANCE_STEPS[-1]}%",
+    ]
+    for step, name in enumerate(names):
+        _add(legend, "span", name, class_=f"step h{step}")
+    _add(legend, "span", "not read", class_="step unread")
+    box = _add(
+        section,
+        "div",
+        class_="scroll",
+        tabindex=0,
+        role="region",
+        aria_label="Compliance by account and region",
+    )
+    table = _add(box, "table", class_="heat")
+    head = _add(_add(table, "thead"), "tr")
+    for column in ("Account", "all", *regions):
+        _add(head, "th", column, scope="col")
+    body = _add(table, "tbody")
+    rows = [(name, by_account[name]) for name in shown]
+    rows += [(f"the {left_out:,} others", others)] if others else []
+    rows += [("all accounts", list(dashboard.standings))] if len(by_account) > 1 else []
+    for name, standings in rows:
+        row = _add(body, "tr")
+        _add(row, "th", name, scope="row")
+        _add_cell(row, name, "all regions", standings)
+        by_region = _worst_first(standings, "region")
+        for region in regions:
+            _add_cell(row, name, region, by_region.get(region, []))
+
+
+def _add_cell(row: ElementTree.Element, name: str, region: str, standings: Sequence[Standing]) -> None:
+    """Add a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
+    read = [standing for standing in standings if not standing.error]
+    unread = len(standings) - len(read)
+    compliant, findings, text = _compliance(read)
+    look = ""
+    if unread:
+        text, look = f"{text} {unread:,} not read" if read else "not read", "unread"
+    elif compliant or findings:
+        percent = 100 * compliant // (compliant + findings)
+        look = f"h{sum(percent < step for step in COMPLIANCE_STEPS)}"
+    title = (
+        f"{name}, {region}: {findings:,} of {counted(compliant + findings, 'instance')} lack tags"
+        if read
+        else f"{name}, {region}"
+    )
+    _add(row, "td", text if standings else "", class_=look, title=title)
+
+
+def _add_bars(
+    parent: ElementTree.Element, title: str, lead: str, rows: Sequence[tuple[str, float]], form: str = "{:,}"
+) -> None:
+    """Add a section of bars, each with its name and number; the longest is as wide as there is room."""
+    section = _add_section(parent, title, lead)
+    body = _add(_add(section, "table", class_="bars"), "tbody")
+    most = max((number for _, number in rows), default=0) or 1
+    for name, number in rows[:HTML_ROWS]:
+        row = _add(body, "tr")
+        _add(row, "th", _brief(name), scope="row")
+        svg = _add_picture(_add(row, "td"), f"{_brief(name)}: {form.format(number)}", "", 12)
+        _add(
+            svg,
+            "rect",
+            width=f"{100 * number / most:.1f}%",
+            height=12,
+            color="#b5502b",
+            fill="currentColor",
+            class_="bar",
+        )
+        _add(row, "td", form.format(number), class_="number")
+    _add_more(section, len(rows) - HTML_ROWS, "row")
+
+
+def _add_counts(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the open findings by tag, age and person, and the money spent without each tag."""
+    found = dashboard.open
+    if not found.total:
+        return
+    pair = _add(main, "div", class_="pair")
+    # Who pays is asked first.
+    costs = sorted(found.cost_by_tag, key=lambda row: row[0] != "Owner")
+    unpriced = found.total - found.priced
+    spend = "What the instances that lack a tag cost in a month."
+    spend += f" {counted(unpriced, 'finding')} without a price left out." if unpriced else ""
+    for title, lead, rows, form in (
+        ("Tags that are lacking", "An instance can lack several.", found.by_tag, "{:,}"),
+        ("Age of the open findings", "Since a scan first saw them.", found.by_age, "{:,}"),
+        ("Created by", "Who made the instances, as CloudTrail has it.", found.by_creator, "{:,}"),
+        (
+            "Probable values",
+            "What instances alike have; suggestions, not facts.",
+            found.by_suggestion,
+            "{:,}",
+        ),
+        ("Spend without its tag", spend, costs, "${:,.0f}"),
+    ):
+        if rows:
+            _add_bars(pair, title, lead, rows, form)
+
+
+def _add_causes(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the groups on which a tag can be set for all their instances at once."""
+    causes = dashboard.open.causes
+    if causes:
+        section = _add_section(main, "Causes", "What many instances share: one thing to put right.")
+        rows = [
+            (f"{cause.instances:,}", cause.target.account_id, cause.target.region, _brief(str(cause), 240))
+            for cause in causes[:HTML_ROWS]
+        ]
+        _add_table(section, ("Instances", "Account", "Region", "What to do"), rows)
+        _add_more(section, len(causes) - HTML_ROWS, "cause")
+
+
+def _add_oldest(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the findings that have been open for longest; a column of which nothing is known is left out."""
+    oldest = dashboard.open.oldest[:HTML_ROWS]
+    if not oldest:
+        return
+    columns: dict[str, Callable[[Finding], str]] = {
+        "Instance": lambda finding: finding.instance_id,
+        "Name": lambda finding: _brief(finding.name, 40),
+        "Account": lambda finding: finding.account_id,
+        "Region": lambda finding: finding.region,
+        "First seen": lambda finding: f"{finding.first_seen[:10]}, {_age(finding, dashboard.made_at)}",
+        "Lacks": lambda finding: _listed_briefly(map(_short, finding.violations)),
+        "Probably": lambda finding: _listed_briefly(map(str, finding.suggestions)),
+        "Created by": lambda finding: _brief(finding.created_by or ""),
+        "A month": lambda finding: "" if finding.monthly_cost is None else f"${finding.monthly_cost:,.0f}",
+    }
+    cells = {name: [_brief(cell(finding), 240) for finding in oldest] for name, cell in columns.items()}
+    known = {name: column for name, column in cells.items() if any(column)}
+    lead = f"{len(oldest)} of {counted(dashboard.open.total, 'open finding')}."
+    section = _add_section(main, "Open for longest", lead)
+    _add_table(section, list(known), zip(*known.values(), strict=True))
+
+
+def _age(finding: Finding, now: datetime) -> str:
+    """Return for how long a finding has been known."""
+    return counted(max((now - datetime.fromisoformat(finding.first_seen)).days, 0), "day")
+
+
+def _listed_briefly(texts: Iterable[str]) -> str:
+    """Return the first of several texts in a line, and how many more there are."""
+    listed = [_brief(text, 80) for text in texts]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def _add_rest(main: ElementTree.Element, dashboard: Dashboard) -> None:
+    """Add the exemptions that are about to end, and each target that was not read, with why."""
+    if dashboard.endings:
+        section = _add_section(main, "Exemptions that end")
+        rows = [(_brief(problem.where, 120), _brief(problem.message, 120)) for problem in dashboard.endings]
+        _add_table(section, ("Exemption", "When"), rows[:HTML_ROWS])
+        _add_more(section, len(rows) - HTML_ROWS, "exemption")
+    unread = [standing for standing in dashboard.standings if standing.error]
+    if unread:
+        lead = "Nothing is known of these since they were last read; what was open there still counts."
+        section = _add_section(main, "Not read", lead, id="unread")
+        unread.sort(key=lambda standing: (standing.last_read or "", standing.target))
+        rows4 = [
+            (s.target.account_id, s.target.region, _brief(s.error or "", 240),
+             _minute(s.last_read) if s.last_read else "never", f"{s.findings:,}" if s.last_read else "not known")
+            for s in unread[:HTML_UNREAD]
+        ]  # fmt: skip
+        _add_table(section, ("Account", "Region", "Why", "Last read", "Open"), rows4)
+        _add_more(section, len(unread) - HTML_UNREAD, "target")
 
 
 ########################################################################################################
