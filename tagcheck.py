@@ -3397,55 +3397,48 @@ class Dashboard:
 
 
 HTML_STYLE = """
-:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;--bad:#a33b1a;
---good:#176b5b;--warn:#7a4b00;--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;--rule:#3b372f;
---bad:#f0946c;--good:#6fc9b5;--warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;
---h5:#f8b08d;--on:#1a0d06}}
+:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;
+--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;
+--warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
 font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
 h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;margin:0}
-h1{font-size:2.25rem}.verdict{font-size:1.625rem}.verdict:nth-child(2){margin-top:.375rem}p{margin:.375rem 0 0}a{color:inherit}
-.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft);margin:0}
-.soft,footer{color:var(--soft);font-size:.875rem}.warn,.banner b{color:var(--warn)}
-header{border-top:3px solid var(--ink);padding-top:.75rem}
+h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}a{color:inherit}
+.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft)}
+.soft,footer{color:var(--soft);font-size:.875rem}.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
 .banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
 .cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));margin-top:1.25rem}
 .pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:0}
 .card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--soft)}
-.card.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}.card.good{border-top-color:var(--good)}
-.good>.verdict{color:var(--good)}
-section{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
-svg{display:block;overflow:visible}.card svg,.chart,.scroll,table{margin-top:1rem}
+.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
+section,footer{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
+svg{display:block;overflow:visible}.card svg,.chart,.scroll,table,details{margin-top:1rem}
 text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}
 .done{color:var(--good)}.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}.step{padding:.0625rem .5rem}
 .key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;background:currentColor}
-.scroll{overflow-x:auto}.scroll table{margin:0}
-table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}
-th,td{padding:.4375rem .75rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-thead th{color:var(--soft);vertical-align:bottom;border-color:var(--soft)}
-.number{text-align:right}.number,.whole{white-space:nowrap}
+table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}.scroll{overflow-x:auto}.scroll table{margin:0}
+th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+thead th{color:var(--soft);vertical-align:bottom;border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
 .bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}.bars .number{width:1%;padding-right:0}
-.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
-.heat thead th{font-size:.6875rem;padding:.25rem .125rem}.heat td{min-width:2.875rem;padding:.3125rem .125rem}.heat small{display:block}
+.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
+.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}.heat td:nth-child(2),.heat tr.all>*{font-weight:700}
 .heat th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
-.heat td:nth-child(2),.heat tr.all>*{font-weight:700}
-.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}.h2{background:var(--h2)}
-.h3{background:var(--h3)}.h4,.h5{background:var(--h4);color:var(--on)}.h5{background:var(--h5)}
+.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}.h2{background:var(--h2)}.h3{background:var(--h3)}
+.h4,.h5{background:var(--h4);color:var(--on)}.h5{background:var(--h5)}summary{cursor:pointer}
 .unread{background:repeating-linear-gradient(135deg,var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
-details{margin-top:1rem}summary{cursor:pointer}code{font-family:ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}
-footer{margin-top:3rem;border-top:1px solid var(--rule);padding-top:.75rem}
 @media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}.list tr,.list td{display:block}
-.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}.list td:empty{display:none}
+.list{font-size:.875rem}.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
 .list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;overflow-wrap:anywhere}
-.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}}
-@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}.list td:empty{display:none}}
+@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details{display:none}
 body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}.card,tr,svg{break-inside:avoid}h2{break-after:avoid}
-.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}details{display:none}
-.scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
+.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}
+.scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
+.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = (
     30,
@@ -3458,6 +3451,7 @@ COLUMN_LOOKS = dict.fromkeys(("Instances", "Open", "NEW", "REOPENED", "RESOLVED"
 COLUMN_LOOKS |= dict.fromkeys(
     ("Scan", "Instance", "Account", "Region", "First seen", "When", "Last read"), "whole"
 )
+Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
 
 
@@ -3479,7 +3473,7 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
-def _add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: Any) -> ElementTree.Element:
+def _add(parent: Element, tag: str, text: str = "", **attributes: Any) -> Element:
     """Add an element; what strangers wrote stays text in it, and its invisible characters are seen."""
     names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
     element = ElementTree.SubElement(parent, tag, {name: value for name, value in names.items() if value})
@@ -3487,7 +3481,7 @@ def _add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: An
     return element
 
 
-def _say(parent: ElementTree.Element, bold: str, text: str, look: str = "") -> ElementTree.Element:
+def _say(parent: Element, bold: str, text: str, look: str = "") -> Element:
     """Add a paragraph that begins in bold."""
     paragraph = _add(parent, "p", class_=look)
     _add(paragraph, "b", bold).tail = printable(text)
@@ -3504,7 +3498,7 @@ def _minute(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _add_head(page: ElementTree.Element, title: str) -> None:
+def _add_head(page: Element, title: str) -> None:
     """Add what a browser must know before it shows anything, above all that it may load and run nothing."""
     head = _add(page, "head")
     _add(head, "meta", charset="utf-8")
@@ -3518,7 +3512,7 @@ def _add_head(page: ElementTree.Element, title: str) -> None:
     _add(head, "style").text = HTML_STYLE
 
 
-def _add_header(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_header(main: Element, dashboard: Dashboard) -> None:
     """Add whose tags these are, as of when, and in words how much of it was not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
     accounts, regions = (len(_worst_first(standings, name)) for name in ("account_id", "region"))
@@ -3564,7 +3558,7 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
     return {name: groups[name] for name in sorted(groups, key=badness.__getitem__)}
 
 
-def _add_cards(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_cards(main: Element, dashboard: Dashboard) -> None:
     """Add the answers to the three questions: does it get better, where is it worst, and whom to ask."""
     cards = _add(main, "div", class_="cards")
     _add_trend_card(cards, dashboard)
@@ -3572,7 +3566,7 @@ def _add_cards(main: ElementTree.Element, dashboard: Dashboard) -> None:
     _add_ask_card(cards, dashboard)
 
 
-def _add_card(cards: ElementTree.Element, question: str, answer: str, tone: str = "") -> ElementTree.Element:
+def _add_card(cards: Element, question: str, answer: str, tone: str = "") -> Element:
     """Add a question and its answer."""
     card = _add(cards, "article", class_=f"card {tone}".rstrip())
     _add(card, "h2", question)
@@ -3580,7 +3574,7 @@ def _add_card(cards: ElementTree.Element, question: str, answer: str, tone: str 
     return card
 
 
-def _add_trend_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_trend_card(cards: Element, dashboard: Dashboard) -> None:
     """Add whether there are fewer open findings than 30 days before the latest scan, or at the first one."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Does it get better?", counted(total, "open finding")
@@ -3606,7 +3600,7 @@ def _add_trend_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
     _add_line(svg, points, max(point.open for point in points), 4, 36, 1.0)
 
 
-def _add_worst_card(cards: ElementTree.Element, standings: Sequence[Standing]) -> None:
+def _add_worst_card(cards: Element, standings: Sequence[Standing]) -> None:
     """Add the target, the account and the region with most open findings, and the lowest compliance."""
     question, unread = "Where is it worst?", _unread(standings)
     worst = max(standings, key=lambda standing: standing.findings)
@@ -3621,13 +3615,11 @@ def _add_worst_card(cards: ElementTree.Element, standings: Sequence[Standing]) -
             if len(groups) > 1:
                 _, findings, share = _compliance(group)
                 _say(card, name, f" in all: {findings:,} open, {share} compliant")
-        judged = [standing for standing in standings if standing.compliant + standing.findings]
-        lowest = min(
-            judged, key=lambda standing: standing.compliant / (standing.compliant + standing.findings)
-        )
-        if _compliance([lowest])[2] != _compliance([worst])[2]:
-            share = f": {_compliance([lowest])[2]} of {counted(lowest.instances, 'instance')} compliant"
-            _say(card, str(lowest.target), share)
+        judged = [s for s in standings if not s.error and s.compliant + s.findings]
+        lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
+        share = _compliance([lowest])[2]
+        if share != _compliance([worst])[2]:
+            _say(card, str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
     elif unread:
         _add(_add_card(cards, question, "Not known"), "p", "Nothing is open in what was read.")
     else:
@@ -3639,9 +3631,8 @@ def _add_worst_card(cards: ElementTree.Element, standings: Sequence[Standing]) -
 
 def _all_good(standings: Sequence[Standing]) -> str:
     """Return what can be said in truth where everything was read and nothing is open."""
-    instances = sum(standing.instances for standing in standings)
-    compliant = sum(standing.compliant for standing in standings)
-    exempted = sum(standing.exempted for standing in standings)
+    counts = zip(*((s.instances, s.compliant, s.exempted) for s in standings), strict=True)
+    instances, compliant, exempted = map(sum, counts)
     if compliant == instances:
         fleet = counted(instances, "instance")
         return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
@@ -3650,19 +3641,17 @@ def _all_good(standings: Sequence[Standing]) -> str:
     return f"{compliant:,} of {counted(instances, 'instance')} carry their tags; {others}."
 
 
-def _add_ask_card(cards: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_ask_card(cards: Element, dashboard: Dashboard) -> None:
     """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
     found, question = dashboard.open, "Whom to ask?"
-    people, does = (
-        found.by_creator or found.by_suggestion,
-        "created" if found.by_creator else "is probably right for",
-    )
+    people = found.by_creator or found.by_suggestion
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
         _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
         return
     card = _add_card(cards, question, _brief(people[0][0]) if people else "Not known")
     if people:
+        does = "created" if found.by_creator else "is probably right for"
         _say(card, f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
     if len(people) > 1:
         _say(card, "Then", ": " + ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]))
@@ -3677,17 +3666,14 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     """Return at most so many points; one that stands for several scans is as the last of them, with their sums."""
     size = -(-len(trend) // most)
     groups = [trend[start : start + size] for start in range(0, len(trend), size)]
-    sums = [
-        [sum(c) for c in zip(*((p.new, p.reopened, p.resolved) for p in group), strict=True)]
-        for group in groups
-    ]
     return [
-        replace(group[-1], new=new, reopened=reopened, resolved=resolved, targets_unread=max(p.targets_unread for p in group))
-        for group, (new, reopened, resolved) in zip(groups, sums, strict=True)
+        replace(group[-1], new=sum(p.new for p in group), reopened=sum(p.reopened for p in group),
+                resolved=sum(p.resolved for p in group), targets_unread=max(p.targets_unread for p in group))
+        for group in groups
     ]  # fmt: skip
 
 
-def _add_picture(parent: ElementTree.Element, title: str, text: str, height: int, look: str = "") -> ElementTree.Element:  # fmt: skip
+def _add_picture(parent: Element, title: str, text: str, height: int, look: str = "") -> Element:
     """Add a picture as wide as its place: it draws in percent across and in pixels down, so that no text shrinks."""
     svg = _add(parent, "svg", role="img", width="100%", height=height, class_=look)
     _add(svg, "title", title)
@@ -3697,7 +3683,7 @@ def _add_picture(parent: ElementTree.Element, title: str, text: str, height: int
 
 
 def _add_line(
-    svg: ElementTree.Element, points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float
+    svg: Element, points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
 ) -> None:
     """Draw what was open as a line with its area, hollow where a scan left targets unread."""
     moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
@@ -3718,11 +3704,8 @@ def _add_line(
         if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
             look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
             more = f", {counted(unread, 'target')} not read" if unread else ""
-            _add(
-                _add(dots, "circle", **place, **look),
-                "title",
-                f"{_minute(point.at)}: {point.open:,} open{more}",
-            )
+            dot = _add(dots, "circle", **place, **look)
+            _add(dot, "title", f"{_minute(point.at)}: {point.open:,} open{more}")
 
 
 def _ticks(peak: int, most: int = 4) -> list[int]:
@@ -3732,7 +3715,7 @@ def _ticks(peak: int, most: int = 4) -> list[int]:
     return list(range(0, peak + 1, step))
 
 
-def _add_grid(svg: ElementTree.Element, lines: Sequence[tuple[int, float]]) -> None:
+def _add_grid(svg: Element, lines: Sequence[tuple[int, float]]) -> None:
     """Draw lines across, each with its number."""
     grid = _add(svg, "g", class_="grid", stroke="#8888")
     for number, y in lines:
@@ -3740,15 +3723,13 @@ def _add_grid(svg: ElementTree.Element, lines: Sequence[tuple[int, float]]) -> N
         _add_label(svg, f"{number:,}", 0, y - 4)
 
 
-def _add_label(svg: ElementTree.Element, text: str, x: float, y: float, anchor: str = "start", look: str = "") -> None:  # fmt: skip
+def _add_label(svg: Element, text: str, x: float, y: float, anchor: str = "start", look: str = "") -> None:
     """Write a few words into a picture."""
     place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
     _add(svg, "text", text, class_=look, fill="#888", font_size=12, **place)
 
 
-def _add_section(
-    parent: ElementTree.Element, title: str, lead: str = "", **attributes: Any
-) -> ElementTree.Element:
+def _add_section(parent: Element, title: str, lead: str = "", **attributes: Any) -> Element:
     """Add a section with its heading and what is to be known of it."""
     section = _add(parent, "section", **attributes)
     _add(section, "h2", title)
@@ -3757,19 +3738,17 @@ def _add_section(
     return section
 
 
-def _add_trend(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_trend(main: Element, dashboard: Dashboard) -> None:
     """Add the open findings over time, what each scan changed, and the latest scans in numbers."""
     trend, points = dashboard.trend, _grouped(dashboard.trend, HTML_POINTS)
-    hollow = (
-        " A hollow point is a scan that left targets unread." if any(p.targets_unread for p in trend) else ""
-    )
-    section = _add_section(main, "Open findings over time", f"All targets, each as it was last read.{hollow}")
+    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
+    section = _add_section(main, "Open findings over time", lead)
     peak = max(1, *(point.open for point in points))
     (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
     text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
     svg = _add_picture(section, "Open findings over time", text, 250, "chart")
     _add_grid(svg, [(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
-    _add_line(svg, points, peak, 18, 200, _LEFT)
+    _add_line(svg, points, peak, 18, 200)
     form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
     for quarter in range(5) if end > start else [2]:
         moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
@@ -3786,68 +3765,44 @@ def _add_trend(main: ElementTree.Element, dashboard: Dashboard) -> None:
     _add_table(details, ("Scan", "Open", "NEW", "REOPENED", "RESOLVED", "Not read"), rows)
 
 
-def _add_changes(section: ElementTree.Element, trend: Sequence[TrendPoint]) -> None:
+def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     """Draw what scans opened upward and what they resolved downward, several to a bar where there are many."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
-    each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
-    legend = _add(section, "p", class_="legend soft")
-    for look, words in (
-        ("new", "NEW and"),
-        ("again", "REOPENED upward,"),
-        ("done", f"RESOLVED downward; {each}"),
-    ):
-        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = words
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
     down = max(bar.resolved for bar in bars)
     cut = first > 2 * max(0, down, *others) > 0
     up = max(0, *others) if cut else max(first, *others, 0)
-    scale = 150 / max(up + down, 1)
-    zero = 22 + up * scale
-    total = ", ".join(
-        f"{sum(getattr(bar, word.lower()) for bar in bars):,} {word}"
-        for word in ("NEW", "REOPENED", "RESOLVED")
-    )
-    svg = _add_picture(section, "NEW and RESOLVED findings per scan", f"{total} in all; {each}", 200, "chart")
-    ticks = _ticks(max(up, down), 2)
-    _add_grid(
-        svg,
-        [(n, zero - n * scale) for n in ticks if n <= up]
-        + [(n, zero + n * scale) for n in ticks[1:] if n <= down],
-    )
+    if not up + down:
+        return
+    each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
+    legend = _add(section, "p", class_="legend soft")
+    for look, words in (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)")):
+        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = words
+    _add(legend, "span", each)
+    svg = _add_picture(section, "NEW, REOPENED and RESOLVED findings per scan", each, 200, "chart")
+    scale = 150 / (up + down)
+    zero, ticks = 22 + up * scale, _ticks(max(up, down), 2)
+    _add_grid(svg, [(n, zero - n * scale) for n in ticks if n <= up])
+    _add_grid(svg, [(n, zero + n * scale) for n in ticks[1:] if n <= down])
     slot = _WIDTH / len(bars)
+    width = min(slot * 0.72, 6)
     for index, bar in enumerate(bars):
-        new = min(bar.new, up)
-        again = min(bar.reopened, up - new)
         middle = _LEFT + slot * (index + 0.5)
-        width = min(slot * 0.72, 6)
-        group = _add(svg, "g")
-        _add(
-            group,
-            "title",
-            f"{_minute(bar.at)}: {bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED",
-        )
-        parts = (
-            ("new", new, new, "#b5502b"),
-            ("again", again, new + again, "#eba883"),
-            ("done", bar.resolved, 0, "#2a8a78"),
-        )
-        for look, number, above, colour in parts:
-            box = {
-                "x": f"{middle - width / 2:.2f}%",
-                "width": f"{width:.2f}%",
-                "y": f"{zero - above * scale:.1f}",
-            }
+        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
+        group = _add(svg, "g", fill="currentColor")
+        text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
+        _add(group, "title", f"{_minute(bar.at)}: {text}")
+        for look, number, above, colour in (
+            ("new", new, new, "#b5502b"), ("again", again, new + again, "#eba883"), ("done", bar.resolved, 0, "#2a8a78"),
+        ):  # fmt: skip
             if number:
-                _add(
-                    group,
-                    "rect",
-                    height=f"{number * scale:.1f}",
-                    class_=look,
-                    color=colour,
-                    fill="currentColor",
-                    **box,
-                )
+                box = {
+                    "x": f"{middle - width / 2:.2f}%",
+                    "width": f"{width:.2f}%",
+                    "height": f"{number * scale:.1f}",
+                }
+                _add(group, "rect", y=f"{zero - above * scale:.1f}", class_=look, color=colour, **box)
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
             _add_label(svg, bar.at[:10], middle, 196, anchor)
@@ -3855,7 +3810,7 @@ def _add_changes(section: ElementTree.Element, trend: Sequence[TrendPoint]) -> N
         _add_label(svg, f"↑ {first:,} at first", _LEFT, 14)
 
 
-def _add_table(parent: ElementTree.Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _add_table(parent: Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Add a table whose rows stand as blocks on a phone, each cell behind the name of its column."""
     table = _add(_add(parent, "div", class_="scroll"), "table", class_="list")
     head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
@@ -3867,7 +3822,7 @@ def _add_table(parent: ElementTree.Element, columns: Sequence[str], rows: Iterab
             _add(line, "td", cell, data_label=column, class_=COLUMN_LOOKS.get(column, ""))
 
 
-def _add_heat_map(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_heat_map(main: Element, dashboard: Dashboard) -> None:
     """Add the compliance of each account in each region, the worst first; what was not read is hatched."""
     standings, name = dashboard.standings, "Compliance by account and region"
     accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
@@ -3899,7 +3854,7 @@ def _add_heat_map(main: ElementTree.Element, dashboard: Dashboard) -> None:
             _add_cell(row, f"{account}, {region}", by_region.get(region, []))
 
 
-def _add_cell(row: ElementTree.Element, where: str, standings: Sequence[Standing]) -> None:
+def _add_cell(row: Element, where: str, standings: Sequence[Standing]) -> None:
     """Add a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
     compliant, findings, text = _compliance(read)
@@ -3912,7 +3867,7 @@ def _add_cell(row: ElementTree.Element, where: str, standings: Sequence[Standing
         _add(cell, "small", f"{unread:,} not read")
 
 
-def _add_counts(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_counts(main: Element, dashboard: Dashboard) -> None:
     """Add the open findings by tag, age and person, and the money spent without each tag."""
     found, pair = dashboard.open, _add(main, "div", class_="pair")
     unpriced = found.total - found.priced
@@ -3923,12 +3878,7 @@ def _add_counts(main: ElementTree.Element, dashboard: Dashboard) -> None:
         ("Tags that are lacking", "An instance can lack several.", "", found.by_tag),
         ("Age of open findings", "Since a scan first saw them.", "", found.by_age),
         ("Created by", "Who made the instances.", "", found.by_creator),
-        (
-            "Probable values",
-            "What their like has: whom to ask, not what to write unasked.",
-            "",
-            found.by_suggestion,
-        ),
+        ("Probable values", "What their like has: whom to ask.", "", found.by_suggestion),
         ("Spend that lacks its tag", spend, "$", costs),
     )
     for title, lead, sign, rows in charts:
@@ -3946,13 +3896,13 @@ def _add_counts(main: ElementTree.Element, dashboard: Dashboard) -> None:
             _add_rest(section, len(rows) - HTML_ROWS)
 
 
-def _add_rest(section: ElementTree.Element, number: int) -> None:
+def _add_rest(section: Element, number: int) -> None:
     """Say how many more there are than are shown."""
     if number > 0:
         _add(section, "p", f"… and {number:,} more", class_="soft")
 
 
-def _add_lists(main: ElementTree.Element, dashboard: Dashboard) -> None:
+def _add_lists(main: Element, dashboard: Dashboard) -> None:
     """Add the causes, the oldest findings, the exemptions that end, and what was not read: each where there is any."""
     found, unread = dashboard.open, _unread(dashboard.standings)
     causes = [
