@@ -3592,9 +3592,9 @@ def _add_trend_card(cards: Element, dashboard: Dashboard) -> None:
     when = f"{days} before" if base.at <= month_ago else "at the first scan"
     than = f"{abs(change):,} {more}{share} than" if change else "as many as"
     _say(card, now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")
-    doubts = ((len(_unread(dashboard.standings)), "now"), (base.targets_unread, "then"))
-    if doubt := " and ".join(f"{number:,} {when}" for number, when in doubts if number):
-        _add(card, "p", f"As far as is known: targets not read, {doubt}.", class_="warn")
+    doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
+    if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
+        _add(card, "p", f"As far as is known: {doubt}.", class_="warn")
     points = _grouped(trend, HTML_POINTS)
     svg = _add_picture(card, f"Open findings: {base.open:,} {when}, {total:,} now", "", 44)
     _add_line(svg, points, max(point.open for point in points), 4, 36, 1.0)
@@ -3778,7 +3778,7 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
     legend = _add(section, "p", class_="legend soft")
     for look, words in (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)")):
-        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = words
+        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = f"{words} "
     _add(legend, "span", each)
     svg = _add_picture(section, "NEW, REOPENED and RESOLVED findings per scan", each, 200, "chart")
     scale = 150 / (up + down)
@@ -3838,7 +3838,7 @@ def _add_heat_map(main: Element, dashboard: Dashboard) -> None:
     legend = _add(section, "p", class_="legend soft")
     below = f"below {COMPLIANCE_STEPS[-1]}%"
     for step, words in enumerate(["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), below]):
-        _add(legend, "span", words, class_=f"step h{step}")
+        _add(legend, "span", words, class_=f"step h{step}").tail = " "
     _add(legend, "span", "not read", class_="step unread")
     box = _add(section, "div", class_="scroll", tabindex=0, role="region", aria_label=name)
     table = _add(box, "table", class_="heat")
@@ -3864,7 +3864,7 @@ def _add_cell(row: Element, where: str, standings: Sequence[Standing]) -> None:
     look = "unread" if unread else f"h{step}" if judged else ""
     cell = _add(row, "td", text if read else "not read" if unread else "", class_=look, title=title)
     if read and unread:
-        _add(cell, "small", f"{unread:,} not read")
+        _add(cell, "small", f" {unread:,} not read")
 
 
 def _add_counts(main: Element, dashboard: Dashboard) -> None:
