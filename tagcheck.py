@@ -13,7 +13,7 @@ The file reads downward; a section uses only what stands above it:
  4 Suggestions     the tags of its siblings -> what a missing value probably is
  5 AWS             accounts, regions and instances, live or saved
  6 State           what is remembered between scans, in SQLite
- 7 Reports         summary, CSV, JSON, JUnit
+ 7 Reports         summary, CSV, JSON, JUnit, HTML
  9 Command line    the commands; the only place with print, the clock and threads
 """
 
@@ -2877,7 +2877,7 @@ def _load_finding(row: Sequence[Any]) -> Finding:
 
 
 ########################################################################################################
-# 7 Reports: write_summary, write_csv, write_json, write_junit, and files that are whole or not there
+# 7 Reports: write_summary, write_csv, write_json, write_junit, write_html, and files that are whole or not there
 ########################################################################################################
 
 
@@ -3440,17 +3440,11 @@ body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}.card,tr
 .scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
 .heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
 """
-HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = (
-    30,
-    25,
-    50,
-)  # accounts of the heat map, rows of a table, unread targets
+HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
-COLUMN_LOOKS = dict.fromkeys(("Instances", "Open", "NEW", "REOPENED", "RESOLVED", "A month"), "number")
-COLUMN_LOOKS |= dict.fromkeys(
-    ("Scan", "Instance", "Account", "Region", "First seen", "When", "Last read"), "whole"
-)
+COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
+COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
 Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
 
@@ -3789,6 +3783,7 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     width = min(slot * 0.72, 6)
     for index, bar in enumerate(bars):
         middle = _LEFT + slot * (index + 0.5)
+        left = middle - width / 2
         new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
         group = _add(svg, "g", fill="currentColor")
         text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
@@ -3797,12 +3792,8 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
             ("new", new, new, "#b5502b"), ("again", again, new + again, "#eba883"), ("done", bar.resolved, 0, "#2a8a78"),
         ):  # fmt: skip
             if number:
-                box = {
-                    "x": f"{middle - width / 2:.2f}%",
-                    "width": f"{width:.2f}%",
-                    "height": f"{number * scale:.1f}",
-                }
-                _add(group, "rect", y=f"{zero - above * scale:.1f}", class_=look, color=colour, **box)
+                box = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}", "class_": look}
+                _add(group, "rect", x=f"{left:.2f}%", width=f"{width:.2f}%", color=colour, **box)
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
             _add_label(svg, bar.at[:10], middle, 196, anchor)

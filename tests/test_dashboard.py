@@ -529,11 +529,14 @@ class Browser:
         self.process = subprocess.Popen(launcher, pass_fds=(theirs, theirs_to), stderr=subprocess.DEVNULL)
         os.close(theirs)
         os.close(theirs_to)
+        self.patience = threading.Timer(60, self.process.kill)  # its end ends whatever waits for it
+        self.patience.start()
 
     def close(self):
         with contextlib.suppress(OSError):
             self.call("Browser.close")
         self.process.wait(10)
+        self.patience.cancel()
         os.close(self.to)
         self.answers.close()
         self.listener.socket.close()
