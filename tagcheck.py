@@ -3765,8 +3765,9 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
     down = max(bar.resolved for bar in bars)
-    cut = first > 2 * max(0, down, *others) > 0
-    up = max(0, *others) if cut else max(first, *others, 0)
+    rest = max(0, down, *others)
+    cut = first > 2 * rest > 0
+    up = rest if cut else max(first, 0, *others)
     if not up + down:
         return
     each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
@@ -3798,7 +3799,7 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
             _add_label(svg, bar.at[:10], middle, 196, anchor)
     if cut:
-        _add_label(svg, f"↑ {first:,} at first", _LEFT, 14)
+        _add_label(svg, f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14)
 
 
 def _add_table(parent: Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

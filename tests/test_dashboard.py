@@ -444,6 +444,12 @@ def test_the_first_scan_does_not_flatten_the_others():
     page = Page(dashboard(trend=trend))
     assert [float(e["height"]) for e in page.all("rect", class_="new")] == [112.5, 112.5, 75.0]
     assert "↑ 5,000 at first" in page.texts("text")
+    down = [
+        replace(p, new=n, reopened=0, resolved=r)
+        for p, n, r in zip(points(202, 5), (202, 1), (0, 9), strict=True)
+    ]
+    page = Page(dashboard(trend=down))
+    assert [float(e["height"]) for e in page.all("rect", class_="new")] == [75.0, 8.3]
 
 
 def test_columns_and_sections_of_which_nothing_is_known_are_left_out():
