@@ -13,13 +13,14 @@ The file reads downward; a section uses only what stands above it:
  4 Suggestions     the tags of its siblings -> what a missing value probably is
  5 AWS             accounts, regions and instances, live or saved
  6 State           what is remembered between scans, in SQLite
- 7 Reports         summary, CSV, JSON, JUnit
+ 7 Reports         summary, CSV, JSON, JUnit, HTML
  9 Command line    the commands; the only place with print, the clock and threads
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import difflib
@@ -53,6 +54,7 @@ from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
+from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
 from xml.sax.xmlreader import AttributesImpl
@@ -2857,7 +2859,7 @@ def _load_finding(row: Sequence[Any]) -> Finding:
 
 
 ########################################################################################################
-# 7 Reports: write_summary, write_csv, write_json, write_junit, and files that are whole or not there
+# 7 Reports: write_summary, write_csv, write_json, write_junit, write_html, and files that are whole or not there
 ########################################################################################################
 
 
@@ -3369,6 +3371,549 @@ class Dashboard:
     standings: Sequence[Standing]
     open: OpenFindings
     endings: Sequence[Problem]
+
+
+HTML_STYLE = """
+:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;
+--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;
+--warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
+font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
+h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;margin:0}
+h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}a{color:inherit}
+.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft)}
+.soft,footer{color:var(--soft);font-size:.875rem}.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
+.banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
+.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));margin-top:1.25rem}
+.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:0}
+.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--soft)}
+.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
+section,footer{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
+svg{display:block;overflow:visible}.card svg,.chart,.scroll,table,details{margin-top:1rem}
+text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
+.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}
+.done{color:var(--good)}.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
+.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}.step{padding:.0625rem .5rem}
+.key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;background:currentColor}
+table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}.scroll{overflow-x:auto}.scroll table{margin:0}
+th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+thead th{color:var(--soft);vertical-align:bottom;border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
+.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}.bars .number{width:1%;padding-right:0}
+.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
+.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}.heat td:nth-child(2),.heat tr.all>*{font-weight:700}
+.heat th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
+.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}.h2{background:var(--h2)}.h3{background:var(--h3)}
+.h4,.h5{background:var(--h4);color:var(--on)}.h5{background:var(--h5)}summary{cursor:pointer}
+.unread{background:repeating-linear-gradient(135deg,var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
+@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}.list tr,.list td{display:block}
+.list{font-size:.875rem}.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
+.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;overflow-wrap:anywhere}
+.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}.list td:empty{display:none}}
+@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details{display:none}
+body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}.card,tr,svg{break-inside:avoid}h2{break-after:avoid}
+.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}
+.scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
+.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
+"""
+HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
+HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
+COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
+COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
+COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
+Element = ElementTree.Element
+_LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
+
+
+def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
+    """Write the dashboard as one page without script, and without anything from elsewhere."""
+    page = ElementTree.Element("html", lang="en")
+    _add_head(page, f"{dashboard.policy.name}: required tags")
+    body = _add(page, "body")
+    main = _add(body, "main")
+    for add in (_add_header, _add_cards, _add_trend, _add_heat_map, _add_counts, _add_lists):
+        add(main, dashboard)
+    source = f"the policy {_brief(dashboard.policy.name, 120)} ({_brief(dashboard.policy.file, 120)})"
+    _add(body, "footer", f"Made by tagcheck {__version__} for {source}. All times are UTC.")
+    for number, svg in enumerate(page.iterfind(".//svg[@role]")):
+        words = [child for child in svg if child.tag in ("title", "desc")]
+        for child in words:
+            child.set("id", f"{child.tag}{number}")
+        svg.set("aria-labelledby", " ".join(child.attrib["id"] for child in words))
+    file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
+
+
+def _add(parent: Element, tag: str, text: str = "", **attributes: Any) -> Element:
+    """Add an element; what strangers wrote stays text in it, and its invisible characters are seen."""
+    names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
+    element = ElementTree.SubElement(parent, tag, {name: value for name, value in names.items() if value})
+    element.text = printable(text)
+    return element
+
+
+def _say(parent: Element, bold: str, text: str, look: str = "") -> Element:
+    """Add a paragraph that begins in bold."""
+    paragraph = _add(parent, "p", class_=look)
+    _add(paragraph, "b", bold).tail = printable(text)
+    return paragraph
+
+
+def _brief(text: str, width: int = 60) -> str:
+    """Return text as the page shows it: printable, and cut where it is long."""
+    return _cut(printable(text), width)
+
+
+def _minute(moment: str) -> str:
+    """Return a time of the state as people read it: 2026-02-24 10:30."""
+    return moment[:16].replace("T", " ")
+
+
+def _add_head(page: Element, title: str) -> None:
+    """Add what a browser must know before it shows anything, above all that it may load and run nothing."""
+    head = _add(page, "head")
+    _add(head, "meta", charset="utf-8")
+    digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
+    rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    _add(head, "meta", http_equiv="Content-Security-Policy", content=rules)
+    _add(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
+    _add(head, "meta", name="color-scheme", content="light dark")
+    _add(head, "meta", name="referrer", content="no-referrer")
+    _add(head, "title", _brief(title, 120))
+    _add(head, "style").text = HTML_STYLE
+
+
+def _add_header(main: Element, dashboard: Dashboard) -> None:
+    """Add whose tags these are, as of when, and in words how much of it was not read."""
+    standings, latest = dashboard.standings, dashboard.trend[-1].at
+    accounts, regions = (len(_worst_first(standings, name)) for name in ("account_id", "region"))
+    header = _add(main, "header")
+    _add(header, "p", "EC2 instances and their required tags", class_="eyebrow")
+    _add(header, "h1", _brief(dashboard.policy.name, 120))
+    days = (dashboard.made_at - datetime.fromisoformat(latest)).days
+    ago = f", {counted(days, 'day')} ago" if days > 0 else ""
+    fleet = f"{counted(sum(standing.instances for standing in standings), 'instance')} in "
+    fleet += f"{counted(accounts, 'account')} and {counted(regions, 'region')}"
+    made_at = _minute(utc_text(dashboard.made_at))
+    _add(header, "p", f"{made_at} UTC · latest scan {_minute(latest)}{ago} · {fleet}", class_="soft")
+    if unread := _unread(standings):
+        codes = Counter(_brief((standing.error or "").partition(":")[0], 40) for standing in unread)
+        why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
+        more = ", …" if len(codes) > 3 else ""
+        text = f" ({why}{more}). What is said of them is as they were last read; nothing is known of them since. "
+        were = f"of {counted(len(standings), 'target')} {'was' if len(unread) == 1 else 'were'} not read"
+        banner = _say(header, f"Incomplete: {len(unread):,} {were}", text, "banner")
+        _add(banner, "a", "Which, and why", href="#unread")
+
+
+def _unread(standings: Iterable[Standing]) -> list[Standing]:
+    """Return the targets that are not known as they are now."""
+    return [standing for standing in standings if standing.error]
+
+
+def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
+    """Return how many instances comply, how many do not, and the first as a share: never 100% that are fewer."""
+    pairs = [(standing.compliant, standing.findings) for standing in standings]
+    compliant, findings = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    percent = 100 * compliant // max(compliant + findings, 1)
+    text = "–" if not compliant + findings else f"{percent}%" if percent or not compliant else "<1%"
+    return compliant, findings, text
+
+
+def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
+    """Return the targets by account_id or region; first where most is open, then where most is not read."""
+    groups: dict[str, list[Standing]] = {}
+    for standing in standings:
+        groups.setdefault(getattr(standing.target, attribute), []).append(standing)
+    badness = {name: (-_compliance(group)[1], -len(_unread(group)), name) for name, group in groups.items()}
+    return {name: groups[name] for name in sorted(groups, key=badness.__getitem__)}
+
+
+def _add_cards(main: Element, dashboard: Dashboard) -> None:
+    """Add the answers to the three questions: does it get better, where is it worst, and whom to ask."""
+    cards = _add(main, "div", class_="cards")
+    _add_trend_card(cards, dashboard)
+    _add_worst_card(cards, dashboard.standings)
+    _add_ask_card(cards, dashboard)
+
+
+def _add_card(cards: Element, question: str, answer: str, tone: str = "") -> Element:
+    """Add a question and its answer."""
+    card = _add(cards, "article", class_=f"card {tone}".rstrip())
+    _add(card, "h2", question)
+    _add(card, "p", answer, class_="verdict")
+    return card
+
+
+def _add_trend_card(cards: Element, dashboard: Dashboard) -> None:
+    """Add whether there are fewer open findings than 30 days before the latest scan, or at the first one."""
+    trend, total = dashboard.trend, dashboard.open.total
+    question, now = "Does it get better?", counted(total, "open finding")
+    if len(trend) == 1:
+        _add(_add_card(cards, question, now), "p", "Not known yet: a trend needs a second scan.")
+        return
+    latest = datetime.fromisoformat(trend[-1].at)
+    month_ago = utc_text(latest - timedelta(days=30))
+    base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
+    change = total - base.open
+    word, tone, more = ("better", "good", "fewer") if change < 0 else ("worse", "bad", "more")
+    card = _add_card(cards, question, f"Getting {word}" if change else "Unchanged", tone if change else "")
+    share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
+    days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
+    when = f"{days} before" if base.at <= month_ago else "at the first scan"
+    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
+    _say(card, now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")
+    doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
+    if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
+        _add(card, "p", f"As far as is known: {doubt}.", class_="warn")
+    points = _grouped(trend, HTML_POINTS)
+    svg = _add_picture(card, f"Open findings: {base.open:,} {when}, {total:,} now", "", 44)
+    _add_line(svg, points, max(point.open for point in points), 4, 36, 1.0)
+
+
+def _add_worst_card(cards: Element, standings: Sequence[Standing]) -> None:
+    """Add the target, the account and the region with most open findings, and the lowest compliance."""
+    question, unread = "Where is it worst?", _unread(standings)
+    worst = max(standings, key=lambda standing: standing.findings)
+    if worst.findings:
+        card = _add_card(cards, question, worst.target.account_id, "bad")
+        _add(card, "p", worst.target.region, class_="verdict")
+        since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
+        _say(card, f"{worst.findings:,} of {counted(worst.instances, 'instance')}", f" lack tags{since}")
+        for attribute in ("account_id", "region"):
+            groups = _worst_first(standings, attribute)
+            name, group = next(iter(groups.items()))
+            if len(groups) > 1:
+                _, findings, share = _compliance(group)
+                _say(card, name, f" in all: {findings:,} open, {share} compliant")
+        judged = [s for s in standings if not s.error and s.compliant + s.findings]
+        lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
+        share = _compliance([lowest])[2]
+        if share != _compliance([worst])[2]:
+            _say(card, str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
+    elif unread:
+        _add(_add_card(cards, question, "Not known"), "p", "Nothing is open in what was read.")
+    else:
+        _add(_add_card(cards, question, "Nowhere", "good"), "p", _all_good(standings))
+    if unread:
+        text = f"{counted(len(unread), 'target')} not read: it may be worse there."
+        _add(cards[-1], "p", text, class_="warn")
+
+
+def _all_good(standings: Sequence[Standing]) -> str:
+    """Return what can be said in truth where everything was read and nothing is open."""
+    counts = zip(*((s.instances, s.compliant, s.exempted) for s in standings), strict=True)
+    instances, compliant, exempted = map(sum, counts)
+    if compliant == instances:
+        fleet = counted(instances, "instance")
+        return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
+    rest = ((exempted, "exempted"), (instances - compliant - exempted, "too young to judge"))
+    others = " and ".join(f"{number:,} {word}" for number, word in rest if number)
+    return f"{compliant:,} of {counted(instances, 'instance')} carry their tags; {others}."
+
+
+def _add_ask_card(cards: Element, dashboard: Dashboard) -> None:
+    """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
+    found, question = dashboard.open, "Whom to ask?"
+    people = found.by_creator or found.by_suggestion
+    if not found.total:
+        nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
+        _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
+        return
+    card = _add_card(cards, question, _brief(people[0][0]) if people else "Not known")
+    if people:
+        does = "created" if found.by_creator else "is probably right for"
+        _say(card, f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
+    if len(people) > 1:
+        _say(card, "Then", ": " + ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]))
+    if found.causes:
+        _say(card, "Most at once", f": {_brief(str(found.causes[0]), 240)}")
+    if not found.by_creator:
+        line = _add(card, "p", "Who created the instances is not known: ", class_="soft")
+        _add(line, "code", "scan --creators").tail = " looks it up."
+
+
+def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
+    """Return at most so many points; one that stands for several scans is as the last of them, with their sums."""
+    size = -(-len(trend) // most)
+    groups = [trend[start : start + size] for start in range(0, len(trend), size)]
+    return [
+        replace(group[-1], new=sum(p.new for p in group), reopened=sum(p.reopened for p in group),
+                resolved=sum(p.resolved for p in group), targets_unread=max(p.targets_unread for p in group))
+        for group in groups
+    ]  # fmt: skip
+
+
+def _add_picture(parent: Element, title: str, text: str, height: int, look: str = "") -> Element:
+    """Add a picture as wide as its place: it draws in percent across and in pixels down, so that no text shrinks."""
+    svg = _add(parent, "svg", role="img", width="100%", height=height, class_=look)
+    _add(svg, "title", title)
+    if text:
+        _add(svg, "desc", text)
+    return svg
+
+
+def _add_line(
+    svg: Element, points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
+) -> None:
+    """Draw what was open as a line with its area, hollow where a scan left targets unread."""
+    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
+    span = moments[-1] - moments[0]
+    width = _LEFT + _WIDTH - left
+    across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
+    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
+    plot = _add(svg, "svg", y=top, width="100%", height=height, class_="line", color="#b5502b", **box)
+    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
+    _add(plot, "path", d=area, fill="currentColor", fill_opacity=0.12)
+    line = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_linejoin": "round"}
+    _add(plot, "path", d=f"M{path}", vector_effect="non-scaling-stroke", **line)
+    dots = _add(svg, "g", class_="line", color="#b5502b", stroke="currentColor", stroke_width=1.5)
+    for point, x, y in zip(points, across, down, strict=True):
+        unread, place = point.targets_unread, {"cx": f"{x:.2f}%", "cy": f"{top + y:.1f}", "r": "3"}
+        if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
+            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
+            more = f", {counted(unread, 'target')} not read" if unread else ""
+            dot = _add(dots, "circle", **place, **look)
+            _add(dot, "title", f"{_minute(point.at)}: {point.open:,} open{more}")
+
+
+def _ticks(peak: int, most: int = 4) -> list[int]:
+    """Return round numbers from 0 up to a peak, in at most so many steps."""
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    step = next(step for step in steps if step * most >= peak)
+    return list(range(0, peak + 1, step))
+
+
+def _add_grid(svg: Element, lines: Sequence[tuple[int, float]]) -> None:
+    """Draw lines across, each with its number."""
+    grid = _add(svg, "g", class_="grid", stroke="#8888")
+    for number, y in lines:
+        _add(grid, "line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="" if number else "axis")
+        _add_label(svg, f"{number:,}", 0, y - 4)
+
+
+def _add_label(svg: Element, text: str, x: float, y: float, anchor: str = "start", look: str = "") -> None:
+    """Write a few words into a picture."""
+    place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
+    _add(svg, "text", text, class_=look, fill="#888", font_size=12, **place)
+
+
+def _add_section(parent: Element, title: str, lead: str = "", **attributes: Any) -> Element:
+    """Add a section with its heading and what is to be known of it."""
+    section = _add(parent, "section", **attributes)
+    _add(section, "h2", title)
+    if lead:
+        _add(section, "p", lead, class_="soft")
+    return section
+
+
+def _add_trend(main: Element, dashboard: Dashboard) -> None:
+    """Add the open findings over time, what each scan changed, and the latest scans in numbers."""
+    trend, points = dashboard.trend, _grouped(dashboard.trend, HTML_POINTS)
+    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
+    section = _add_section(main, "Open findings over time", lead)
+    peak = max(1, *(point.open for point in points))
+    (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
+    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
+    svg = _add_picture(section, "Open findings over time", text, 250, "chart")
+    _add_grid(svg, [(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
+    _add_line(svg, points, peak, 18, 200)
+    form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
+    for quarter in range(5) if end > start else [2]:
+        moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
+        look = "wide" if quarter % 2 else ""  # too many for a phone
+        _add_label(svg, f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look)
+    _add_changes(section, trend)
+    details = _add(section, "details")
+    _add(details, "summary", "The latest scans in numbers", class_="soft")
+    rows = [
+        (_minute(p.at), *(f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)),
+         f"{p.targets_unread:,} of {counted(p.targets, 'target')}")
+        for p in trend[: -HTML_ROWS - 1 : -1]
+    ]  # fmt: skip
+    _add_table(details, ("Scan", "Open", "NEW", "REOPENED", "RESOLVED", "Not read"), rows)
+
+
+def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
+    """Draw what scans opened upward and what they resolved downward, several to a bar where there are many."""
+    bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
+    # To the first scan everything is NEW: at its scale all others would be flat.
+    first, *others = (bar.new + bar.reopened for bar in bars)
+    down = max(bar.resolved for bar in bars)
+    rest = max(0, down, *others)
+    cut = first > 2 * rest > 0
+    up = rest if cut else max(first, 0, *others)
+    if not up + down:
+        return
+    each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
+    legend = _add(section, "p", class_="legend soft")
+    for look, words in (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)")):
+        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = f"{words} "
+    _add(legend, "span", each)
+    svg = _add_picture(section, "NEW, REOPENED and RESOLVED findings per scan", each, 200, "chart")
+    scale = 150 / (up + down)
+    zero, ticks = 22 + up * scale, _ticks(max(up, down), 2)
+    _add_grid(svg, [(n, zero - n * scale) for n in ticks if n <= up])
+    _add_grid(svg, [(n, zero + n * scale) for n in ticks[1:] if n <= down])
+    slot = _WIDTH / len(bars)
+    width = min(slot * 0.72, 6)
+    for index, bar in enumerate(bars):
+        middle = _LEFT + slot * (index + 0.5)
+        left = middle - width / 2
+        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
+        group = _add(svg, "g", fill="currentColor")
+        text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
+        _add(group, "title", f"{_minute(bar.at)}: {text}")
+        for look, number, above, colour in (
+            ("new", new, new, "#b5502b"), ("again", again, new + again, "#eba883"), ("done", bar.resolved, 0, "#2a8a78"),
+        ):  # fmt: skip
+            if number:
+                box = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}", "class_": look}
+                _add(group, "rect", x=f"{left:.2f}%", width=f"{width:.2f}%", color=colour, **box)
+        if index in (0, len(bars) - 1):
+            anchor = "middle" if len(bars) < 4 else "end" if index else "start"
+            _add_label(svg, bar.at[:10], middle, 196, anchor)
+    if cut:
+        _add_label(svg, f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14)
+
+
+def _add_table(parent: Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Add a table whose rows stand as blocks on a phone, each cell behind the name of its column."""
+    table = _add(_add(parent, "div", class_="scroll"), "table", class_="list")
+    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
+    for column in columns:
+        _add(head, "th", column, scope="col", class_=COLUMN_LOOKS.get(column, ""))
+    for row in rows:
+        line = _add(body, "tr")
+        for column, cell in zip(columns, row, strict=True):
+            _add(line, "td", cell, data_label=column, class_=COLUMN_LOOKS.get(column, ""))
+
+
+def _add_heat_map(main: Element, dashboard: Dashboard) -> None:
+    """Add the compliance of each account in each region, the worst first; what was not read is hatched."""
+    standings, name = dashboard.standings, "Compliance by account and region"
+    accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
+    shown = [(account, accounts[account], "") for account in list(accounts)[:HTML_ACCOUNTS]]
+    others = [standing for account in list(accounts)[HTML_ACCOUNTS:] for standing in accounts[account]]
+    lead = "The share of instances that carry their tags, of those that were judged; worst first."
+    if others:
+        lead += f" Of {counted(len(accounts), 'account')} these are the {HTML_ACCOUNTS} worst."
+        shown.append((f"all the others ({len(accounts) - HTML_ACCOUNTS:,})", others, ""))
+    if len(accounts) > 1:
+        shown.append(("all accounts", list(standings), "all"))
+    section = _add_section(main, name, lead)
+    legend = _add(section, "p", class_="legend soft")
+    below = f"below {COMPLIANCE_STEPS[-1]}%"
+    for step, words in enumerate(["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), below]):
+        _add(legend, "span", words, class_=f"step h{step}").tail = " "
+    _add(legend, "span", "not read", class_="step unread")
+    box = _add(section, "div", class_="scroll", tabindex=0, role="region", aria_label=name)
+    table = _add(box, "table", class_="heat")
+    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
+    for column in ("Account", "all", *regions):
+        _add(head, "th", column, scope="col")
+    for account, group, look in shown:
+        row = _add(body, "tr", class_=look)
+        _add(row, "th", account, scope="row")
+        _add_cell(row, f"{account}, all regions", group)
+        by_region = _worst_first(group, "region")
+        for region in regions:
+            _add_cell(row, f"{account}, {region}", by_region.get(region, []))
+
+
+def _add_cell(row: Element, where: str, standings: Sequence[Standing]) -> None:
+    """Add a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
+    read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
+    compliant, findings, text = _compliance(read)
+    judged = compliant + findings
+    step = sum(100 * compliant < limit * judged for limit in COMPLIANCE_STEPS)
+    title = f"{where}: {findings:,} of {counted(judged, 'instance')} lack tags" if read else where
+    look = "unread" if unread else f"h{step}" if judged else ""
+    cell = _add(row, "td", text if read else "not read" if unread else "", class_=look, title=title)
+    if read and unread:
+        _add(cell, "small", f" {unread:,} not read")
+
+
+def _add_counts(main: Element, dashboard: Dashboard) -> None:
+    """Add the open findings by tag, age and person, and the money spent without each tag."""
+    found, pair = dashboard.open, _add(main, "div", class_="pair")
+    unpriced = found.total - found.priced
+    spend = "What the instances that lack a tag cost in a month"
+    spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
+    costs = sorted(found.cost_by_tag, key=lambda row: row[0] != "Owner")  # who pays is asked first
+    charts: tuple[tuple[str, str, str, Sequence[tuple[str, float]]], ...] = (
+        ("Tags that are lacking", "An instance can lack several.", "", found.by_tag),
+        ("Age of open findings", "Since a scan first saw them.", "", found.by_age),
+        ("Created by", "Who made the instances.", "", found.by_creator),
+        ("Probable values", "What their like has: whom to ask.", "", found.by_suggestion),
+        ("Spend that lacks its tag", spend, "$", costs),
+    )
+    for title, lead, sign, rows in charts:
+        if rows:
+            section = _add_section(pair, title, lead)
+            body = _add(_add(section, "table", class_="bars"), "tbody")
+            most = max(number for _, number in rows) or 1
+            for name, number in rows[:HTML_ROWS]:
+                row, amount = _add(body, "tr"), f"{sign}{number:,.0f}"
+                _add(row, "th", _brief(name), scope="row")
+                svg = _add_picture(_add(row, "td"), f"{_brief(name)}: {amount}", "", 12)
+                box = {"width": f"{100 * number / most:.1f}%", "height": "12", "class_": "bar"}
+                _add(svg, "rect", color="#b5502b", fill="currentColor", **box)
+                _add(row, "td", amount, class_="number")
+            _add_rest(section, len(rows) - HTML_ROWS)
+
+
+def _add_rest(section: Element, number: int) -> None:
+    """Say how many more there are than are shown."""
+    if number > 0:
+        _add(section, "p", f"… and {number:,} more", class_="soft")
+
+
+def _add_lists(main: Element, dashboard: Dashboard) -> None:
+    """Add the causes, the oldest findings, the exemptions that end, and what was not read: each where there is any."""
+    found, unread = dashboard.open, _unread(dashboard.standings)
+    causes = [
+        (f"{cause.instances:,}", cause.target.account_id, cause.target.region, _brief(str(cause), 240))
+        for cause in found.causes
+    ]
+    oldest = [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]
+    endings = [(_brief(problem.message, 120), _brief(problem.where, 240)) for problem in dashboard.endings]
+    unread.sort(key=lambda standing: (standing.last_read or "", standing.target))
+    not_read = [
+        (s.target.account_id, s.target.region, _minute(s.last_read) if s.last_read else "never",
+         f"{s.findings:,}" if s.last_read else "not known", _brief(s.error or "", 240))
+        for s in unread
+    ]  # fmt: skip
+    lists: tuple[tuple[str, str, str, Sequence[Sequence[str]], int], ...] = (
+        ("Causes", "What many instances share, and where to put it right for all of them.", "Instances,Account,Region,What to do", causes, HTML_ROWS),
+        ("Open for longest", "", "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month", oldest, HTML_ROWS),
+        ("Exemptions that end", "", "When,Exemption", endings, HTML_ROWS),
+        ("Not read", "Nothing is known of these since they were last read; what was open then still counts.", "Account,Region,Last read,Open,Why", not_read, HTML_UNREAD),
+    )  # fmt: skip
+    for title, lead, columns, rows, most in lists:
+        if rows:
+            section = _add_section(main, title, lead, id="unread" if rows is not_read else "")
+            cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
+            known = {column: values for column, values in cells if any(values)}
+            _add_table(section, list(known), zip(*known.values(), strict=True))
+            _add_rest(section, len(rows) - most)
+
+
+def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
+    """Return what is shown of a finding that has been open for long."""
+    days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
+    return (
+        finding.instance_id,
+        _brief(finding.name, 40),
+        *(finding.account_id, finding.region),
+        f"{finding.first_seen[:10]}, {counted(days, 'day')}",
+        _brief(", ".join(_brief(_short(violation), 80) for violation in finding.violations), 240),
+        _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
+        _brief(finding.created_by or ""),
+        "" if finding.monthly_cost is None else f"${finding.monthly_cost:,.0f}",
+    )
 
 
 ########################################################################################################
