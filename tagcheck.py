@@ -229,8 +229,7 @@ class Suggestion:
         return f"{self.tag_key}={self.value} ({self.evidence})"
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """What instances of a target have in common, such as their Auto Scaling group."""
 
     kind: str
@@ -1232,6 +1231,23 @@ class ExemptedInstance:
     exempted: tuple[Exempted, ...]
 
 
+HOURS_A_MONTH = 730  # as AWS's own calculator has it
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What an hour of an instance costs, by instance type and region."""
+
+    hourly: Mapping[tuple[str, str], float]
+
+    def monthly_cost(self, instance: Instance, region: str) -> float | None:
+        """Return what an instance costs in a month as it is now; None where its price is not known."""
+        hourly = self.hourly.get((instance.instance_type, region))
+        if hourly is None:
+            return None
+        return hourly * HOURS_A_MONTH if instance.state in ("pending", "running") else 0.0
+
+
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
     """Return what the policy makes of an instance of a target that it covers."""
     violations = evaluate(instance.tags, policy.rules(target.region), policy.placeholder_values)
@@ -1456,7 +1472,10 @@ _GROUP_TAGS = (
 
 
 def groups_of(instance: Instance) -> list[Group]:
-    """Return the groups that an instance belongs to within its target, the most specific first."""
+    """Return the groups that an instance belongs to within its target, the most specific first.
+
+    Their names are for people to read; that of an instance profile is the last part of its ARN.
+    """
     tags = instance.tags
     groups = []
     if node_group := tags.get("eks:nodegroup-name"):
@@ -1471,7 +1490,7 @@ def groups_of(instance: Instance) -> list[Group]:
         groups.append(Group("subnet", instance.subnet_id))
     if instance.vpc_id:
         groups.append(Group("vpc", instance.vpc_id))
-    return groups
+    return [Group(kind, printable(name)) for kind, name in groups]
 
 
 def cause_of(groups: Iterable[Group]) -> Group | None:
@@ -1543,6 +1562,7 @@ OWN_CONFIDENCE, TYPO_CONFIDENCE = 0.99, 0.9
 def suggest(
     violation: Violation,
     rule: RequiredTag,
+    placeholder_values: frozenset[str],
     siblings: Sequence[tuple[Group, Mapping[str, Agreement]]],
     reliability: Reliability,
 ) -> Suggestion | None:
@@ -1551,7 +1571,7 @@ def suggest(
     Of the groups the most specific one that is sure enough wins, else the surest. Where the siblings say the
     same as the instance the confidence is greater; where they contradict it, nobody is sure.
     """
-    own = _own_value(violation, rule)
+    own = _own_value(violation, rule, placeholder_values)
     best: Suggestion | None = None
     for group, found in siblings:
         if agreement := found.get(rule.key):
@@ -1576,23 +1596,27 @@ def suggest(
     return replace(own, confidence=MIN_SHOWN, evidence=f"{own.evidence}; but {best.value} is {best.evidence}")
 
 
-def _own_value(violation: Violation, rule: RequiredTag) -> Suggestion | None:
+def _own_value(
+    violation: Violation, rule: RequiredTag, placeholder_values: frozenset[str]
+) -> Suggestion | None:
     """Return what the instance itself says of a tag, under a near-miss key or in another spelling."""
     value = (violation.value or "").strip()
-    if not value or violation.type is ViolationType.EMPTY:
+    if not value or value.casefold() in placeholder_values:
         return None
     written = f"{violation.found_key or violation.tag_key}={_cut(violation.value or '', 40)}"
-    for spelling in (
-        value,
-        value.upper(),
-        value.lower(),
-        *(v for v in rule.values if _bare_key(v) == _bare_key(value)),
-    ):
+    alike = [allowed for allowed in rule.values if _bare_key(allowed) == _bare_key(value)]
+    for spelling in (value, value.upper(), value.lower(), *alike):
         if rule.allows(spelling):
             return Suggestion(rule.key, spelling, OWN_CONFIDENCE, f"it has {written}")
-    for near in difflib.get_close_matches(value.casefold(), rule.values, n=1):
-        if rule.allows(near):
-            return Suggestion(rule.key, near, TYPO_CONFIDENCE, f"near to {written}")
+    text = value.casefold()
+    folded = {allowed.casefold(): allowed for allowed in rule.values if rule.allows(allowed)}
+    short = [
+        near
+        for near in folded
+        if min(len(near), len(text)) > 2 and (near.startswith(text) or text.startswith(near))
+    ]
+    for near in short or difflib.get_close_matches(text, folded, n=1):
+        return Suggestion(rule.key, folded[near], TYPO_CONFIDENCE, f"near to {written}")
     return None
 
 
@@ -2100,6 +2124,32 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     return targets, not answer.get("NextToken")
 
 
+PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
+
+
+def load_prices(path: str) -> Prices:
+    """Read a CSV of instance type, region and hourly price, with a line that names the columns; raises UsageError."""
+    hourly: dict[tuple[str, str], float] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            if not set(PRICE_COLUMNS) <= {*(table.fieldnames or ())}:
+                raise UsageError(f"{path}:1: the first line must name the columns {','.join(PRICE_COLUMNS)}")
+            for row in table:
+                kind, region, price = (str(row[column] or "").strip() for column in PRICE_COLUMNS)
+                if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", price):
+                    message = f"{path}:{table.line_num}: {_shown(price)} is no price: write it as 0.0832"
+                    raise UsageError(message)
+                if not is_region(region):
+                    raise UsageError(f"{path}:{table.line_num}: AWS has no region {_shown(region)}")
+                hourly[kind, region] = float(price)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is no CSV in UTF-8: {error}") from error
+    return Prices(hourly)
+
+
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     tags = {tag["Key"]: tag["Value"] for tag in _listed(item.get("Tags", []))}
@@ -2175,6 +2225,30 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
     ),
+    (
+        "ALTER TABLE findings ADD COLUMN instance_type TEXT",
+        "ALTER TABLE findings ADD COLUMN cause_kind TEXT",
+        "ALTER TABLE findings ADD COLUMN cause TEXT",
+        "ALTER TABLE findings ADD COLUMN monthly_cost REAL",
+        # What became of a finding after it was NEW; `before` are the violations that it had until then.
+        """
+        CREATE TABLE events (
+            id INTEGER PRIMARY KEY, finding INTEGER NOT NULL REFERENCES findings (id), at TEXT NOT NULL,
+            event TEXT NOT NULL CHECK (event IN ('CHANGED', 'RESOLVED', 'REOPENED')), before TEXT, resolution TEXT
+        )
+        """,
+        "CREATE INDEX events_of ON events (finding)",
+        "INSERT INTO events (finding, at, event, before, resolution) "
+        "SELECT id, resolved_at, 'RESOLVED', violations, resolution FROM findings WHERE resolved_at IS NOT NULL",
+        # What is left of scans that were pruned: their last of each day.
+        """
+        CREATE TABLE trend (
+            policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
+            reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+            targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
+        ) WITHOUT ROWID
+        """,
+    ),
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
@@ -2189,8 +2263,23 @@ SIGHTINGS_SCHEMA = (
     """
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL
+        tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL, instance_type TEXT,
+        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, suggestions TEXT, created_by TEXT
     )
+    """,
+    # The values of a group's members, as JSON in the order of the rules, and how many have them: a group is
+    # counted page by page. What its members agree on comes of it when all are read.
+    """
+    CREATE TABLE usage (
+        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, tag_values TEXT NOT NULL,
+        members INTEGER NOT NULL
+    )
+    """,
+    """
+    CREATE TABLE agreement (
+        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, agreements TEXT NOT NULL,
+        PRIMARY KEY (target, kind, name)
+    ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
 )
@@ -2531,30 +2620,154 @@ def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None
     db.execute("DELETE FROM sighting WHERE target = ?", (target,))
 
 
-def add_sightings(db: sqlite3.Connection, target: int, sightings: Iterable[Sighting]) -> None:
-    """Keep what was made of instances of a target."""
+def add_sightings(
+    db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, float | None]]
+) -> None:
+    """Keep what was made of instances of a target, and what each costs in a month if that is known."""
     db.execute("BEGIN")
     db.executemany(
-        "INSERT INTO sighting VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            (
-                target,
-                seen.instance.instance_id,
-                seen.instance.state,
-                utc_text(seen.instance.launch_time),
-                _to_json(seen.instance.tags),
-                _to_json([violation_record(violation) for violation in seen.violations])
-                if seen.violations
-                else None,
-                _to_json([exempted_record(exempted) for exempted in seen.exempted])
-                if seen.exempted
-                else None,
-                seen.too_young,
-            )
-            for seen in sightings
-        ),
+        f"INSERT INTO sighting VALUES ({', '.join('?' * 15)})",
+        (_sighting_row(target, seen, cost) for seen, cost in sightings),
     )
     db.execute("COMMIT")
+
+
+def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
+    """Return a row of `sighting`."""
+    instance = seen.instance
+    launch_time, tags = utc_text(instance.launch_time), _to_json(instance.tags)
+    row = (target, instance.instance_id, instance.state, launch_time, tags)
+    exempted = _to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
+    if not seen.violations:
+        return (*row, None, exempted, seen.too_young, *(None,) * 7)
+    violations = _to_json([violation_record(violation) for violation in seen.violations])
+    groups = groups_of(instance)
+    kind, name = cause_of(groups) or (None, None)
+    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, None, None)
+    return (*row, violations, exempted, seen.too_young, *found)
+
+
+# How many instances of a target have these values of the required tags in a group.
+Usage = Counter[tuple[int, Group, tuple[str | None, ...]]]
+MAX_USAGE = 50_000  # entries to count in memory, some 15 MB
+
+
+def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
+    """Keep what was counted so far of the groups' tags; a group can come again."""
+    rows = ((target, *group, _to_json(values), count) for (target, group, values), count in usage.items())
+    db.execute("BEGIN")
+    db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", rows)
+    db.execute("COMMIT")
+
+
+def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
+    """Add to what violates the policy what its tags should probably be, by all that was seen."""
+    targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
+    rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
+    reliability = _add_agreements(db, {target: [*by_key] for target, by_key in rules.items()})
+
+    @functools.lru_cache(10_000)
+    def agreements_of(target: int, kind: str, name: str) -> dict[str, Agreement]:
+        query = "SELECT agreements FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
+        row = db.execute(query, (target, kind, name)).fetchone()
+        return {key: Agreement(*found) for key, found in json.loads(row[0]).items()} if row else {}
+
+    def suggestions(target: int, violations: str, groups: str) -> str | None:
+        siblings = [(Group(*group), agreements_of(target, *group)) for group in json.loads(groups)]
+        found = (
+            suggest(
+                violation, rules[target][violation.tag_key], policy.placeholder_values, siblings, reliability
+            )
+            for violation in _load_violations(violations)
+        )
+        records = [suggestion_record(suggestion) for suggestion in found if suggestion]
+        return _to_json(records) if records else None
+
+    last = 0
+    while True:
+        rows = db.execute(
+            "SELECT rowid, target, violations, groups FROM sighting WHERE rowid > ? AND violations IS NOT NULL "
+            "ORDER BY rowid LIMIT 1000",
+            (last,),
+        ).fetchall()
+        if not rows:
+            return
+        last = rows[-1][0]
+        db.execute("BEGIN")
+        db.executemany(
+            "UPDATE sighting SET suggestions = ? WHERE rowid = ?",
+            ((suggestions(*row), number) for number, *row in rows),
+        )
+        db.execute("COMMIT")
+
+
+def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -> Reliability:
+    """Find out what the members of each group agree on, and how far groups of each kind do."""
+    reliability = Reliability()
+
+    def rows() -> Iterator[tuple[int, str, str, str]]:
+        usage = db.execute("SELECT * FROM usage ORDER BY target, kind, name")
+        for (target, kind, name), members in itertools.groupby(usage, key=lambda row: row[:3]):
+            values = ((json.loads(row[3]), row[4]) for row in members)
+            if target in keys and (found := agreements(values, keys[target])):
+                reliability.learn(kind, found)
+                yield target, kind, name, _to_json(found)
+
+    db.execute("BEGIN")
+    db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
+    db.execute("COMMIT")
+    return reliability
+
+
+MAX_LOOKUPS = 1000  # a target and scan: more than the budget of time allows
+UNKNOWN = "unknown ("  # how the creator of an instance begins when it is not known, and why follows
+
+
+def fetch_uncreated(
+    db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
+) -> dict[Target, list[tuple[str, datetime]]]:
+    """Return the findings whose creator the state does not know and that were launched since a time.
+
+    By target, the youngest first, each with its launch time. Raises StateError.
+    """
+    with _state_errors(path):
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+        rows = db.execute(
+            """
+            SELECT account_id, region, instance_id, launch_time FROM (
+                SELECT target.account_id, target.region, sighting.instance_id, sighting.launch_time,
+                    row_number() OVER (PARTITION BY target ORDER BY sighting.launch_time DESC) AS number
+                FROM target JOIN sighting ON sighting.target = target.id
+                LEFT JOIN state.findings AS finding ON finding.policy = :policy
+                    AND finding.account_id = target.account_id AND finding.region = target.region
+                    AND finding.instance_id = sighting.instance_id
+                WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL
+                    AND NOT sighting.too_young AND sighting.launch_time >= :since
+                    AND (finding.created_by IS NULL OR finding.created_by LIKE :unknown)
+            ) WHERE number <= :limit ORDER BY account_id, region, launch_time DESC
+            """,
+            {
+                "policy": scan.policy.name,
+                "since": utc_text(since),
+                "unknown": f"{UNKNOWN}%",
+                "limit": MAX_LOOKUPS,
+            },
+        ).fetchall()
+        db.execute("DETACH DATABASE state")
+    found: dict[Target, list[tuple[str, datetime]]] = {}
+    for account_id, region, instance_id, launched in rows:
+        entry = (instance_id, datetime.fromisoformat(launched))
+        found.setdefault(Target(account_id, region), []).append(entry)
+    return found
+
+
+def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, str]]) -> None:
+    """Keep who made instances of a target."""
+    query = "UPDATE sighting SET created_by = ? WHERE instance_id = ? AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
+    db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
+    db.executemany(
+        query, ((who, instance_id, target.account_id, target.region) for instance_id, who in creators)
+    )
 
 
 def violation_record(violation: Violation) -> dict[str, str | None]:
@@ -2565,6 +2778,16 @@ def violation_record(violation: Violation) -> dict[str, str | None]:
         "value": violation.value,
         "found_key": violation.found_key,
         "message": violation.message,
+    }
+
+
+def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
+    """Return a suggestion as a JSON object."""
+    return {
+        "tag_key": suggestion.tag_key,
+        "value": suggestion.value,
+        "confidence": suggestion.confidence,
+        "evidence": suggestion.evidence,
     }
 
 
@@ -2651,7 +2874,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         "VALUES (?, ?, ?, ?, ?, ?)",
         (scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest, now, finished_at),
     )
-    names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now}
+    names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now, "unknown": f"{UNKNOWN}%"}
     db.execute("DELETE FROM resolved")
     # Only a target that was read in full resolves anything.
     db.execute(
@@ -2669,6 +2892,27 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     )
     db.execute(
         """
+        INSERT INTO state.events (finding, at, event, before, resolution)
+        SELECT finding.id, :now, 'RESOLVED', finding.violations, resolved.resolution
+        FROM resolved JOIN state.findings AS finding ON finding.id = resolved.finding
+        """,
+        names,
+    )
+    db.execute(
+        """
+        INSERT INTO state.events (finding, at, event, before)
+        SELECT finding.id, :now, 'CHANGED', finding.violations
+        FROM target JOIN sighting ON sighting.target = target.id
+        JOIN state.findings AS finding ON finding.policy = :policy
+            AND finding.account_id = target.account_id AND finding.region = target.region
+            AND finding.instance_id = sighting.instance_id
+        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL
+            AND sighting.violations <> finding.violations
+        """,
+        names,
+    )
+    db.execute(
+        """
         UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
             resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
         WHERE id IN (SELECT finding FROM resolved)
@@ -2679,9 +2923,12 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     db.execute(
         """
         INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
-            violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened)
+            violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by,
+            suggestions, instance_type, cause_kind, cause, monthly_cost)
         SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
-            sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0
+            sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0,
+            sighting.created_by, sighting.suggestions, sighting.instance_type, sighting.cause_kind,
+            sighting.cause, sighting.monthly_cost
         FROM target JOIN sighting ON sighting.target = target.id
         WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
             NOT sighting.too_young OR EXISTS (
@@ -2698,13 +2945,22 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
             last_seen = max(last_seen, excluded.last_seen),
             times_seen = times_seen + 1,
             times_reopened = times_reopened + (resolved_at IS NOT NULL),
-            resolved_at = NULL, resolution = NULL
+            resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
+            instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
+            monthly_cost = excluded.monthly_cost,
+            created_by = CASE WHEN created_by IS NULL OR created_by LIKE :unknown
+                THEN coalesce(excluded.created_by, created_by) ELSE created_by END
         """,
         names,
     )
     if db.execute("SELECT 1 FROM state.sqlite_master WHERE name = 'flagged_instances'").fetchone():
         _adopt_flagged_instances(db, names)
     _record_coverage(db, names)
+    db.execute(
+        f"INSERT INTO state.events (finding, at, event) SELECT finding.id, :now, 'REOPENED' {_SEEN} "
+        "WHERE finding.status = 'REOPENED'",
+        names,
+    )
 
 
 def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
@@ -2843,18 +3099,22 @@ def load_findings(state: State, policy_name: str, instance_id: str) -> list[Find
 _FINDING = """
     finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
     finding.violations, finding.status, first_seen, last_seen, times_seen, times_reopened, resolved_at,
-    finding.resolution, created_by, suggestions
+    finding.resolution, finding.created_by, finding.suggestions, finding.instance_type, finding.cause_kind,
+    finding.monthly_cost, finding.cause
 """
 
 
 def _load_finding(row: Sequence[Any]) -> Finding:
     """Build a Finding from the columns of _FINDING."""
+    *columns, cause = row
     return replace(
-        Finding(*row),
+        Finding(*columns),
         tags=json.loads(row[5]),
         violations=_load_violations(row[6]),
         status=Status(row[7]),
         resolution=Resolution(row[13]) if row[13] else None,
+        suggestions=tuple(Suggestion(**record) for record in json.loads(row[15] or "[]")),
+        cause=Group(row[17], cause) if cause else None,
     )
 
 
@@ -2938,7 +3198,7 @@ def _csv_row(finding: Finding) -> tuple[str, ...]:
         finding.name,
         finding.state,
         finding.created_by or "",
-        finding.suggestions or "",
+        ", ".join(map(str, finding.suggestions)),
         "",
     )
 
@@ -3019,6 +3279,11 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "last_seen": finding.last_seen,
         "times_seen": finding.times_seen,
         "times_reopened": finding.times_reopened,
+        "instance_type": finding.instance_type,
+        "monthly_cost": finding.monthly_cost,
+        "created_by": finding.created_by,
+        "cause": finding.cause and finding.cause._asdict(),
+        "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
     }
     if finding.status is Status.RESOLVED:
         record |= {"resolved_at": finding.resolved_at, "resolution": finding.resolution}
@@ -3981,6 +4246,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--csv": _one("FILE", "the findings (default: violators.csv), - for stdout", default="violators.csv"),
     "--json": _one("FILE", "the whole result as JSON, - for stdout"),
     "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
+    "--prices": _one("FILE", "a CSV of instance_type,region,hourly_price: what findings cost a month"),
     "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
     "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
     "--quiet": _flag("no summary and no progress, only errors"),
@@ -3990,7 +4256,7 @@ _COMMANDS = {
     "scan": (
         "check every instance in scope against the policy; record, report, exit",
         *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
-        *("--csv", "--json", "--junit", "--fail-on", "--dry-run", "--quiet", "--verbose"),
+        *("--csv", "--json", "--junit", "--prices", "--fail-on", "--dry-run", "--quiet", "--verbose"),
     ),
     "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
     "explain": (
@@ -4034,6 +4300,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     _check_scope(args, policy)
     outputs = _outputs(args)
     scan = Scan(str(uuid.uuid4()), policy, now)
+    prices = load_prices(args.prices) if args.prices else Prices({})
     with contextlib.ExitStack() as stack:
         state = open_state(args, stack, copied=args.dry_run)
         state.check()
@@ -4042,7 +4309,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         notices: list[str] = []
         readings = read_saved(args, policy) if args.instances else read_live(args, policy, notices)
         with sighting_errors():
-            used = _collect(db, scan, readings, Progress(quiet=args.quiet))
+            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet))
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
@@ -4324,12 +4591,13 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
 
 
 def _collect(
-    db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], progress: Progress
+    db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], prices: Prices, progress: Progress
 ) -> set[Exemption]:
     """Judge every instance that is read and keep what was seen; returns the exemptions that covered any."""
     policy = scan.policy
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
+    usage: Usage = Counter()
     for target, reading in readings:
         if target not in numbers:
             numbers[target] = add_target(db, target)
@@ -4341,13 +4609,24 @@ def _collect(
                     if instance.state in policy.states
                 ]
             used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
-            add_sightings(db, numbers[target], seen)
+            rules = policy.rules(target.region)
+            for sighting in seen:
+                values = sighting.values(rules)
+                for group in groups_of(sighting.instance):
+                    usage[numbers[target], group, values] += 1
+            if len(usage) > MAX_USAGE:
+                add_usage(db, usage)
+                usage.clear()
+            costs = (prices.monthly_cost(sighting.instance, target.region) for sighting in seen)
+            add_sightings(db, numbers[target], zip(seen, costs, strict=True))
             progress.page(target, len(seen))
         else:
             if reading:
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
     progress.close()
+    add_usage(db, usage)
+    add_suggestions(db, policy)
     return used
 
 
