@@ -1440,7 +1440,7 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest
+# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan of them: plan, row_complaint, decide
 ########################################################################################################
 
 
@@ -1663,6 +1663,148 @@ class OpenFindings:
     oldest: Sequence[Finding]
     priced: int
     cost_by_tag: Sequence[tuple[str, float]]
+
+
+@unique
+class Action(StrEnum):
+    """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
+
+    ADD = "add"  # where the tag is missing or empty
+    REPLACE = "replace"  # a value that is there: only a person asks for it
+    REVIEW = "review"  # a value that is there, and probably wrong; nothing is written
+    SKIP = "skip"
+    RESTORE = "restore"
+    DELETE = "delete"
+
+
+PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
+UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
+MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One tag of one instance that is to be written; `current` is its value as the plan was made, as a file shows it."""
+
+    target: Target
+    instance_id: str
+    name: str
+    tag_key: str
+    value: str
+    action: Action
+    current: str
+    confidence: str
+    why: str
+    place: str = ""  # the file and line that it was read from
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.instance_id} {self.tag_key}"
+
+    @property
+    def writes(self) -> bool:
+        """True where the row changes something, unless the instance has changed."""
+        return self.action not in (Action.REVIEW, Action.SKIP)
+
+
+@unique
+class Result(StrEnum):
+    """What became of a row of a plan."""
+
+    PLANNED = "planned"
+    NOT_ASKED = "not_asked"  # review and skip
+    WRITTEN = "written"
+    ALREADY_THERE = "already_there"
+    CHANGED_SINCE = "changed_since"
+    GONE = "gone"
+    FAILED = "failed"
+    UNKNOWN = "unknown"  # the answer was lost, and the tags could not be read again
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row, why, and the value that the tag had before."""
+
+    row: PlanRow
+    result: Result
+    message: str = ""
+    former: str | None = None
+
+
+def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
+    """Yield what would put findings right: suggestions that are sure enough, or else the policy's default.
+
+    What the policy no longer asks for is left out, and so is what it would not accept.
+    """
+    for finding in findings:
+        rules = policy.rules(finding.region) if policy.covers(finding.region) else ()
+        suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
+        for violation in finding.violations:
+            for rule in rules:
+                if rule.key == violation.tag_key:
+                    row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
+                    if row and not row_complaint(row, policy):
+                        yield row
+
+
+def _plan_row(
+    finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
+) -> PlanRow | None:
+    """Return what to write for one violation; None where nothing is known."""
+    current = printable(finding.tags.get(rule.key, ""))
+    action = Action.REVIEW if current.strip() else Action.ADD
+    if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
+        value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
+    elif rule.default is not None and action is Action.ADD:
+        value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
+        if suggestion and suggestion.value != value:
+            why += f"; but {suggestion.value} is {suggestion.evidence}"
+    else:
+        return None
+    place = (finding.target, finding.instance_id, finding.name)
+    return PlanRow(*place, rule.key, value, action, current, confidence, why)
+
+
+def row_complaint(row: PlanRow, policy: Policy) -> str | None:
+    """Return why a row may not be carried out under a policy; None where it may."""
+    if not policy.covers(row.target.region):
+        return f"{policy.file} does not cover the region {row.target.region}"
+    if policy.accounts and not policy.accounts.covers(row.target.account_id):
+        return f"{policy.file} does not cover the account {row.target.account_id}"
+    if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= _TAG_KEY["maxLength"]:
+        return f"{row.tag_key!r} is no key that can be written: it is AWS's own, or too long"
+    if len(row.value) > _TAG_VALUE["maxLength"]:
+        return f"the value has {len(row.value)} characters; EC2 allows {_TAG_VALUE['maxLength']}"
+    if row.action in UNDO_ACTIONS:
+        return None
+    rule = next((rule for rule in policy.rules(row.target.region) if rule.key == row.tag_key), None)
+    if rule is None:
+        return f"{policy.file} does not ask for {row.tag_key} in {row.target.region}"
+    if not row.writes:
+        return None
+    if not row.value.isprintable():
+        return "the value has characters that nobody can see"
+    violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
+    return violation.message if violation else None
+
+
+def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
+    """Return what becomes of a row without a call, seen the instance's tags as they are now; None: it is written.
+
+    No value is overwritten but the one that the row was made for, and an empty one.
+    """
+    if tags is None:
+        return Outcome(row, Result.GONE, "the instance is gone")
+    now = tags.get(row.tag_key)
+    if now == (None if row.action is Action.DELETE else row.value):
+        return Outcome(row, Result.ALREADY_THERE, former=now)
+    expected = not (now or "").strip() if row.action is Action.ADD else now == row.current
+    if expected:
+        new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
+        if now is None and len(new) > MAX_TAGS:
+            return Outcome(row, Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
+        if (now or "").isprintable():
+            return None
+    return Outcome(row, Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
 
 
 ########################################################################################################
