@@ -32,6 +32,7 @@ import importlib.resources
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -1821,6 +1822,7 @@ SDK_ATTEMPTS = 5
 NETWORK_PAUSES = (3.0,)
 # What a role is assumed for, as its session policy and as `iam-policy` prints it.
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
+WRITE_ACTIONS = ("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
 
 NO_CONNECTION = frozenset(
     "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError".split()
@@ -1834,7 +1836,7 @@ class Aws:
     clients are the caller's, and a request is signed for the account that its thread has entered.
     """
 
-    def __init__(self, profile: str | None, workers: int) -> None:
+    def __init__(self, profile: str | None, workers: int, call_interval: float = 0) -> None:
         import boto3
         import botocore.config
         import botocore.exceptions
@@ -1851,6 +1853,8 @@ class Aws:
             max_pool_connections=workers,
             user_agent_extra=f"tagcheck/{__version__}",
         )
+        self._call_interval = call_interval
+        self._called_at: dict[tuple[str, str], float] = {}  # by account and region
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
         self._entered = threading.local()
@@ -1874,8 +1878,16 @@ class Aws:
                 self._clients[service, region] = client
             return self._clients[service, region]
 
-    def _sign(self, request: Any, **_: object) -> None:
-        """Have botocore sign a request of EC2 for the account that this thread has entered."""
+    def _sign(self, request: Any, region_name: str = "", **_: object) -> None:
+        """Have botocore sign a request of EC2 for the account that this thread has entered, when its time has come.
+
+        A request that botocore repeats is signed again, so that repetitions are paced as well.
+        """
+        if self._call_interval:
+            place = self._entered.account_id, region_name
+            due = self._called_at.get(place, -math.inf) + self._call_interval
+            time.sleep(max(0.0, due - time.monotonic()))
+            self._called_at[place] = time.monotonic()
         credentials = getattr(self._entered, "credentials", None)
         if credentials:
             request.context.setdefault("signing", {})["request_credentials"] = credentials
@@ -1883,7 +1895,7 @@ class Aws:
     @contextlib.contextmanager
     def account(self, account_id: str) -> Iterator[None]:
         """Sign this thread's requests to EC2 for an account that was entered before."""
-        self._entered.credentials = self._credentials[account_id]
+        self._entered.account_id, self._entered.credentials = account_id, self._credentials[account_id]
         try:
             yield
         finally:
@@ -1893,8 +1905,15 @@ class Aws:
         """Let the caller's own account be read with the caller's own credentials."""
         self._credentials[account_id] = None
 
-    def assume_role(self, account_id: str, accounts: Accounts, home: str, partition: str) -> None:
-        """Get credentials of an account, which renew themselves in time; raises TargetError."""
+    def assume_role(
+        self,
+        account_id: str,
+        accounts: Accounts,
+        home: str,
+        partition: str,
+        actions: Sequence[str] = READ_ACTIONS,
+    ) -> None:
+        """Get credentials of an account for some actions, which renew themselves in time; raises TargetError."""
         import botocore.credentials
 
         sts = self.client("sts", home)
@@ -1904,7 +1923,7 @@ class Aws:
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
             "DurationSeconds": 3600,
-            "Policy": _to_json(_document([_allow(READ_ACTIONS, "*")])),
+            "Policy": _to_json(_document([_allow(actions, "*")])),
         }
         if accounts.external_id:
             arguments["ExternalId"] = accounts.external_id
@@ -1992,9 +2011,14 @@ def home_region(regions: Iterable[str]) -> str:
 
 def describe_caller(sts: Any) -> tuple[str, str]:
     """Return account and partition of the credentials; raises CredentialsError where AWS knows no caller."""
+    return describe_identity(sts)[:2]
+
+
+def describe_identity(sts: Any) -> tuple[str, str, str]:
+    """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
-        return str(answer["Account"]), str(answer["Arn"]).split(":")[1]
+        return str(answer["Account"]), str(answer["Arn"]).split(":")[1], str(answer["Arn"])
     except TargetError as error:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
     except (KeyError, IndexError) as error:
@@ -2043,9 +2067,16 @@ def describe_regions(client: Any) -> list[str]:
     return sorted(enabled)
 
 
-def describe_instances(client: Any, instance_id: str | None = None) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region, or one of them, by pages; raises TargetError."""
-    scope = {"InstanceIds": [instance_id]} if instance_id else {"MaxResults": PAGE_SIZE}
+def describe_instances(
+    client: Any, instance_id: str | None = None, among: Sequence[str] = ()
+) -> Iterator[list[Instance]]:
+    """Yield every instance of the client's account and region by pages, or one of them; raises TargetError.
+
+    Of `among` it yields those that are there: to ask for one that is gone by its id would be an error.
+    """
+    scope: dict[str, Any] = {"InstanceIds": [instance_id]} if instance_id else {"MaxResults": PAGE_SIZE}
+    if among:
+        scope["Filters"] = [{"Name": "instance-id", "Values": [*among]}]
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
         page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
@@ -2176,6 +2207,58 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     return Instance(instance_id, state, launched, tags, *more)
 
 
+BATCH_SIZE = 200  # a filter's most values, and well below the 1,000 resources of CreateTags
+# Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
+# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
+CALL_INTERVAL = 0.11
+MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
+
+
+def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
+    """Return the tags of those of at most BATCH_SIZE instances that are still there; raises TargetError."""
+    return {
+        instance.instance_id: instance.tags
+        for page in describe_instances(client, among=instance_ids)
+        for instance in page
+        if instance.state not in ("shutting-down", "terminated")
+    }
+
+
+def write_tags(
+    client: Any, operation: str, instance_ids: Sequence[str], tags: Mapping[str, str], splits: Iterator[int]
+) -> dict[str, TargetError]:
+    """Create or delete the same tags on instances; returns those that were refused, each with the reason.
+
+    EC2 refuses a whole batch for the sake of one instance. Those that are gone it names; to find others the
+    batch is halved, as often as there are `splits`.
+    """
+    refused: dict[str, TargetError] = {}
+    batches = [list(instance_ids)]
+    pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
+    while batches:
+        batch = batches.pop()
+        try:
+            call_aws(client, operation, Resources=batch, Tags=pairs)
+        except TargetError as error:
+            named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
+            gone = named if error.code.startswith("InvalidInstanceID") else set()
+            if gone:
+                refused |= dict.fromkeys(gone, error)
+                batches += [rest] if (rest := [id_ for id_ in batch if id_ not in gone]) else []
+            elif is_of_instance(error) and len(batch) > 1 and next(splits, None) is not None:
+                middle = len(batch) // 2
+                batches += [batch[middle:], batch[:middle]]
+            else:
+                refused |= dict.fromkeys(batch, error)
+    return refused
+
+
+def is_of_instance(error: TargetError) -> bool:
+    """Return whether an error may be of some instances only; else nothing more will come of the target."""
+    codes = ("UnauthorizedOperation", "AccessDenied", "TagLimitExceeded", "Invalid", "IncorrectInstanceState")
+    return error.code.startswith(codes)
+
+
 def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return an IAM policy document."""
     return {"Version": "2012-10-17", "Statement": list(statements)}
@@ -2218,11 +2301,15 @@ def iam_documents(policy: Policy, state: str) -> dict[str, dict[str, Any]]:
         )
     keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
     writing = _allow(
-        ["ec2:CreateTags"],
+        [action for action in WRITE_ACTIONS if action not in READ_ACTIONS],
         "arn:*:ec2:*:*:instance/*",
         Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
     )
-    return {"scan": _document(scan), **documents, "remediate": _document([describing, writing])}
+    return {
+        "scan": _document(scan),
+        **documents,
+        "remediate": _document([_allow(READ_ACTIONS[:1], "*"), writing]),
+    }
 
 
 def split_s3(location: str) -> tuple[str, str]:
@@ -2390,6 +2477,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
         ) WITHOUT ROWID
         """,
+    ),
+    (
+        # What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was taken away.
+        # It is intended before the call, so that what was under way when a run was killed is known.
+        """
+        CREATE TABLE changes (
+            id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, account_id TEXT NOT NULL,
+            region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, former TEXT, value TEXT,
+            why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
+        )
+        """,
+        "CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)",
     ),
 )
 
@@ -3258,6 +3358,109 @@ def _load_finding(row: Sequence[Any]) -> Finding:
         suggestions=tuple(Suggestion(**record) for record in json.loads(row[15] or "[]")),
         cause=Group(row[17], cause) if cause else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One tag that `remediate` wrote, or was about to write when it was last heard of."""
+
+    change_id: str
+    policy: str
+    account_id: str
+    region: str
+    instance_id: str
+    tag_key: str
+    former: str | None
+    value: str | None
+    why: str
+    who: str
+    changed_at: str
+    status: Literal["intended", "written"]
+
+    def __str__(self) -> str:
+        done = "deleted" if self.value is None else f"set to {self.value!r}"
+        before = "missing" if self.former is None else repr(self.former)
+        unknown = "" if self.status == "written" else "; whether it was carried out is not known"
+        return f"{self.changed_at} {self.tag_key} {done} (it was {before}) by {self.who}: {self.why}{unknown}"
+
+
+_CHANGE = (
+    "change_id, policy, account_id, region, instance_id, tag_key, former, value, why, who, changed_at, status"
+)
+_SAME_TAG = (
+    "policy = ? AND account_id = ? AND region = ? AND instance_id = ? AND tag_key = ? AND change_id <> ?"
+)
+
+
+def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> None:
+    """Keep what is intended and what was written, and forget what came to nothing; raises StateError.
+
+    It may be repeated, as with a state in S3 it is. What an earlier run that was killed had intended is
+    written where the tag is found as it was to be, and never was where it is written now.
+    """
+    changes = list(changes)
+    for path in state.attempts("") if changes else ():
+        with _state_errors(state.name), contextlib.closing(_open_state(path)) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("BEGIN IMMEDIATE")
+            for change, result in changes:
+                _record_change(db, change, result)
+            db.execute("COMMIT")
+
+
+def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
+    """Keep one change as it stands now."""
+    same = (
+        *(change.policy, change.account_id, change.region, change.instance_id, change.tag_key),
+        change.change_id,
+    )
+    if result in (Result.PLANNED, Result.WRITTEN):
+        columns = [getattr(change, name) for name in _CHANGE.split(", ")]
+        db.execute(
+            f"INSERT INTO changes ({_CHANGE}) VALUES ({', '.join('?' * len(columns))}) ON CONFLICT (change_id) "
+            "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status",
+            columns,
+        )
+    elif result is not Result.UNKNOWN:
+        db.execute("DELETE FROM changes WHERE change_id = ?", (change.change_id,))
+    if result is Result.ALREADY_THERE:
+        db.execute(
+            f"UPDATE changes SET status = 'written' WHERE {_SAME_TAG} AND value IS ?", (*same, change.value)
+        )
+    elif result is Result.WRITTEN:
+        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", same)
+
+
+def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) -> list[Change]:
+    """Return what `remediate` wrote on an instance, in whatever account and region, the oldest first."""
+    rows = db.execute(
+        f"SELECT {_CHANGE} FROM changes WHERE policy = ? AND instance_id = ? ORDER BY id",
+        (policy_name, instance_id),
+    )
+    return [Change(*row) for row in rows]
+
+
+def load_changes(state: State, policy_name: str, instance_id: str) -> list[Change]:
+    """Return fetch_changes() of a state that was checked; raises StateError."""
+    path = next(state.attempts(""))
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        return fetch_changes(db, policy_name, instance_id)
+
+
+def load_open_findings(state: State, policy_name: str) -> list[Finding]:
+    """Return the open findings of a policy, sorted; raises StateError, UsageError where nothing was scanned."""
+    state.check()
+    path = next(state.attempts(""))
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        if not db.execute("SELECT 1 FROM scans WHERE policy = ?", (policy_name,)).fetchone():
+            raise UsageError(
+                f"the state {state.name} has no scan under the policy {policy_name}: run scan first"
+            )
+        query = (
+            f"SELECT {_FINDING} FROM findings AS finding WHERE policy = ? AND resolved_at IS NULL "
+            "ORDER BY account_id, region, instance_id"
+        )
+        return [_load_finding(row) for row in db.execute(query, (policy_name,))]
 
 
 ########################################################################################################
