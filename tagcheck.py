@@ -37,6 +37,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -148,7 +149,7 @@ class Problem:
 
 
 class PolicyError(UsageError):
-    """A policy file is wrong; holds every problem that was found in it."""
+    """A policy file, or an edited plan, is wrong; holds every problem that was found in it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
@@ -1830,7 +1831,7 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
     now = tags.get(row.tag_key)
     if now == (None if row.action is Action.DELETE else row.value):
         return Outcome(row, Result.ALREADY_THERE, former=now)
-    expected = not (now or "").strip() if row.action is Action.ADD else now == row.current
+    expected = not (now or "").strip() if row.action is Action.ADD else (now or "") == row.current
     if expected:
         new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
         if now is None and len(new) > MAX_TAGS:
@@ -2319,6 +2320,7 @@ BATCH_SIZE = 200  # a filter's most values, and well below the 1,000 resources o
 # Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
 # Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
 CALL_INTERVAL = 0.11
+MAX_CHANGES = 50  # of a run when nothing else is said
 MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
 
 
@@ -2330,6 +2332,32 @@ def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping
         for instance in page
         if instance.state not in ("shutting-down", "terminated")
     }
+
+
+def batches(rows: Iterable[PlanRow]) -> Iterator[list[PlanRow]]:
+    """Yield the rows of a target by batches of instances, those that get the same tags beside each other."""
+    by_instance: dict[str, list[PlanRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.tag_key, row.value)):
+        by_instance.setdefault(row.instance_id, []).append(row)
+    alike = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
+    for start in range(0, len(alike), BATCH_SIZE):
+        yield [*itertools.chain.from_iterable(alike[start : start + BATCH_SIZE])]
+
+
+def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]]:
+    """Return the calls that carry rows out: operation and tags, and the rows of the instances that get just these.
+
+    DeleteTags is told the value as well: it deletes no other (EC2 API reference).
+    """
+    by_instance: dict[tuple[str, str], list[PlanRow]] = {}
+    for row in rows:
+        operation = "DeleteTags" if row.action is Action.DELETE else "CreateTags"
+        by_instance.setdefault((operation, row.instance_id), []).append(row)
+    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]] = {}
+    for (operation, _), group in by_instance.items():
+        pairs = ((row.tag_key, row.current if row.action is Action.DELETE else row.value) for row in group)
+        calls.setdefault((operation, tuple(sorted(pairs))), []).extend(group)
+    return calls
 
 
 def write_tags(
@@ -3758,6 +3786,11 @@ class Change:
     changed_at: str
     status: Literal["intended", "written"]
 
+    @property
+    def target(self) -> Target:
+        """Where the instance is."""
+        return Target(self.account_id, self.region)
+
     def __str__(self) -> str:
         done = "deleted" if self.value is None else f"set to {self.value!r}"
         before = "missing" if self.former is None else repr(self.former)
@@ -3819,29 +3852,6 @@ def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) ->
         (policy_name, instance_id),
     )
     return [Change(*row) for row in rows]
-
-
-def load_changes(state: State, policy_name: str, instance_id: str) -> list[Change]:
-    """Return fetch_changes() of a state that was checked; raises StateError."""
-    path = next(state.attempts(""))
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        return fetch_changes(db, policy_name, instance_id)
-
-
-def load_open_findings(state: State, policy_name: str) -> list[Finding]:
-    """Return the open findings of a policy, sorted; raises StateError, UsageError where nothing was scanned."""
-    state.check()
-    path = next(state.attempts(""))
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        if not db.execute("SELECT 1 FROM scans WHERE policy = ?", (policy_name,)).fetchone():
-            raise UsageError(
-                f"the state {state.name} has no scan under the policy {policy_name}: run scan first"
-            )
-        query = (
-            f"SELECT {_FINDING} FROM findings AS finding WHERE policy = ? AND resolved_at IS NULL "
-            "ORDER BY account_id, region, instance_id"
-        )
-        return [_load_finding(row) for row in db.execute(query, (policy_name,))]
 
 
 ########################################################################################################
@@ -3935,10 +3945,252 @@ def _csv_time(text: str) -> str:
     return text.replace("T", " ").removesuffix("Z")
 
 
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+
+
 def csv_cell(text: str) -> str:
     """Return text that no spreadsheet takes for a formula (OWASP, CSV injection; ASVS 1.2.10)."""
     shown = printable(text)
-    return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else shown
+    # A text that has such a ' itself gets another, so that csv_text tells them apart.
+    return f"'{shown}" if shown.lstrip("'").startswith(_FORMULA) else shown
+
+
+def csv_text(cell: str) -> str:
+    """Return the printable text that csv_cell made a cell of."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA) else cell
+
+
+PLAN_COLUMNS = (
+    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why",
+)  # fmt: skip
+PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
+
+
+def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True) -> None:
+    """Write a plan, or the undo file of one, as CSV."""
+    table = csv.writer(file, lineterminator="\n")
+    if header:
+        table.writerow(PLAN_COLUMNS)
+    for row in rows:
+        where = (row.target.account_id, row.target.region, row.instance_id, row.name)
+        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why)
+        table.writerow(map(csv_cell, (*where, *what)))
+
+
+def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
+    """Return the rows of a plan that a person may have edited, all of which may be carried out; raises PolicyError."""
+    rows: dict[tuple[Target, str, str], PlanRow] = {}
+    problems: list[Problem] = []
+    for line, cells in _plan_lines(path):
+        row = _read_row(cells, f"{path}:{line}")
+        complaint = row if isinstance(row, str) else None
+        if isinstance(row, PlanRow):
+            same = rows.setdefault((row.target, row.instance_id, row.tag_key), row)
+            if row.action not in actions:
+                complaint = f"a row to {row.action}: --plan takes a plan, --undo an undo file"
+            elif row.action is Action.REPLACE and "Current" not in cells:
+                complaint = "to replace a value takes the column Current: it may have changed since"
+            elif same is not row:
+                complaint = f"{same.place} has the same tag of the same instance: keep one of them"
+            else:
+                complaint = row_complaint(row, policy)
+        if complaint:
+            problems.append(Problem(path, line, 1, "", complaint))
+    if problems:
+        raise PolicyError(problems)
+    return list(rows.values())
+
+
+def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield each row of a plan that is not blank, by its header, and the line it ends on; raises PolicyError."""
+
+    def error(line: int, message: str) -> PolicyError:
+        return PolicyError([Problem(path, line, 1, "", message)])
+
+    content = b""
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
+    except UnicodeDecodeError as problem:
+        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise error(line, f'{"UTF-16" if utf_16 else "not UTF-8"}: save it as "CSV UTF-8"') from problem
+    head = text.lstrip().partition("\n")[0]
+    # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
+    table = csv.reader(StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    columns: list[str] = []
+    try:
+        for cells in table:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+                lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
+                if lacking:
+                    raise error(table.line_num, f"the header needs {', '.join(lacking)}, once each")
+            elif len(cells) != len(columns):
+                counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
+                raise error(table.line_num, f"{counts}: is a comma not in quotes, or the file cut short?")
+            else:
+                yield table.line_num, dict(zip(columns, map(csv_text, cells), strict=True))
+    except csv.Error as problem:
+        raise error(table.line_num, f"not CSV: {problem}") from problem
+    if not columns:
+        raise error(1, "empty: it needs a header, and a row for each tag")
+
+
+def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
+    """Return a row of a plan, or what is wrong with its cells."""
+    account_id, region, instance_id = (cells[name].strip() for name in PLAN_NEEDED[:3])
+    action = cells["Action"].strip().lower()
+    if not re.fullmatch("[0-9]{12}", account_id):
+        return f"{account_id!r} is no account id: it has 12 digits (a spreadsheet may have cut its zeros)"
+    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+        return f"{instance_id!r} is no instance id: it looks like i-0123456789abcdef0"
+    if action not in list(Action):
+        return f"{action!r} is no action: write {', '.join(PLAN_ACTIONS[:-1])} or {PLAN_ACTIONS[-1]}"
+    name, current, confidence, why = (cells.get(key, "") for key in ("Name", "Current", "Confidence", "Why"))
+    return PlanRow(
+        *(Target(account_id, region), instance_id, name, cells["Tag"], cells["Value"], Action(action)),
+        *(current, confidence, why, place),
+    )
+
+
+class UndoFile:
+    """What takes a run back, as a plan: every row is on the disk before its tag is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: set[PlanRow] = set()  # whose tags may have been written
+
+    def add(self, rows: Mapping[PlanRow, str | None]) -> None:
+        """Keep what the tags of rows are before they are written; raises OutputError."""
+        text = StringIO()
+        write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
+        create = 0 if self.rows else os.O_CREAT | os.O_EXCL
+        try:
+            with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o600), "wb") as file:
+                file.write(text.getvalue().encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:  # of another run in the same second
+            self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
+            self.add(rows)
+        except OSError as error:
+            raise OutputError(
+                f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
+                "make room and run again"
+            ) from error
+        self.rows.update(rows)
+
+
+def _undoing(row: PlanRow, former: str | None) -> PlanRow:
+    """Return the row that takes another one back."""
+    action = Action.DELETE if former is None else Action.RESTORE
+    written = "" if row.action is Action.DELETE else row.value
+    why = f"undo of: {row.why.removeprefix('undo of: ')}"
+    return replace(row, action=action, value=former or "", current=written, confidence="", why=why)
+
+
+@dataclass(frozen=True, slots=True)
+class Remediation:
+    """All that is to be said of a plan, carried out or not."""
+
+    policy: Policy
+    applied: bool
+    outcomes: Sequence[Outcome]
+    undo_file: str
+    exit_code: ExitCode
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The number of rows with each result."""
+        return {str(result): sum(o.result is result for o in self.outcomes) for result in Result}
+
+    @property
+    def changed(self) -> bool:
+        """True where something in AWS is, or may be, no longer as it was."""
+        return bool(self.totals[Result.WRITTEN] or self.totals[Result.UNKNOWN])
+
+
+def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
+    """Write what became of a plan as one JSON object, a line a row; `changed` is Ansible's."""
+    head = {
+        "version": __version__,
+        "policy": {"name": done.policy.name, "file": done.policy.file, "digest": done.policy.digest},
+        "changed": done.changed,
+        "applied": done.applied,
+        "undo_file": done.undo_file or None,
+        "exit_code": int(done.exit_code),
+        "exit_name": done.exit_code.name,
+        "summary": done.totals,
+    }
+    _write_json_head(file, head)
+    _write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
+
+
+def _outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Return what became of a row as a JSON object."""
+    row = outcome.row
+    return {
+        "account_id": row.target.account_id,
+        "region": row.target.region,
+        "instance_id": row.instance_id,
+        "name": row.name,
+        "tag_key": row.tag_key,
+        "value": None if row.action is Action.DELETE else row.value,
+        "action": row.action,
+        "why": row.why,
+        "result": outcome.result,
+        "message": outcome.message or None,
+    }
+
+
+def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
+    """Yield the plan or what became of it, for people, and what to do next."""
+    rows = [outcome.row for outcome in done.outcomes]
+    writing = [row for row in rows if row.writes]
+    instances = len({(row.target, row.instance_id) for row in writing})
+    aside = Counter(row.action for row in rows if not row.writes)
+    others = "".join(f", {number:,} to {action}" for action, number in sorted(aside.items()))
+    yield (
+        f"Policy {done.policy.name} ({done.policy.file}): {counted(len(writing), 'tag')} to write on "
+        f"{counted(instances, 'instance')}{others}"
+    )
+    if done.applied:
+        yield from _result_lines(done)
+        if done.totals[Result.WRITTEN] and writing[0].action in PLAN_ACTIONS:
+            yield "The findings stay open until the next scan, which resolves them as tagged"
+        if done.undo_file:
+            yield f"To take it back: {command('--undo', done.undo_file, '--apply')}"
+        return
+    if rows:
+        head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
+        shown = [
+            (
+                *(row.action, row.target.account_id, row.target.region, row.instance_id),
+                *(_cut(row.name, 24) or "-", _cut(row.tag_key, 40), _cut(row.value, 40) or "-", row.why),
+            )
+            for row in rows[:SUMMARY_FINDINGS]
+        ]
+        where = f" in {csv_path}" if csv_path not in ("", "-") else ""
+        yield from _with_rest(_in_columns([head, *shown]), len(rows) - len(shown), where)
+        yield ""
+    yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+
+
+def _result_lines(done: Remediation) -> Iterator[str]:
+    """Yield how many rows were carried out, and which were not and why."""
+    words = {Result.WRITTEN: "written", Result.ALREADY_THERE: "already there"}
+    named = [outcome for outcome in done.outcomes if outcome.row.writes and outcome.result not in words]
+    numbers = [f"{done.totals[result]:,} {word}" for result, word in words.items()]
+    yield f"{', '.join(numbers)}, {len(named):,} left out{':' if named else ''}"
+    for outcome in named[:SUMMARY_FINDINGS]:
+        yield f"  {outcome.result}  {outcome.row}: {outcome.message}"
+    if len(named) > SUMMARY_FINDINGS:
+        yield f"  … and {len(named) - SUMMARY_FINDINGS:,} more"
 
 
 def write_json(file: TextIOBase, report: ScanReport) -> None:
@@ -3958,14 +4210,19 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
     }
     if report.dry_run:
         head["preview"] = preview(report)
-    file.write("{\n")
-    for key, value in head.items():
-        file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+    _write_json_head(file, head)
     _write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
     _write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
     _write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
     _write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
     _write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
+
+
+def _write_json_head(file: TextIOBase, head: Mapping[str, Any]) -> None:
+    """Begin an object whose lists follow."""
+    file.write("{\n")
+    for key, value in head.items():
+        file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
 
 
 def _write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
@@ -4208,14 +4465,20 @@ def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> l
         )
     if len(rows) == 1:
         return []
-    rows = [tuple(map(printable, row)) for row in rows]  # type: ignore[misc]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = _in_columns(rows)
     more = number - len(rows) + 1
     where = "" if csv_path in ("", "-") else f" in {csv_path}"
     return _with_rest(lines, more, where)
+
+
+def _in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line a row, with its cells below each other."""
+    shown = [[*map(printable, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in shown
+    ]
 
 
 def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
@@ -5019,6 +5282,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _probability(text: str) -> float:
+    """Return a number from 0 to 1, for argparse."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for."""
     part, _, parts = text.partition("/")
@@ -5081,6 +5352,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--html": _one("FILE", "the dashboard, - for stdout", required=True),
     "--days": _one("N", "how many days to keep", type=_positive, required=True),
     "prune --dry-run": _flag("only say what would go"),
+    "remediate --csv": _one("FILE", "the plan (default: remediate-plan.csv), - for stdout"),
+    "--min-confidence": _one(
+        "P",
+        f"take suggestions from this confidence on (default: {MIN_CONFIDENCE})",
+        type=_probability,
+        default=MIN_CONFIDENCE,
+    ),
+    "--plan": _one("FILE", "a plan as it was written, or as a person has edited it"),
+    "--apply": _flag("write the tags, in AWS; without it nothing is changed"),
+    "--max-changes": _one(
+        "N",
+        f"refuse to write more tags than this (default: {MAX_CHANGES})",
+        type=_positive,
+        default=MAX_CHANGES,
+    ),
+    "--undo": _one("FILE", "the undo file of an earlier run, to take back what is still as it was written"),
+    "--role": _one("NAME", "the role to assume for writing (default: the policy's role_name)"),
     "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
     "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
     "--quiet": _flag("no summary and no progress, only errors"),
@@ -5107,6 +5395,11 @@ _COMMANDS = {
     "prune": (
         "delete findings that were resolved more than N days ago, and scans; the trend keeps a row a day",
         *("--days", "--dry-run", "--state", "--profile"),
+    ),
+    "remediate": (
+        "plan the tags that would put the open findings right; --apply writes them",
+        *("--policy", "--region", "--account", "--profile", "--role", "--state", "--min-confidence", "--csv"),
+        *("--plan", "--max-changes", "--apply", "--undo", "--json", "--quiet", "--verbose"),
     ),
     "schema": ("print the policy's JSON Schema (Draft 7)",),
     "iam-policy": (
@@ -5326,12 +5619,7 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
     that a slow one does not keep all workers.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
-    home = aws.session.region_name or home_region(named)
-    caller, partition = describe_caller(aws.client("sts", home))
-    if policy.expected_account not in (None, caller):
-        raise CredentialsError(
-            f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
-        )
+    home, caller, partition, _ = _identify(aws, policy, named)
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
 
     def enter(account_id: str) -> Iterator[list[str]]:
@@ -5365,6 +5653,17 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
 
     targets.sort(key=lambda target: (target.region, target.account_id))
     yield from read_in_parallel(targets, describe, args.workers)
+
+
+def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, str, str, str]:
+    """Return the region to ask at home, and the caller's account, partition and ARN; raises CredentialsError."""
+    home = aws.session.region_name or home_region(regions)
+    caller, partition, arn = describe_identity(aws.client("sts", home))
+    if policy.expected_account not in (None, caller):
+        raise CredentialsError(
+            f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
+        )
+    return home, caller, partition, arn
 
 
 def _accounts_in_scope(
@@ -5622,11 +5921,15 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     if args.instance:
-        cases = list(_find_instance(args, policy))
+        changes: list[Change] = []
+        cases = list(_find_instance(args, policy, changes))
         lines = [
             line
             for target, instance, finding in cases
-            for line in explain(policy, target, instance, finding, now)
+            for line in (
+                *explain(policy, target, instance, finding, now),
+                *(f"  Written   {change}" for change in changes if change.target == target),
+            )
         ]
     else:
         lines = [
@@ -5639,14 +5942,15 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
 
 
 def _find_instance(
-    args: argparse.Namespace, policy: Policy
+    args: argparse.Namespace, policy: Policy, changes: list[Change]
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
-    """Yield an instance as saved files, AWS or the state have it, with its finding."""
+    """Yield an instance as saved files, AWS or the state have it, with its finding; adds what was written on it."""
     known: dict[Target, Finding] = {}
     if args.state.startswith("s3://") or os.path.lexists(args.state):
         with _reading(args) as db:
             findings = fetch_history(db, Selection(policy.name, args.instance))
             known = {finding.target: finding for finding in findings}
+            changes += fetch_changes(db, policy.name, args.instance)
     if args.instances:
         for path in args.instances:
             for target, instances in load_instances(path)[0].items():
@@ -5779,6 +6083,220 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
     return ExitCode.COMPLIANT
 
 
+def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Plan the tags that would put findings right, or write those of a plan, or take them back."""
+    policy = load_policy(args.policy)
+    _check_scope(args, policy)
+    if args.plan and args.undo:
+        raise UsageError("--plan and --undo: give one of them")
+    if args.role and not policy.accounts:
+        raise UsageError(f"--role {printable(args.role)}: {policy.file} names no accounts to assume it in")
+    given = args.plan or args.undo
+    args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
+    outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
+    rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
+    if not given:
+        with _reading(args) as db:
+            is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
+            rows = list(plan(fetch_history(db, is_open), policy, args.min_confidence))
+    in_scope = [
+        row
+        for row in sorted(rows, key=lambda row: (row.target, row.instance_id))
+        if (not args.region or row.target.region in args.region)
+        and (not args.account or row.target.account_id in args.account)
+    ]
+    outcomes = [Outcome(row, Result.PLANNED if row.writes else Result.NOT_ASKED) for row in in_scope]
+    writing = [row for row in in_scope if row.writes]
+    undo_file = ""
+    with contextlib.ExitStack() as stack:
+        staged = stack.enter_context(staged_outputs(outputs))
+        if args.apply and writing:
+            state = open_state(args, stack, copied=False)
+            beside = state.path.parent if isinstance(state, LocalState) else Path()
+            undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
+            decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}
+            outcomes = [decided.get(outcome.row, outcome) for outcome in outcomes]
+            undo_file = os.path.relpath(undo.path) if undo.rows else ""
+        well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
+        code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
+        done = Remediation(policy, args.apply, outcomes, undo_file, code)
+        writers: dict[str, Callable[[TextIOBase], None]] = {
+            "csv": lambda file: write_plan(file, in_scope),
+            "json": lambda file: write_remediation_json(file, done),
+        }
+        stage_report(staged, lambda output, file: writers[output.format](file))
+        publish_report(staged, emit)
+    if not args.quiet:
+        lines = remediation_lines(done, args.csv, functools.partial(_next_command, args, len(writing)))
+        talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+        emit("".join(f"{printable(line)}\n" for line in lines), talk)
+    return code
+
+
+def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
+    """Return the command that writes what was planned, or that takes back what was written, for a shell."""
+    words = ["tagcheck.py", "remediate"]
+    for name in ("policy", "state", "profile", "role"):
+        if (value := getattr(args, name)) not in (None, OPTIONS[f"--{name}"].get("default")):
+            words += [f"--{name}", value]
+    words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
+    if "--undo" not in more and (path := args.undo or args.plan or args.csv) != "-":
+        words += ["--undo" if args.undo else "--plan", path]
+    return shlex.join([*words, *more])
+
+
+def _apply(
+    args: argparse.Namespace,
+    policy: Policy,
+    state: State,
+    rows: Sequence[PlanRow],
+    undo: UndoFile,
+    now: datetime,
+) -> list[Outcome]:
+    """Carry out a plan, target by target; returns what became of each row.
+
+    All of it is intended in the state before the first call, and a row is in the undo file before its own: kill
+    it at any point, and state, file and tags together tell what was done.
+    """
+    begun = time.monotonic()
+    if len(rows) > args.max_changes:
+        raise UsageError(
+            f"the plan would write {len(rows):,} tags, more than --max-changes {args.max_changes}: read it, and if "
+            f"all is well give --max-changes {len(rows)}"
+        )
+    state.check()
+    aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
+    home, caller, partition, who = _identify(aws, policy, sorted({row.target.region for row in rows}))
+    changes: dict[PlanRow, Change] = {}
+    run = uuid.uuid4().hex
+    for row in rows:
+        account_id, region = row.target.account_id, row.target.region
+        if policy.accounts is None and account_id != caller:
+            raise UsageError(
+                f"{row.place or row}: {account_id} is not the account of the credentials, {caller}"
+            )
+        changes[row] = Change(
+            *(f"{run}/{len(changes)}", policy.name, account_id, region, row.instance_id, row.tag_key),
+            *(row.current or None, None if row.action is Action.DELETE else row.value),
+            *(row.why, who, utc_text(now)),
+            status="intended",
+        )
+    record_changes(state, ((change, Result.PLANNED) for change in changes.values()))
+    outcomes: list[Outcome] = []
+    settled: list[tuple[Change, Result]] = []
+
+    def enter(account_id: str) -> None:
+        if policy.accounts is None or account_id == caller:
+            aws.enter_own(account_id)
+        else:
+            role = replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
+            aws.assume_role(account_id, role, home, partition)
+
+    try:
+        for target, group in itertools.groupby(rows, key=lambda row: row.target):
+            for batch in _apply_to_target(aws, target, list(group), undo, enter):
+                outcomes += batch
+                at = utc_text(now + timedelta(seconds=time.monotonic() - begun))
+                for outcome in batch:
+                    change = replace(changes[outcome.row], former=outcome.former, changed_at=at)
+                    settled.append((replace(change, status="written"), outcome.result))
+                if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
+                    record_changes(state, settled)
+                    settled.clear()
+            LOG.info("%s: %s so far", target, counted(len(outcomes), "row"))
+    except KeyboardInterrupt:
+        where = f"; to take it back: --undo {undo.path}" if undo.rows else ""
+        raise KeyboardInterrupt(
+            f"what was written is recorded, and the same command goes on from there{where}"
+        ) from None
+    finally:
+        untouched = changes.keys() - undo.rows - {outcome.row for outcome in outcomes}
+        record_changes(state, [*settled, *((changes[row], Result.FAILED) for row in untouched)])
+    return outcomes
+
+
+def _apply_to_target(
+    aws: Aws, target: Target, rows: Sequence[PlanRow], undo: UndoFile, enter: Callable[[str], None]
+) -> Iterator[list[Outcome]]:
+    """Carry out the rows of one target; yields what became of them, batch by batch.
+
+    An error that is not of an instance ends it: what follows would only meet the same.
+    """
+    splits = iter(range(MAX_SPLITS))
+    failure: TargetError | None = None
+    try:
+        enter(target.account_id)
+    except TargetError as error:
+        failure = error
+    for batch in batches(rows):
+        if failure:
+            yield [Outcome(row, Result.FAILED, f"not tried: {failure}") for row in batch]
+            continue
+        with aws.account(target.account_id):
+            outcomes, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
+        yield outcomes
+
+
+def _apply_batch(
+    client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
+) -> tuple[list[Outcome], TargetError | None]:
+    """Read the tags of a batch again and write what is to be written; returns the error that ends the target, too."""
+    try:
+        tags = describe_tags(client, sorted({row.instance_id for row in rows}))
+    except TargetError as error:
+        return [Outcome(row, Result.FAILED, str(error)) for row in rows], error
+    outcomes = []
+    former: dict[PlanRow, str | None] = {}
+    for row in rows:
+        now = tags.get(row.instance_id)
+        outcome = decide(row, now)
+        if outcome:
+            outcomes.append(outcome)
+        elif now is not None:
+            former[row] = now.get(row.tag_key)
+            tags[row.instance_id] = {
+                **now,
+                row.tag_key: row.value,
+            }  # the next one counts to the limit with it
+    if former:
+        undo.add(former)
+    refused: dict[PlanRow, TargetError] = {}
+    failure: TargetError | None = None
+    for (operation, pairs), alike in tag_calls(former).items():
+        ids = [*dict.fromkeys(row.instance_id for row in alike)]
+        errors = (
+            dict.fromkeys(ids, failure)
+            if failure
+            else write_tags(client, operation, ids, dict(pairs), splits)
+        )
+        failure = next((error for error in errors.values() if not is_of_instance(error)), None)
+        refused |= {row: errors[row.instance_id] for row in alike if row.instance_id in errors}
+    found: Mapping[str, Mapping[str, str]] | None = None
+    if failure:  # an answer may have been lost on its way back
+        with contextlib.suppress(TargetError):
+            found = describe_tags(client, sorted({row.instance_id for row in refused}))
+    for row, value in former.items():
+        outcomes.append(_outcome(row, value, refused.get(row), found))
+    return outcomes, failure
+
+
+def _outcome(
+    row: PlanRow, former: str | None, error: TargetError | None, found: Mapping[str, Mapping[str, str]] | None
+) -> Outcome:
+    """Return what became of a row that was called for; `found` are the tags after an error of the whole target."""
+    if error is None:
+        return Outcome(row, Result.WRITTEN, former=former)
+    if is_of_instance(error):
+        gone = error.code.startswith("InvalidInstanceID")
+        return Outcome(row, Result.GONE if gone else Result.FAILED, str(error))
+    if found is None:
+        return Outcome(row, Result.UNKNOWN, f"{error}; whether it was written is not known: run again")
+    after = decide(row, found.get(row.instance_id))
+    if after and after.result is Result.ALREADY_THERE:
+        return Outcome(row, Result.WRITTEN, former=former)
+    return Outcome(row, Result.FAILED, str(error))
+
+
 class Progress:
     """Says on stderr how far the scan is: one line that changes on a terminal, elsewhere a line a target."""
 
@@ -5882,13 +6400,14 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         return int(args.run(args, now or datetime.now(UTC)))
     except PolicyError as error:
         number_of = counted(len(error.problems), "problem")
-        emit(f"{error}\n{number_of}; nothing was scanned\n", sys.stderr)
+        done = "written" if args.command == "remediate" else "scanned"
+        emit(f"{error}\n{number_of}; nothing was {done}\n", sys.stderr)
         return ExitCode.USAGE
     except TagcheckError as error:
         emit(f"tagcheck: {printable(str(error))}\n", sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        emit("tagcheck: interrupted; nothing was recorded\n", sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        emit(f"tagcheck: interrupted; {interrupt or 'nothing was recorded'}\n", sys.stderr)
         return ExitCode.INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
