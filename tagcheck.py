@@ -6407,7 +6407,7 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         emit(f"tagcheck: {printable(str(error))}\n", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        emit(f"tagcheck: interrupted; {interrupt or 'nothing was recorded'}\n", sys.stderr)
+        emit(f"tagcheck: interrupted; {str(interrupt) or 'nothing was recorded'}\n", sys.stderr)
         return ExitCode.INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import threading
+import time
 import urllib.parse
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Mapping
@@ -60,6 +61,7 @@ class Request:
     path: str
     headers: dict[str, str]  # names in lower case
     body: bytes
+    received_at: float = field(default_factory=time.monotonic)
 
     def fits(self, **wanted: str | None) -> bool:
         """Tell whether the request has every wanted attribute; None wants nothing."""

@@ -1,0 +1,587 @@
+"""`remediate`: what is planned, what is written and what is left alone, and that it can be taken back."""
+
+import csv
+import json
+import re
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+
+import pytest
+from aws_server import ACCOUNT_ID, numbered
+from conftest import TAGCHECK, clean_environment, run_tagcheck, script_with
+
+import tagcheck as script
+
+REGION, OTHER_REGION = "us-east-1", "eu-west-1"
+MEMBER = "210987654321"
+HERE = script.Target(ACCOUNT_ID, REGION)
+KEYS = {
+    "version": 1,
+    "name": "test",
+    "required_tags": ["Owner", {"key": "Environment", "values": ["dev", "prod"], "default": "dev"}],
+    "placeholder_values": ["tbd"],
+    "regions": {REGION: {}, OTHER_REGION: {"required_tags": ["Team"]}},
+}
+POLICY = script.check_policy(json.dumps(KEYS).encode(), "policy.yaml")
+COLUMNS = script.PLAN_COLUMNS
+
+
+# ---- What is planned ---------------------------------------------------------------------------------------
+
+
+def finding(tags, *suggestions, region=REGION, policy=POLICY):
+    """Make an open finding of an instance with these tags, as a scan would."""
+    rules = policy.rules(region)
+    violations = script.evaluate(tags, rules, policy.placeholder_values)
+    times = ("2026-02-24T10:30:45Z",) * 2
+    return script.Finding(
+        *(ACCOUNT_ID, region, "i-00000001", "running", times[0], tags, violations, script.Status.NEW),
+        *(*times, 1, 0, None, None, None, suggestions, None, None, None),
+    )
+
+
+def planned(*findings, policy=POLICY, min_confidence=0.95):
+    return [
+        (row.tag_key, row.value, str(row.action), row.current)
+        for row in script.plan(findings, policy, min_confidence)
+    ]
+
+
+def suggestion(value, confidence, key="Owner"):
+    return script.Suggestion(key, value, confidence, "9 of 9 in web")
+
+
+@pytest.mark.parametrize(
+    ("tags", "suggestions", "expected"),
+    [
+        pytest.param({}, [("ann", 0.95)], ("ann", "add", ""), id="missing"),
+        pytest.param({}, [("ann", 0.949)], None, id="not sure enough"),
+        pytest.param({}, [], None, id="nothing known"),
+        pytest.param({"Owner": ""}, [("ann", 1)], ("ann", "add", ""), id="empty"),
+        pytest.param({"Owner": "  "}, [("ann", 1)], ("ann", "add", "  "), id="blank"),
+        pytest.param({"Owner": "tbd"}, [("ann", 1)], ("ann", "review", "tbd"), id="placeholder is a value"),
+        pytest.param({"owner": "ann"}, [("ann", 0.99)], ("ann", "add", ""), id="near miss is left alone"),
+        pytest.param({}, [("a\u202eb", 1)], None, id="value with what nobody sees"),
+        pytest.param({}, [("x" * 257, 1)], None, id="value too long"),
+        pytest.param({}, [("TBD", 1)], None, id="value that is a placeholder"),
+    ],
+)
+def test_plan_of_a_tag(tags, suggestions, expected):
+    case = finding({"Environment": "dev"} | tags, *(suggestion(*s) for s in suggestions))
+    assert planned(case) == ([("Owner", *expected)] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("tags", "confidence", "expected"),
+    [
+        pytest.param({}, 0, ("dev", "add", ""), id="nothing better is known"),
+        pytest.param({}, 0.9, ("dev", "add", ""), id="nothing sure is known"),
+        pytest.param({}, 0.96, ("prod", "add", ""), id="a suggestion is better"),
+        pytest.param({"Environment": "prd"}, 0.9, ("prod", "review", "prd"), id="wrong value"),
+        pytest.param({"Environment": "prd"}, 0, None, id="wrong value, nothing known"),
+    ],
+)
+def test_plan_of_a_tag_with_a_default(tags, confidence, expected):
+    known = [suggestion("prod", confidence, "Environment")] if confidence else []
+    case = finding({"Owner": "ann"} | tags, *known)
+    assert planned(case) == ([("Environment", *expected)] if expected else [])
+
+
+def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
+    case = finding({}, suggestion("ann", 1), suggestion("qa", 1, "Environment"))
+    later = script.check_policy(json.dumps(KEYS | {"required_tags": ["Environment"]}).encode(), "later.yaml")
+    assert planned(case, policy=later) == [("Environment", "qa", "add", "")]
+    other = script.check_policy(json.dumps(KEYS | {"regions": {OTHER_REGION: {}}}).encode(), "other.yaml")
+    assert planned(case, policy=other) == []
+
+
+# ---- What an edited plan may be ----------------------------------------------------------------------------
+
+
+def row(instance_id="i-00000001", tag="Owner", value="ann", action="add", **cells):
+    known = {"Account": ACCOUNT_ID, "Region": REGION, "InstanceId": instance_id, "Tag": tag}
+    return dict.fromkeys(COLUMNS, "") | known | {"Value": value, "Action": action} | cells
+
+
+def save_plan(path, *rows, columns=COLUMNS, delimiter=",", end="\n", encoding="utf-8"):
+    with path.open("w", newline="", encoding=encoding) as file:
+        table = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator=end, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def read(path, actions=script.PLAN_ACTIONS):
+    return script.read_plan(str(path), POLICY, actions)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param({}, id="as it was written"),
+        pytest.param({"encoding": "utf-8-sig", "delimiter": ";", "end": "\r\n"}, id="by Excel in Europe"),
+        pytest.param({"delimiter": "\t"}, id="tabs"),
+        pytest.param({"end": "\r"}, id="lines as of old"),
+        pytest.param({"columns": script.PLAN_NEEDED}, id="only the columns that are needed"),
+        pytest.param({"columns": ("Note", *reversed(COLUMNS))}, id="other columns and order"),
+    ],
+)
+def test_plan_is_read_back(tmp_path, form):
+    rows = row(value="=a,b; c"), row("i-00000002", action=" Skip ")
+    path = save_plan(tmp_path / "plan.csv", *rows, **form)
+    path.write_bytes(path.read_bytes() + b"\n \n" + form.get("delimiter", ",").encode() * 9)
+    assert [(r.instance_id, r.value, r.action) for r in read(path)] == [
+        ("i-00000001", "=a,b; c", "add"),
+        ("i-00000002", "ann", "skip"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "'=1", "''@x", "'ann", "''", "+", 'a"b,c;d\n', "＝x", " =x"])
+def test_cell_is_the_text_again(text):
+    cell = script.csv_cell(text)
+    assert not cell.startswith(("=", "+", "-", "@", "＝"))
+    assert script.csv_text(cell) == script.printable(text)
+
+
+GOOD = row()
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "complaint"),
+    [
+        pytest.param([GOOD, GOOD], 3, "2 has the same tag", id="twice the same"),
+        pytest.param([GOOD, row(value="bob")], 3, "2 has the same tag", id="contradiction"),
+        pytest.param([row(action="remove")], 2, "'remove' is no action", id="unknown action"),
+        pytest.param([row(action="")], 2, "'' is no action", id="no action"),
+        pytest.param([row(action="delete")], 2, "--undo", id="action of an undo file"),
+        pytest.param([GOOD, row("i-1")], 3, "no instance id", id="no instance id"),
+        pytest.param([row(Account="12345678901")], 2, "cut its zeros", id="account without its zero"),
+        pytest.param([row(Account="1.23457E+11")], 2, "cut its zeros", id="account as a number"),
+        pytest.param([row(Region="eu-west-3")], 2, "does not cover the region", id="region outside"),
+        pytest.param([row(tag="Team")], 2, "does not ask for Team in us-east-1", id="key of another region"),
+        pytest.param([row(tag="aws:x")], 2, "AWS's own", id="key of AWS"),
+        pytest.param([row(tag="AWS:x")], 2, "AWS's own", id="key of AWS in capitals"),
+        pytest.param(
+            [row(tag="Environment", value="prd")], 2, "not one of dev, prod", id="value not allowed"
+        ),
+        pytest.param([row(value="")], 2, "Owner is empty", id="no value"),
+        pytest.param([row(value="x" * 257)], 2, "257 characters", id="long value"),
+        pytest.param([row(value="a\u200bb")], 2, "nobody can see", id="zero width space"),
+    ],
+)
+def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint):
+    path = save_plan(tmp_path / "plan.csv", *rows)
+    with pytest.raises(script.PolicyError) as raised:
+        read(path)
+    [problem] = raised.value.problems
+    assert (problem.line, complaint in str(problem)) == (line, True), str(problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        pytest.param(b"", "1:1: empty", id="nothing"),
+        pytest.param(b"\xef\xbb\xbf\n\n", "1:1: empty", id="blank lines"),
+        pytest.param("Account,Tag\n1,2\n".encode("utf-16"), "UTF-16", id="UTF-16"),
+        pytest.param(b"Account\xe9,", "not UTF-8", id="Latin-1"),
+        pytest.param(b"Account,Region,Tag,Value,Action\n", "needs InstanceId", id="column left out"),
+        pytest.param(b"Account,Region,InstanceId,Tag,Tag,Value,Action\n", "needs Tag", id="column twice"),
+        pytest.param(",".join(script.PLAN_NEEDED).encode() + b"\na,b\n", ":2:1: 2 cells", id="cut short"),
+        pytest.param(
+            ",".join(script.PLAN_NEEDED).encode() + b"\na,b,c,d,e,f,g\n", "2:1: 7 cells", id="comma"
+        ),
+        pytest.param(",".join(script.PLAN_NEEDED).encode() + b'\n"a', "not CSV", id="quote left open"),
+        pytest.param(b"PK\x03\x04\x00\x00", "needs Account", id="Excel's own format"),
+    ],
+)
+def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
+    path = tmp_path / "plan.csv"
+    path.write_bytes(content)
+    with pytest.raises(script.UsageError, match=re.escape(complaint)):
+        read(path)
+
+
+def test_value_is_replaced_only_with_its_current_one_at_hand(tmp_path):
+    path = save_plan(tmp_path / "plan.csv", row(action="replace"), columns=script.PLAN_NEEDED)
+    with pytest.raises(script.PolicyError, match="takes the column Current"):
+        read(path)
+
+
+# ---- What is written ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(aws, tmp_path):
+    """Run a command against the server, with the policy."""
+    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
+
+    def run(command, *args, check=0, **options):
+        named = [command, "--policy", "policy.yaml", *args]
+        return run_tagcheck(*named, cwd=tmp_path, env=aws.env, check=check, **options)
+
+    return run
+
+
+@pytest.fixture
+def apply(run, tmp_path):
+    """Apply a plan of these rows, and give what became of each, and the result."""
+
+    def apply(*rows, args=(), **options):
+        save_plan(tmp_path / "plan.csv", *rows)
+        result = run("remediate", "--plan", "plan.csv", "--apply", "--json", "out.json", *args, **options)
+        return result, results(result.json("out.json"))
+
+    return apply
+
+
+def results(report):
+    return [entry["result"] for entry in report["rows"]]
+
+
+def tags_of(aws, ids, region=REGION, account_id=None):
+    found = aws.backstage("ec2", region, account_id).describe_instances(InstanceIds=ids)["Reservations"]
+    tags = {
+        instance["InstanceId"]: {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+        for reservation in found
+        for instance in reservation["Instances"]
+    }
+    return [tags[id_] for id_ in ids]
+
+
+def writes(aws):
+    return [request for request in aws.requests if request.action in ("CreateTags", "DeleteTags")]
+
+
+def changes(path="instance_state.db"):
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute(
+            "SELECT instance_id, tag_key, former, value, status FROM changes ORDER BY id"
+        ).fetchall()
+
+
+def test_from_the_scan_to_the_undo(aws, run, tmp_path):
+    near, wrong = aws.launch(REGION, {"owner": "ann", "Name": "web"}) + aws.launch(
+        REGION, {"Owner": "bob", "Environment": "prd"}
+    )
+    run("scan", check=3)
+    planned = run("remediate", "--json", "out.json")
+    assert "2 tags to write on 1 instance, 1 to review" in planned.out
+    report = planned.json("out.json")
+    assert (report["changed"], report["applied"], report["exit_code"]) == (False, False, 0)
+    assert writes(aws) == []
+    command = re.search("remediate --policy .*", planned.out)[0].split()
+
+    plan = tmp_path / "remediate-plan.csv"
+    plan.write_text(plan.read_text().replace(",review,", ",replace,"))
+    done = run("remediate", *command[3:], "--json", "out.json")
+    assert done.json("out.json")["changed"] is True
+    assert "stay open until the next scan" in done.out
+    assert tags_of(aws, [near, wrong]) == [
+        {"owner": "ann", "Name": "web", "Owner": "ann", "Environment": "dev"},
+        {"Owner": "bob", "Environment": "prod"},
+    ]
+    again = run("remediate", *command[3:], "--json", "out.json")
+    assert again.json("out.json")["changed"] is False
+    assert results(again.json("out.json")) == ["already_there"] * 3
+    assert "owner=ann" in (story := run("explain", near).out)
+    assert re.search(rf"Owner set to 'ann' \(it was missing\) by arn:aws:sts::{ACCOUNT_ID}:\S+: ", story)
+    assert run("scan", "--json", "-").json("-")["summary"]["resolved"] == 2
+
+    undo = re.search(r"--undo (\S+) --apply", done.out)[1]
+    assert stat.S_IMODE((tmp_path / undo).stat().st_mode) == 0o600
+    aws.tag(REGION, [near], {"Owner": "eve"})
+    back = run("remediate", "--undo", undo, "--apply", "--json", "out.json", check=4)
+    assert results(back.json("out.json")).count("changed_since") == 1
+    assert "it is 'eve' now" in back.out
+    assert tags_of(aws, [near, wrong]) == [
+        {"owner": "ann", "Name": "web", "Owner": "eve"},
+        {"Owner": "bob", "Environment": "prd"},
+    ]
+    assert "Environment deleted (it was 'dev')" in run("explain", near).out
+    assert [change[1:] for change in changes(tmp_path / "instance_state.db") if change[0] == wrong] == [
+        ("Environment", "prd", "prod", "written"),
+        ("Environment", "prod", "prd", "written"),
+    ]
+
+
+def test_nothing_is_overwritten_unless_asked_for(aws, apply):
+    tags = [{"Owner": "bob"}, {"Owner": " "}, {"Owner": "bob"}, {"Owner": "bob"}, {"Owner": "bob"}, {}]
+    ids = [aws.launch(REGION, each)[0] for each in tags]
+    actions = ("add", "add", "replace", "replace", "review", "skip")
+    current = ("", "", "bob", "former", "bob", "")
+    rows = [row(i, action=a, Current=c) for i, a, c in zip(ids, actions, current, strict=True)]
+    result, became = apply(*rows, check=4)
+    order = sorted(ids)
+    assert dict(zip(order, became, strict=True)) == dict(
+        zip(
+            ids,
+            ("changed_since", "written", "written", "changed_since", "not_asked", "not_asked"),
+            strict=True,
+        )
+    )
+    after = [each.get("Owner") for each in tags_of(aws, ids)]
+    assert after == ["bob", "ann", "ann", "bob", "bob", None]
+    assert f"{ids[0]} Owner: it is 'bob' now" in result.out
+
+
+def test_one_that_is_gone_costs_the_others_nothing(aws, apply):
+    ids = aws.launch(REGION, count=4)
+    aws.terminate(REGION, ids[:1])
+    aws.fault(
+        *("error",),
+        status=400,
+        code="InvalidInstanceID.NotFound",
+        message=f"The instance ID '{ids[1]}' does not exist",
+        action="CreateTags",
+        when=lambda request: ids[1] in numbered(request.params, "ResourceId"),
+    )
+    result, became = apply(*map(row, [*sorted(ids), "i-0123456789abcdef0"]), check=4)
+    assert Counter(became) == {"gone": 3, "written": 2}
+    assert [each.get("Owner") for each in tags_of(aws, ids)] == [None, None, "ann", "ann"]
+    assert len(writes(aws)) == 2
+    assert ids[1] in result.out
+    assert len(changes(result.cwd / "instance_state.db")) == 2
+
+
+def test_limit_of_tags_is_seen_before_the_call(aws, apply):
+    many = {f"key-{number}": "x" for number in range(49)}
+    full = aws.launch(REGION, many | {"Owner": ""})[0]
+    nearly = aws.launch(REGION, many)[0]
+    rows = [row(id_, tag, "dev") for id_ in (full, nearly) for tag in ("Owner", "Environment")]
+    result, _ = apply(*rows, check=4)
+    assert [len(each) for each in tags_of(aws, [full, nearly])] == [50, 50]
+    assert result.out.count("it has 50 tags, which is EC2's limit") == 2
+    assert len(writes(aws)) == 2
+
+
+def deny(aws, *ids):
+    return aws.fault(
+        *("error",),
+        status=403,
+        code="UnauthorizedOperation",
+        message="You are not authorized to perform this operation.",
+        action="CreateTags",
+        when=lambda request: not ids or set(ids) & {*numbered(request.params, "ResourceId")},
+    )
+
+
+def test_one_that_is_denied_costs_the_others_nothing(aws, apply):
+    ids = aws.launch(REGION, count=8)
+    deny(aws, ids[3])
+    result, became = apply(*map(row, ids), check=4)
+    assert Counter(became) == {"written": 7, "failed": 1}
+    assert len(writes(aws)) == 7
+    assert f"failed  {HERE} {ids[3]} Owner: UnauthorizedOperation" in result.out
+
+
+def test_all_denied_costs_few_calls(aws, apply, tmp_path):
+    ids = aws.launch(REGION, count=8)
+    deny(aws)
+    _, became = apply(*map(row, ids), check=4, script=script_with(tmp_path, MAX_SPLITS=2))
+    assert became == ["failed"] * 8
+    assert len(writes(aws)) == 5
+    assert changes(tmp_path / "instance_state.db") == []
+
+
+def test_throttled_target_is_left_and_the_next_one_done(aws, apply, tmp_path):
+    ids = aws.launch(REGION, count=3)
+    [other] = aws.launch(OTHER_REGION)
+    aws.fault(
+        "error", status=503, code="RequestLimitExceeded", message="slow", action="CreateTags", region=REGION
+    )
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, BATCH_SIZE=2)
+    result, became = apply(
+        *map(row, ids), row(other, tag="Team", value="a", Region=OTHER_REGION), check=4, script=impatient
+    )
+    assert became == ["written", "failed", "failed", "failed"]
+    assert "not tried: RequestLimitExceeded" in result.out
+    assert len(writes(aws)) == 2
+
+
+def test_answer_that_was_lost_is_looked_for(aws, apply, tmp_path):
+    ids = aws.launch(REGION, count=2)
+    aws.fault("lost", action="CreateTags")
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=())
+    result, became = apply(*map(row, ids), script=impatient)
+    assert became == ["written"] * 2
+    assert [change[2:] for change in changes(tmp_path / "instance_state.db")] == [
+        (None, "ann", "written")
+    ] * 2
+    assert result.out.count("2 written, 0 already there, 0 left out") == 1
+
+
+def test_what_is_not_known_is_said_to_be_so(aws, apply, run, tmp_path):
+    ids = aws.launch(REGION, count=2)
+    aws.fault("lost", action="CreateTags")
+    aws.fault("drop", action="DescribeInstances", skip=1)
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=())
+    result, became = apply(*map(row, ids), check=4, script=impatient)
+    assert became == ["unknown"] * 2
+    assert result.json("out.json")["changed"] is True
+    assert [change[-1] for change in changes(tmp_path / "instance_state.db")] == ["intended"] * 2
+    aws.clear_faults()
+    _, became = apply(*map(row, ids))
+    assert became == ["already_there"] * 2
+    assert [change[-1] for change in changes(tmp_path / "instance_state.db")] == ["written"] * 2
+
+
+# ---- What stops it before the first call -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        pytest.param(("--max-changes", "1"), "would write 2 tags, more than --max-changes 1", id="too many"),
+        pytest.param(("--undo", "undo.csv"), "give one of them", id="plan and undo"),
+        pytest.param(("--role", "writer"), "names no accounts", id="role without accounts"),
+        pytest.param(("--csv", "plan.csv"), "the same goal", id="plan over plan"),
+    ],
+)
+def test_refused_before_the_first_call(aws, run, tmp_path, args, complaint):
+    save_plan(tmp_path / "plan.csv", row(), row("i-00000002"))
+    assert complaint in run("remediate", "--plan", "plan.csv", "--apply", *args, check=2).err
+    assert aws.requests == []
+
+
+def test_bad_rows_are_all_named_by_line(run, tmp_path, aws):
+    save_plan(tmp_path / "plan.csv", row("i-1"), row(), row(action="x"))
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
+    assert re.findall(r"^plan.csv:(\d):1: ", err, re.MULTILINE) == ["2", "4"]
+    assert err.endswith("2 problems; nothing was written\n")
+
+
+def test_row_of_another_account_is_refused(aws, run, tmp_path):
+    save_plan(tmp_path / "plan.csv", row(Account=MEMBER))
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
+    assert f"plan.csv:2: {MEMBER} is not the account of the credentials" in err
+    assert aws.calls(service="ec2") == []
+
+
+def test_without_a_scan_there_is_no_plan(run):
+    assert "scan" in run("remediate", check=5).err
+
+
+def test_undo_file_that_cannot_be_written_stops_it(tmp_path):
+    undo = script.UndoFile(tmp_path / "gone" / "undo.csv")
+    with pytest.raises(script.OutputError, match="undo file"):
+        undo.add({})
+    assert undo.rows == set()
+
+
+# ---- Interrupted, and started again ------------------------------------------------------------------------
+
+
+def start(aws, tmp_path, *args, script=TAGCHECK):
+    command = [
+        sys.executable,
+        script,
+        "remediate",
+        "--policy",
+        "policy.yaml",
+        "--plan",
+        "plan.csv",
+        "--apply",
+    ]
+    env = clean_environment(tmp_path) | aws.env
+    return subprocess.Popen([*command, *args], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_writes(aws, number):
+    end = time.monotonic() + 30
+    while len(writes(aws)) < number:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_the_middle_and_started_again(aws, apply, tmp_path, run, number):
+    ids = sorted(aws.launch(REGION, count=6))
+    small = script_with(tmp_path, BATCH_SIZE=2)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+    slow = aws.fault("slow", seconds=30, action="CreateTags", skip=1)
+    process = start(aws, tmp_path, script=small)
+    wait_for_writes(aws, 2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert ("what was written is recorded" in err) == (number == signal.SIGTERM)
+    slow.ended.set()
+    aws.clear_faults()
+    # Of the batch that was under way nothing is known; what was not begun is known not to be written.
+    left = ["written"] * 2 + ["intended"] * (2 if number == signal.SIGTERM else 4)
+    assert [change[-1] for change in changes(tmp_path / "instance_state.db")] == left
+    [undo] = tmp_path.glob("remediate-undo-*.csv")
+    assert [line["InstanceId"] for line in csv.DictReader(undo.open())] == ids[:4]
+
+    done = writes(aws)
+    _, became = apply(*map(row, ids), script=small)
+    assert became == ["already_there"] * 2 + ["written"] * 4
+    written = [id_ for request in writes(aws)[len(done) :] for id_ in numbered(request.params, "ResourceId")]
+    assert sorted(written) == ids[2:]
+    assert sorted(changes(tmp_path / "instance_state.db")) == [
+        (id_, "Owner", None, "ann", "written") for id_ in ids
+    ]
+
+
+# ---- Accounts, and a state in S3 ---------------------------------------------------------------------------
+
+
+def test_role_for_writing_and_account_that_is_denied(aws, run, tmp_path):
+    keys = KEYS | {"accounts": {"ids": [ACCOUNT_ID, MEMBER, "111122223333"], "role_name": "reader"}}
+    (tmp_path / "policy.yaml").write_text(json.dumps(keys))
+    [mine] = aws.launch(REGION)
+    [theirs] = aws.launch(REGION, account_id=MEMBER)
+    aws.denied_roles.add("111122223333")
+    rows = [row(mine), row(theirs, Account=MEMBER), row(Account="111122223333")]
+    save_plan(tmp_path / "plan.csv", *rows)
+    args = ("--plan", "plan.csv", "--apply", "--role", "writer", "--json", "out.json")
+    report = run("remediate", *args, check=4).json("out.json")
+    assert {entry["account_id"]: entry["result"] for entry in report["rows"]} == {
+        ACCOUNT_ID: "written",
+        MEMBER: "written",
+        "111122223333": "failed",
+    }
+    assert tags_of(aws, [theirs], account_id=MEMBER) == [{"Owner": "ann"}]
+    [policy] = {request.params["Policy"] for request in aws.calls("AssumeRole")}
+    assert json.loads(policy)["Statement"][0]["Action"] == [
+        *("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
+    ]
+    assert {request.params["RoleArn"].rpartition("/")[2] for request in aws.calls("AssumeRole")} == {"writer"}
+
+
+def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
+    s3 = aws.backstage("s3", REGION)
+    s3.create_bucket(Bucket="bucket")
+    ids = sorted(aws.launch(REGION, count=2))
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+    aws.fault("lost", action="PutObject", times=1)  # a put is repeated, and nothing is recorded twice
+    run("remediate", "--plan", "plan.csv", "--apply", "--state", "s3://bucket/state.db")
+    s3.download_file("bucket", "state.db", str(tmp_path / "copy.db"))
+    assert changes(tmp_path / "copy.db") == [(id_, "Owner", None, "ann", "written") for id_ in ids]
+    assert len(list(tmp_path.glob("remediate-undo-*.csv"))) == 1
+
+
+# ---- How many calls, and how fast --------------------------------------------------------------------------
+
+
+def test_calls_are_few_and_paced(aws, apply, tmp_path):
+    ids = aws.launch(REGION, count=30)
+    rows = [row(id_, value="ann" if number % 2 else "bob") for number, id_ in enumerate(ids)]
+    _, became = apply(*rows, script=script_with(tmp_path, BATCH_SIZE=3))
+    assert became == ["written"] * 30
+    calls = aws.calls(service="ec2")
+    assert Counter(call.action for call in calls) == {"DescribeInstances": 10, "CreateTags": 10}
+    times = [call.received_at for call in calls]
+    assert all(later - first >= 1 for first, later in zip(times, times[10:], strict=False))
+
+
+def test_batch_is_small_enough_for_ec2():
+    assert script.BATCH_SIZE <= 200  # the values that a filter of DescribeInstances takes
+    assert 2 / script.BATCH_SIZE <= 1.2 / 100
+    assert 10 * script.CALL_INTERVAL > 1
