@@ -2592,6 +2592,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
     ),
     (
+        # The keys of `violations` by themselves, to count a million findings without reading their JSON.
+        "ALTER TABLE findings ADD COLUMN tag_keys TEXT",
+        "UPDATE findings SET tag_keys = (SELECT json_group_array(json_extract(value, '$.tag_key')) "
+        "FROM json_each(violations))",
         "ALTER TABLE findings ADD COLUMN instance_type TEXT",
         "ALTER TABLE findings ADD COLUMN cause_kind TEXT",
         "ALTER TABLE findings ADD COLUMN cause TEXT",
@@ -2643,7 +2647,8 @@ SIGHTINGS_SCHEMA = (
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
         tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL, instance_type TEXT,
-        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, suggestions TEXT, created_by TEXT
+        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, tag_keys TEXT, suggestions TEXT,
+        created_by TEXT
     )
     """,
     # The values of a group's members, as JSON in the order of the rules, and how many have them: a group is
@@ -3005,7 +3010,7 @@ def add_sightings(
     """Keep what was made of instances of a target, and what each costs in a month if that is known."""
     db.execute("BEGIN")
     db.executemany(
-        f"INSERT INTO sighting VALUES ({', '.join('?' * 15)})",
+        f"INSERT INTO sighting VALUES ({', '.join('?' * 16)})",
         (_sighting_row(target, seen, cost) for seen, cost in sightings),
     )
     db.execute("COMMIT")
@@ -3018,11 +3023,12 @@ def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tu
     row = (target, instance.instance_id, instance.state, launch_time, tags)
     exempted = _to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
     if not seen.violations:
-        return (*row, None, exempted, seen.too_young, *(None,) * 7)
+        return (*row, None, exempted, seen.too_young, *(None,) * 8)
     violations = _to_json([violation_record(violation) for violation in seen.violations])
     groups = groups_of(instance)
     kind, name = cause_of(groups) or (None, None)
-    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, None, None)
+    keys = _to_json([violation.tag_key for violation in seen.violations])
+    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys, None, None)
     return (*row, violations, exempted, seen.too_young, *found)
 
 
@@ -3311,11 +3317,11 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """
         INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
             violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by,
-            suggestions, instance_type, cause_kind, cause, monthly_cost)
+            suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost)
         SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
             sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0,
             sighting.created_by, sighting.suggestions, sighting.instance_type, sighting.cause_kind,
-            sighting.cause, sighting.monthly_cost
+            sighting.cause, sighting.tag_keys, sighting.monthly_cost
         FROM target JOIN sighting ON sighting.target = target.id
         WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
             NOT sighting.too_young OR EXISTS (
@@ -3334,7 +3340,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
             times_reopened = times_reopened + (resolved_at IS NOT NULL),
             resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
             instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
-            monthly_cost = excluded.monthly_cost,
+            tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost,
             created_by = CASE WHEN created_by IS NULL OR created_by LIKE :unknown
                 THEN coalesce(excluded.created_by, created_by) ELSE created_by END
         """,
@@ -3487,10 +3493,11 @@ def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
     """Return the causes of findings; a group of one is none."""
     rows = db.execute(
         f"""
-        SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause,
-            json_extract(violation.value, '$.tag_key') AS tag_key, count(*) AS instances
-        {source} CROSS JOIN json_each(finding.violations) AS violation
-        WHERE finding.policy = :policy AND finding.cause IS NOT NULL AND finding.resolved_at IS NULL
+        SELECT account_id, region, cause_kind, cause, tag_key.value, sum(number) AS instances FROM (
+            SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
+                count(*) AS number
+            {source} WHERE finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+        ) CROSS JOIN json_each(tag_keys) AS tag_key
         GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
         ORDER BY instances DESC, 1, 2, 3, 4, 5 LIMIT {MAX_CAUSES}
         """,
@@ -3546,8 +3553,7 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
             values += wanted
     if selection.tag_keys:
         conditions.append(
-            "EXISTS (SELECT 1 FROM json_each(violations) WHERE json_extract(value, '$.tag_key') IN "
-            f"({', '.join('?' * len(selection.tag_keys))}))"
+            f"EXISTS (SELECT 1 FROM json_each(tag_keys) WHERE value IN ({', '.join('?' * len(selection.tag_keys))}))"
         )
         values += selection.tag_keys
     if selection.instance_id:
@@ -3636,43 +3642,49 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     """Count the open findings of a policy; `owner_tag` is the tag whose suggestions say whom to ask."""
     names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
     names |= {f"age{days}": utc_text(now - timedelta(days=days)) for days, _ in AGES}
-    open_ = "FROM findings AS finding"
-    is_open = "finding.policy = :policy AND finding.resolved_at IS NULL"
+    # The findings are read once, for what is counted: a million of them are a gigabyte.
+    db.execute(
+        """
+        CREATE TEMP TABLE open AS
+        SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
+            monthly_cost, (
+                SELECT json_extract(value, '$.value') FROM json_each(suggestions)
+                WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
+            ) AS owner
+        FROM findings WHERE policy = :policy AND resolved_at IS NULL
+        """,
+        names,
+    )
 
-    def counts(what: str, more: str = "", where: str = "1") -> list[tuple[str, Any]]:
-        query = f"SELECT {what} {open_} {more} WHERE {is_open} AND {where} GROUP BY 1 ORDER BY 2 DESC, 1"
-        return [(str(row[0]), row[1]) for row in db.execute(query, names)]
+    def counts(what: str, where: str = "1") -> list[tuple[str, int]]:
+        query = f"SELECT {what}, count(*) FROM temp.open WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
+        return db.execute(query, names).fetchall()
 
-    violated = "CROSS JOIN json_each(finding.violations) AS violation"
-    tag_key = "json_extract(violation.value, '$.tag_key')"
     age = "".join(f"WHEN first_seen >= :age{days} THEN '{label}' " for days, label in AGES)
-    by_age = dict(counts(f"CASE {age} ELSE '{OLDER}' END, count(*)"))
+    by_age = dict(counts(f"CASE {age} ELSE '{OLDER}' END"))
     tags = db.execute(
-        f"SELECT {tag_key}, count(*), coalesce(sum(monthly_cost), 0) {open_} {violated} WHERE {is_open} "
-        "GROUP BY 1 ORDER BY 2 DESC, 1",
-        names,
+        """
+        SELECT tag_key.value, sum(number), sum(cost) FROM (
+            SELECT tag_keys, count(*) AS number, coalesce(sum(monthly_cost), 0) AS cost FROM temp.open GROUP BY 1
+        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
+        """
     ).fetchall()
-    total, priced = db.execute(
-        f"SELECT count(*), count(monthly_cost) {open_} WHERE {is_open}", names
-    ).fetchone()
+    total, priced = db.execute("SELECT count(*), count(monthly_cost) FROM temp.open").fetchone()
     oldest = db.execute(
-        f"SELECT {_FINDING} FROM (SELECT id {open_} WHERE {is_open} "
-        f"ORDER BY first_seen, account_id, region, instance_id LIMIT {OLDEST_FINDINGS}) "
-        "CROSS JOIN findings AS finding USING (id)",
-        names,
+        f"""
+        SELECT {_FINDING} FROM (
+            SELECT * FROM temp.open ORDER BY first_seen, account_id, region, instance_id LIMIT {OLDEST_FINDINGS}
+        ) AS oldest CROSS JOIN findings AS finding USING (id)
+        ORDER BY finding.first_seen, finding.account_id, finding.region, finding.instance_id
+        """
     )
     return OpenFindings(
         total,
         by_tag=[(key, number) for key, number, _ in tags],
         by_age=[(label, by_age.get(label, 0)) for label in (*(label for _, label in AGES), OLDER)],
-        by_creator=counts("created_by, count(*)", where="created_by NOT LIKE :unknown"),
-        by_suggestion=counts(
-            "json_extract(suggestion.value, '$.tag_key') || '=' || json_extract(suggestion.value, '$.value'), count(*)",
-            "CROSS JOIN json_each(finding.suggestions) AS suggestion",
-            "json_extract(suggestion.value, '$.tag_key') = :owner "
-            "AND json_extract(suggestion.value, '$.confidence') >= :sure",
-        ),
-        causes=_causes(db, f"{open_}", names),
+        by_creator=counts("created_by", "created_by NOT LIKE :unknown"),
+        by_suggestion=counts(":owner || '=' || owner", "owner IS NOT NULL"),
+        causes=_causes(db, "FROM temp.open AS finding", names),
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
         cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
@@ -3749,7 +3761,7 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
 
 _FINDING = """
     finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
-    finding.violations, finding.status, first_seen, last_seen, times_seen, times_reopened, resolved_at,
+    finding.violations, finding.status, finding.first_seen, finding.last_seen, times_seen, times_reopened, resolved_at,
     finding.resolution, finding.created_by, finding.suggestions, finding.instance_type, finding.cause_kind,
     finding.monthly_cost, finding.cause
 """

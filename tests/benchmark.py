@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
@@ -338,13 +338,93 @@ def run_record(fleet: Fleet, times: str) -> None:
                         ids = range(page, min(page + PAGE_SIZE, count))
                         seen = [tagcheck.Instance(f"i-{n:017x}", "running", now, {"Name": "x"}) for n in ids]
                         judged = [tagcheck.judge(target, instance, policy, now) for instance in seen]
-                        tagcheck.add_sightings(sightings, number, judged)
+                        tagcheck.add_sightings(sightings, number, [(sighting, None) for sighting in judged])
                 begun = time.monotonic()
                 tagcheck.check_state(state)
                 scan = tagcheck.Scan(str(uuid.uuid4()), policy, now)
                 with tagcheck.record_scan(sightings, state, scan, now, str(state)):
                     findings = sum(target.findings for target in tagcheck.fetch_coverage(sightings, scan))
                 print(f"recorded {findings:>9} findings, {name}: {time.monotonic() - begun:.1f} s")
+
+
+REPORT_TARGETS, REPORT_SCANS = 100, 400
+
+
+def run_report(fleet: Fleet, directory: str) -> None:
+    """Fill a state with as many findings and a history of scans; half of the findings have a common cause."""
+    sys.path.insert(0, str(TAGCHECK.parent))
+    import tagcheck
+
+    state = Path(directory) / "instance_state.db"
+    targets = [(f"{n // 10:012}", REGIONS[n % 10]) for n in range(REPORT_TARGETS)]
+    regions = {region for _, region in targets}
+    policy = ["version: 1", "name: report", f"required_tags: [{', '.join(REQUIRED_TAGS)}]", "regions:"]
+    (Path(directory) / "policy.yaml").write_text("\n".join([*policy, *(f"  {name}:" for name in regions)]))
+    missing = [
+        tagcheck.Violation(key, tagcheck.ViolationType.MISSING, None, None, f"{key} is missing")
+        for key in REQUIRED_TAGS
+    ]
+    violations = [
+        json.dumps([tagcheck.violation_record(violation) for violation in missing[: n + 1]]) for n in range(3)
+    ]
+    suggested = tagcheck.Suggestion("Owner", "team@example.com", 0.98, "38 of 38 in web-asg")
+    suggestions = json.dumps([tagcheck.suggestion_record(suggested)])
+    tagcheck.check_state(state)
+    begun = datetime.now(UTC)
+    times = [tagcheck.utc_text(begun - timedelta(days=REPORT_SCANS - n)) for n in range(REPORT_SCANS)]
+
+    def finding(n: int) -> tuple[object, ...]:
+        resolved = n % 5 == 0
+        return (
+            *("report", *targets[n % REPORT_TARGETS], f"i-{n:017x}", "running", times[0]),
+            json.dumps(instance_tags(n % PAGE_SIZE)),
+            *(violations[n % 3], REPORT_SCANS, "RESOLVED" if resolved else "REPEAT"),
+            *(times[n % REPORT_SCANS], times[-1], 9, 0),
+            *((times[-1], "tagged") if resolved else (None, None)),
+            *(f"person-{n % 300}", suggestions, "m7g.2xlarge"),
+            *(("autoscaling_group", f"group-{n // 200}") if n % 2 else (None, None)),
+            *(100.0, json.dumps(REQUIRED_TAGS[: n % 3 + 1])),
+        )
+
+    with closing(sqlite3.connect(state)) as db, db:
+        db.executemany(
+            "INSERT INTO scans VALUES (?, ?, 'report', 'policy.yaml', '', ?, ?)",
+            ((n + 1, str(n), time_, time_) for n, time_ in enumerate(times)),
+        )
+        db.executemany(
+            f"INSERT INTO coverage VALUES ({', '.join('?' * 14)})",
+            (
+                (n + 1, *target, "read", None, None, 20_000, 10_000, 10_000 - n, 0, 10, 9_000, 1, 11)
+                for n in range(REPORT_SCANS)
+                for target in targets
+            ),
+        )
+        columns = (
+            "policy, account_id, region, instance_id, state, launch_time, tags, violations, last_scan, status, "
+            "first_seen, last_seen, times_seen, times_reopened, resolved_at, resolution, created_by, suggestions, "
+            "instance_type, cause_kind, cause, monthly_cost, tag_keys"
+        )
+        db.executemany(
+            f"INSERT INTO findings ({columns}) VALUES ({', '.join('?' * 23)})",
+            map(finding, range(fleet.instances)),
+        )
+
+
+def measure_report(fleet: Fleet, rounds: int) -> None:
+    """Print what the dashboard of a large state takes, a line a round."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        run_report(fleet, directory)
+        size = (Path(directory) / "instance_state.db").stat().st_size
+        print(
+            f"{fleet.instances:,} findings, {REPORT_SCANS} scans of {REPORT_TARGETS} targets, {size >> 20} MiB"
+        )
+        command = [sys.executable, str(TAGCHECK), "report", "--html", "page.html", "--policy", "policy.yaml"]
+        for _ in range(rounds):
+            used = measure(Run("report", command, Path(directory), 0, 0))
+            page = (Path(directory) / "page.html").stat().st_size
+            print(
+                f"report: {used.wall:.1f} s, {used.cpu:.1f} s CPU, {used.peak:.0f} MiB, page {page >> 10} KiB"
+            )
 
 
 class BenchmarkError(Exception):
@@ -536,6 +616,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record", action="store_true", help="only record as many findings, then a third again"
     )
+    parser.add_argument("--report", action="store_true", help="only make the dashboard of so many findings")
     parser.add_argument("--growth", action="store_true", help="scan a fleet four times as large as well")
     return parser
 
@@ -550,6 +631,9 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.record:
         run_record(fleet, str(options.rounds))
+        return 0
+    if options.report:
+        measure_report(fleet, options.rounds)
         return 0
     try:
         run_benchmark(fleet, options.rounds, options.latency_ms, options.growth)
