@@ -1871,11 +1871,7 @@ class Aws:
     """
 
     def __init__(
-        self,
-        profile: str | None,
-        workers: int,
-        actions: Sequence[str] = READ_ACTIONS,
-        call_interval: float = 0,
+        self, profile: str | None, workers: int, actions: Sequence[str] = READ_ACTIONS, interval: float = 0
     ) -> None:
         import boto3
         import botocore.config
@@ -1894,8 +1890,8 @@ class Aws:
             user_agent_extra=f"tagcheck/{__version__}",
         )
         self._actions = actions
-        self._call_interval = call_interval
-        self._called_at: dict[tuple[str, str], float] = {}  # by account and region
+        self._interval = interval  # between two calls of an account and region
+        self._called_at: dict[tuple[str, str], float] = {}
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
         self._entered = threading.local()
@@ -1925,9 +1921,9 @@ class Aws:
 
         A request that botocore repeats is signed again, so that repetitions are paced as well.
         """
-        if self._call_interval:
+        if self._interval:
             place = self._entered.account_id, region_name
-            due = self._called_at.get(place, -math.inf) + self._call_interval
+            due = self._called_at.get(place, -math.inf) + self._interval
             time.sleep(max(0.0, due - time.monotonic()))
             self._called_at[place] = time.monotonic()
         credentials = getattr(self._entered, "credentials", None)
@@ -2044,12 +2040,7 @@ def home_region(regions: Iterable[str]) -> str:
     return next((home for prefix, home in homes.items() if first.startswith(prefix)), isolated)
 
 
-def describe_caller(sts: Any) -> tuple[str, str]:
-    """Return account and partition of the credentials; raises CredentialsError where AWS knows no caller."""
-    return describe_identity(sts)[:2]
-
-
-def describe_identity(sts: Any) -> tuple[str, str, str]:
+def describe_caller(sts: Any) -> tuple[str, str, str]:
     """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
@@ -4082,6 +4073,7 @@ class UndoFile:
         text = StringIO()
         write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
         create = 0 if self.rows else os.O_CREAT | os.O_EXCL
+        size = self.path.stat().st_size if self.rows else 0
         try:
             with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o600), "wb") as file:
                 file.write(text.getvalue().encode())
@@ -4091,6 +4083,8 @@ class UndoFile:
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # half a row could not be read back
             raise OutputError(
                 f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
                 "make room and run again"
@@ -5366,18 +5360,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prune --dry-run": _flag("only say what would go"),
     "remediate --csv": _one("FILE", "the plan (default: remediate-plan.csv), - for stdout"),
     "--min-confidence": _one(
-        "P",
-        f"take suggestions from this confidence on (default: {MIN_CONFIDENCE})",
-        type=_probability,
-        default=MIN_CONFIDENCE,
+        "P", "how sure a suggestion must be (default: 0.95)", type=_probability, default=MIN_CONFIDENCE
     ),
     "--plan": _one("FILE", "a plan as it was written, or as a person has edited it"),
     "--apply": _flag("write the tags, in AWS; without it nothing is changed"),
     "--max-changes": _one(
-        "N",
-        f"refuse to write more tags than this (default: {MAX_CHANGES})",
-        type=_positive,
-        default=MAX_CHANGES,
+        "N", "refuse to write more tags (default: 50)", type=_positive, default=MAX_CHANGES
     ),
     "--undo": _one("FILE", "the undo file of an earlier run, to take back what is still as it was written"),
     "--role": _one("NAME", "the role to assume for writing (default: the policy's role_name)"),
@@ -5670,7 +5658,7 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
 def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, str, str, str]:
     """Return the region to ask at home, and the caller's account, partition and ARN; raises CredentialsError."""
     home = aws.session.region_name or home_region(regions)
-    caller, partition, arn = describe_identity(aws.client("sts", home))
+    caller, partition, arn = describe_caller(aws.client("sts", home))
     if policy.expected_account not in (None, caller):
         raise CredentialsError(
             f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
@@ -6002,7 +5990,7 @@ def _describe_instance(
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
     aws = Aws(args.profile, workers=1)
-    account_id, _ = describe_caller(aws.client("sts", aws.session.region_name or home_region(regions)))
+    account_id, *_ = describe_caller(aws.client("sts", aws.session.region_name or home_region(regions)))
     for region in regions:
         try:
             for instance in itertools.chain.from_iterable(
@@ -6158,12 +6146,7 @@ def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
 
 
 def _apply(
-    args: argparse.Namespace,
-    policy: Policy,
-    state: State,
-    rows: Sequence[PlanRow],
-    undo: UndoFile,
-    now: datetime,
+    args: argparse.Namespace, policy: Policy, state: State, rows: list[PlanRow], undo: UndoFile, now: datetime
 ) -> list[Outcome]:
     """Carry out a plan, target by target; returns what became of each row.
 
@@ -6266,22 +6249,17 @@ def _apply_batch(
             outcomes.append(outcome)
         elif now is not None:
             former[row] = now.get(row.tag_key)
-            tags[row.instance_id] = {
-                **now,
-                row.tag_key: row.value,
-            }  # the next one counts to the limit with it
+            tags[row.instance_id] = {**now, row.tag_key: row.value}  # it counts to the limit of tags
     if former:
         undo.add(former)
     refused: dict[PlanRow, TargetError] = {}
     failure: TargetError | None = None
     for (operation, pairs), alike in tag_calls(former).items():
         ids = [*dict.fromkeys(row.instance_id for row in alike)]
-        errors = (
-            dict.fromkeys(ids, failure)
-            if failure
-            else write_tags(client, operation, ids, dict(pairs), splits)
-        )
-        failure = next((error for error in errors.values() if not is_of_instance(error)), None)
+        errors = dict.fromkeys(ids, failure) if failure else {}
+        if not failure:
+            errors = write_tags(client, operation, ids, dict(pairs), splits)
+            failure = next((error for error in errors.values() if not is_of_instance(error)), None)
         refused |= {row: errors[row.instance_id] for row in alike if row.instance_id in errors}
     found: Mapping[str, Mapping[str, str]] | None = None
     if failure:  # an answer may have been lost on its way back

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import resource
 import signal
 import sqlite3
 import stat
@@ -467,11 +468,32 @@ def test_without_a_scan_there_is_no_plan(run):
     assert "scan" in run("remediate", check=5).err
 
 
-def test_undo_file_that_cannot_be_written_stops_it(tmp_path):
-    undo = script.UndoFile(tmp_path / "gone" / "undo.csv")
-    with pytest.raises(script.OutputError, match="undo file"):
-        undo.add({})
-    assert undo.rows == set()
+def test_undo_file_that_cannot_grow_stays_readable(tmp_path):
+    rows = read(save_plan(tmp_path / "plan.csv", row(), row("i-00000002")))
+    undo = script.UndoFile(tmp_path / "undo.csv")
+    undo.add({rows[0]: "bob"})
+    size = undo.path.stat().st_size
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, former[1]))
+    try:
+        with pytest.raises(script.OutputError, match="undo file"):
+            undo.add({rows[1]: None})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert undo.rows == {rows[0]}
+    [left] = read(undo.path, script.UNDO_ACTIONS)
+    assert (left.action, left.value, left.current) == ("restore", "bob", "ann")
+
+
+def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, tmp_path):
+    ids = aws.launch(REGION, count=2)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+    full = script_with(tmp_path)
+    stop = "def add(*_): raise tagcheck.OutputError('no room')\ntagcheck.UndoFile.add = add\nraise SystemExit"
+    full.write_text(full.read_text().replace("raise SystemExit", stop))
+    assert "no room" in run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full).err
+    assert writes(aws) == []
+    assert changes(tmp_path / "instance_state.db") == []
 
 
 # ---- Interrupted, and started again ------------------------------------------------------------------------
