@@ -2093,16 +2093,10 @@ def describe_regions(client: Any) -> list[str]:
     return sorted(enabled)
 
 
-def describe_instances(
-    client: Any, instance_id: str | None = None, among: Sequence[str] = ()
-) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region by pages, or one of them; raises TargetError.
-
-    Of `among` it yields those that are there: to ask for one that is gone by its id would be an error.
-    """
-    scope: dict[str, Any] = {"InstanceIds": [instance_id]} if instance_id else {"MaxResults": PAGE_SIZE}
-    if among:
-        scope["Filters"] = [{"Name": "instance-id", "Values": [*among]}]
+def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
+    """Yield every instance of the client's account and region by pages, or those in scope; raises TargetError."""
+    if "InstanceIds" not in scope:
+        scope["MaxResults"] = PAGE_SIZE
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
         page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
@@ -2307,7 +2301,9 @@ def creator_name(identity: Mapping[str, Any]) -> str:
     return str(known or f"{UNKNOWN}the event names nobody)")
 
 
-BATCH_SIZE = 200  # a filter's most values, and well below the 1,000 resources of CreateTags
+# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
+# takes 200 values.
+READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
 # Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
 # Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
 CALL_INTERVAL = 0.11
@@ -2316,11 +2312,19 @@ MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether
 
 
 def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
-    """Return the tags of those of at most BATCH_SIZE instances that are still there; raises TargetError."""
+    """Return the tags of those of at most READ_BATCH instances that are still there; raises TargetError."""
+    try:
+        pages = list(describe_instances(client, InstanceIds=instance_ids))
+    except TargetError as error:
+        if not error.code.startswith("InvalidInstanceID"):
+            raise
+        # One is gone. A filter does not mind, but it takes several calls.
+        scopes = (instance_ids[n : n + FILTER_VALUES] for n in range(0, len(instance_ids), FILTER_VALUES))
+        filters = ([{"Name": "instance-id", "Values": scope}] for scope in scopes)
+        pages = [page for each in filters for page in describe_instances(client, Filters=each)]
     return {
         instance.instance_id: instance.tags
-        for page in describe_instances(client, among=instance_ids)
-        for instance in page
+        for instance in itertools.chain.from_iterable(pages)
         if instance.state not in ("shutting-down", "terminated")
     }
 
@@ -2331,8 +2335,8 @@ def batches(rows: Iterable[PlanRow]) -> Iterator[list[PlanRow]]:
     for row in sorted(rows, key=lambda row: (row.tag_key, row.value)):
         by_instance.setdefault(row.instance_id, []).append(row)
     alike = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
-    for start in range(0, len(alike), BATCH_SIZE):
-        yield [*itertools.chain.from_iterable(alike[start : start + BATCH_SIZE])]
+    for start in range(0, len(alike), READ_BATCH):
+        yield [*itertools.chain.from_iterable(alike[start : start + READ_BATCH])]
 
 
 def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]]:
@@ -2360,7 +2364,7 @@ def write_tags(
     batch is halved, as often as there are `splits`.
     """
     refused: dict[str, TargetError] = {}
-    batches = [list(instance_ids)]
+    batches = [list(instance_ids[n : n + WRITE_BATCH]) for n in range(0, len(instance_ids), WRITE_BATCH)]
     pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
     while batches:
         batch = batches.pop()
@@ -2377,6 +2381,9 @@ def write_tags(
                 batches += [batch[middle:], batch[:middle]]
             else:
                 refused |= dict.fromkeys(batch, error)
+                if not is_of_instance(error):
+                    refused |= dict.fromkeys(itertools.chain.from_iterable(batches), error)
+                    break
     return refused
 
 
@@ -3840,11 +3847,10 @@ def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> No
         )
     elif result is not Result.UNKNOWN:
         db.execute("DELETE FROM changes WHERE change_id = ?", (change.change_id,))
-    if result is Result.ALREADY_THERE:
-        db.execute(
-            f"UPDATE changes SET status = 'written' WHERE {_SAME_TAG} AND value IS ?", (*same, change.value)
-        )
-    elif result is Result.WRITTEN:
+    if result is Result.ALREADY_THERE:  # the last run that intended it found it undone, and so it did it
+        intended = f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS ?"
+        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", (*same, change.value))
+    if result in (Result.ALREADY_THERE, Result.WRITTEN):
         db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", same)
 
 
@@ -5994,7 +6000,7 @@ def _describe_instance(
     for region in regions:
         try:
             for instance in itertools.chain.from_iterable(
-                describe_instances(aws.client("ec2", region), args.instance)
+                describe_instances(aws.client("ec2", region), InstanceIds=[args.instance])
             ):
                 yield Target(account_id, region), instance, known.get(Target(account_id, region))
                 return

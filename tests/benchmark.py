@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -210,8 +211,38 @@ def describe_instances(fleet: Fleet, account: str, region: str, form: dict[str, 
     return PAGE % (page_number, items, token)
 
 
+# What remediation asks and writes: the tags of each instance, and each call with its time and its instances.
+TAGS: dict[str, dict[str, str]] = defaultdict(dict)
+TAG_CALLS: list[tuple[float, str, str, list[str]]] = []
+TAGGED_INSTANCE = (
+    "<item><instancesSet><item><instanceId>{id}</instanceId><instanceState><name>running</name></instanceState>"
+    "<launchTime>2026-02-24T10:30:45.000Z</launchTime><tagSet>{tags}</tagSet></item></instancesSet></item>"
+)
+TAG = "<item><key>{}</key><value>{}</value></item>"
+
+
+def answer_remediation(action: str, account: str, region: str, form: dict[str, str]) -> bytes:
+    """The body of a response to one of the calls of remediation, which is kept; the instances are as asked for."""
+    if action == "ListTagCalls":
+        return json.dumps(TAG_CALLS).encode()
+    prefix = "ResourceId." if action == "CreateTags" else "InstanceId."
+    ids = [value for name, value in form.items() if name.startswith(prefix)]
+    TAG_CALLS.append((time.time(), action, f"{account} {region}", ids))
+    if action == "CreateTags":
+        for instance_id in ids:
+            TAGS[instance_id][form["Tag.1.Key"]] = form["Tag.1.Value"]
+        return b"<CreateTagsResponse><return>true</return></CreateTagsResponse>"
+    items = "".join(
+        TAGGED_INSTANCE.format(id=id_, tags="".join(TAG.format(*tag) for tag in TAGS[id_].items()))
+        for id_ in ids
+    )
+    return PAGE % (0, items.encode(), b"")
+
+
 def answer(fleet: Fleet, action: str, account: str, region: str, form: dict[str, str]) -> bytes:
     """The body of a response; a KeyError is an action or a target that is not here."""
+    if action in ("CreateTags", "ListTagCalls") or "InstanceId.1" in form:
+        return answer_remediation(action, account, region, form)
     if action == "DescribeInstances":
         return describe_instances(fleet, account, region, form)
     opted_in = "<optInStatus>opt-in-not-required</optInStatus>"
@@ -598,6 +629,76 @@ def run_benchmark(fleet: Fleet, rounds: int, latency_ms: int, growth: bool) -> N
     print_results(sizes, usages)
 
 
+# ---- Remediation: remediation_plan, tag_calls, measure_remediation -----------------------------------------
+
+SHARED_VALUES = 10  # values that the tags of a plan have
+KILLS = 5
+
+
+def write_remediation_plan(path: Path, fleet: Fleet, changes: int) -> None:
+    """Write a plan that gives so many instances, spread over the fleet's targets, an Owner each."""
+    targets = list(fleet.targets())
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(["Account", "Region", "InstanceId", "Tag", "Value", "Action"])
+        for n in range(changes):
+            account, region = targets[n % len(targets)]
+            owner = f"team-{n // len(targets) % SHARED_VALUES}"
+            table.writerow([account, region, f"i-{n:017x}", "Owner", owner, "add"])
+
+
+def tag_calls(port: int) -> list[tuple[float, str, str, list[str]]]:
+    """Each call that remediation has made to the server."""
+    url, head = f"http://127.0.0.1:{port}", {"Authorization": "Credential=A/1/us-east-1/ec2/aws4_request"}
+    with urllib.request.urlopen(urllib.request.Request(url, b"Action=ListTagCalls", head)) as response:
+        return [tuple(call) for call in json.load(response)]
+
+
+def measure_remediation(fleet: Fleet, changes: int, latency_ms: int) -> None:
+    """Apply a plan, and apply it again to another server while it is killed now and then; print both."""
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-benchmark-")))
+        (root / "policy.yaml").write_text(policy_text(fleet), encoding="utf-8")
+        write_remediation_plan(root / "plan.csv", fleet, changes)
+        command = [sys.executable, str(TAGCHECK), "remediate", "-q", "--policy", "policy.yaml", "--apply"]
+        command += ["--plan", "plan.csv", "--max-changes", str(changes), "--state"]
+
+        port = stack.enter_context(serving(fleet, latency_ms))
+        usage = measure(Run("remediate", [*command, "whole.db"], root, port, 0))
+        calls = tag_calls(port)
+        peak = 0
+        for place in {call[2] for call in calls}:
+            times = [call[0] for call in calls if call[2] == place]
+            peak = max(peak, *(sum(0 <= later - time < 1 for later in times) for time in times))
+        kinds = ", ".join(
+            f"{number} {action}" for action, number in Counter(call[1] for call in calls).items()
+        )
+        print(
+            f"wrote {changes} tags in {usage.wall:.1f} s ({usage.cpu:.1f} s CPU, {usage.peak:.0f} MiB): {kinds}"
+        )
+        print(
+            f"{100 * len(calls) / changes:.2f} calls per 100 instances, at most {peak} a second in a target"
+        )
+
+        port = stack.enter_context(serving(fleet, latency_ms))
+        (root / "empty").touch()
+        variables = environment(port, root / "empty")
+        for n in range(KILLS):
+            process = subprocess.Popen([*command, "killed.db"], cwd=root, env=variables)
+            time.sleep(0.5 + (n + 0.37) * usage.wall / (2 * KILLS))
+            process.kill()
+            process.wait()
+        measure(Run("remediate", [*command, "killed.db"], root, port, 0))
+        written = Counter(id_ for call in tag_calls(port) if call[1] == "CreateTags" for id_ in call[3])
+        twice = sum(number > 1 for number in written.values())
+        with closing(sqlite3.connect(root / "killed.db")) as state:
+            (recorded,) = state.execute("SELECT count(*) FROM changes WHERE status = 'written'").fetchone()
+        print(
+            f"killed {KILLS} times and started again: {len(written)} tags written, {twice} of them twice, "
+            f"{recorded} recorded"
+        )
+
+
 def positive(text: str) -> int:
     """A number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
@@ -617,6 +718,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--record", action="store_true", help="only record as many findings, then a third again"
     )
     parser.add_argument("--report", action="store_true", help="only make the dashboard of so many findings")
+    parser.add_argument("--remediate", type=positive, metavar="N", help="only write so many tags by a plan")
     parser.add_argument("--growth", action="store_true", help="scan a fleet four times as large as well")
     return parser
 
@@ -636,6 +738,9 @@ def main(argv: list[str]) -> int:
         measure_report(fleet, options.rounds)
         return 0
     try:
+        if options.remediate:
+            measure_remediation(fleet, options.remediate, options.latency_ms)
+            return 0
         run_benchmark(fleet, options.rounds, options.latency_ms, options.growth)
     except (BenchmarkError, OSError) as error:
         print(error, file=sys.stderr)

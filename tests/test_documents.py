@@ -22,23 +22,24 @@ def fenced(language):
 
 
 def readme_runs():
-    """Each command that the README shows with its output."""
+    """The commands of each block that the README shows with their output."""
     for block in fenced("console"):
-        for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = run.partition("\n")
-            if "tagcheck.py" in command:
-                yield pytest.param(command.rpartition("&& ")[2], output, id=command[-60:])
+        runs = [run.partition("\n") for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+        named = [(command.rpartition("&& ")[2], out) for command, _, out in runs if "tagcheck.py" in command]
+        if named:
+            yield pytest.param(named, id=named[-1][0][-60:])
 
 
-@pytest.mark.parametrize(("command", "output"), list(readme_runs()))
-def test_readme_shows_what_the_commands_print(command, output, tmp_path):
+@pytest.mark.parametrize("runs", list(readme_runs()))
+def test_readme_shows_what_the_commands_print(runs, tmp_path):
     for name in ("tests/data", "policies"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "tagcheck.py", tmp_path)
-    python, script, *arguments = shlex.split(command)
-    assert python.endswith("python")
-    result = run_tagcheck(*arguments, cwd=tmp_path, script=tmp_path / script)
-    assert output in (result.out, result.err) or result.out.startswith(output)
+    for command, output in runs:
+        python, script, *arguments = shlex.split(command)
+        assert python.endswith("python")
+        result = run_tagcheck(*arguments, cwd=tmp_path, script=tmp_path / script)
+        assert output in (result.out, result.err) or (output and result.out.startswith(output))
 
 
 def test_readme_has_the_table_of_exit_codes():
@@ -64,19 +65,27 @@ def test_readme_names_every_option():
     assert {name for name in options - optional if name not in README} == set()
 
 
-def test_readme_ansible_task_parses():
-    (tasks,) = (yaml.safe_load(block) for block in fenced("yaml") if "ansible.builtin" in block)
-    arguments = tasks[0]["ansible.builtin.command"]["argv"]
-    assert tagcheck.build_parser().parse_args(arguments[2:]).quiet
+def test_readme_ansible_tasks_parse():
+    blocks = [yaml.safe_load(block) for block in fenced("yaml") if "ansible.builtin" in block]
+    commands = [
+        task["ansible.builtin.command"]["argv"]
+        for tasks in blocks
+        for task in tasks
+        if "register" in task or "changed_when" in task
+    ]
+    assert [command[2] for command in commands] == ["scan", "remediate", "remediate"]
+    assert all(tagcheck.build_parser().parse_args(command[2:]).quiet for command in commands)
 
 
 def test_readme_jenkins_options_exist():
     commands = re.findall(r"sh(?:\(script:)? '(.*?)'", "".join(fenced("groovy")))
-    commands += fenced("sh")
-    assert len(commands) == 4
+    commands += [line for block in fenced("sh") for line in block.splitlines()]
+    assert len(commands) == 8
     for command in commands:
         filled = re.sub(r"\$\(\(.*?\)\)|\$SHARD", "2", command)
-        assert tagcheck.build_parser().parse_args(shlex.split(filled)[2:]).command in ("scan", "validate")
+        assert tagcheck.build_parser().parse_args(shlex.split(filled)[2:]).command in (
+            *("scan", "validate", "remediate"),
+        )
 
 
 def test_readme_parts_of_policies_are_valid():

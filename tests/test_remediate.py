@@ -396,7 +396,7 @@ def test_throttled_target_is_left_and_the_next_one_done(aws, apply, tmp_path):
     aws.fault(
         "error", status=503, code="RequestLimitExceeded", message="slow", action="CreateTags", region=REGION
     )
-    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, BATCH_SIZE=2)
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, READ_BATCH=2)
     result, became = apply(
         *map(row, ids), row(other, tag="Team", value="a", Region=OTHER_REGION), check=4, script=impatient
     )
@@ -524,16 +524,15 @@ def wait_for_writes(aws, number):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_in_the_middle_and_started_again(aws, apply, tmp_path, run, number):
     ids = sorted(aws.launch(REGION, count=6))
-    small = script_with(tmp_path, BATCH_SIZE=2)
+    small = script_with(tmp_path, READ_BATCH=2)
     save_plan(tmp_path / "plan.csv", *map(row, ids))
-    slow = aws.fault("slow", seconds=30, action="CreateTags", skip=1)
+    aws.fault("slow", seconds=30, action="CreateTags", skip=1)
     process = start(aws, tmp_path, script=small)
     wait_for_writes(aws, 2)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
     assert ("what was written is recorded" in err) == (number == signal.SIGTERM)
-    slow.ended.set()
     aws.clear_faults()
     # Of the batch that was under way nothing is known; what was not begun is known not to be written.
     left = ["written"] * 2 + ["intended"] * (2 if number == signal.SIGTERM else 4)
@@ -595,15 +594,16 @@ def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
 def test_calls_are_few_and_paced(aws, apply, tmp_path):
     ids = aws.launch(REGION, count=30)
     rows = [row(id_, value="ann" if number % 2 else "bob") for number, id_ in enumerate(ids)]
-    _, became = apply(*rows, script=script_with(tmp_path, BATCH_SIZE=3))
+    _, became = apply(*rows, script=script_with(tmp_path, READ_BATCH=10, WRITE_BATCH=2))
     assert became == ["written"] * 30
     calls = aws.calls(service="ec2")
-    assert Counter(call.action for call in calls) == {"DescribeInstances": 10, "CreateTags": 10}
+    assert Counter(call.action for call in calls) == {"DescribeInstances": 3, "CreateTags": 16}
     times = [call.received_at for call in calls]
     assert all(later - first >= 1 for first, later in zip(times, times[10:], strict=False))
 
 
-def test_batch_is_small_enough_for_ec2():
-    assert script.BATCH_SIZE <= 200  # the values that a filter of DescribeInstances takes
-    assert 2 / script.BATCH_SIZE <= 1.2 / 100
+def test_batches_are_as_ec2_takes_them():
+    assert script.FILTER_VALUES <= 200
+    assert script.WRITE_BATCH <= script.READ_BATCH <= 1000
+    assert 1 / script.READ_BATCH + 1 / min(script.WRITE_BATCH, 100) <= 1.2 / 100
     assert 10 * script.CALL_INTERVAL > 1
