@@ -738,7 +738,8 @@ class AwsServer:
         if request.fits(service="ec2", action="DescribeRegions"):
             return self._describe_regions(request, environ)
         if request.fits(service="ec2", action="CreateTags") and request.params.get("DryRun") != "true":
-            return self._create_tags(request)
+            given = self._moto_answer(request, environ) if self.checks_permissions else None
+            return given if given and given.status != 200 else self._create_tags(request)
         given = self._moto_answer(request, environ)
         if self.checks_permissions and request.action == "GetObject" and given.status == 404:
             return missing_object_refusal(request) or given

@@ -275,3 +275,44 @@ def test_each_action_was_left_out(printed: Print, features: str) -> None:
     }
     actions = {(name, action) for name, document in documents.items() for action in allowed(document)}
     assert {(name, action) for which, name, action, _ in LEFT_OUT if which == features} == actions
+
+
+# ---- Whether it suffices to write tags ---------------------------------------------------------------------
+
+
+def remediate(fleet: Fleet, document: Document, cwd: Path, *args: str) -> Result:
+    """Write tags, or take them back, as a user who may do what the document says.
+
+    moto does not know on which resource, and under which condition, EC2 is called: only the actions are tried.
+    """
+    actions = [action for statement in document["Statement"] for action in statement["Action"]]
+    statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}
+    fleet.allow({"scan": document | {"Statement": [statement]}})
+    env = {
+        "AWS_ACCESS_KEY_ID": fleet.key["AccessKeyId"],
+        "AWS_SECRET_ACCESS_KEY": fleet.key["SecretAccessKey"],
+    }
+    command = ("remediate", "--policy", write_policy(cwd, ONE_REGION), *args, "--apply", "--json", "out.json")
+    fleet.aws.checks_permissions = True
+    try:
+        return run_tagcheck(*command, cwd=cwd, env=fleet.aws.env | env)
+    finally:
+        fleet.aws.checks_permissions = False
+
+
+def test_remediation_works_with_what_is_printed_and_nothing_less(
+    fleet: Fleet, printed: Print, tmp_path: Path
+) -> None:
+    document = printed(ONE_REGION)["remediate"]
+    (instance_id,) = fleet.aws.launch(REGION)
+    plan = f"Account,Region,InstanceId,Tag,Value,Action\n{ACCOUNT_ID},{REGION},{instance_id},Owner,ann,add\n"
+    (tmp_path / "plan.csv").write_text(plan)
+    for action in ("ec2:DescribeInstances", "ec2:CreateTags"):
+        denied = remediate(fleet, without(document, action), tmp_path, "--plan", "plan.csv")
+        assert (denied.code, action in denied.out) == (4, True), denied
+    written = remediate(fleet, document, tmp_path, "--plan", "plan.csv")
+    assert (written.code, written.json("out.json")["changed"]) == (0, True), written
+    undo = ("--undo", written.json("out.json")["undo_file"])
+    denied = remediate(fleet, without(document, "ec2:DeleteTags"), tmp_path, *undo)
+    assert (denied.code, "ec2:DeleteTags" in denied.out) == (4, True), denied
+    assert remediate(fleet, document, tmp_path, *undo).json("out.json")["changed"] is True
