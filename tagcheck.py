@@ -3893,18 +3893,16 @@ def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
 
 
 def _short(finding: Finding, violation: Violation) -> str:
-    """Return a violation in a few words: "Owner missing (has owner)", "Environment=prd", "Owner missing (alice?)"."""
-    if violation.type is ViolationType.NONCOMPLIANT_VALUE:
-        what = f"{violation.tag_key}={_cut(violation.value or '', 40)}"
-    else:
-        near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
-        what = f"{violation.tag_key} {violation.type}{near}"
-    sure = [
-        s.value
-        for s in finding.suggestions
-        if s.tag_key == violation.tag_key and s.confidence >= MIN_CONFIDENCE
+    """Return a violation in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
+    wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
+    what = f"={_cut(violation.value or '', 40)}" if wrong else f" {violation.type}"
+    notes = [f"has {_cut(violation.found_key, 40)}"] if violation.found_key else []
+    notes += [
+        f"{_cut(suggestion.value, 40)}?"
+        for suggestion in finding.suggestions
+        if suggestion.tag_key == violation.tag_key and suggestion.confidence >= MIN_CONFIDENCE
     ]
-    return f"{what} ({_cut(sure[0], 40)}?)" if sure else what
+    return violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:

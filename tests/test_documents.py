@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import drift
 import pytest
 import yaml
 from conftest import run_tagcheck
@@ -30,11 +31,21 @@ def readme_runs():
                 yield pytest.param(command.rpartition("&& ")[2], output, id=command[-60:])
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `python tests/drift.py demo` leaves behind."""
+    directory = tmp_path_factory.mktemp("month") / "demo"
+    assert drift.main([str(directory)]) == 0
+    return directory
+
+
 @pytest.mark.parametrize(("command", "output"), list(readme_runs()))
-def test_readme_shows_what_the_commands_print(command, output, tmp_path):
+def test_readme_shows_what_the_commands_print(command, output, tmp_path, request):
     for name in ("tests/data", "policies"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "tagcheck.py", tmp_path)
+    if "demo/" in command:
+        shutil.copytree(request.getfixturevalue("demo"), tmp_path / "demo")
     python, script, *arguments = shlex.split(command)
     assert python.endswith("python")
     result = run_tagcheck(*arguments, cwd=tmp_path, script=tmp_path / script)
@@ -73,10 +84,14 @@ def test_readme_ansible_task_parses():
 def test_readme_jenkins_options_exist():
     commands = re.findall(r"sh(?:\(script:)? '(.*?)'", "".join(fenced("groovy")))
     commands += fenced("sh")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         filled = re.sub(r"\$\(\(.*?\)\)|\$SHARD", "2", command)
-        assert tagcheck.build_parser().parse_args(shlex.split(filled)[2:]).command in ("scan", "validate")
+        assert tagcheck.build_parser().parse_args(shlex.split(filled)[2:]).command in (
+            "scan",
+            "validate",
+            "report",
+        )
 
 
 def test_readme_parts_of_policies_are_valid():
