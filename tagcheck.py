@@ -1511,20 +1511,20 @@ def groups_of(instance: Instance) -> list[Group]:
     Their names are for people to read; that of an instance profile is the last part of its ARN.
     """
     tags = instance.tags
-    groups = []
+    groups: list[Group] = []
     if node_group := tags.get("eks:nodegroup-name"):
         cluster = tags.get("eks:cluster-name") or tags.get("aws:eks:cluster-name")
-        groups.append(Group("node_group", f"{cluster}/{node_group}" if cluster else node_group))
-    groups += [Group(kind, tags[key]) for kind, key in _GROUP_TAGS if tags.get(key)]
+        groups.append(Group("node_group", printable(f"{cluster}/{node_group}" if cluster else node_group)))
+    groups += [Group(kind, printable(tags[key])) for kind, key in _GROUP_TAGS if tags.get(key)]
     if instance.profile:
-        groups.append(Group("instance_profile", instance.profile.rpartition("/")[2]))
+        groups.append(Group("instance_profile", printable(instance.profile.rpartition("/")[2])))
     if prefix := tags.get("Name", "").rstrip("0123456789").rstrip("-_. "):
-        groups.append(Group("name_prefix", prefix))
+        groups.append(Group("name_prefix", printable(prefix)))
     if instance.subnet_id:
-        groups.append(Group("subnet", instance.subnet_id))
+        groups.append(Group("subnet", printable(instance.subnet_id)))
     if instance.vpc_id:
-        groups.append(Group("vpc", instance.vpc_id))
-    return [Group(kind, printable(name)) for kind, name in groups]
+        groups.append(Group("vpc", printable(instance.vpc_id)))
+    return groups
 
 
 def cause_of(groups: Iterable[Group]) -> Group | None:
@@ -1548,18 +1548,19 @@ def agreements(
     values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
 ) -> dict[str, Agreement]:
     """Return for each tag key what the members of one group agree on, of their values and how many have them."""
-    counts: dict[str, Counter[str]] = {key: Counter() for key in keys}
+    counts: list[dict[str, int]] = [{} for _ in keys]
     for row, number in values:
-        for key, value in zip(keys, row, strict=True):
-            if value is not None and len(counts[key]) < MAX_VALUES:
-                counts[key][value] += number
+        for count, value in zip(counts, row, strict=True):
+            if value is not None and len(count) < MAX_VALUES:
+                count[value] = count.get(value, 0) + number
     found = {}
-    for key, counter in counts.items():
-        if counter and len(counter) < MAX_VALUES:
+    for key, count in zip(keys, counts, strict=True):
+        members = sum(count.values())
+        if members >= MIN_MEMBERS and len(count) < MAX_VALUES:
+            agreeing = max(count.values())
             # Of equally many the first by name, so that the order of the answers does not matter.
-            value, agreeing = min(counter.items(), key=lambda item: (-item[1], item[0]))
-            if counter.total() >= MIN_MEMBERS:
-                found[key] = Agreement(value, agreeing, counter.total())
+            value = min(value for value, number in count.items() if number == agreeing)
+            found[key] = Agreement(value, agreeing, members)
     return found
 
 
@@ -1597,7 +1598,7 @@ def suggest(
     violation: Violation,
     rule: RequiredTag,
     placeholder_values: frozenset[str],
-    siblings: Sequence[tuple[Group, Mapping[str, Agreement]]],
+    siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
     reliability: Reliability,
 ) -> Suggestion | None:
     """Return what a tag should probably be: by the instance's own words, or else by its siblings'.
@@ -3056,13 +3057,12 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         return {key: Agreement(*found) for key, found in json.loads(row[0]).items()} if row else {}
 
     def suggestions(target: int, violations: str, groups: str) -> str | None:
-        siblings = [(Group(*group), agreements_of(target, *group)) for group in json.loads(groups)]
-        found = (
-            suggest(
-                violation, rules[target][violation.tag_key], policy.placeholder_values, siblings, reliability
-            )
-            for violation in _load_violations(violations)
-        )
+        members = [Group(*group) for group in json.loads(groups)]
+        found = []
+        for violation in _load_violations(violations):
+            siblings = ((group, agreements_of(target, *group)) for group in members)
+            rule = rules[target][violation.tag_key]
+            found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
         records = [suggestion_record(suggestion) for suggestion in found if suggestion]
         return _to_json(records) if records else None
 
@@ -3087,11 +3087,12 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
 def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -> Reliability:
     """Find out what the members of each group agree on, and how far groups of each kind do."""
     reliability = Reliability()
+    load_values = functools.lru_cache(10_000)(json.loads)  # an instance's groups have the same values
 
     def rows() -> Iterator[tuple[int, str, str, str]]:
         usage = db.execute("SELECT * FROM usage ORDER BY target, kind, name")
         for (target, kind, name), members in itertools.groupby(usage, key=lambda row: row[:3]):
-            values = ((json.loads(row[3]), row[4]) for row in members)
+            values = ((load_values(row[3]), row[4]) for row in members)
             if target in keys and (found := agreements(values, keys[target])):
                 reliability.learn(kind, found)
                 yield target, kind, name, _to_json(found)
@@ -4499,18 +4500,16 @@ def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
 
 
 def _short(finding: Finding, violation: Violation) -> str:
-    """Return a violation in a few words: "Owner missing (has owner)", "Environment=prd", "Owner missing (alice?)"."""
-    if violation.type is ViolationType.NONCOMPLIANT_VALUE:
-        what = f"{violation.tag_key}={_cut(violation.value or '', 40)}"
-    else:
-        near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
-        what = f"{violation.tag_key} {violation.type}{near}"
-    sure = [
-        s.value
-        for s in finding.suggestions
-        if s.tag_key == violation.tag_key and s.confidence >= MIN_CONFIDENCE
+    """Return a violation in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
+    wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
+    what = f"={_cut(violation.value or '', 40)}" if wrong else f" {violation.type}"
+    notes = [f"has {_cut(violation.found_key, 40)}"] if violation.found_key else []
+    notes += [
+        f"{_cut(suggestion.value, 40)}?"
+        for suggestion in finding.suggestions
+        if suggestion.tag_key == violation.tag_key and suggestion.confidence >= MIN_CONFIDENCE
     ]
-    return f"{what} ({_cut(sure[0], 40)}?)" if sure else what
+    return violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import drift
 import pytest
 import yaml
 from conftest import run_tagcheck
@@ -30,11 +31,21 @@ def readme_runs():
             yield pytest.param(named, id=named[-1][0][-60:])
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `python tests/drift.py demo` leaves behind."""
+    directory = tmp_path_factory.mktemp("month") / "demo"
+    assert drift.main([str(directory)]) == 0
+    return directory
+
+
 @pytest.mark.parametrize("runs", list(readme_runs()))
-def test_readme_shows_what_the_commands_print(runs, tmp_path):
+def test_readme_shows_what_the_commands_print(runs, tmp_path, request):
     for name in ("tests/data", "policies"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "tagcheck.py", tmp_path)
+    if "demo/" in str(runs):
+        shutil.copytree(request.getfixturevalue("demo"), tmp_path / "demo")
     for command, output in runs:
         python, script, *arguments = shlex.split(command)
         assert python.endswith("python")
@@ -80,11 +91,11 @@ def test_readme_ansible_tasks_parse():
 def test_readme_jenkins_options_exist():
     commands = re.findall(r"sh(?:\(script:)? '(.*?)'", "".join(fenced("groovy")))
     commands += [line for block in fenced("sh") for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         filled = re.sub(r"\$\(\(.*?\)\)|\$SHARD", "2", command)
         assert tagcheck.build_parser().parse_args(shlex.split(filled)[2:]).command in (
-            *("scan", "validate", "remediate"),
+            *("scan", "validate", "report", "remediate"),
         )
 
 
