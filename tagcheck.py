@@ -2370,7 +2370,9 @@ def write_tags(
     while batches:
         batch = batches.pop()
         try:
-            call_aws(client, operation, Resources=batch, Tags=pairs)
+            answer = call_aws(client, operation, Resources=batch, Tags=pairs)
+            if "RequestId" not in answer["ResponseMetadata"]:  # as in a captive portal's "200 OK"
+                raise target_error("ForeignAnswer", "no requestId", f"ec2:{operation}")
         except TargetError as error:
             named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
             gone = named if error.code.startswith("InvalidInstanceID") else set()

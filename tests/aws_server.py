@@ -777,6 +777,7 @@ class AwsServer:
             for resource in numbered(request.params, "ResourceId"):
                 ec2.tags[resource].update(tags_of(request.params))
         answer = ET.Element(f"{{{EC2_NAMESPACE}}}CreateTagsResponse")
+        ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}requestId").text = "r"
         ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}return").text = "true"
         return Answer(200, {"Content-Type": "text/xml;charset=UTF-8"}, to_xml(answer))
 

@@ -231,7 +231,7 @@ def answer_remediation(action: str, account: str, region: str, form: dict[str, s
     if action == "CreateTags":
         for instance_id in ids:
             TAGS[instance_id][form["Tag.1.Key"]] = form["Tag.1.Value"]
-        return b"<CreateTagsResponse><return>true</return></CreateTagsResponse>"
+        return b"<CreateTagsResponse><requestId>r</requestId><return>true</return></CreateTagsResponse>"
     items = "".join(
         TAGGED_INSTANCE.format(id=id_, tags="".join(TAG.format(*tag) for tag in TAGS[id_].items()))
         for id_ in ids

@@ -94,6 +94,12 @@ def test_plan_of_a_tag_with_a_default(tags, confidence, expected):
     assert planned(case) == ([("Environment", *expected)] if expected else [])
 
 
+def test_default_is_planned_with_what_contradicts_it():
+    case = finding({"Owner": "ann"}, suggestion("prod", 0.9, "Environment"))
+    [row] = script.plan([case], POLICY, 0.95)
+    assert row.why == "the policy's default (policy.yaml:1); but prod is 9 of 9 in web"
+
+
 def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
     case = finding({}, suggestion("ann", 1), suggestion("qa", 1, "Environment"))
     later = script.check_policy(json.dumps(KEYS | {"required_tags": ["Environment"]}).encode(), "later.yaml")
@@ -328,6 +334,8 @@ def test_nothing_is_overwritten_unless_asked_for(aws, apply):
     )
     after = [each.get("Owner") for each in tags_of(aws, ids)]
     assert after == ["bob", "ann", "ann", "bob", "bob", None]
+    recorded = {id_: former for id_, _, former, *_ in changes(result.cwd / "instance_state.db")}
+    assert recorded == {ids[1]: " ", ids[2]: "bob"}
     assert f"{ids[0]} Owner: it is 'bob' now" in result.out
 
 
@@ -396,7 +404,7 @@ def test_throttled_target_is_left_and_the_next_one_done(aws, apply, tmp_path):
     aws.fault(
         "error", status=503, code="RequestLimitExceeded", message="slow", action="CreateTags", region=REGION
     )
-    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, READ_BATCH=2)
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=1, READ_BATCH=2, WRITE_BATCH=1)
     result, became = apply(
         *map(row, ids), row(other, tag="Team", value="a", Region=OTHER_REGION), check=4, script=impatient
     )
@@ -415,6 +423,14 @@ def test_answer_that_was_lost_is_looked_for(aws, apply, tmp_path):
         (None, "ann", "written")
     ] * 2
     assert result.out.count("2 written, 0 already there, 0 left out") == 1
+
+
+def test_answer_of_another_is_none(aws, apply):
+    ids = aws.launch(REGION, count=2)
+    aws.fault("body", body=b"<html><body>log in</body></html>", action="CreateTags")
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["failed"] * 2
+    assert "ForeignAnswer" in result.out
 
 
 def test_what_is_not_known_is_said_to_be_so(aws, apply, run, tmp_path):
@@ -548,6 +564,21 @@ def test_stopped_in_the_middle_and_started_again(aws, apply, tmp_path, run, numb
     assert sorted(changes(tmp_path / "instance_state.db")) == [
         (id_, "Owner", None, "ann", "written") for id_ in ids
     ]
+
+
+def test_of_runs_that_were_killed_the_last_one_did_it(tmp_path):
+    state = script.LocalState(tmp_path / "state.db")
+    state.check()
+    what = ("test", ACCOUNT_ID, REGION, "i-00000001", "Owner", None, "ann", "why", "who")
+    runs = [
+        script.Change(name, *what, f"2026-02-2{day}T10:30:45Z", "intended") for day, name in enumerate("abc")
+    ]
+    for change in runs:
+        script.record_changes(state, [(change, script.Result.PLANNED)])
+    script.record_changes(state, [(runs[-1], script.Result.ALREADY_THERE)])
+    with closing(sqlite3.connect(state.path)) as db:
+        [left] = script.fetch_changes(db, "test", "i-00000001")
+    assert (left.change_id, left.status) == ("b", "written")
 
 
 # ---- Accounts, and a state in S3 ---------------------------------------------------------------------------
