@@ -299,6 +299,7 @@ def test_from_the_scan_to_the_undo(aws, run, tmp_path):
     assert "owner=ann" in (story := run("explain", near).out)
     assert re.search(rf"Owner set to 'ann' \(it was missing\) by arn:aws:sts::{ACCOUNT_ID}:\S+: ", story)
     assert run("scan", "--json", "-").json("-")["summary"]["resolved"] == 2
+    assert "0 tags to write on 0 instances\n" in run("remediate", "--csv", "later.csv").out
 
     undo = re.search(r"--undo (\S+) --apply", done.out)[1]
     assert stat.S_IMODE((tmp_path / undo).stat().st_mode) == 0o600
