@@ -356,6 +356,27 @@ def printable(text: str) -> str:
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
+def violation_record(violation: Violation) -> dict[str, str | None]:
+    """Return a violation as a JSON object."""
+    return {
+        "tag_key": violation.tag_key,
+        "type": violation.type,
+        "value": violation.value,
+        "found_key": violation.found_key,
+        "message": violation.message,
+    }
+
+
+def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
+    """Return a suggestion as a JSON object."""
+    return {
+        "tag_key": suggestion.tag_key,
+        "value": suggestion.value,
+        "confidence": suggestion.confidence,
+        "evidence": suggestion.evidence,
+    }
+
+
 CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
 
 
@@ -1250,6 +1271,26 @@ class ExemptedInstance:
     launch_time: str
     tags: Mapping[str, str]
     exempted: tuple[Exempted, ...]
+
+
+def exempted_record(exempted: Exempted) -> dict[str, str | None]:
+    """Return an exempted violation as a JSON object."""
+    exemption = exempted.exemption
+    return violation_record(exempted.violation) | {
+        "reason": exemption.reason,
+        "expires": exemption.expires.isoformat() if exemption.expires else None,
+        "approved_by": exemption.approved_by,
+        "ticket": exemption.ticket,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One run over the targets; the UUID is its name in the state for ever."""
+
+    scan_id: str
+    policy: Policy
+    started_at: datetime
 
 
 HOURS_A_MONTH = 730  # as AWS's own calculator has it
@@ -2670,15 +2711,6 @@ SIGHTINGS_SCHEMA = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """One run over the targets; the UUID is its name in the state for ever."""
-
-    scan_id: str
-    policy: Policy
-    started_at: datetime
-
-
 WAY_OUT = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
 
 
@@ -3164,38 +3196,6 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
     )
 
 
-def violation_record(violation: Violation) -> dict[str, str | None]:
-    """Return a violation as a JSON object."""
-    return {
-        "tag_key": violation.tag_key,
-        "type": violation.type,
-        "value": violation.value,
-        "found_key": violation.found_key,
-        "message": violation.message,
-    }
-
-
-def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
-    """Return a suggestion as a JSON object."""
-    return {
-        "tag_key": suggestion.tag_key,
-        "value": suggestion.value,
-        "confidence": suggestion.confidence,
-        "evidence": suggestion.evidence,
-    }
-
-
-def exempted_record(exempted: Exempted) -> dict[str, str | None]:
-    """Return an exempted violation as a JSON object."""
-    exemption = exempted.exemption
-    return violation_record(exempted.violation) | {
-        "reason": exemption.reason,
-        "expires": exemption.expires.isoformat() if exemption.expires else None,
-        "approved_by": exemption.approved_by,
-        "ticket": exemption.ticket,
-    }
-
-
 def _load_violations(text: str | bytes) -> tuple[Violation, ...]:
     """Read violations back from the state."""
     return tuple(map(_load_violation, json.loads(text)))
@@ -3476,15 +3476,35 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
         if resolved
         else f"{_SEEN} ORDER BY target.account_id, target.region, sighting.instance_id"
     )
-    scan_number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    rows = db.execute(f"SELECT {_FINDING} {source}", {"policy": scan.policy.name, "scan": scan_number})
-    return map(_load_finding, rows)
+    return map(_load_finding, db.execute(f"SELECT {_FINDING} {source}", _names(db, scan)))
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
     """Return what the findings of the scan that is being recorded have in common, the greatest first."""
+    return _causes(db, _SEEN, _names(db, scan))
+
+
+def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
+    """Return what the scan's findings that lack each tag cost in a month, and how many have no price."""
+    names = _names(db, scan)
+    priced, unpriced = db.execute(
+        f"SELECT count(finding.monthly_cost), sum(finding.monthly_cost IS NULL) {_SEEN}", names
+    ).fetchone()
+    rows = db.execute(
+        f"""
+        SELECT tag_key.value, sum(cost) FROM (
+            SELECT finding.tag_keys, sum(finding.monthly_cost) AS cost {_SEEN} GROUP BY 1
+        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
+        """,
+        names,
+    )
+    return ([(key, cost or 0.0) for key, cost in rows], unpriced) if priced else ([], unpriced or 0)
+
+
+def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
+    """Return what _SEEN asks of the scan that is being recorded."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    return _causes(db, _SEEN, {"policy": scan.policy.name, "scan": number})
+    return {"policy": scan.policy.name, "scan": number}
 
 
 MAX_CAUSES = 100
@@ -3884,6 +3904,8 @@ class ScanReport:
     resolved: Callable[[], Iterator[Finding]]
     exempted: Callable[[], Iterator[ExemptedInstance]]
     causes: Sequence[Cause]
+    costs: Sequence[tuple[str, float]]
+    unpriced: int
     notices: Sequence[str]
 
     @property
@@ -4221,6 +4243,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "exit_code": int(report.exit_code),
         "exit_name": report.exit_code.name,
         "summary": report.totals,
+        "monthly_cost_without": dict(report.costs),
         "notices": list(report.notices),
     }
     if report.dry_run:
@@ -4445,7 +4468,7 @@ def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: b
     lines += _summary_table(report.findings(), totals["findings"], csv_path)
     if report.causes:
         lines += _with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
-    lines += _summary_costs(report.findings())
+    lines += _summary_costs(report)
     lines += _summary_resolved(report.resolved(), totals["resolved"])
     lines += _summary_exempted(report.exempted(), totals["exempted"])
     if report.dry_run:
@@ -4538,21 +4561,12 @@ def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list
     return _with_rest(lines, number - len(lines))
 
 
-def _summary_costs(findings: Iterator[Finding]) -> list[str]:
+def _summary_costs(report: ScanReport) -> list[str]:
     """Return what the findings that lack each tag cost in a month, if there are prices."""
-    costs: Counter[str] = Counter()
-    priced = unpriced = 0
-    for finding in findings:
-        priced, unpriced = (
-            priced + (finding.monthly_cost is not None),
-            unpriced + (finding.monthly_cost is None),
-        )
-        for violation in finding.violations:
-            costs[violation.tag_key] += finding.monthly_cost or 0  # type: ignore[assignment]
-    if not priced:
+    if not report.costs:
         return []
-    of_which = f" ({counted(unpriced, 'instance')} without a price not counted)" if unpriced else ""
-    return ["", *(f"{cost:,.2f} a month without {key}{of_which}" for key, cost in costs.most_common())]
+    left_out = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
+    return ["", *(f"{cost:,.2f} a month without {key}{left_out}" for key, cost in report.costs)]
 
 
 def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -5508,6 +5522,7 @@ def _report(
 ) -> ScanReport:
     """Return what the reports print of the scan that is being recorded."""
     coverage = fetch_coverage(db, scan)
+    costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
         scan,
         finished_at,
@@ -5518,6 +5533,8 @@ def _report(
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
         causes=fetch_causes(db, scan),
+        costs=costs,
+        unpriced=unpriced,
         notices=notices,
     )
 
