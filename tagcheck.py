@@ -3835,7 +3835,8 @@ _CHANGE = (
     "change_id, policy, account_id, region, instance_id, tag_key, former, value, why, who, changed_at, status"
 )
 _SAME_TAG = (
-    "policy = ? AND account_id = ? AND region = ? AND instance_id = ? AND tag_key = ? AND change_id <> ?"
+    "policy = :policy AND account_id = :account_id AND region = :region AND instance_id = :instance_id "
+    "AND tag_key = :tag_key AND change_id <> :change_id"
 )
 
 
@@ -3857,24 +3858,22 @@ def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> No
 
 def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
     """Keep one change as it stands now."""
-    same = (
-        *(change.policy, change.account_id, change.region, change.instance_id, change.tag_key),
-        change.change_id,
-    )
+    names = {name: getattr(change, name) for name in _CHANGE.split(", ")}
     if result in (Result.PLANNED, Result.WRITTEN):
-        columns = [getattr(change, name) for name in _CHANGE.split(", ")]
         db.execute(
-            f"INSERT INTO changes ({_CHANGE}) VALUES ({', '.join('?' * len(columns))}) ON CONFLICT (change_id) "
+            f"INSERT INTO changes ({_CHANGE}) VALUES (:{_CHANGE.replace(', ', ', :')}) ON CONFLICT (change_id) "
             "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status",
-            columns,
+            names,
         )
     elif result is not Result.UNKNOWN:
-        db.execute("DELETE FROM changes WHERE change_id = ?", (change.change_id,))
+        db.execute("DELETE FROM changes WHERE change_id = :change_id", names)
     if result is Result.ALREADY_THERE:  # the last run that intended it found it undone, and so it did it
-        intended = f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS ?"
-        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", (*same, change.value))
+        intended = (
+            f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS :value"
+        )
+        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", names)
     if result in (Result.ALREADY_THERE, Result.WRITTEN):
-        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", same)
+        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", names)
 
 
 def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) -> list[Change]:
