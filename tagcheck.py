@@ -3257,7 +3257,8 @@ def record_scan(
             # A full disk has ended the transaction already; a second ROLLBACK would be an error of its own.
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            db.execute("DETACH DATABASE state")
+        # After an exception queries of it may still be open, and only the end of the connection detaches it.
+        db.execute("DETACH DATABASE state")
 
 
 def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:

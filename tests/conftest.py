@@ -25,6 +25,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the tests that take minutes as well")
 
 
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Run the files of the whole suite side by side, as a test mostly waits for the script that it runs."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS or config.option.collectonly or config.option.help:
+        return None
+    files = sorted(Path(__file__).parent.glob("test_*.py"), key=lambda file: -file.stat().st_size)
+
+    def run(file: Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file, done in zip(files, pool.map(run, files), strict=True):
+            passed = done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+            failed += not passed
+            *before, last = done.stdout.splitlines() or [""]
+            print(*([] if passed else [*before, done.stderr]), f"{file.name}: {last}", sep="\n", flush=True)
+    return int(failed > 0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that take minutes where nobody asked for them."""
     for item in items:

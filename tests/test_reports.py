@@ -447,7 +447,7 @@ def test_summary_says_all_there_is_to_say(scan, tmp_path):
     assert "Policy test (policy.yaml): 1 of 2 targets read, 3 instances, 1 compliant" in out
     assert "dry run" in out
     assert "2 findings: 0 NEW, 2 REPEAT, 0 REOPENED; 1 RESOLVED" in out
-    assert "Owner missing (has owner), CostCenter missing" in out
+    assert "Owner missing (has owner; ann?), CostCenter missing" in out
     assert "Environment=prd" in out
     assert re.search(r"^RESOLVED  .* tagged$", out, re.MULTILINE)
     assert re.search(
