@@ -49,7 +49,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -4589,11 +4589,12 @@ def _coloured(line: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HistoryReport:
-    """The findings that a state keeps, as far as they were asked for; of one instance with their events."""
+    """The findings that a state keeps, as far as they were asked for; of one instance all that became of it."""
 
     policy: str
     findings: Callable[[], Iterator[Finding]]
     events: Callable[[Finding], Sequence[Event]] | None
+    changes: Sequence[Change]
 
 
 def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
@@ -4605,14 +4606,18 @@ def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
 
 
 def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
-    """Write findings in the shape that a scan's JSON has; of one instance with their events."""
-    records = (
-        finding_record(finding)
-        | ({"events": [_event_record(event) for event in report.events(finding)]} if report.events else {})
-        for finding in report.findings()
-    )
+    """Write findings in the shape that a scan's JSON has; of one instance with their events and changes."""
+
+    def record(finding: Finding) -> dict[str, Any]:
+        if not report.events:
+            return finding_record(finding)
+        return finding_record(finding) | {
+            "events": [_event_record(event) for event in report.events(finding)],
+            "changes": [asdict(change) for change in report.changes if change.target == finding.target],
+        }
+
     file.write(f'{{\n"version": {json.dumps(__version__)},\n"policy": {json.dumps(report.policy)},\n')
-    _write_json_list(file, "findings", records, end="\n}\n")
+    _write_json_list(file, "findings", map(record, report.findings()), end="\n}\n")
 
 
 def _event_record(event: Event) -> dict[str, Any]:
@@ -6046,6 +6051,7 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
             policy,
             lambda: fetch_history(db, selection),
             (lambda finding: fetch_events(db, policy, finding)) if args.instance else None,
+            fetch_changes(db, policy, args.instance) if args.instance else (),
         )
         found = next(report.findings(), None)
         if args.instance and found is None:
@@ -6060,7 +6066,17 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
                 else iter(["No finding is kept that was asked for."])
             )
             if report.events:
-                lines = (line for f in report.findings() for line in story(f, report.events(f)))
+                lines = itertools.chain.from_iterable(
+                    [
+                        *story(finding, report.events(finding)),
+                        *(
+                            f"  Written   {change}"
+                            for change in report.changes
+                            if change.target == finding.target
+                        ),
+                    ]
+                    for finding in report.findings()
+                )
             while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
                 emit(block)
     return ExitCode.COMPLIANT
