@@ -47,7 +47,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -116,6 +116,10 @@ class UploadError(StateError):
 
 class OutputError(TagcheckError):
     """A report cannot be written."""
+
+
+class NotificationError(TagcheckError):
+    """Somebody was not told of a scan, which is recorded and reported."""
 
 
 class TargetError(TagcheckError):
@@ -422,6 +426,20 @@ _DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h 
 _ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
 _INSTANCE_ID = _form("^i-[0-9a-f]{8,17}$", "is no instance id: it looks like i-0123456789abcdef0")
 _ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the name alone, not the ARN")
+_AT = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9-]+\.)+[A-Za-z0-9-]+"
+_MEMBER = "[UW][A-Z0-9]{6,20}"
+_ADDRESS = _form(f"^{_AT}$", "is no e-mail address")
+_RECIPIENT = _form(
+    f"^({_AT}|{_MEMBER})$", "is neither an e-mail address nor a Slack member's id such as U012ABCDEF"
+)
+_VARIABLE = _form(
+    "^[A-Za-z_][A-Za-z0-9_]*$", "is no name of an environment variable: a secret never stands in the policy"
+)
+_HOST = _form(
+    "^[a-z0-9.-]+(:[0-9]{1,5})?$", "is no host: write its name alone, and :port where it is not 443"
+)
+_TOPIC_ARN = _form("^arn:[a-z-]+:sns:[a-z0-9-]+:[0-9]{12}:[A-Za-z0-9_-]{1,256}$",
+                   "is no ARN of an SNS topic (nor is that of a FIFO topic, which this cannot use)")  # fmt: skip
 # The first four are the default: a terminated instance cannot be put right.
 _STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
 
@@ -467,6 +485,41 @@ _EXEMPTION = _mapping(
     approved_by=("Who agreed.", "head of platform", _TEXT),
     ticket=("Where it was agreed.", "OPS-1234", _TEXT),
 )  # fmt: skip
+_SLACK = _mapping(
+    "webhook_url_env",
+    {},
+    webhook_url_env=("The environment variable that holds the URL of an incoming webhook.", "SLACK_WEBHOOK_URL",
+                     _VARIABLE),
+    allow_hosts=("Hosts that the URL may name beside Slack's own.", ["slack.example.com"], _list(_HOST)),
+)  # fmt: skip
+_EMAIL = _mapping(
+    "from",
+    {},
+    **{"from": ("The sender, an address that SES has verified.", "tags@example.com", _ADDRESS)},
+    to=("Who gets the digest of everything.", ["ops@example.com"], _list(_ADDRESS) | {"maxItems": 50}),
+    region=("The region of SES. Left out: that of the credentials.", "eu-west-1", _TEXT),
+)
+_OWNERS = _mapping(
+    "",
+    {"description": "To send each owner a digest of what is theirs."},
+    tag=("The tag that names the owner. Left out: Owner.", "Owner", _TAG_KEY),
+    mapping=("For a value of that tag, or a creator, the address or the Slack member's id.",
+             {"team-web": "web@example.com", "alice": "U012ABCDEF"},
+             {"type": "object", "minProperties": 1, "additionalProperties": _RECIPIENT}),
+    domains=("A value or a creator that is an address of one of these is written to as it is.", ["example.com"],
+             _list(_HOST)),
+    default=("Who gets what nobody is known for. Left out: nobody.", "ops@example.com", _RECIPIENT),
+)  # fmt: skip
+_NOTIFY = _mapping(
+    "",
+    {},
+    on=("new: what is NEW or REOPENED, once; any: all that is open, with each scan.", "new", {"enum": ["new", "any"]}),
+    slack=("An incoming webhook of Slack.", {"webhook_url_env": "SLACK_WEBHOOK_URL"}, _SLACK),
+    sns=("A topic of SNS.", {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"},
+         _mapping("topic_arn", {}, topic_arn=("Its ARN.", "arn:aws:sns:eu-west-1:012345678901:tags", _TOPIC_ARN))),
+    email=("E-mail, sent by SES.", {"from": "tags@example.com", "to": ["ops@example.com"]}, _EMAIL),
+    owners=("A digest for each owner, of what is theirs.", {"domains": ["example.com"]}, _OWNERS),
+)  # fmt: skip
 POLICY_SCHEMA = _mapping(
     "version name regions",
     {"$schema": "http://json-schema.org/draft-07/schema#", "title": "tagcheck policy",
@@ -487,6 +540,7 @@ POLICY_SCHEMA = _mapping(
                       _ACCOUNT_ID),
     exemptions=("Instances that need not carry some tags, each with a reason.",
                 [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
+    notify=("Who is told of what a scan found.", {"slack": {"webhook_url_env": "SLACK_WEBHOOK_URL"}}, _NOTIFY),
 )  # fmt: skip
 
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
@@ -592,6 +646,64 @@ class Accounts:
         return account_id not in self.exclude and (self.organization or account_id in self.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Slack:
+    """An incoming webhook; its URL is a secret, and stands in the environment."""
+
+    webhook_url_env: str
+    allow_hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Email:
+    """From whom e-mail comes, and who gets the digest of everything."""
+
+    sender: str
+    to: tuple[str, ...] = ()
+    region: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """How a name becomes an address or a Slack member; the names of `mapping` are in small letters."""
+
+    tag: str = "Owner"
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    default: str | None = None
+
+    def recipient(self, names: Iterable[str]) -> str | None:
+        """Return whom to write to: for the first of the names that is known, else the default.
+
+        Tags are written by strangers, so an address in one is used only where its domain is in the policy. A
+        creator may be an ARN, whose last part is the name of a session.
+        """
+        for name in names:
+            for text in (name.strip().casefold(), name.strip().casefold().rpartition("/")[2]):
+                if text in self.mapping:
+                    return self.mapping[text]
+                if re.fullmatch(_AT, text) and text.rpartition("@")[2] in self.domains:
+                    return text
+        return self.default
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Who is told of what a scan found."""
+
+    on: Literal["new", "any"] = "new"
+    slack: Slack | None = None
+    sns: str | None = None
+    email: Email | None = None
+    owners: Owners | None = None
+
+    @property
+    def channels(self) -> list[str]:
+        """What is told each finding, and marked as told, apart from the others."""
+        told = (self.slack, self.sns, self.email and self.email.to, self.owners)
+        return [name for name, given in zip(("slack", "sns", "email", "owners"), told, strict=True) if given]
+
+
 @functools.cache
 def _glob(text: str) -> re.Pattern[str]:
     """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
@@ -612,6 +724,7 @@ class Policy:
     exemptions: tuple[Exemption, ...]
     accounts: Accounts | None
     expected_account: str | None
+    notify: Notify | None
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -870,6 +983,8 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
                         hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
                     elif not path and is_region(key):
                         hint = ": it is a region; indent it by two spaces, under regions:"
+                    elif path[-1:] == ("slack",):
+                        hint += ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
                     yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
             case "required":
                 missing = [] if colon else [key for key in wanted if key not in found]
@@ -954,6 +1069,9 @@ def _did_you_mean(word: Any, known: Sequence[str]) -> str:
 def _shown(value: Any) -> str:
     """Return a value of a policy for a message: short, whatever is in it."""
     if isinstance(value, str):
+        value = re.sub(
+            r"(?s)(://|hooks\.slack).*", r"\1…", value
+        )  # a webhook's URL is a secret, wherever it stands
         return repr(value if len(value) <= 100 else f"{value[:99]}…")
     if isinstance(value, bool):
         return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
@@ -1002,6 +1120,25 @@ def _rule_mistakes(value: Any) -> Iterator[Mistake]:
                 date.fromisoformat(expires)
             except ValueError:
                 yield Mistake(("exemptions", number, "expires"), f"the calendar has no {expires}")
+    if _given(value, "notify", dict):
+        yield from _notify_mistakes(value["notify"])
+
+
+def _notify_mistakes(notify: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield what is wrong with who is told: nobody is, or some by a channel that is not there."""
+    if not notify.keys() & {"slack", "sns", "email"}:
+        yield Mistake(("notify",), "says not how: give it slack, sns or email")
+    email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
+    if email and not owners and "to" not in email:
+        yield Mistake(("notify", "email"), "says not to whom: give it to, or notify owners")
+    if region := _given(email, "region", str):
+        yield from _region_mistakes(("notify", "email", "region"), region)
+    mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
+    domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
+    for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
+        channel = "slack" if re.fullmatch(_MEMBER, str(to)) else "email"
+        if re.fullmatch(f"{_AT}|{_MEMBER}", str(to)) and channel not in notify:
+            yield Mistake(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
 
 
 def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
@@ -1123,6 +1260,12 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "pattern": re.compile,
     "expires": date.fromisoformat,
     "tags": lambda tags: tuple(tags.items()),
+    "slack": lambda entry: Slack(**_fields(entry)),
+    "sns": lambda entry: entry["topic_arn"],
+    "email": lambda entry: Email(entry["from"], tuple(entry.get("to", ())), entry.get("region")),
+    "owners": lambda entry: Owners(**_fields(entry)),
+    "mapping": lambda mapping: {name.strip().casefold(): recipient for name, recipient in mapping.items()},
+    "domains": lambda domains: tuple(domain.casefold() for domain in domains),
 }
 
 
@@ -1162,6 +1305,7 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         exemptions=tuple(exemptions),
         accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
         expected_account=value.get("expected_account"),
+        notify=Notify(**_fields(value["notify"])) if "notify" in value else None,
     )
 
 
