@@ -47,7 +47,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -273,6 +273,19 @@ class Finding:
     def name(self) -> str:
         """The instance's Name tag, as consoles show it."""
         return self.tags.get("Name", "")
+
+
+UNKNOWN = "unknown ("  # how `created_by` begins where nobody is known; why follows
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What became of a finding at a time, and the violations that it had from then on."""
+
+    at: str
+    event: str
+    violations: tuple[Violation, ...]
+    resolution: Resolution | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1293,7 +1306,6 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     for index, entry in enumerate(value.get("exemptions", ())):
         line, column = document.place(("exemptions", index))
         exemptions.append(Exemption(**_fields(entry), line=line, column=column))
-    grace = value.get("grace_period", "0s")
     return Policy(
         name=value["name"],
         file=file,
@@ -1301,12 +1313,19 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         regions=regions,
         placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
         states=frozenset(value.get("states", _STATES[:4])),
-        grace_period=timedelta(seconds=int(grace[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[grace[-1]]),
+        grace_period=duration(value.get("grace_period", "0s")),
         exemptions=tuple(exemptions),
         accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
         expected_account=value.get("expected_account"),
         notify=Notify(**_fields(value["notify"])) if "notify" in value else None,
     )
+
+
+def duration(text: str) -> timedelta:
+    """Return the time that 90s, 30m, 2h or 1d stand for; raises ValueError."""
+    if not re.fullmatch(_DURATION["pattern"], text):
+        raise ValueError(text)
+    return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
 
 
 NOTICE_DAYS = 14
@@ -1568,6 +1587,19 @@ def _history(finding: Finding | None) -> str:
     return f"  History: {finding.status}, {seen}{again}{ended}"
 
 
+def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
+    """Yield what became of an instance's finding, a line an event."""
+    name = f" ({finding.name})" if finding.name else ""
+    yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
+    for event in events:
+        how = event.resolution or ", ".join(violation.message for violation in event.violations)
+        yield f"  {event.at}  {event.event:<8}  {how}"
+    yield _history(finding)
+    yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
+    if finding.created_by:
+        yield f"  Created by: {finding.created_by}"
+
+
 FailOn = Literal["any", "new", "never"]
 
 
@@ -1823,6 +1855,7 @@ SDK_ATTEMPTS = 5
 NETWORK_PAUSES = (3.0,)
 # What a role is assumed for, as its session policy and as `iam-policy` prints it.
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
+CREATOR_ACTIONS = ("cloudtrail:LookupEvents",)
 
 NO_CONNECTION = frozenset(
     "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError".split()
@@ -1836,7 +1869,7 @@ class Aws:
     clients are the caller's, and a request is signed for the account that its thread has entered.
     """
 
-    def __init__(self, profile: str | None, workers: int) -> None:
+    def __init__(self, profile: str | None, workers: int, actions: Sequence[str] = READ_ACTIONS) -> None:
         import boto3
         import botocore.config
         import botocore.exceptions
@@ -1853,6 +1886,7 @@ class Aws:
             max_pool_connections=workers,
             user_agent_extra=f"tagcheck/{__version__}",
         )
+        self._actions = actions
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
         self._entered = threading.local()
@@ -1870,21 +1904,22 @@ class Aws:
                     raise CredentialsError(
                         f"cannot call AWS: {error}; check the AWS configuration"
                     ) from error
+                if service in ("ec2", "cloudtrail"):
+                    client.meta.events.register(f"before-sign.{service}", self._sign)
                 if service == "ec2":
-                    client.meta.events.register("before-sign.ec2", self._sign)
                     _read_instances_of(client)
                 self._clients[service, region] = client
             return self._clients[service, region]
 
     def _sign(self, request: Any, **_: object) -> None:
-        """Have botocore sign a request of EC2 for the account that this thread has entered."""
+        """Have botocore sign a request for the account that this thread has entered."""
         credentials = getattr(self._entered, "credentials", None)
         if credentials:
             request.context.setdefault("signing", {})["request_credentials"] = credentials
 
     @contextlib.contextmanager
     def account(self, account_id: str) -> Iterator[None]:
-        """Sign this thread's requests to EC2 for an account that was entered before."""
+        """Sign this thread's requests to EC2 and CloudTrail for an account that was entered before."""
         self._entered.credentials = self._credentials[account_id]
         try:
             yield
@@ -1906,7 +1941,7 @@ class Aws:
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
             "DurationSeconds": 3600,
-            "Policy": _to_json(_document([_allow(READ_ACTIONS, "*")])),
+            "Policy": _to_json(_document([_allow(self._actions, "*")])),
         }
         if accounts.external_id:
             arguments["ExternalId"] = accounts.external_id
@@ -2178,6 +2213,80 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     return Instance(instance_id, state, launched, tags, *more)
 
 
+CLOUDTRAIL_DAYS = 90  # that CloudTrail keeps events
+LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second of an account and region (its API reference)
+MAX_EVENT_PAGES = 10
+
+
+def describe_creators(
+    client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
+) -> Iterator[list[tuple[str, str]]]:
+    """Yield who made instances of the client's account and region, until a time of the monotonic clock.
+
+    Takes the instances' ids and launch times. One RunInstances makes many of them, so that one lookup may answer
+    for all of these. Raises TargetError.
+    """
+    waiting = dict(launches)
+    next_call = 0.0
+    while waiting:
+        instance_id = next(iter(waiting))
+        around = {"StartTime": waiting[instance_id] - timedelta(minutes=10)}
+        around |= {"EndTime": waiting[instance_id] + timedelta(minutes=10)}
+        made: list[tuple[str, str]] = []
+        # To start a stopped instance renews its launch time: then any time will do.
+        for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
+            token: dict[str, str] = {}
+            for _ in range(0 if made else pages):
+                time.sleep(max(0.0, next_call - time.monotonic()))
+                next_call = time.monotonic() + LOOKUP_PAUSE
+                if next_call > deadline:
+                    return
+                by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
+                page = call_aws(client, "LookupEvents", LookupAttributes=by_id, **window, **token)
+                try:
+                    made = [pair for event in page["Events"] for pair in creators_of(event)]
+                except (KeyError, TypeError, ValueError) as error:
+                    message = f"an event is not whole: {error}"
+                    raise target_error("ForeignAnswer", message, "cloudtrail:LookupEvents") from error
+                token = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
+                if made or not token:
+                    break
+        nobody = (instance_id, f"{UNKNOWN}CloudTrail has no RunInstances of it)")
+        yield [pair for pair in made if waiting.pop(pair[0], None)]
+        if waiting.pop(instance_id, None):
+            yield [nobody]
+
+
+def creators_of(event: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return each instance that an event of CloudTrail made, and who made it; raises KeyError, ValueError."""
+    detail = json.loads(event["CloudTrailEvent"])
+    if event.get("EventName") != "RunInstances" or detail.get("errorCode"):
+        return []
+    resources = event.get("Resources", ())
+    ids = [item["ResourceName"] for item in resources if item.get("ResourceType") == "AWS::EC2::Instance"]
+    who = creator_name(detail.get("userIdentity") or {})
+    return [(instance_id, who) for instance_id in ids]
+
+
+def creator_name(identity: Mapping[str, Any]) -> str:
+    """Return who a userIdentity of CloudTrail is (its user guide, CloudTrail userIdentity element)."""
+    arn = str(identity.get("arn") or "")
+    issuer = (identity.get("sessionContext") or {}).get("sessionIssuer") or {}
+    role, session = str(issuer.get("userName") or ""), arn.rpartition("/")[2]
+    service = str(identity.get("invokedBy") or "")
+    if service.endswith(".amazonaws.com") or role.startswith("AWSServiceRoleFor"):
+        by = service.removesuffix(".amazonaws.com") or role.removeprefix("AWSServiceRoleFor")
+        return f"{by} (automation)"
+    if role.startswith("AWSReservedSSO_"):
+        return f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})"
+    if identity.get("type") == "AssumedRole":
+        return f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or arn
+    if identity.get("type") == "Root":
+        return f"root of {identity.get('accountId', 'the account')}"
+    known = identity.get("userName") or arn or identity.get("principalId")
+    return str(known or f"{UNKNOWN}the event names nobody)")
+
+
 def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return an IAM policy document."""
     return {"Version": "2012-10-17", "Statement": list(statements)}
@@ -2188,14 +2297,15 @@ def _allow(actions: Sequence[str], resource: str | list[str], **more: Any) -> di
     return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **more}
 
 
-def iam_documents(policy: Policy, state: str) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies for what a policy uses, by who needs them.
+def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
+    """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
 
     `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
     policy's; `remediate` is for whoever writes tags, and should be another role.
     """
     describing = _allow(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
-    scan, documents = [describing], {}
+    reading = [describing, *([_allow(CREATOR_ACTIONS, "*")] if creators else [])]
+    scan, documents = [*reading], {}
     accounts = policy.accounts
     if accounts:
         members = ["*"] if accounts.organization else accounts.ids
@@ -2210,7 +2320,7 @@ def iam_documents(policy: Policy, state: str) -> dict[str, dict[str, Any]]:
         }
         if accounts.external_id:
             trust["Condition"] = {"StringEquals": {"sts:ExternalId": accounts.external_id}}
-        documents = {"member": _document([describing]), "member_trust": _document([trust])}
+        documents = {"member": _document(reading), "member_trust": _document([trust])}
     if state.startswith("s3://"):
         bucket, key = split_s3(state)
         scan.append(_allow(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
@@ -2864,7 +2974,6 @@ def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -
 
 
 MAX_LOOKUPS = 1000  # a target and scan: more than the budget of time allows
-UNKNOWN = "unknown ("  # how the creator of an instance begins when it is not known, and why follows
 
 
 def fetch_uncreated(
@@ -2905,12 +3014,21 @@ def fetch_uncreated(
     return found
 
 
+def add_unknown_creators(db: sqlite3.Connection, before: datetime, why: str) -> None:
+    """Keep that nobody can say any more who made what was launched before a time."""
+    db.execute(
+        "UPDATE sighting SET created_by = ? WHERE violations IS NOT NULL AND launch_time < ?",
+        (f"{UNKNOWN}{why})", utc_text(before)),
+    )
+
+
 def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, str]]) -> None:
     """Keep who made instances of a target."""
-    query = "UPDATE sighting SET created_by = ? WHERE instance_id = ? AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
     db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
     db.executemany(
-        query, ((who, instance_id, target.account_id, target.region) for instance_id, who in creators)
+        "UPDATE sighting SET created_by = ? WHERE instance_id = ? "
+        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))",
+        ((printable(who), id_, target.account_id, target.region) for id_, who in creators),
     )
 
 
@@ -3231,13 +3349,277 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
     return map(_load_finding, rows)
 
 
-def load_findings(state: State, policy_name: str, instance_id: str) -> list[Finding]:
-    """Return what the state knows of an instance, in whatever account and region; raises StateError."""
-    state.check()
-    path = next(state.attempts(""))
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        query = f"SELECT {_FINDING} FROM findings AS finding WHERE policy = ? AND instance_id = ?"
-        return [_load_finding(row) for row in db.execute(query, (policy_name, instance_id))]
+def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
+    """Return what the findings of the scan that is being recorded have in common, the greatest first."""
+    number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
+    return _causes(db, _SEEN, {"policy": scan.policy.name, "scan": number})
+
+
+MAX_CAUSES = 100
+
+
+def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[Cause]:
+    """Return the causes of findings; a group of one is none."""
+    rows = db.execute(
+        f"""
+        SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause,
+            json_extract(violation.value, '$.tag_key') AS tag_key, count(*) AS instances
+        {source} CROSS JOIN json_each(finding.violations) AS violation
+        WHERE finding.policy = :policy AND finding.cause IS NOT NULL AND finding.resolved_at IS NULL
+        GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
+        ORDER BY instances DESC, 1, 2, 3, 4, 5 LIMIT {MAX_CAUSES}
+        """,
+        names,
+    )
+    return [Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in rows]
+
+
+@contextlib.contextmanager
+def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection on which a state stays as it is now, for reading; raises StateError.
+
+    One of an older version is brought up to date in a copy: to read writes nothing.
+    """
+    path = state.path
+    if isinstance(state, S3State):
+        state.check()
+    elif not os.path.lexists(path):
+        raise StateError(f"there is no state {path}: run a scan first, or name it with --state")
+    else:
+        _refuse_unlike_state(path)
+        with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+            version = _state_version(db, path)
+        if version < len(MIGRATIONS):
+            copy_state(path, copy)
+            check_state(copy)
+            path = copy
+    with _state_errors(state.name), contextlib.closing(_open_state(path)) as db:
+        db.execute("BEGIN")
+        yield db
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which findings of a policy are asked for; what is left empty restricts nothing."""
+
+    policy: str
+    instance_id: str | None = None
+    accounts: Sequence[str] = ()
+    regions: Sequence[str] = ()
+    statuses: Sequence[str] = ()
+    tag_keys: Sequence[str] = ()
+    first_seen_before: datetime | None = None
+
+
+def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
+    """Yield the findings that a state keeps, the open ones first and of these the oldest."""
+    conditions, values = ["policy = ?"], [selection.policy]
+    for column in ("accounts", "regions", "statuses"):
+        if wanted := getattr(selection, column):
+            name = {"accounts": "account_id", "regions": "region", "statuses": "status"}[column]
+            conditions.append(f"{name} IN ({', '.join('?' * len(wanted))})")
+            values += wanted
+    if selection.tag_keys:
+        conditions.append(
+            "EXISTS (SELECT 1 FROM json_each(violations) WHERE json_extract(value, '$.tag_key') IN "
+            f"({', '.join('?' * len(selection.tag_keys))}))"
+        )
+        values += selection.tag_keys
+    if selection.instance_id:
+        conditions.append("instance_id = ?")
+        values.append(selection.instance_id)
+    if selection.first_seen_before:
+        conditions.append("first_seen < ?")
+        values.append(utc_text(selection.first_seen_before))
+    # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
+    numbers = db.execute(
+        f"SELECT id FROM findings WHERE {' AND '.join(conditions)} "
+        "ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id",
+        values,
+    )
+    for number in numbers:
+        query = f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?"
+        yield _load_finding(db.execute(query, number).fetchone())
+
+
+def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
+    """Return what became of a finding, from NEW on."""
+    rows = db.execute(
+        "SELECT at, event, before, events.resolution FROM events JOIN findings ON findings.id = events.finding "
+        "WHERE policy = ? AND (account_id, region, instance_id) = (?, ?, ?) ORDER BY events.id",
+        (policy, finding.account_id, finding.region, finding.instance_id),
+    ).fetchall()
+    befores = [_load_violations(row[2]) if row[2] else () for row in rows]
+    # An event keeps what was lacking before it; so what was lacking after it stands in the next one.
+    afters = [*befores, finding.violations]
+    events = [Event(finding.first_seen, Status.NEW, next(filter(None, afters)), None)]
+    for (at, event, _, resolution), after in zip(rows, afters[1:], strict=True):
+        ended = event == Status.RESOLVED
+        events.append(
+            Event(at, event, () if ended else after, Resolution(resolution) if resolution else None)
+        )
+    return events
+
+
+def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoint], list[Standing]]:
+    """Return what was open after each scan of a policy, and how each target stands; sorted."""
+    rows = db.execute(
+        "SELECT at, open, new, reopened, resolved, targets, targets_unread FROM trend WHERE policy = ? ORDER BY at",
+        (policy,),
+    )
+    trend = [TrendPoint(*row) for row in rows]
+    pruned_until = trend[-1].at if trend else ""
+    standings: dict[Target, Standing] = {}
+    total = 0
+    rows = db.execute(
+        "SELECT scans.started_at, account_id, region, error_code, error_message, instances, compliant, findings, "
+        "exempted, new, reopened, resolved FROM scans JOIN coverage ON scan = scans.id WHERE policy = ? "
+        "ORDER BY scans.started_at, scans.id, account_id, region",
+        (policy,),
+    )
+    for at, targets in itertools.groupby(rows, key=lambda row: row[0]):
+        counts: Counter[str] = Counter()
+        for _, account_id, region, code, message, *numbers, new, reopened, resolved in targets:
+            target = Target(account_id, region)
+            before = standings.get(target)
+            if code is None:
+                total += numbers[2] - (before.findings if before else 0)
+                standings[target] = Standing(target, None, at, *numbers)
+            else:
+                standing = before or Standing(target, None, None, 0, 0, 0, 0)
+                standings[target] = replace(standing, error=f"{code}: {message}")
+            counts.update(targets=1, unread=code is not None, new=new, reopened=reopened, resolved=resolved)
+        if at > pruned_until:
+            changes = (counts["new"], counts["reopened"], counts["resolved"])
+            trend.append(TrendPoint(at, total, *changes, counts["targets"], counts["unread"]))
+    return trend, sorted(standings.values(), key=lambda standing: standing.target)
+
+
+# The upper ends of the ages that are counted together, in days.
+AGES = (
+    (1, "up to 1 day"),
+    (7, "2 to 7 days"),
+    (30, "8 to 30 days"),
+    (90, "31 to 90 days"),
+    (365, "91 to 365 days"),
+)
+OLDER = "over a year"
+OLDEST_FINDINGS = 25
+
+
+def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
+    """Count the open findings of a policy; `owner_tag` is the tag whose suggestions say whom to ask."""
+    names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
+    names |= {f"age{days}": utc_text(now - timedelta(days=days)) for days, _ in AGES}
+    open_ = "FROM findings AS finding"
+    is_open = "finding.policy = :policy AND finding.resolved_at IS NULL"
+
+    def counts(what: str, more: str = "", where: str = "1") -> list[tuple[str, Any]]:
+        query = f"SELECT {what} {open_} {more} WHERE {is_open} AND {where} GROUP BY 1 ORDER BY 2 DESC, 1"
+        return [(str(row[0]), row[1]) for row in db.execute(query, names)]
+
+    violated = "CROSS JOIN json_each(finding.violations) AS violation"
+    tag_key = "json_extract(violation.value, '$.tag_key')"
+    age = "".join(f"WHEN first_seen >= :age{days} THEN '{label}' " for days, label in AGES)
+    by_age = dict(counts(f"CASE {age} ELSE '{OLDER}' END, count(*)"))
+    tags = db.execute(
+        f"SELECT {tag_key}, count(*), coalesce(sum(monthly_cost), 0) {open_} {violated} WHERE {is_open} "
+        "GROUP BY 1 ORDER BY 2 DESC, 1",
+        names,
+    ).fetchall()
+    total, priced = db.execute(
+        f"SELECT count(*), count(monthly_cost) {open_} WHERE {is_open}", names
+    ).fetchone()
+    oldest = db.execute(
+        f"SELECT {_FINDING} FROM (SELECT id {open_} WHERE {is_open} "
+        f"ORDER BY first_seen, account_id, region, instance_id LIMIT {OLDEST_FINDINGS}) "
+        "CROSS JOIN findings AS finding USING (id)",
+        names,
+    )
+    return OpenFindings(
+        total,
+        by_tag=[(key, number) for key, number, _ in tags],
+        by_age=[(label, by_age.get(label, 0)) for label in (*(label for _, label in AGES), OLDER)],
+        by_creator=counts("created_by, count(*)", where="created_by NOT LIKE :unknown"),
+        by_suggestion=counts(
+            "json_extract(suggestion.value, '$.tag_key') || '=' || json_extract(suggestion.value, '$.value'), count(*)",
+            "CROSS JOIN json_each(finding.suggestions) AS suggestion",
+            "json_extract(suggestion.value, '$.tag_key') = :owner "
+            "AND json_extract(suggestion.value, '$.confidence') >= :sure",
+        ),
+        causes=_causes(db, f"{open_}", names),
+        oldest=[*map(_load_finding, oldest)],
+        priced=priced,
+        cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was deleted, or would be."""
+
+    findings: int
+    scans: int
+    coverage: int
+
+
+def prune_state(path: Path, before: datetime, name: str) -> Pruned:
+    """Delete from a state what is older than a time, and give back the room; raises StateError."""
+    with _state_errors(name), contextlib.closing(_open_state(path)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            pruned = _prune(db, before)
+            db.execute("COMMIT")
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+        free, pages = (
+            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
+        )
+        if free > pages / 4:
+            try:
+                db.execute("VACUUM")
+            except sqlite3.OperationalError as error:  # it needs the room of a copy, for a moment
+                LOG.info("the file keeps its size: %s", error)
+    return pruned
+
+
+def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
+    """Delete findings resolved before a time, and scans; the trend keeps a row a day.
+
+    What a target's last full reading found stays, however old: of a target that cannot be read any more it is
+    all that is known.
+    """
+    names = {"before": utc_text(before)}
+    for (policy,) in db.execute("SELECT DISTINCT policy FROM scans").fetchall():
+        points = [point for point in fetch_standings(db, policy)[0] if point.at < names["before"]]
+        for day, group in itertools.groupby(points, key=lambda point: point.at[:10]):
+            *earlier, last = group
+            changes = {
+                name: sum(getattr(point, name) for point in (*earlier, last))
+                for name in ("new", "reopened", "resolved")
+            }
+            row = (policy, day, *astuple(replace(last, **changes)))
+            db.execute("INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    resolved = "FROM findings WHERE resolved_at < :before"
+    db.execute(f"DELETE FROM events WHERE finding IN (SELECT id {resolved})", names)
+    findings = db.execute(f"DELETE {resolved}", names).rowcount
+    coverage = db.execute(
+        """
+        DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
+            AND (scan, account_id, region) NOT IN (
+                SELECT max(scan), account_id, region FROM coverage JOIN scans ON scans.id = scan
+                WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
+            )
+        """,
+        names,
+    ).rowcount
+    scans = db.execute(
+        "DELETE FROM scans WHERE started_at < :before AND id NOT IN (SELECT scan FROM coverage) "
+        "AND id NOT IN (SELECT last_scan FROM findings)",
+        names,
+    ).rowcount
+    return Pruned(findings, scans, coverage)
 
 
 _FINDING = """
@@ -3279,6 +3661,7 @@ class ScanReport:
     findings: Callable[[], Iterator[Finding]]
     resolved: Callable[[], Iterator[Finding]]
     exempted: Callable[[], Iterator[ExemptedInstance]]
+    causes: Sequence[Cause]
     notices: Sequence[str]
 
     @property
@@ -3379,6 +3762,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
     for key, value in head.items():
         file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
     _write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
+    _write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
     _write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
     _write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
     _write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
@@ -3391,6 +3775,19 @@ def _write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any
         file.write(",\n" if number else "\n")
         file.write(json.dumps(record))
     file.write(f"]{end}")
+
+
+def _cause_record(cause: Cause) -> dict[str, Any]:
+    """Return what findings have in common as a JSON object."""
+    return {
+        "account_id": cause.target.account_id,
+        "region": cause.target.region,
+        "kind": cause.group.kind,
+        "name": cause.group.name,
+        "tag_key": cause.tag_key,
+        "instances": cause.instances,
+        "message": str(cause),
+    }
 
 
 def _coverage_record(target: Coverage) -> dict[str, Any]:
@@ -3546,6 +3943,7 @@ WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
 }
 
 SUMMARY_FINDINGS = 20
+SUMMARY_CAUSES = 5
 COLOURS = {
     "NEW": "31",
     "REOPENED": "35",
@@ -3573,6 +3971,9 @@ def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: b
         f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
     ]
     lines += _summary_table(report.findings(), totals["findings"], csv_path)
+    if report.causes:
+        lines += _with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
+    lines += _summary_costs(report.findings())
     lines += _summary_resolved(report.resolved(), totals["resolved"])
     lines += _summary_exempted(report.exempted(), totals["exempted"])
     if report.dry_run:
@@ -3602,7 +4003,7 @@ def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> l
                 finding.instance_id,
                 _cut(finding.name, 24) or "-",
                 since,
-                ", ".join(map(_short, finding.violations)),
+                ", ".join(_short(finding, violation) for violation in finding.violations),
             )
         )
     if len(rows) == 1:
@@ -3622,12 +4023,19 @@ def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
     return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
 
 
-def _short(violation: Violation) -> str:
-    """Return a violation in a few words: "Owner missing (has owner)", "Environment=prd"."""
+def _short(finding: Finding, violation: Violation) -> str:
+    """Return a violation in a few words: "Owner missing (has owner)", "Environment=prd", "Owner missing (alice?)"."""
     if violation.type is ViolationType.NONCOMPLIANT_VALUE:
-        return f"{violation.tag_key}={_cut(violation.value or '', 40)}"
-    near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
-    return f"{violation.tag_key} {violation.type}{near}"
+        what = f"{violation.tag_key}={_cut(violation.value or '', 40)}"
+    else:
+        near = f" (has {_cut(violation.found_key, 40)})" if violation.found_key else ""
+        what = f"{violation.tag_key} {violation.type}{near}"
+    sure = [
+        s.value
+        for s in finding.suggestions
+        if s.tag_key == violation.tag_key and s.confidence >= MIN_CONFIDENCE
+    ]
+    return f"{what} ({_cut(sure[0], 40)}?)" if sure else what
 
 
 def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
@@ -3654,6 +4062,23 @@ def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list
     return _with_rest(lines, number - len(lines))
 
 
+def _summary_costs(findings: Iterator[Finding]) -> list[str]:
+    """Return what the findings that lack each tag cost in a month, if there are prices."""
+    costs: Counter[str] = Counter()
+    priced = unpriced = 0
+    for finding in findings:
+        priced, unpriced = (
+            priced + (finding.monthly_cost is not None),
+            unpriced + (finding.monthly_cost is None),
+        )
+        for violation in finding.violations:
+            costs[violation.tag_key] += finding.monthly_cost or 0  # type: ignore[assignment]
+    if not priced:
+        return []
+    of_which = f" ({counted(unpriced, 'instance')} without a price not counted)" if unpriced else ""
+    return ["", *(f"{cost:,.2f} a month without {key}{of_which}" for key, cost in costs.most_common())]
+
+
 def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Return what a scan with this policy would open and close, tag by tag."""
     lines = []
@@ -3670,6 +4095,56 @@ def _coloured(line: str) -> str:
         (word for word in COLOURS if line.startswith(word) or (line.startswith("Exit") and word in line)), ""
     )
     return line.replace(word, f"\x1b[{COLOURS[word]}m{word}\x1b[0m", 1) if word else line
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryReport:
+    """The findings that a state keeps, as far as they were asked for; of one instance with their events."""
+
+    policy: str
+    findings: Callable[[], Iterator[Finding]]
+    events: Callable[[Finding], Sequence[Event]] | None
+
+
+def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
+    """Write a row a finding, in the columns that a scan's CSV has."""
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(CSV_COLUMNS)
+    for finding in report.findings():
+        table.writerow(map(csv_cell, _csv_row(finding)))
+
+
+def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
+    """Write findings in the shape that a scan's JSON has; of one instance with their events."""
+    records = (
+        finding_record(finding)
+        | ({"events": [_event_record(event) for event in report.events(finding)]} if report.events else {})
+        for finding in report.findings()
+    )
+    file.write(f'{{\n"version": {json.dumps(__version__)},\n"policy": {json.dumps(report.policy)},\n')
+    _write_json_list(file, "findings", records, end="\n}\n")
+
+
+def _event_record(event: Event) -> dict[str, Any]:
+    """Return what became of a finding as a JSON object."""
+    violations = [violation_record(violation) for violation in event.violations]
+    return {"at": event.at, "event": event.event, "violations": violations, "resolution": event.resolution}
+
+
+HISTORY_WRITERS = {"csv": write_history_csv, "json": write_history_json}
+
+
+def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """Yield a table of findings, a line each; the columns are as wide as what AWS gives them."""
+    shape = "{:<8}  {:<12}  {:<14}  {:<19}  {:<24}  {:<10}  {:>5}  {}"
+    yield shape.format("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "SEEN", "VIOLATIONS")
+    for finding in findings:
+        ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
+        yield shape.format(
+            *(finding.status, finding.account_id, finding.region, finding.instance_id),
+            *(printable(_cut(finding.name, 24)) or "-", finding.first_seen[:10], finding.times_seen),
+            ended or ", ".join(_short(finding, violation) for violation in finding.violations),
+        ).rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -4391,6 +4866,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--json": _one("FILE", "the whole result as JSON, - for stdout"),
     "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
     "--prices": _one("FILE", "a CSV of instance_type,region,hourly_price: what findings cost a month"),
+    "--creators": _flag("look up in CloudTrail who made what was found, and remember it"),
+    "--creators-budget": _one(
+        "TIME", "how long to look them up (default: 60s)", type=duration, default=timedelta(minutes=1)
+    ),
+    "iam-policy --creators": _flag("for scans with --creators"),
+    "history --csv": _one("FILE", "the findings as CSV, - for stdout"),
+    "history --json": _one("FILE", "the findings as JSON, - for stdout"),
+    "history --account": _many("ID", "only of this account"),
+    "history --region": _many("R", "only of this region"),
+    "--status": _many("S", "only open or resolved ones, or NEW, REPEAT, REOPENED or RESOLVED"),
+    "--tag": _many("KEY", "only those that lack this tag"),
+    "--older-than": _one("TIME", "only those first seen longer ago, such as 30d", type=duration),
+    "--html": _one("FILE", "the dashboard, - for stdout", required=True),
+    "--days": _one("N", "how many days to keep", type=_positive, required=True),
+    "prune --dry-run": _flag("only say what would go"),
     "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
     "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
     "--quiet": _flag("no summary and no progress, only errors"),
@@ -4400,15 +4890,29 @@ _COMMANDS = {
     "scan": (
         "check every instance in scope against the policy; record, report, exit",
         *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
-        *("--csv", "--json", "--junit", "--prices", "--fail-on", "--dry-run", "--quiet", "--verbose"),
+        *("--csv", "--json", "--junit", "--prices", "--creators", "--creators-budget"),
+        *("--fail-on", "--dry-run", "--quiet", "--verbose"),
     ),
     "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
     "explain": (
         "print the rules in force in a region; of an instance, why it passes or fails, and its history",
         *("--policy", "--region", "--account", "--state", "--instances", "--live", "--profile"),
     ),
+    "history": (
+        "list findings kept in the state: open, resolved, or one instance's",
+        *("--policy", "--account", "--region", "--status", "--tag", "--older-than"),
+        *("--state", "--csv", "--json", "--profile"),
+    ),
+    "report": ("write the dashboard: trends as one HTML page", "--html", "--policy", "--state", "--profile"),
+    "prune": (
+        "delete findings that were resolved more than N days ago, and scans; the trend keeps a row a day",
+        *("--days", "--dry-run", "--state", "--profile"),
+    ),
     "schema": ("print the policy's JSON Schema (Draft 7)",),
-    "iam-policy": ("print the least IAM policy that this policy file's features need", "--policy", "--state"),
+    "iam-policy": (
+        "print the least IAM policy that this policy file's features need",
+        *("--policy", "--state", "--creators"),
+    ),
 }
 
 
@@ -4427,10 +4931,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=globals()[f"run_{name.replace('-', '_')}"], quiet=False, verbose=False)
         for option in options:
             short = [f"-{option[2]}"] if option in ("--quiet", "--verbose") else []
-            command.add_argument(*short, option, **OPTIONS[option])
+            command.add_argument(*short, option, **OPTIONS.get(f"{name} {option}", OPTIONS.get(option, {})))
         if name == "validate":
             command.add_argument("policies", metavar="POLICY", nargs="+", help="a policy file, - for stdin")
-        elif name == "explain":
+        elif name in ("explain", "history"):
             command.add_argument(
                 "instance", metavar="INSTANCE", nargs="?", help="an instance id, such as i-0abc…"
             )
@@ -4442,6 +4946,8 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     begun = time.monotonic()
     policy = load_policy(args.policy)
     _check_scope(args, policy)
+    if args.creators and args.instances:
+        raise UsageError("--creators asks AWS, and --instances is there not to: leave one of them out")
     outputs = _outputs(args)
     scan = Scan(str(uuid.uuid4()), policy, now)
     prices = load_prices(args.prices) if args.prices else Prices({})
@@ -4451,9 +4957,15 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        readings = read_saved(args, policy) if args.instances else read_live(args, policy, notices)
+        aws = None
+        if not args.instances:
+            actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
+            aws = Aws(args.profile, args.workers, actions)
+        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
         with sighting_errors():
             used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet))
+            if aws and args.creators:
+                notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
@@ -4505,8 +5017,44 @@ def _report(
         findings=lambda: fetch_findings(db, scan),
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
+        causes=fetch_causes(db, scan),
         notices=notices,
     )
+
+
+def _look_up_creators(
+    args: argparse.Namespace, aws: Aws, db: sqlite3.Connection, path: Path, scan: Scan
+) -> Iterator[str]:
+    """Keep who made what was found and has no creator yet, and yield what is to be said of it; fails no scan."""
+    deadline = time.monotonic() + args.creators_budget.total_seconds()
+    since = scan.started_at - timedelta(days=CLOUDTRAIL_DAYS)
+    waiting = fetch_uncreated(db, path, scan, since)
+    add_unknown_creators(db, since, f"launched more than {CLOUDTRAIL_DAYS} days ago")
+    number = sum(map(len, waiting.values()))
+    if number:
+        LOG.info("Looking up who made %s, for at most %s", counted(number, "instance"), args.creators_budget)
+
+    def describe(target: Target) -> Iterator[list[tuple[str, str]]]:
+        with aws.account(target.account_id):
+            client = aws.client("cloudtrail", target.region)
+            yield from describe_creators(client, waiting[target], deadline)
+
+    for target, creators in read_in_parallel([*waiting], describe, args.workers):
+        if isinstance(creators, TargetError):
+            rest = [(instance_id, f"{UNKNOWN}{creators.code})") for instance_id, _ in waiting[target]]
+            number -= len(rest)
+            add_creators(db, target, rest)
+            yield f"Who made the instances in {target} was not looked up: {creators}"
+        elif creators:
+            number -= len(creators)
+            add_creators(db, target, creators)
+            known = {instance_id for instance_id, _ in creators}
+            waiting[target] = [entry for entry in waiting[target] if entry[0] not in known]
+    if number > 0:
+        yield (
+            f"Who made {counted(number, 'instance')} was not looked up within --creators-budget "
+            f"{int(args.creators_budget.total_seconds())}s: the next scan goes on"
+        )
 
 
 def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
@@ -4524,14 +5072,19 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
     """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
-    paths = {name: getattr(args, name) for name in WRITERS if getattr(args, name)}
+    formats = ("csv", "json", "junit", "html")
+    paths = {name: path for name in formats if (path := getattr(args, name, None))}
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
     goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
-    taken = {os.path.realpath(path) for path in (args.state, args.policy, *args.instances) if path != "-"}
+    taken = {
+        os.path.realpath(path)
+        for path in (args.state, args.policy, *getattr(args, "instances", ()))
+        if path != "-"
+    }
     if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two of --state, --policy, --instances, --csv, --json, --junit have the same goal: give each its own"
+            "two of --state, --policy, --instances, --csv, --json, --junit, --html have the same goal: give each its own"
         )
     for output in outputs:
         check_output(output)
@@ -4553,18 +5106,25 @@ def open_state(args: argparse.Namespace, stack: contextlib.ExitStack, *, copied:
     return state
 
 
+@contextlib.contextmanager
+def _reading(args: argparse.Namespace) -> Iterator[sqlite3.Connection]:
+    """Yield a connection for reading the state that was named; raises UsageError, StateError."""
+    with contextlib.ExitStack() as stack:
+        state = open_state(args, stack, copied=False)
+        yield stack.enter_context(reading_state(state, _temporary(stack) / "state.db"))
+
+
 def _temporary(stack: contextlib.ExitStack) -> Path:
     """Return a directory that goes away at the end of the command."""
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-")))
 
 
-def read_live(args: argparse.Namespace, policy: Policy, notices: list[str]) -> Iterator[Reading]:
+def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
     First each account is entered, then its regions are read; consecutive targets are of different accounts, so
     that a slow one does not keep all workers.
     """
-    aws = Aws(args.profile, args.workers)
     named = sorted(args.region or policy.regions.keys() - {"*"})
     home = aws.session.region_name or home_region(named)
     caller, partition = describe_caller(aws.client("sts", home))
@@ -4852,7 +5412,8 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
 
 def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
     """Print the IAM policies that the policy's features need."""
-    emit(json.dumps(iam_documents(load_policy(args.policy), args.state), indent=2) + "\n")
+    documents = iam_documents(load_policy(args.policy), args.state, creators=args.creators)
+    emit(json.dumps(documents, indent=2) + "\n")
     return ExitCode.COMPLIANT
 
 
@@ -4881,10 +5442,11 @@ def _find_instance(
     args: argparse.Namespace, policy: Policy
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as saved files, AWS or the state have it, with its finding."""
-    with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=True)  # to explain writes nothing
-        findings = load_findings(state, policy.name, args.instance)
-    known = {Target(finding.account_id, finding.region): finding for finding in findings}
+    known: dict[Target, Finding] = {}
+    if args.state.startswith("s3://") or os.path.lexists(args.state):
+        with _reading(args) as db:
+            findings = fetch_history(db, Selection(policy.name, args.instance))
+            known = {finding.target: finding for finding in findings}
     if args.instances:
         for path in args.instances:
             for target, instances in load_instances(path)[0].items():
@@ -4938,6 +5500,83 @@ def _describe_instance(
     raise UsageError(
         f"account {account_id} has no {args.instance} in {', '.join(regions)}: say with --region where it is"
     )
+
+
+def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """List findings that the state keeps, or tell the story of one instance."""
+    statuses = {"open": ("NEW", "REPEAT", "REOPENED"), "resolved": ("RESOLVED",)}
+    wanted = [status for word in args.status for status in statuses.get(word.lower(), (word.upper(),))]
+    for status in wanted:
+        if status not in Status.__members__:
+            raise UsageError(f"--status {printable(status)}: give open, resolved, {', '.join(Status)}")
+    outputs = _outputs(args)
+    policy = load_policy(args.policy).name
+    since = now - args.older_than if args.older_than else None
+    selection = Selection(policy, args.instance, args.account, args.region, wanted, args.tag, since)
+    with _reading(args) as db:
+        report = HistoryReport(
+            policy,
+            lambda: fetch_history(db, selection),
+            (lambda finding: fetch_events(db, policy, finding)) if args.instance else None,
+        )
+        found = next(report.findings(), None)
+        if args.instance and found is None:
+            raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
+        with staged_outputs(outputs) as staged:
+            stage_report(staged, lambda output, file: HISTORY_WRITERS[output.format](file, report))
+            publish_report(staged, emit)
+        if not outputs:
+            lines = (
+                history_lines(report.findings())
+                if found
+                else iter(["No finding is kept that was asked for."])
+            )
+            if report.events:
+                lines = (line for f in report.findings() for line in story(f, report.events(f)))
+            while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
+                emit(block)
+    return ExitCode.COMPLIANT
+
+
+def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Write the dashboard of a policy's findings."""
+    outputs = _outputs(args)
+    policy = load_policy(args.policy)
+    keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
+    owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
+    with _reading(args) as db:
+        trend, standings = fetch_standings(db, policy.name)
+        if not standings:
+            raise StateError(
+                f"{args.state} holds no scan of the policy {policy.name}: run one, or name the policy with --policy"
+            )
+        open_ = fetch_open(db, policy.name, owner, now)
+    dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
+    with staged_outputs(outputs) as staged:
+        stage_report(staged, lambda _, file: write_html(file, dashboard))
+        publish_report(staged, emit)
+    return ExitCode.COMPLIANT
+
+
+def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
+    """Delete what is older than --days, and say what went."""
+    before = now - timedelta(days=args.days)
+    pruned = Pruned(0, 0, 0)
+    with contextlib.ExitStack() as stack:
+        if not args.state.startswith("s3://") and not os.path.lexists(args.state):
+            raise StateError(f"there is no state {args.state}: name it with --state")
+        state = open_state(args, stack, copied=args.dry_run)
+        state.check()
+        for path in state.attempts(str(uuid.uuid4())):
+            # An attempt that is repeated because its answer was lost finds nothing any more.
+            again = prune_state(path, before, state.name)
+            pruned = max(pruned, again, key=lambda pruned: astuple(pruned))
+    emit(
+        f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
+        f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
+        "from before it; the trend keeps a row a day\n"
+    )
+    return ExitCode.COMPLIANT
 
 
 class Progress:
