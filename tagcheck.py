@@ -4796,23 +4796,23 @@ def _add_counts(main: Element, dashboard: Dashboard) -> None:
     """Add the open findings by tag, age and person, and the money spent without each tag."""
     found, pair = dashboard.open, _add(main, "div", class_="pair")
     unpriced = found.total - found.priced
-    spend = "What the instances that lack a tag cost in a month"
+    spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
     costs = sorted(found.cost_by_tag, key=lambda row: row[0] != "Owner")  # who pays is asked first
-    charts: tuple[tuple[str, str, str, Sequence[tuple[str, float]]], ...] = (
-        ("Tags that are lacking", "An instance can lack several.", "", found.by_tag),
-        ("Age of open findings", "Since a scan first saw them.", "", found.by_age),
-        ("Created by", "Who made the instances.", "", found.by_creator),
-        ("Probable values", "What their like has: whom to ask.", "", found.by_suggestion),
-        ("Spend that lacks its tag", spend, "$", costs),
+    charts: tuple[tuple[str, str, Sequence[tuple[str, float]]], ...] = (
+        ("Tags that are lacking", "An instance can lack several.", found.by_tag),
+        ("Age of open findings", "Since a scan first saw them.", found.by_age),
+        ("Created by", "Who made the instances.", found.by_creator),
+        ("Probable values", "What their like has: whom to ask.", found.by_suggestion),
+        ("Spend that lacks its tag", spend, costs),
     )
-    for title, lead, sign, rows in charts:
+    for title, lead, rows in charts:
         if rows:
             section = _add_section(pair, title, lead)
             body = _add(_add(section, "table", class_="bars"), "tbody")
             most = max(number for _, number in rows) or 1
             for name, number in rows[:HTML_ROWS]:
-                row, amount = _add(body, "tr"), f"{sign}{number:,.0f}"
+                row, amount = _add(body, "tr"), f"{number:,.0f}"
                 _add(row, "th", _brief(name), scope="row")
                 svg = _add_picture(_add(row, "td"), f"{_brief(name)}: {amount}", "", 12)
                 box = {"width": f"{100 * number / most:.1f}%", "height": "12", "class_": "bar"}
@@ -4865,10 +4865,10 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
         _brief(finding.name, 40),
         *(finding.account_id, finding.region),
         f"{finding.first_seen[:10]}, {counted(days, 'day')}",
-        _brief(", ".join(_brief(_short(violation), 80) for violation in finding.violations), 240),
+        _brief(", ".join(_brief(_short(finding, violation), 80) for violation in finding.violations), 240),
         _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
         _brief(finding.created_by or ""),
-        "" if finding.monthly_cost is None else f"${finding.monthly_cost:,.0f}",
+        "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
     )
 
 
