@@ -14,6 +14,7 @@ The file reads downward; a section uses only what stands above it:
  5 AWS             accounts, regions and instances, live or saved
  6 State           what is remembered between scans, in SQLite
  7 Reports         summary, CSV, JSON, JUnit, HTML
+ 8 Notifications   digests for Slack, SNS and e-mail, and for owners
  9 Command line    the commands; the only place with print, the clock and threads
 """
 
@@ -49,7 +50,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -118,6 +119,10 @@ class UploadError(StateError):
 
 class OutputError(TagcheckError):
     """A report cannot be written."""
+
+
+class NotificationError(TagcheckError):
+    """Somebody was not told of a scan, which is recorded and reported."""
 
 
 class TargetError(TagcheckError):
@@ -458,6 +463,20 @@ _DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h 
 _ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
 _INSTANCE_ID = _form("^i-[0-9a-f]{8,17}$", "is no instance id: it looks like i-0123456789abcdef0")
 _ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the name alone, not the ARN")
+_AT = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9-]+\.)+[A-Za-z0-9-]+"
+_MEMBER = "[UW][A-Z0-9]{6,20}"
+_ADDRESS = _form(f"^{_AT}$", "is no e-mail address")
+_RECIPIENT = _form(
+    f"^({_AT}|{_MEMBER})$", "is neither an e-mail address nor a Slack member's id such as U012ABCDEF"
+)
+_VARIABLE = _form(
+    "^[A-Za-z_][A-Za-z0-9_]*$", "is no name of an environment variable: a secret never stands in the policy"
+)
+_HOST = _form(
+    "^[a-z0-9.-]+(:[0-9]{1,5})?$", "is no host: write its name alone, and :port where it is not 443"
+)
+_TOPIC_ARN = _form("^arn:[a-z-]+:sns:[a-z0-9-]+:[0-9]{12}:[A-Za-z0-9_-]{1,256}$",
+                   "is no ARN of an SNS topic (nor is that of a FIFO topic, which this cannot use)")  # fmt: skip
 # The first four are the default: a terminated instance cannot be put right.
 _STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
 
@@ -503,6 +522,41 @@ _EXEMPTION = _mapping(
     approved_by=("Who agreed.", "head of platform", _TEXT),
     ticket=("Where it was agreed.", "OPS-1234", _TEXT),
 )  # fmt: skip
+_SLACK = _mapping(
+    "webhook_url_env",
+    {},
+    webhook_url_env=("The environment variable that holds the URL of an incoming webhook.", "SLACK_WEBHOOK_URL",
+                     _VARIABLE),
+    allow_hosts=("Hosts that the URL may name beside Slack's own.", ["slack.example.com"], _list(_HOST)),
+)  # fmt: skip
+_EMAIL = _mapping(
+    "from",
+    {},
+    **{"from": ("The sender, an address that SES has verified.", "tags@example.com", _ADDRESS)},
+    to=("Who gets the digest of everything.", ["ops@example.com"], _list(_ADDRESS) | {"maxItems": 50}),
+    region=("The region of SES. Left out: that of the credentials.", "eu-west-1", _TEXT),
+)
+_OWNERS = _mapping(
+    "",
+    {"description": "To send each owner a digest of what is theirs."},
+    tag=("The tag that names the owner. Left out: Owner.", "Owner", _TAG_KEY),
+    mapping=("For a value of that tag, or a creator, the address or the Slack member's id.",
+             {"team-web": "web@example.com", "alice": "U012ABCDEF"},
+             {"type": "object", "minProperties": 1, "additionalProperties": _RECIPIENT}),
+    domains=("A value or a creator that is an address of one of these is written to as it is.", ["example.com"],
+             _list(_HOST)),
+    default=("Who gets what nobody is known for. Left out: nobody.", "ops@example.com", _RECIPIENT),
+)  # fmt: skip
+_NOTIFY = _mapping(
+    "",
+    {},
+    on=("new: what is NEW or REOPENED, once; any: all that is open, with each scan.", "new", {"enum": ["new", "any"]}),
+    slack=("An incoming webhook of Slack.", {"webhook_url_env": "SLACK_WEBHOOK_URL"}, _SLACK),
+    sns=("A topic of SNS.", {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"},
+         _mapping("topic_arn", {}, topic_arn=("Its ARN.", "arn:aws:sns:eu-west-1:012345678901:tags", _TOPIC_ARN))),
+    email=("E-mail, sent by SES.", {"from": "tags@example.com", "to": ["ops@example.com"]}, _EMAIL),
+    owners=("A digest for each owner, of what is theirs.", {"domains": ["example.com"]}, _OWNERS),
+)  # fmt: skip
 POLICY_SCHEMA = _mapping(
     "version name regions",
     {"$schema": "http://json-schema.org/draft-07/schema#", "title": "tagcheck policy",
@@ -523,6 +577,7 @@ POLICY_SCHEMA = _mapping(
                       _ACCOUNT_ID),
     exemptions=("Instances that need not carry some tags, each with a reason.",
                 [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
+    notify=("Who is told of what a scan found.", {"slack": {"webhook_url_env": "SLACK_WEBHOOK_URL"}}, _NOTIFY),
 )  # fmt: skip
 
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
@@ -628,6 +683,65 @@ class Accounts:
         return account_id not in self.exclude and (self.organization or account_id in self.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Slack:
+    """An incoming webhook; its URL is a secret, and stands in the environment."""
+
+    webhook_url_env: str
+    allow_hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Email:
+    """From whom e-mail comes, and who gets the digest of everything."""
+
+    sender: str
+    to: tuple[str, ...] = ()
+    region: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """How a name becomes an address or a Slack member; the names of `mapping` are in small letters."""
+
+    tag: str = "Owner"
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    default: str | None = None
+
+    def recipient(self, names: Iterable[str]) -> str | None:
+        """Return whom to write to: for the first of the names that is known, else the default.
+
+        Tags are written by strangers, so an address in one is used only where its domain is in the policy. A
+        creator may be `role/session`, or `alice@example.com (SSO Admin)`.
+        """
+        for name in names:
+            whole = name.strip().casefold()
+            for text in (whole, whole.partition(" (")[0].rpartition("/")[2]):
+                if text in self.mapping:
+                    return self.mapping[text]
+                if re.fullmatch(_AT, text) and text.rpartition("@")[2] in self.domains:
+                    return text
+        return self.default
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Who is told of what a scan found."""
+
+    on: Literal["new", "any"] = "new"
+    slack: Slack | None = None
+    sns: str | None = None
+    email: Email | None = None
+    owners: Owners | None = None
+
+    @property
+    def channels(self) -> list[str]:
+        """What is told each finding, and marked as told, apart from the others."""
+        told = (self.slack, self.sns, self.email and self.email.to, self.owners)
+        return [name for name, given in zip(("slack", "sns", "email", "owners"), told, strict=True) if given]
+
+
 @functools.cache
 def _glob(text: str) -> re.Pattern[str]:
     """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
@@ -648,6 +762,7 @@ class Policy:
     exemptions: tuple[Exemption, ...]
     accounts: Accounts | None
     expected_account: str | None
+    notify: Notify | None
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -906,6 +1021,8 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
                         hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
                     elif not path and is_region(key):
                         hint = ": it is a region; indent it by two spaces, under regions:"
+                    elif path[-1:] == ("slack",):
+                        hint += ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
                     yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
             case "required":
                 missing = [] if colon else [key for key in wanted if key not in found]
@@ -990,6 +1107,9 @@ def _did_you_mean(word: Any, known: Sequence[str]) -> str:
 def _shown(value: Any) -> str:
     """Return a value of a policy for a message: short, whatever is in it."""
     if isinstance(value, str):
+        value = re.sub(
+            r"(?s)(://|hooks\.slack).*", r"\1…", value
+        )  # a webhook's URL is a secret, wherever it stands
         return repr(value if len(value) <= 100 else f"{value[:99]}…")
     if isinstance(value, bool):
         return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
@@ -1038,6 +1158,25 @@ def _rule_mistakes(value: Any) -> Iterator[Mistake]:
                 date.fromisoformat(expires)
             except ValueError:
                 yield Mistake(("exemptions", number, "expires"), f"the calendar has no {expires}")
+    if _given(value, "notify", dict):
+        yield from _notify_mistakes(value["notify"])
+
+
+def _notify_mistakes(notify: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield what is wrong with who is told: nobody is, or some by a channel that is not there."""
+    if not notify.keys() & {"slack", "sns", "email"}:
+        yield Mistake(("notify",), "says not how: give it slack, sns or email")
+    email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
+    if email and not owners and "to" not in email:
+        yield Mistake(("notify", "email"), "says not to whom: give it to, or notify owners")
+    if region := _given(email, "region", str):
+        yield from _region_mistakes(("notify", "email", "region"), region)
+    mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
+    domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
+    for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
+        channel = "slack" if re.fullmatch(_MEMBER, str(to)) else "email"
+        if re.fullmatch(f"{_AT}|{_MEMBER}", str(to)) and channel not in notify:
+            yield Mistake(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
 
 
 def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
@@ -1159,6 +1298,12 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "pattern": re.compile,
     "expires": date.fromisoformat,
     "tags": lambda tags: tuple(tags.items()),
+    "slack": lambda entry: Slack(**_fields(entry)),
+    "sns": lambda entry: entry["topic_arn"],
+    "email": lambda entry: Email(entry["from"], tuple(entry.get("to", ())), entry.get("region")),
+    "owners": lambda entry: Owners(**_fields(entry)),
+    "mapping": lambda mapping: {name.strip().casefold(): recipient for name, recipient in mapping.items()},
+    "domains": lambda domains: tuple(domain.casefold() for domain in domains),
 }
 
 
@@ -1197,6 +1342,7 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         exemptions=tuple(exemptions),
         accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
         expected_account=value.get("expected_account"),
+        notify=Notify(**_fields(value["notify"])) if "notify" in value else None,
     )
 
 
@@ -2478,6 +2624,11 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         scan.append(
             _allow(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}})
         )
+    if policy.notify and policy.notify.sns:
+        scan.append(_allow(["sns:Publish"], policy.notify.sns))
+    if policy.notify and policy.notify.email:
+        sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
+        scan.append(_allow(["ses:SendEmail"], "*", Condition=sender))
     keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
     writing = _allow(
         [action for action in WRITE_ACTIONS if action not in READ_ACTIONS],
@@ -2673,6 +2824,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
         "CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)",
+    ),
+    (
+        # What each channel of the policy's `notify` is to tell, and when it has: NULL where it has not yet.
+        """
+        CREATE TABLE notifications (
+            policy TEXT NOT NULL, subject TEXT NOT NULL, channel TEXT NOT NULL, told_at TEXT,
+            PRIMARY KEY (policy, subject, channel)
+        ) WITHOUT ROWID
+        """,
     ),
 )
 
@@ -3781,6 +3941,61 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
     return Pruned(findings, scans, coverage)
 
 
+def owe_notifications(
+    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Iterable[str]
+) -> None:
+    """Note, in the transaction of a scan, what each channel has to tell.
+
+    A finding is told each time it opens, an unread target once while that lasts, and the end of an exemption
+    once. What was not told stays owed until it is, or is resolved; a channel that the policy got later is
+    not told of what was open before.
+    """
+    names = _names(db, scan)
+    db.execute(
+        f"""
+        DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
+            SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
+            UNION ALL SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NULL
+            UNION ALL SELECT 'unread ' || account_id || ' *' FROM target WHERE error_code IS NULL
+            EXCEPT SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL
+        )
+        """,
+        names,
+    )
+    for channel in channels:
+        names["channel"] = channel
+        db.execute(
+            f"INSERT OR REPLACE INTO state.notifications SELECT :policy, {_FINDING_SUBJECT}, :channel, NULL {_SEEN} "
+            "WHERE finding.status IN ('NEW', 'REOPENED')",
+            names,
+        )
+        db.execute(
+            "INSERT OR IGNORE INTO state.notifications SELECT :policy, 'unread ' || account_id || ' ' || region, "
+            ":channel, NULL FROM target WHERE error_code IS NOT NULL",
+            names,
+        )
+        db.executemany(
+            "INSERT OR IGNORE INTO state.notifications VALUES (?, ?, ?, NULL)",
+            ((scan.policy.name, ending, channel) for ending in endings),
+        )
+
+
+def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
+    """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
+    query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
+    return {subject: channels.split(",") for subject, channels in db.execute(query, (policy,))}
+
+
+def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
+    """Mark in a state what a channel was told; raises StateError."""
+    query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
+    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
+        db.execute("COMMIT")
+
+
+_FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
 _FINDING = """
     finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
     finding.violations, finding.status, finding.first_seen, finding.last_seen, times_seen, times_reopened, resolved_at,
@@ -5296,6 +5511,287 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 
 
 ########################################################################################################
+# 8 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+########################################################################################################
+
+DIGEST_LINES, OWNER_LINES = 10, 100  # findings named in a digest of everything, and in an owner's
+# Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
+SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
+SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
+SLACK_SECONDS = 10.0
+SLACK_PAUSES = (1.0, 3.0)  # before trying again, where Slack does not say how long
+SLACK_LONGEST_PAUSE = 30.0
+# What SES says of one message; after any other error the next one would fail as well.
+OF_ONE_EMAIL = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
+
+
+class Section(NamedTuple):
+    """A part of a digest: its title, the first of its lines, and how many there are."""
+
+    title: str
+    lines: Sequence[str]
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a channel, or one owner, is told of a scan; `told` are the subjects to mark once it is."""
+
+    channel: str
+    to: str | None
+    title: str
+    sections: Sequence[Section]
+    told: Sequence[str]
+
+    @property
+    def medium(self) -> str:
+        """How it is sent; an owner is an address or a member of Slack."""
+        return ("email" if "@" in self.to else "slack") if self.to else self.channel
+
+    def __str__(self) -> str:
+        return self.to or self.channel
+
+
+def ending_subjects(policy: Policy, today: date) -> list[str]:
+    """Return under what the state keeps that the end of an exemption was told: once for each date."""
+    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
+    ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
+    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
+
+
+def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> list[Digest]:
+    """Return what each channel and each owner is told of a scan: nothing where there is nothing to say.
+
+    With `on: new` it takes something that the channel is still owed: a finding, an unread target, the end of an
+    exemption. A digest of everything then also names the targets and exemptions that it was told of before.
+    """
+    policy = report.scan.policy
+    assert policy.notify
+    notify, channels = policy.notify, policy.notify.channels
+    owners = notify.owners or Owners()
+    lines: dict[tuple[str, str | None], list[str]] = {}
+    told: dict[tuple[str, str | None], list[str]] = {}
+    numbers: Counter[tuple[str, str | None]] = Counter()
+    for finding in report.findings():
+        subject = f"finding {finding.target} {finding.instance_id}"
+        owed_to = owed.get(subject, ())
+        for channel in channels:
+            if notify.on == "new" and channel not in owed_to:
+                continue
+            known = _known_names(finding, owners.tag, policy.placeholder_values)
+            key = channel, owners.recipient(known.values()) if channel == "owners" else None
+            if key == ("owners", None):
+                continue
+            numbers[key] += 1
+            if len(lines.setdefault(key, [])) < (OWNER_LINES if key[1] else DIGEST_LINES):
+                lines[key].append(_finding_line(finding, known))
+            told.setdefault(key, []).extend([subject] if channel in owed_to else [])
+    word = "new finding" if notify.on == "new" else "open finding"
+    unread = [target for target in report.coverage if not target.read]
+    endings = check_expiry(policy, report.scan.started_at.date())
+    others = [f"unread {target.target}" for target in unread]
+    others += ending_subjects(policy, report.scan.started_at.date())
+    parts = (
+        _section("Not read, so nothing is known of them:", (f"{t.target}: {t.error_code}: {t.error_message}" for t in unread)),
+        _section("What to put right for many at once:", cause_lines(report.causes)),
+        _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+    )  # fmt: skip
+    digests = []
+    for channel in channels:
+        due = [subject for subject in others if channel in owed.get(subject, ())]
+        key = channel, None
+        if channel == "owners" or not (numbers[key] or due or (notify.on == "any" and others)):
+            continue
+        title = [counted(numbers[key], word)] if numbers[key] else []
+        title += [f"{counted(len(unread), 'target')} not read"] if unread else []
+        title += [f"{counted(len(endings), 'exemption')} at an end"] if endings else []
+        findings = Section("Findings:", lines.get(key, []), numbers[key])
+        sections = [Section("", _count_lines(report), 2), findings, *parts]
+        subjects = [*told.get(key, ()), *due]
+        digests.append(_digest(policy, channel, None, ", ".join(title), sections, subjects))
+    for (channel, to), subjects in told.items():
+        if to:
+            number = numbers[channel, to]
+            sections = [Section("Yours, by the owner tag or by who made them:", lines[channel, to], number)]
+            digests.append(_digest(policy, channel, to, counted(number, word), sections, subjects))
+    return digests
+
+
+def _digest(policy: Policy, channel: str, to: str | None, title: str, sections: Iterable[Section], told: Sequence[str]) -> Digest:  # fmt: skip
+    """Return a digest of the sections that are not empty."""
+    title = printable(f"tagcheck {_cut(policy.name, 40)}: {title}")
+    return Digest(channel, to, title, [section for section in sections if section.number], told)
+
+
+def _section(title: str, lines: Iterable[str]) -> Section:
+    """Return a section that names the first of these lines."""
+    every = list(lines)
+    return Section(title, [_cut(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
+
+
+def _count_lines(report: ScanReport) -> list[str]:
+    """Return the counts of a scan."""
+    totals = report.totals
+    return [
+        f"{totals['targets'] - totals['targets_unread']:,} of {counted(totals['targets'], 'target')} read, "
+        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant",
+        f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
+        f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED",
+    ]
+
+
+def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
+    """Return who may know of an instance, by what they are to it: its owner, then its creator."""
+    value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
+    known = {"owner": "" if value.strip().casefold() in placeholder_values else value.strip()}
+    creator = finding.created_by or ""
+    known["created by"] = "" if creator.startswith(UNKNOWN) else creator
+    return {role: name for role, name in known.items() if name}
+
+
+def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
+    """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
+    name = f" ({_cut(finding.name, 40)})" if finding.name else ""
+    what = ", ".join(_short(finding, violation) for violation in finding.violations)
+    who = [f"{role} {_cut(name, 60)}" for role, name in known.items()]
+    # The surer ones stand with what is missing already.
+    unsure = [
+        f"{s.tag_key}={_cut(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
+    ]
+    probably = [f"perhaps {', '.join(unsure)}"] if unsure else []
+    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join([what, *who, *probably])}"
+    return _cut(printable(line), 400)
+
+
+def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
+    """Return a section's lines as far as they fit, and the count of those that are cut."""
+    shown: list[str] = []
+    for line in map(encode, section.lines):
+        width -= len(line) + 1
+        if width < 0:
+            break
+        shown.append(line)
+    more = section.number - len(shown)
+    return [*shown, *([f"… and {more:,} more"] if more else [])]
+
+
+def slack_text(digest: Digest) -> str:
+    """Return a digest for Slack: its lines in code blocks, where nothing becomes a mention, a link or bold."""
+    blocks = [
+        f"{section.title}\n```\n"
+        + "\n".join(_fitted(section, SECTION_WIDTHS["slack"], _slack_escape))
+        + "\n```"
+        for section in digest.sections
+    ]
+    mention = f"<@{digest.to}> " if digest.to else ""
+    return "\n".join([mention + _slack_escape(digest.title), *blocks])
+
+
+def _slack_escape(text: str) -> str:
+    """Escape what Slack reads as a command, such as `<!channel>`, and what would end a code block."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
+
+
+def plain_text(digest: Digest) -> str:
+    """Return a digest for a medium that shows a text as it is."""
+    width = SECTION_WIDTHS[digest.medium]
+    parts = ["\n".join(filter(None, [part.title, *_fitted(part, width)])) for part in digest.sections]
+    return "\n\n".join([digest.title, *parts]) + "\n"
+
+
+def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
+    """Return the URL of the webhook; raises UsageError, which does not repeat it."""
+    name, url = slack.webhook_url_env, environment.get(slack.webhook_url_env, "").strip()
+    if not url:
+        raise UsageError(
+            f"the policy notifies Slack: put the webhook's URL into the environment variable {name}"
+        )
+    parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
+    if not parts:
+        raise UsageError(f"what {name} holds is no https:// URL of a webhook: copy it from Slack anew")
+    if parts[1].removesuffix(":443") not in (*SLACK_HOSTS, *slack.allow_hosts):
+        hosts = ", ".join((*SLACK_HOSTS, *slack.allow_hosts))
+        raise UsageError(
+            f"what {name} holds is the URL of another host than {hosts}: see notify.slack.allow_hosts"
+        )
+    return url
+
+
+def post_to_slack(url: str, text: str) -> None:
+    """Post a text to a webhook; raises NotificationError, which does not repeat the URL.
+
+    Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
+    """
+    import urllib.request as http
+
+    opener = http.OpenerDirector()
+    for handler in (
+        http.ProxyHandler,
+        http.HTTPSHandler,
+        http.HTTPDefaultErrorHandler,
+        http.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    message = json.dumps({"text": text, "unfurl_links": False, "unfurl_media": False}).encode()
+    headers = {"Content-Type": "application/json", "User-Agent": f"tagcheck/{__version__}"}
+    request = http.Request(url, message, headers)
+    for pause in (*SLACK_PAUSES, None):
+        status, said, retry_after = _answer(opener, request)
+        if status < 300:
+            return
+        wait = float(retry_after) if retry_after.isdecimal() else pause
+        if pause is None or wait is None or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
+            break
+        LOG.debug("Slack answered %d; trying again in %.0f s", status, wait)
+        time.sleep(wait)
+    # Slack's own errors are words such as no_service; a page of something else may repeat the URL.
+    word = f" ({said})" if re.fullmatch("[a-z_]{2,40}", said) and said not in url else ""
+    redirect = ", a redirect, which is not followed" if status < 400 else ""
+    raise NotificationError(f"Slack answered {status}{word}{redirect}")
+
+
+def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
+    """Return status, beginning and Retry-After of the answer to a request; raises NotificationError."""
+    import http.client
+    import urllib.error
+
+    try:
+        with time_limit(SLACK_SECONDS):  # a time-out of sockets begins anew with each byte
+            try:
+                with opener.open(request, timeout=SLACK_SECONDS) as answer:
+                    return answer.status, "", ""
+            except urllib.error.HTTPError as error:
+                with error:
+                    said = error.read(100).decode(errors="replace")
+                    return error.code, said, error.headers.get("Retry-After", "")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise NotificationError(f"Slack did not answer within {SLACK_SECONDS:.0f} s") from None
+        # The other kinds may repeat the URL.
+        why = str(reason) if isinstance(reason, OSError) else type(reason).__name__
+        raise NotificationError(f"Slack cannot be reached: {why}") from None
+
+
+def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
+    """Publish a digest to a topic, whose subjects are ASCII and shorter than 100 characters; raises TargetError."""
+    subject = digest.title.encode("ascii", "replace").decode()[:99]
+    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=plain_text(digest))
+
+
+def send_email(client: Any, email: Email, digest: Digest) -> None:
+    """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
+    call_aws(
+        client,
+        "SendEmail",
+        FromEmailAddress=email.sender,
+        Destination={"ToAddresses": [digest.to] if digest.to else list(email.to)},
+        Content={"Simple": {"Subject": {"Data": digest.title, "Charset": "UTF-8"},
+                            "Body": {"Text": {"Data": plain_text(digest), "Charset": "UTF-8"}}}},
+    )  # fmt: skip
+
+
+########################################################################################################
 # 9 Command line: build_parser, run_scan, main
 ########################################################################################################
 
@@ -5468,6 +5964,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     if args.creators and args.instances:
         raise UsageError("--creators asks AWS, and --instances is there not to: leave one of them out")
     outputs = _outputs(args)
+    senders = {} if args.dry_run else _senders(args, policy)
     scan = Scan(str(uuid.uuid4()), policy, now)
     prices = load_prices(args.prices) if args.prices else Prices({})
     with contextlib.ExitStack() as stack:
@@ -5489,13 +5986,17 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
         summary = StringIO()
+        digests: list[Digest] = []
 
         def record(path: Path) -> None:
-            nonlocal report, summary
+            nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
                 report = _report(
                     args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
                 )
+                if policy.notify:
+                    owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
+                    digests = write_digests(report, fetch_owed(db, policy.name))
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
@@ -5515,7 +6016,72 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         publish_report(staged, emit)
         if not args.quiet:
             emit(summary.getvalue(), talk)
+        if senders:
+            _notify(senders, digests, state, scan, finished_at)
         return report.exit_code
+
+
+def _senders(args: argparse.Namespace, policy: Policy) -> dict[str, Callable[[Digest], None]]:
+    """Return how a digest is sent by each medium, before anything is read; raises UsageError, CredentialsError."""
+    senders: dict[str, Callable[[Digest], None]] = {}
+    notify = policy.notify
+    if notify and notify.slack:
+        webhook = find_webhook(notify.slack, os.environ)
+        senders["slack"] = lambda digest: post_to_slack(webhook, slack_text(digest))
+    if notify and (notify.sns or notify.email):
+        aws = Aws(args.profile, workers=1)
+        if topic := notify.sns:
+            region = topic.split(":")[3]
+            senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
+        if email := notify.email:
+            home = email.region or aws.session.region_name or home_region(sorted(policy.regions))
+            senders["email"] = lambda digest: send_email(aws.client("sesv2", home), email, digest)
+    return senders
+
+
+def _notify(
+    senders: Mapping[str, Callable[[Digest], None]],
+    digests: Sequence[Digest],
+    state: State,
+    scan: Scan,
+    told_at: datetime,
+) -> None:
+    """Send the digests, and mark what was told channel by channel; raises NotificationError for what was not.
+
+    A crash between the two makes the next scan tell that channel again: rather twice than never.
+    """
+    failures: list[str] = []
+    down: set[str] = set()
+    for channel, group in itertools.groupby(digests, key=lambda digest: digest.channel):
+        told: list[str] = []
+        for digest in group:
+            try:
+                if digest.medium in down:
+                    raise NotificationError("not tried")
+                _heed_signals()
+                senders[digest.medium](digest)
+                told += digest.told
+            except TagcheckError as error:
+                failures.append(f"{digest}: {error}")
+                if not (isinstance(error, TargetError) and error.code in OF_ONE_EMAIL):
+                    down.add(digest.medium)
+            except KeyboardInterrupt:
+                failures.append(f"{digest}: interrupted")
+                down |= senders.keys()
+            finally:
+                _ignore_signals()
+        try:
+            for path in state.attempts("") if told else ():
+                record_told(path, scan.policy.name, channel, told, told_at)
+        except StateError as error:
+            LOG.debug("%s", error)
+            failures.append(f"{channel}: told, and will be told again, as the state could not be marked")
+    if failures:
+        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
+        raise NotificationError(
+            f"the scan is recorded, but not everybody was told, and the next scan tries again: "
+            f"{'; '.join(failures[:5])}{more}"
+        )
 
 
 def _report(
@@ -6363,6 +6929,12 @@ def _has_colour(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def _heed_signals() -> None:
+    """Let the first Ctrl-C or SIGTERM end the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
 def _ignore_signals() -> None:
     """Let no Ctrl-C and no SIGTERM come between any more: what is left takes a moment."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -6411,8 +6983,7 @@ def _interrupt(*_: object) -> None:
 
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _heed_signals()
     warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
     # A stream that the caller has closed is None.
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115

@@ -700,11 +700,15 @@ def test_shipped_policy(validate: Callable[..., Verdict], path: Path) -> None:
 
 
 class EditorLoader(yaml.SafeLoader):
-    """Reads YAML as editors do: numbers are numbers, dates and the like are text."""
+    """Reads YAML 1.2, as editors do: numbers are numbers; dates, `on`, `yes` and the like are text."""
 
 
 EditorLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    letter: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag != "tag:yaml.org,2002:timestamp" and not (tag.endswith(":bool") and letter in "yYnNoO")
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
