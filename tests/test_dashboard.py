@@ -107,7 +107,7 @@ def dashboard(of=None, trend=None, found=None, text="org-tagging", endings=()):
     of = standings(3, 2) if of is None else of
     found = found or open_findings(sum(target.findings for target in of))
     policy = tagcheck.Policy(
-        text, "policy.yaml", "", {}, frozenset(), frozenset(), timedelta(), (), None, None
+        text, "policy.yaml", "", {}, frozenset(), frozenset(), timedelta(), (), None, None, None
     )
     return tagcheck.Dashboard(policy, NOW, trend or points(9, 8, found.total), of, found, endings)
 
