@@ -104,8 +104,8 @@ def instance_tags(n: int) -> dict[str, str]:
     tags: dict[str, str | None] = {
         "Name": f"{team}-worker-{n:04d}",
         "Owner": f"{team}@example.com",
-        "CostCenter": f"CC-{1000 + n % 40}",
-        "Project": f"{team}-{'migration' if n % 2 else 'run'}",
+        "CostCenter": f"CC-{1000 + n % 6}",
+        "Project": f"{team}-{'migration' if n // 60 % 2 else 'run'}",
         "Environment": ["prod", "test", "dev"][n // 3 % 3],
         "Backup": "daily; keep 35 days",
         "aws:autoscaling:groupName": f"{team}-workers-{n // 60}-PAGENUMBR",
@@ -124,7 +124,7 @@ INSTANCE = """
 <reason/><keyName>workers</keyName><amiLaunchIndex>0</amiLaunchIndex><productCodes/><instanceType>m7g.2xlarge</instanceType>
 <launchTime>2026-02-24T10:30:45.000Z</launchTime><placement><availabilityZone>REGIONa</availabilityZone><groupName/>
 <tenancy>default</tenancy></placement><monitoring><state>disabled</state></monitoring>
-<subnetId>subnet-0f1e2d3c4b5a6{m:04}</subnetId><vpcId>vpc-01234567890abcdef</vpcId>
+<subnetId>subnet-0f1e2d3c4b5a6{zone:04}</subnetId><vpcId>vpc-01234567890abcdef</vpcId>
 <privateIpAddress>10.20.1.{n}</privateIpAddress><sourceDestCheck>true</sourceDestCheck><groupSet><item>
 <groupId>sg-0aa11bb22cc33dd44</groupId><groupName>workers</groupName></item></groupSet>
 <architecture>arm64</architecture><rootDeviceType>ebs</rootDeviceType><rootDeviceName>/dev/xvda</rootDeviceName>
@@ -134,7 +134,7 @@ INSTANCE = """
 <status>attached</status><attachTime>2026-02-24T10:30:46.000Z</attachTime><deleteOnTermination>true</deleteOnTermination>
 </ebs></item></blockDeviceMapping><virtualizationType>hvm</virtualizationType>
 <clientToken>fleet-PAGENUMBR{n:08x}</clientToken><tagSet/><hypervisor>xen</hypervisor><networkInterfaceSet><item>
-<networkInterfaceId>eni-PAGENUMBR{n:08x}</networkInterfaceId><subnetId>subnet-0f1e2d3c4b5a6{m:04}</subnetId>
+<networkInterfaceId>eni-PAGENUMBR{n:08x}</networkInterfaceId><subnetId>subnet-0f1e2d3c4b5a6{zone:04}</subnetId>
 <vpcId>vpc-01234567890abcdef</vpcId><description/><ownerId>ACCOUNT</ownerId><status>in-use</status>
 <macAddress>02:4f:5c:00:00:01</macAddress><privateIpAddress>10.20.1.{n}</privateIpAddress>
 <privateDnsName>ip-10-20-1-{n}.REGION.compute.internal</privateDnsName><sourceDestCheck>true</sourceDestCheck><groupSet>
@@ -144,7 +144,7 @@ INSTANCE = """
 <networkCardIndex>0</networkCardIndex></attachment><privateIpAddressesSet><item>
 <privateIpAddress>10.20.1.{n}</privateIpAddress><privateDnsName>ip-10-20-1-{n}.REGION.compute.internal</privateDnsName>
 <primary>true</primary></item></privateIpAddressesSet><ipv6AddressesSet/><interfaceType>interface</interfaceType></item>
-</networkInterfaceSet><iamInstanceProfile><arn>arn:aws:iam::ACCOUNT:instance-profile/worker-{m}</arn>
+</networkInterfaceSet><iamInstanceProfile><arn>arn:aws:iam::ACCOUNT:instance-profile/worker-{team}</arn>
 <id>AIPA0123456789ABCDEFG</id></iamInstanceProfile><ebsOptimized>true</ebsOptimized><cpuOptions><coreCount>8</coreCount>
 <threadsPerCore>1</threadsPerCore></cpuOptions><capacityReservationSpecification>
 <capacityReservationPreference>open</capacityReservationPreference></capacityReservationSpecification>
@@ -168,7 +168,7 @@ def instance_items() -> list[bytes]:
     """The reservations of one page, indented (by less than EC2 does, to keep an instance near 5 KB)."""
     items = []
     for n in range(PAGE_SIZE):
-        item = ElementTree.fromstring(INSTANCE.format(n=n, m=n % 20))
+        item = ElementTree.fromstring(INSTANCE.format(n=n, team=n % 6, zone=n % 3))
         tag_set = next(item.iter("tagSet"))
         for key, value in instance_tags(n).items():
             tag = ElementTree.SubElement(tag_set, "item")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from aws_server import AwsServer
 
 TAGCHECK = Path(__file__).resolve().parent.parent / "tagcheck.py"
+
+
+# As the script, but for the time: its directory and the time stand before its arguments.
+AT_A_TIME = """import sys, datetime; sys.path.insert(0, sys.argv.pop(1)); import tagcheck
+raise SystemExit(tagcheck.main(now=datetime.datetime.fromisoformat(sys.argv.pop(1))))"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,10 +105,15 @@ def run_tagcheck(
     stdin: str | bytes | None = None,
     check: int | None = None,
     timeout: float = 60,
+    now: datetime | None = None,
 ) -> Result:
-    """Run the script, and fail the test where it crashed or ended with another code than `check`."""
+    """Run the script, and fail the test where it crashed or ended with another code than `check`.
+
+    With `now` it is that time for the script.
+    """
+    told = [script] if now is None else ["-c", AT_A_TIME, script.parent, now.isoformat()]
     run = subprocess.run(
-        [sys.executable, script, *args],
+        [sys.executable, *told, *args],
         cwd=cwd,
         env=clean_environment(cwd) | dict(env or {}),
         input=stdin.encode() if isinstance(stdin, str) else stdin or b"",
