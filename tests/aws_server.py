@@ -262,6 +262,7 @@ def to_xml(root: ET.Element) -> bytes:
 # As strict as AWS: …_refusal (an error, or None where AWS has none), cut_page, cut_regions
 # ------------------------------------------------------------------------------------------------------------
 
+EVENT_PAGE_SIZE = 50  # of LookupEvents
 NOT_OPTED_IN = "not-opted-in"
 OPT_IN_STATUS = {region.name: region.opt_in_status for region in RegionsAndZonesBackend.regions}
 
@@ -533,6 +534,38 @@ def tag_list(tags: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 
+def looked_up_events(request: Request, events: list[dict[str, Any]]) -> Answer:
+    """Answer LookupEvents, which moto lacks: the events of a resource within a time, at most 50 a page."""
+    (attribute,) = request.params["LookupAttributes"]
+    assert attribute["AttributeKey"] == "ResourceName"
+    found = [
+        event
+        for event in events
+        if any(each["ResourceName"] == attribute["AttributeValue"] for each in event["Resources"])
+        and request.params.get("StartTime", 0)
+        <= event["EventTime"]
+        <= request.params.get("EndTime", math.inf)
+    ]
+    start = int(request.params.get("NextToken", 0))
+    page: dict[str, Any] = {"Events": found[start : start + EVENT_PAGE_SIZE]}
+    if len(found) > start + EVENT_PAGE_SIZE:
+        page["NextToken"] = str(start + EVENT_PAGE_SIZE)
+    return Answer(200, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(page).encode())
+
+
+def run_instances_event(
+    ids: Iterable[str], at: float, identity: Mapping[str, Any], **detail: Any
+) -> dict[str, Any]:
+    """Write what CloudTrail keeps of a RunInstances that made these instances."""
+    record = {"eventName": "RunInstances", "userIdentity": dict(identity), **detail}
+    return {
+        "EventName": "RunInstances",
+        "EventTime": at,
+        "Resources": [{"ResourceType": "AWS::EC2::Instance", "ResourceName": id_} for id_ in ids],
+        "CloudTrailEvent": json.dumps(record),
+    }
+
+
 class QuietRequestHandler(WSGIRequestHandler):
     """Serves without a line for each request on stderr."""
 
@@ -568,6 +601,8 @@ class AwsServer:
         self.denied_roles: set[str] = set()
         #: Callers may do what IAM allows them, and nothing else; keys that IAM does not know may do nothing.
         self.checks_permissions = False
+        #: What CloudTrail knows, by account and region, the newest event first.
+        self.events: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._faults: list[Fault] = []
         self._requests: list[Request] = []
         self._credentials: dict[str, dict[str, str]] = {}
@@ -731,6 +766,8 @@ class AwsServer:
         refusal = self._refusal(request)
         if refusal:
             return refusal
+        if request.fits(service="cloudtrail", action="LookupEvents"):
+            return looked_up_events(request, self.events.get((request.account_id, request.region), []))
         if request.fits(service="ec2", action="DescribeInstances"):
             # Those that cut_page makes of it are not signed, and not checked.
             given = self._moto_answer(request, environ) if self.checks_permissions else None

@@ -1,0 +1,206 @@
+"""`scan --creators`: who made what was found, as CloudTrail tells it; nothing of it fails a scan."""
+
+import itertools
+import json
+import sqlite3
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from aws_server import ACCOUNT_ID, run_instances_event
+from conftest import script_with
+
+import tagcheck as script
+
+REGION, MEMBER = "us-east-1", "210987654321"
+SSO_ROLE = "AWSReservedSSO_Admin_0123456789abcdef"
+
+
+def user(name):
+    return {"type": "IAMUser", "userName": name, "arn": f"arn:aws:iam::{ACCOUNT_ID}:user/{name}"}
+
+
+def role(name, session, **more):
+    issuer = {"sessionContext": {"sessionIssuer": {"type": "Role", "userName": name}}}
+    arn = f"arn:aws:sts::{ACCOUNT_ID}:assumed-role/{name}/{session}"
+    return {"type": "AssumedRole", "arn": arn, **issuer, **more}
+
+
+@pytest.fixture
+def scan(aws, tagcheck, tmp_path):
+    """Give a function that scans one region, and looks creators up."""
+
+    def run(*args, regions=(REGION,), policy=(), cwd=tmp_path, **options):
+        keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": dict.fromkeys(regions)}
+        (cwd / "policy.yaml").write_text(json.dumps(keys | dict(policy)))
+        files = ("--policy", "policy.yaml", "--json", "out.json")
+        return tagcheck("scan", *files, "--creators", *args, cwd=cwd, env=aws.env, **options)
+
+    return run
+
+
+@pytest.fixture
+def hasty(tmp_path):
+    """The script without the pause between two lookups."""
+    return script_with(tmp_path, LOOKUP_PAUSE=0.01)
+
+
+def created_by(result):
+    findings = result.json("out.json")["findings"]
+    return {finding["instance_id"]: finding["created_by"] for finding in findings}
+
+
+def remember(aws, ids, identity, ago=0.0, region=REGION, account_id=ACCOUNT_ID, **detail):
+    event = run_instances_event(ids, time.time() - ago, identity, **detail)
+    aws.events.setdefault((account_id, region), []).insert(0, event)
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"),
+    {
+        "user": (user("ann"), "ann"),
+        "role and session": (role("deploy", "jenkins-42"), "deploy/jenkins-42"),
+        "SSO user": (role(SSO_ROLE, "ann@example.com"), "ann@example.com (SSO Admin)"),
+        "root": ({"type": "Root", "accountId": ACCOUNT_ID}, f"root of {ACCOUNT_ID}"),
+        "auto scaling": (
+            role("AWSServiceRoleForAutoScaling", "AutoScaling", invokedBy="autoscaling.amazonaws.com"),
+            "autoscaling (automation)",
+        ),
+        "EKS": (role("AWSServiceRoleForAmazonEKSNodegroup", "EKS"), "AmazonEKSNodegroup (automation)"),
+        "service": ({"type": "AWSService", "invokedBy": "batch.amazonaws.com"}, "batch (automation)"),
+        "federated": ({"type": "FederatedUser", "arn": "arn:aws:sts::1:federated-user/x"}, "arn:aws:sts::1:federated-user/x"),
+        "identity center": ({"type": "IdentityCenterUser", "principalId": "u-1"}, "u-1"),
+        "nobody": ({}, "unknown (the event names nobody)"),
+    }.values(),
+)  # fmt: skip
+def test_creator_name(identity, expected):
+    assert script.creator_name(identity) == expected
+
+
+def test_creators_are_found_shown_kept_and_not_asked_for_again(aws, scan, hasty, tagcheck, tmp_path):
+    together, (alone,), (renewed,), (forgotten,), (failed,) = (
+        aws.launch(REGION, count=count) for count in (3, 1, 1, 1, 1)
+    )
+    fine = aws.launch(REGION, tags={"Owner": "ann"})
+    remember(aws, [*together, *fine], role("deploy", "jenkins-42"))
+    remember(aws, [alone], user("ann"))
+    # It was started again: its launch time is of now, and the event of long ago. Sixty others came since.
+    remember(aws, [renewed], user("bob"), ago=86400)
+    for number in range(60):
+        later = run_instances_event([renewed], time.time() - 3600 + number, user("x")) | {
+            "EventName": "StopInstances"
+        }
+        aws.events[ACCOUNT_ID, REGION].insert(0, later)  # fmt: skip
+    remember(aws, [failed], user("eve"), errorCode="Client.InstanceLimitExceeded")
+    result = scan(check=3, script=hasty)
+    assert created_by(result) == dict.fromkeys(together, "deploy/jenkins-42") | {
+        alone: "ann",
+        renewed: "bob",
+        forgotten: "unknown (CloudTrail has no RunInstances of it)",
+        failed: "unknown (CloudTrail has no RunInstances of it)",
+    }
+    assert {row["CreatedBy"] for row in result.csv("violators.csv")} == {*created_by(result).values()}
+    # Of three that were launched together one was asked for; what complies is not asked for.
+    asked = [call.params["LookupAttributes"][0]["AttributeValue"] for call in aws.calls("LookupEvents")]
+    assert len({*together} & {*asked}) == 1
+    assert not {*fine} & {*asked}
+    assert {*asked} >= {alone, renewed, forgotten}
+
+    aws.events.clear()
+    before = len(aws.requests)
+    again = scan(check=3, script=hasty)
+    assert created_by(again) == created_by(result)
+    asked = {call.params["LookupAttributes"][0]["AttributeValue"] for call in aws.requests[before:] if call.action == "LookupEvents"}  # fmt: skip
+    assert asked == {forgotten, failed}
+    story = tagcheck("history", alone, "--policy", "policy.yaml", cwd=tmp_path)
+    assert "  Created by: ann\n" in story.out
+
+
+def test_a_launch_that_cloudtrail_has_forgotten_is_not_asked_for(aws, scan, tmp_path):
+    (id_,) = aws.launch(REGION)
+    result = scan(check=3, now=datetime.now(UTC) + timedelta(days=91))
+    assert created_by(result) == {id_: "unknown (launched more than 90 days ago)"}
+    assert aws.calls("LookupEvents") == []
+    # A creator that is known already stays known.
+    with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db, db:
+        db.execute("UPDATE findings SET created_by = 'ann'")
+    assert created_by(scan(check=3, now=datetime.now(UTC) + timedelta(days=92))) == {id_: "ann"}
+
+
+def test_a_failure_is_a_notice_and_is_asked_for_again(aws, scan, hasty):
+    (id_,) = aws.launch(REGION)
+    denied = aws.fault("error", service="cloudtrail", code="AccessDeniedException", status=400)
+    result = scan(check=3, script=hasty)
+    assert created_by(result) == {id_: "unknown (AccessDeniedException)"}
+    (notice,) = result.json("out.json")["notices"]
+    assert notice.startswith(
+        f"Who made the instances in {ACCOUNT_ID} {REGION} was not looked up: AccessDenied"
+    )
+    assert "cloudtrail:LookupEvents" in notice
+    assert notice in result.out
+    denied.times = 0
+    remember(aws, [id_], user("ann"))
+    assert created_by(scan(check=3, script=hasty)) == {id_: "ann"}
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"Event": []}', '{"Events": [{}]}', '{"Events": [{"CloudTrailEvent": "x"}]}', "<html>"]
+)
+def test_an_answer_that_is_not_cloudtrails_is_a_notice(aws, scan, hasty, answer):
+    (id_,) = aws.launch(REGION)
+    aws.fault("body", service="cloudtrail", body=answer.encode())
+    result = scan(check=3, script=script_with(hasty.parent, NETWORK_PAUSES=(0.01,)))
+    assert created_by(result)[id_] in ("unknown (ForeignAnswer)", "unknown (ResponseParserError)")
+    assert result.json("out.json")["notices"]
+
+
+def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
+    ids = [aws.launch(REGION)[0] for _ in range(4)]
+    for id_ in ids:
+        remember(aws, [id_], user("ann"))
+    first = scan("--creators-budget", "1s", check=3)
+    known = [id_ for id_, who in created_by(first).items() if who]
+    assert 1 <= len(known) <= 2
+    (notice,) = first.json("out.json")["notices"]
+    assert notice == (
+        f"Who made {script.counted(4 - len(known), 'instance')} was not looked up within --creators-budget 1s: "
+        "the next scan goes on"
+    )
+    second = scan(check=3)
+    assert set(created_by(second).values()) == {"ann"}
+    # Two calls a second of an account and region are what CloudTrail takes.
+    times = [call.received_at for call in aws.calls("LookupEvents")]
+    assert len(times) == 4
+    assert min(b - a for a, b in itertools.pairwise(times)) > 0.45
+
+
+def test_each_account_is_asked_with_its_own_credentials(aws, scan, hasty):
+    (own,), (other,) = aws.launch(REGION), aws.launch(REGION, account_id=MEMBER)
+    remember(aws, [own], user("ann"))
+    remember(aws, [other], user("bob"), account_id=MEMBER)
+    accounts = {"accounts": {"ids": [ACCOUNT_ID, MEMBER], "role_name": "tagcheck-read"}}
+    assert created_by(scan(check=3, policy=accounts, script=hasty)) == {own: "ann", other: "bob"}
+    (assumed,) = aws.calls("AssumeRole")
+    assert "cloudtrail:LookupEvents" in assumed.params["Policy"]
+
+
+def test_what_a_stranger_is_called_stays_text(aws, scan, hasty, tagcheck):
+    (id_,) = aws.launch(REGION)
+    remember(aws, [id_], user("=HYPERLINK(1)\u202e\x1b[2J"))
+    result = scan(check=3, script=hasty)
+    shown = "=HYPERLINK(1)\\u202e\\x1b[2J"
+    assert created_by(result) == {id_: shown}
+    assert result.csv("violators.csv")[0]["CreatedBy"] == f"'{shown}"
+    story = tagcheck("history", id_, "--policy", "policy.yaml")
+    assert f"Created by: {shown}\n" in story.out
+
+
+def test_creators_of_saved_instances_cannot_be_looked_up(tagcheck):
+    result = tagcheck("scan", "--creators", "--instances", "x.json", check=2)
+    assert "--creators asks AWS" in result.err
+
+
+def test_iam_policy_lists_the_lookup_only_where_it_is_asked_for(tagcheck):
+    assert "cloudtrail" not in tagcheck("iam-policy", check=0).out
+    assert "cloudtrail:LookupEvents" in tagcheck("iam-policy", "--creators", check=0).out
