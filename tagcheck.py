@@ -6634,11 +6634,13 @@ def _describe_instance(
 
 def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
     """List findings that the state keeps, or tell the story of one instance."""
-    statuses = {"open": ("NEW", "REPEAT", "REOPENED"), "resolved": ("RESOLVED",)}
-    wanted = [status for word in args.status for status in statuses.get(word.lower(), (word.upper(),))]
-    for status in wanted:
-        if status not in Status.__members__:
-            raise UsageError(f"--status {printable(status)}: give open, resolved, {', '.join(Status)}")
+    statuses: dict[str, tuple[str, ...]] = {status.lower(): (status,) for status in Status}
+    statuses |= {"open": ("NEW", "REPEAT", "REOPENED")}
+    wanted: list[str] = []
+    for word in args.status:
+        if word.lower() not in statuses:
+            raise UsageError(f"--status {printable(word)}: give open, {', '.join(Status)}")
+        wanted += statuses[word.lower()]
     outputs = _outputs(args)
     policy = load_policy(args.policy).name
     since = now - args.older_than if args.older_than else None

@@ -1,0 +1,377 @@
+"""`history`, `report` and `prune`: what the state keeps, told, shown and forgotten; and what it costs."""
+
+import csv
+import io
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+
+import drift
+import pytest
+from conftest import run_tagcheck
+
+import tagcheck as script
+
+ACCOUNT, REGION, OTHER = "123456789012", "us-east-1", "eu-west-1"
+START = datetime(2026, 3, 1, 6, tzinfo=UTC)
+GOOD = {"Owner": "ann", "Project": "shop"}
+HOSTILE = '</title><script>alert(1)</script>\x1b[2J\u202e=HYPERLINK("http://x")'
+
+
+def save(directory, fleet):
+    """Save instances: region -> id's last digit -> tags, or (tags, more of what EC2 says)."""
+    reservations = []
+    for region, instances in fleet.items():
+        for number, tags in instances.items():
+            tags, more = tags if isinstance(tags, tuple) else (tags, {})
+            item = {
+                "InstanceId": f"i-{number:017x}",
+                "State": {"Name": "running"},
+                "LaunchTime": "2026-01-01T00:00:00+00:00",
+                "Placement": {"AvailabilityZone": f"{region}a"},
+                "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+            }
+            reservations.append({"OwnerId": ACCOUNT, "Instances": [item | more]})
+    (directory / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
+
+
+def scan(directory, day, fleet, *args, **options):
+    """Scan on the so-many-th day."""
+    keys = {
+        "version": 1,
+        "name": "test",
+        "required_tags": ["Owner", "Project"],
+        "regions": {REGION: {}, OTHER: {}},
+    }
+    (directory / "policy.yaml").write_text(json.dumps(keys))
+    save(directory, fleet)
+    files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--json", "out.json")
+    return run_tagcheck(
+        "scan", "--quiet", *files, *args, cwd=directory, now=START + timedelta(days=day), **options
+    )
+
+
+def instance(number):
+    return f"i-{number:017x}"
+
+
+def command(directory, *args, day=40, **options):
+    return run_tagcheck(*args, cwd=directory, now=START + timedelta(days=day), **options)
+
+
+def history(directory, *args, **options):
+    return command(directory, "history", "--policy", "policy.yaml", *args, **options)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A state after five scans: one instance comes and goes, one is half put right, one is not read at last."""
+    cwd = tmp_path_factory.mktemp("kept")
+    scan(
+        cwd,
+        0,
+        {REGION: {1: {}, 2: GOOD, 9: GOOD}, OTHER: {3: {"Owner": "ann", "Name": HOSTILE}, 4: {}}},
+        check=3,
+    )
+    scan(
+        cwd,
+        10,
+        {
+            REGION: {1: {"Owner": "ann"}, 2: {"Project": "x"}, 9: GOOD},
+            OTHER: {3: {"Owner": "ann", "Name": HOSTILE}},
+        },
+        check=3,
+    )
+    scan(cwd, 20, {REGION: {1: GOOD, 2: GOOD, 9: GOOD}}, check=4)
+    scan(cwd, 30, {REGION: {1: {"Owner": "ann"}, 2: GOOD, 9: GOOD}}, check=4)
+    return cwd  # fmt: skip
+
+
+@pytest.fixture
+def state(kept, tmp_path):
+    """A copy of it to change."""
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def ids(result):
+    return [line.split()[3][-1] for line in result.out.splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    {
+        "all, the open ones first, the oldest of these first": ([], ["3", "1", "4", "2"]),
+        "open": (["--status", "open"], ["3", "1"]),
+        "resolved": (["--status", "resolved"], ["4", "2"]),
+        "a status": (["--status", "reopened"], ["1"]),
+        "two": (["--status", "REPEAT", "--status", "REOPENED"], ["3", "1"]),
+        "a region": (["--region", OTHER], ["3", "4"]),
+        "another account": (["--account", "210987654321"], []),
+        "an account": (["--account", ACCOUNT, "--status", "open"], ["3", "1"]),
+        "a tag": (["--tag", "Owner"], ["4", "2"]),
+        "older": (["--older-than", "35d"], ["3", "1", "4"]),
+        "at the edge": (["--older-than", "40d"], []),
+    }.values(),
+)
+def test_findings_are_listed_as_they_are_asked_for(kept, args, expected):
+    result = history(kept, *args, check=0)
+    # Both were first seen on the first day; the region decides.
+    order = ["3", "1"]
+    assert ids(result) == expected if expected[:2] == order else sorted(ids(result)) == sorted(expected)
+    assert expected or result.out == "No finding is kept that was asked for.\n"
+
+
+def test_an_instance_has_its_story(kept):
+    lines = history(kept, instance(1), check=0).out.splitlines()
+    assert lines[0] == f"{instance(1)} in {ACCOUNT} {REGION}, running at 2026-03-31T06:00:00Z:"
+    assert lines[1:] == [
+        "  2026-03-01T06:00:00Z  NEW       Owner is missing, Project is missing",
+        "  2026-03-11T06:00:00Z  CHANGED   Project is missing",
+        "  2026-03-21T06:00:00Z  RESOLVED  tagged",
+        "  2026-03-31T06:00:00Z  REOPENED  Project is missing",
+        "  History: REOPENED, found 3 times from 2026-03-01T06:00:00Z to 2026-03-31T06:00:00Z, reopened 1 time",
+    ]
+    gone = history(kept, instance(4), check=0).out
+    assert "RESOLVED  gone" in gone
+
+
+def test_json_and_csv_have_the_shape_of_a_scan(kept):
+    found = json.loads(history(kept, "--json", "-", "--status", "reopened", check=0).out)
+    (of_scan,) = json.loads((kept / "out.json").read_text())["findings"]
+    assert found["policy"] == "test"
+    assert found["findings"] == [of_scan]
+    rows = list(csv.DictReader(io.StringIO(history(kept, "--csv", "-", check=0).out)))
+    assert [row["InstanceId"] for row in rows] == [instance(int(n)) for n in ids(history(kept))]
+    assert tuple(rows[0]) == script.CSV_COLUMNS
+    (of_one,) = json.loads(history(kept, instance(1), "--json", "-", check=0).out)["findings"]
+    assert [event["event"] for event in of_one["events"]] == ["NEW", "CHANGED", "RESOLVED", "REOPENED"]
+    assert (of_one["events"][2]["resolution"], of_one["changes"]) == ("tagged", [])
+
+
+def test_hostile_texts_are_told_as_text(kept):
+    shown = script.printable(HOSTILE)
+    assert script._cut(HOSTILE, 24)[:10] in history(kept).out
+    for args in ([], [instance(3)], ["--csv", "-"]):
+        out = history(kept, *args, check=0).out
+        assert "\x1b" not in out
+        assert "\u202e" not in out
+    assert shown in history(kept, instance(3)).out
+    page = command(kept, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert "<script" not in page
+    assert "\u202e" not in page
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--status", "fixed"], 2, "--status fixed: give open, NEW, REPEAT"),
+        (["--older-than", "30"], 2, "--older-than"),
+        (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
+        (["--state", "none.db"], 5, "there is no state"),
+        (["--csv", "x.csv", "--json", "x.csv"], 2, "the same goal"),
+        (["--csv", "none/x.csv"], 5, "there is no directory"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(kept, args, code, message):
+    result = history(kept, *args, check=code)
+    assert message in result.err
+    assert not (kept / "none.db").exists()
+
+
+def first_version(path):
+    """Write a state as the first version did, with a finding that is open and one that is resolved."""
+    with closing(sqlite3.connect(path)) as db, db:
+        for statement in script.MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {script.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.execute(
+            "INSERT INTO scans VALUES (1, 'x', 'test', 'p', 'd', '2026-02-01T00:00:00Z', '2026-02-01T00:00:00Z')"
+        )
+        for number, (status, *ended) in enumerate(
+            [("REPEAT", None, None), ("RESOLVED", "2026-02-09T00:00:00Z", "tagged")], 1
+        ):
+            violations = [
+                script.violation_record(
+                    script.Violation("Owner", script.ViolationType.MISSING, None, None, "Owner is missing")
+                )
+            ]
+            db.execute(
+                f"INSERT INTO findings VALUES ({', '.join('?' * 19)})",
+                (number, "test", ACCOUNT, REGION, instance(number), "running", "2026-01-01T00:00:00Z", "{}",
+                 json.dumps(violations), 1, status, "2026-02-01T00:00:00Z", "2026-02-03T00:00:00Z", 3, 0, *ended, "ann", None),
+            )  # fmt: skip
+
+
+def test_a_state_of_the_first_version_is_read_as_it_is_and_taken_over_by_the_next_scan(tmp_path):
+    first_version(tmp_path / "instance_state.db")
+    before = (tmp_path / "instance_state.db").read_bytes()
+    (tmp_path / "policy.yaml").write_text(
+        "version: 1\nname: test\nrequired_tags: [Owner]\nregions: {us-east-1: }\n"
+    )
+    assert ids(history(tmp_path, "--tag", "Owner", check=0)) == ["1", "2"]
+    assert "2026-02-09T00:00:00Z  RESOLVED  tagged" in history(tmp_path, instance(2), check=0).out
+    assert (tmp_path / "instance_state.db").read_bytes() == before
+    result = scan(tmp_path, 0, {REGION: {1: {}, 2: {}}, OTHER: {}}, check=4)
+    found = {f["instance_id"]: f for f in result.json("out.json")["findings"]}
+    assert [found[instance(n)]["status"] for n in (1, 2)] == ["REPEAT", "REOPENED"]
+    assert found[instance(1)]["created_by"] == "ann"
+    story = history(tmp_path, instance(2), check=0).out
+    assert [line.split()[1] for line in story.splitlines()[1:4]] == ["NEW", "RESOLVED", "REOPENED"]
+
+
+def rows(directory, table):
+    with closing(sqlite3.connect(directory / "instance_state.db")) as db:
+        return db.execute(f"SELECT * FROM {table}").fetchall()
+
+
+def standings(directory):
+    with closing(sqlite3.connect(directory / "instance_state.db")) as db:
+        return script.fetch_standings(db, "test")
+
+
+# ---- prune -------------------------------------------------------------------------------------------------
+
+
+def test_prune_forgets_what_is_old_and_keeps_what_is_known(state):
+    points, before = standings(state)
+    dry = command(state, "prune", "--days", "15", "--dry-run", check=0)
+    untouched = (state / "instance_state.db").read_bytes()
+    done = command(state, "prune", "--days", "15", check=0)
+    assert dry.out.replace("Would delete", "Deleted") == done.out
+    assert done.out.startswith("Deleted 2 findings resolved before 2026-03-26, 1 scan ")
+    assert (state / "instance_state.db").read_bytes() != untouched
+    # What is open stays, and what of a region that is no longer read was known when it was.
+    assert ids(history(state)) == ["3", "1"]
+    after_points, after = standings(state)
+    assert after == before
+    assert after_points == points  # one scan a day: the trend has lost nothing
+    assert {row[1] for row in rows(state, "trend")} == {"2026-03-01", "2026-03-11", "2026-03-21"}
+    assert "0 findings" in command(state, "prune", "--days", "15", check=0).out
+
+
+def test_prune_dry_run_changes_no_byte(state):
+    before = (state / "instance_state.db").read_bytes()
+    command(state, "prune", "--days", "1", "--dry-run", check=0)
+    assert (state / "instance_state.db").read_bytes() == before
+
+
+def test_of_a_day_the_trend_keeps_the_last_and_the_sum_of_changes(tmp_path):
+    for hour, tags in enumerate([{}, GOOD, {}]):
+        scan(tmp_path, hour / 24, {REGION: {1: tags}, OTHER: {2: {}}})
+    points, _ = standings(tmp_path)
+    command(tmp_path, "prune", "--days", "3", check=0)
+    ((point,), _) = standings(tmp_path)
+    assert point == script.TrendPoint(points[-1].at, 2, 2, 1, 1, 2, 0)
+
+
+def test_prune_refuses_what_is_no_state(tmp_path):
+    assert "there is no state" in command(tmp_path, "prune", "--days", "3", check=5).err
+    (tmp_path / "instance_state.db").write_bytes(b"x" * 4096)
+    assert "not a SQLite database" in command(tmp_path, "prune", "--days", "3", check=5).err
+    assert (tmp_path / "instance_state.db").read_bytes() == b"x" * 4096
+    command(tmp_path, "prune", "--days", "0", check=2)
+
+
+def test_history_report_and_prune_of_a_state_in_s3(aws, state):
+    s3 = aws.backstage("s3", REGION)
+    s3.create_bucket(Bucket="ours")
+    s3.put_object(Bucket="ours", Key="t.db", Body=(state / "instance_state.db").read_bytes())
+    at = {"env": aws.env, "check": 0}
+    assert ids(history(state, "--state", "s3://ours/t.db", **at)) == ids(history(state))
+    page = command(
+        state, "report", "--html", "-", "--policy", "policy.yaml", "--state", "s3://ours/t.db", **at
+    )
+    assert "open findings" in page.out
+    done = command(state, "prune", "--days", "15", "--state", "s3://ours/t.db", **at)
+    assert done.out.startswith("Deleted 2 findings")
+    assert ids(history(state, "--state", "s3://ours/t.db", **at)) == ["3", "1"]
+
+
+# ---- report ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def month(tmp_path_factory):
+    """Thirty days of scans with drift."""
+    directory = tmp_path_factory.mktemp("month") / "demo"
+    assert drift.main([str(directory), "--instances", "400"]) == 0
+    return directory
+
+
+def test_the_page_after_a_month_says_how_it_goes_where_and_whom_to_ask(month):
+    files = ("--html", "page.html", "--policy", "policy.yaml")
+    command(month, "report", *files, day=(drift.NOW - START).days, check=0)
+    page = (month / "page.html").read_text("utf-8")
+    assert "Getting better" in page
+    assert "not read" in page
+    assert drift.worst_account(6) in page
+    assert "with propagation" in page
+    assert "torn down" in page  # an exemption that ends
+    assert "Spend" in page
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(kept, state):
+    (state / "page.html").write_text("old")
+    args = ("report", "--policy", "policy.yaml", "--html")
+    assert "there is no directory" in command(state, *args, "none/page.html", check=5).err
+    assert "cannot be written" in command(state, *args, "/dev/full", check=5).err
+    (state / "other.yaml").write_text(
+        "version: 1\nname: other\nrequired_tags: [Owner]\nregions: {us-east-1: }\n"
+    )
+    other = command(state, "report", "--html", "page.html", "--policy", "other.yaml", check=5)
+    assert "holds no scan of the policy other" in other.err
+    assert (state / "page.html").read_text() == "old"
+    assert "there is no state" in command(state, *args, "page.html", "--state", "none.db", check=5).err
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------
+
+PRICES = "instance_type,region,hourly_price\nm7g.large,us-east-1,0.1\nt3.micro,us-east-1,1\n"
+
+
+def test_findings_carry_what_they_cost(tmp_path):
+    (tmp_path / "prices.csv").write_text("\ufeff" + PRICES, encoding="utf-8")
+    stopped = {"InstanceType": "t3.micro", "State": {"Name": "stopped"}}
+    of = {kind: {"InstanceType": kind} for kind in ("m7g.large", "x1.32xlarge")}
+    fleet = {1: ({}, of["m7g.large"]), 2: ({"Owner": "ann"}, of["m7g.large"]), 3: ({}, stopped), 4: ({}, of["x1.32xlarge"])}  # fmt: skip
+    result = scan(tmp_path, 0, {REGION: fleet, OTHER: {9: GOOD}}, "--prices", "prices.csv", check=3)
+    report = result.json("out.json")
+    costs = {finding["instance_id"][-1]: finding["monthly_cost"] for finding in report["findings"]}
+    assert costs == {"1": pytest.approx(73), "2": pytest.approx(73), "3": 0, "4": None}
+    assert report["monthly_cost_without"] == {"Owner": pytest.approx(73), "Project": pytest.approx(146)}
+    files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--prices", "prices.csv")
+    summary = command(tmp_path, "scan", *files, check=3).out
+    assert "73.00 a month without Owner (1 finding without a price left out)" in summary
+    assert "146.00 a month without Project" in summary
+    page = command(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert "Spend" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            b"type,price\n",
+            "prices.csv:1: the first line must name the columns instance_type,region,hourly_price",
+        ),
+        (b"", "prices.csv:1: the first line must name"),
+        (
+            PRICES.encode() + b"m5.large,us-east-1,cheap\n",
+            "prices.csv:4: 'cheap' is no price: write it as 0.0832",
+        ),
+        (PRICES.encode() + b"m5.large,us-east-1\n", "prices.csv:4: '' is no price"),
+        (PRICES.encode() + b"m5.large,us-esat-1,1\n", "prices.csv:4: AWS has no region 'us-esat-1'"),
+        (PRICES.encode() + b"\xff,us-east-1,1\n", "no CSV in UTF-8"),
+        (None, "cannot read prices.csv"),
+    ],
+)
+def test_prices_that_cannot_be_used_are_refused_before_anything_is_read(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "prices.csv").write_bytes(text)
+    result = scan(tmp_path, 0, {REGION: {1: {}}}, "--prices", "prices.csv", check=2)
+    assert message in result.err
+    assert not (tmp_path / "instance_state.db").exists()
