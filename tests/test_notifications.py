@@ -1,0 +1,336 @@
+"""Section 8: who is told of what, once, by Slack, SNS and e-mail, and what happens when that fails."""
+
+import json
+import sqlite3
+import ssl
+import threading
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from aws_server import ACCOUNT_ID
+from conftest import script_with
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from moto.ses.models import ses_backends
+from moto.sns.models import sns_backends
+
+import tagcheck as script
+
+REGION, OTHER = "us-east-1", "eu-west-1"
+TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:tags"
+SECRET = "T0SECRET/B0SECRET/xSECRETx"
+
+
+class Slack:
+    """An incoming webhook over TLS; the next answers can be other than 200 ok."""
+
+    def __init__(self, directory):
+        self.texts, self.answers, self.hang = [], [], 0.0
+        slack = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(slack.hang)
+                status, headers = slack.answers.pop(0) if slack.answers else (200, {})
+                if status == 200:
+                    slack.texts.append(json.loads(body)["text"])
+                said = b"ok" if status == 200 else f"no_{self.path}".encode()
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(said))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(said)
+
+            def do_GET(self):
+                slack.texts.append("followed")
+
+            def log_message(self, *_):
+                pass
+
+        self.certificate = directory / "ca.pem"
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.make_certificate())
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.host = f"localhost:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def make_certificate(self):
+        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=9))
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False
+        )
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        public = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        self.certificate.write_bytes(private + public)
+        return self.certificate
+
+    @property
+    def env(self):
+        return {"HOOK": f"https://{self.host}/services/{SECRET}", "SSL_CERT_FILE": str(self.certificate)}
+
+
+@pytest.fixture
+def slack(tmp_path):
+    server = Slack(tmp_path)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def scan(tagcheck, tmp_path):
+    """Give a function that scans saved instances under a policy that notifies."""
+
+    def run(notify, fleet, *args, policy=(), regions=(REGION,), **options):
+        keys = {"version": 1, "name": "test", "required_tags": ["Owner", "Project"], "notify": notify}
+        keys |= {"regions": dict.fromkeys(regions)} | dict(policy)
+        (tmp_path / "policy.yaml").write_text(json.dumps(keys))
+        reservations = [
+            {
+                "OwnerId": ACCOUNT_ID,
+                "Instances": [
+                    {
+                        "InstanceId": f"i-{number:017x}",
+                        "State": {"Name": "running"},
+                        "LaunchTime": "2026-01-01T00:00:00+00:00",
+                        "Placement": {"AvailabilityZone": f"{REGION}a"},
+                        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+                    }
+                ],
+            }
+            for number, tags in enumerate(fleet)
+        ]
+        (tmp_path / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
+        files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--json", "out.json")
+        result = tagcheck("scan", *files, *args, **options)
+        for text in (result.out, result.err, (tmp_path / "out.json").read_text() if result.code != 2 else ""):
+            assert "SECRET" not in text
+        return result
+
+    return run
+
+
+def by_slack(slack, **more):
+    return {"slack": {"webhook_url_env": "HOOK", "allow_hosts": [slack.host]}, **more}
+
+
+GOOD = {"Owner": "ann", "Project": "shop"}
+
+
+def test_slack_is_told_of_what_is_new_once(scan, slack):
+    notify, env = by_slack(slack), {"env": slack.env}
+    scan(notify, [{"Name": "web-1"}, GOOD], **env, check=3)
+    (text,) = slack.texts
+    assert text.startswith("tagcheck test: 1 new finding\n")
+    assert "1 of 1 target read, 2 instances, 1 compliant" in text
+    assert f"NEW i-{0:017x} (web-1) in {ACCOUNT_ID} {REGION}: Owner missing, Project missing" in text
+    scan(notify, [{"Name": "web-1"}, GOOD], **env, check=3)
+    assert len(slack.texts) == 1
+    scan(notify, [{"Name": "web-1"}, {"Owner": "ann"}], **env, check=3)
+    assert f"NEW i-{1:017x} in" in slack.texts[1]
+    assert "web-1" not in slack.texts[1]
+    assert "; owner ann" in slack.texts[1]
+    scan(notify, [GOOD, GOOD], **env, check=0)
+    scan(notify, [{"Name": "web-1"}, GOOD], **env, check=3)
+    assert "REOPENED" in slack.texts[2]
+    assert len(slack.texts) == 3
+
+
+def test_on_any_tells_of_what_is_open_with_each_scan(scan, slack):
+    for _ in range(2):
+        scan(by_slack(slack, on="any"), [{}], env=slack.env, check=3)
+    assert [text.splitlines()[0] for text in slack.texts] == ["tagcheck test: 1 open finding"] * 2
+    scan(by_slack(slack, on="any"), [GOOD], env=slack.env, check=0)
+    assert len(slack.texts) == 2
+
+
+def test_a_dry_run_tells_nobody_and_needs_no_webhook(scan, slack):
+    scan(by_slack(slack), [{}], "--dry-run", check=3)
+    assert slack.texts == []
+
+
+def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
+    soon = (datetime.now(UTC) + timedelta(days=5)).date().isoformat()
+    exempt = {"exemptions": [{"reason": "old <platform>", "tags": {"Name": "old-*"}, "expires": soon}]}
+    for _ in range(2):
+        scan(by_slack(slack), [GOOD], policy=exempt, regions=(REGION, OTHER), env=slack.env, check=4)
+    (text,) = slack.texts
+    assert text.startswith("tagcheck test: 1 target not read, 1 exemption at an end")
+    assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
+    assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
+
+
+def test_tags_ping_nobody_and_what_is_cut_is_counted(scan, slack):
+    hostile = {"Name": "<!channel> `x` <https://x|y> & \u202e", "owner": "<@U0123456>"}
+    scan(by_slack(slack), [hostile, *[{"Name": "n" * 256}] * 29], env=slack.env, check=3)
+    (text,) = slack.texts
+    assert "&lt;!channel&gt; 'x' &lt;https://x|y&gt;" in text
+    assert "<" not in text
+    assert "\u202e" not in text
+    assert "… and 20 more" in text
+    assert len(text) < 40_000
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    {
+        "failing for ever": ([(500, {})] * 9, "Slack answered 500"),
+        "throttling for too long": ([(429, {"Retry-After": "3600"})], "Slack answered 429"),
+        "a redirect": ([(302, {"Location": "/elsewhere"})], "a redirect, which is not followed"),
+        "gone": ([(410, {})], "Slack answered 410"),
+    }.values(),
+)
+def test_a_slack_that_fails_is_said_and_told_by_the_next_scan(scan, slack, tmp_path, answers, said):
+    hasty = script_with(tmp_path, SLACK_PAUSES=(0.01, 0.01))
+    slack.answers = list(answers)
+    result = scan(by_slack(slack), [{}], env=slack.env, script=hasty, check=5)
+    assert said in result.err
+    assert "the scan is recorded" in result.err
+    assert len(result.csv("violators.csv")) == 1
+    assert slack.texts == []
+    slack.answers = []
+    scan(by_slack(slack), [{}, {}], env=slack.env, check=3)
+    (text,) = slack.texts
+    assert text.startswith("tagcheck test: 2 new findings")
+    assert result.json("out.json")["findings"][0]["times_seen"] == 2
+
+
+@pytest.mark.parametrize("answers", [[(500, {})], [(429, {"Retry-After": "0"})]])
+def test_a_slack_that_fails_for_a_moment_is_tried_again(scan, slack, tmp_path, answers):
+    slack.answers = answers
+    scan(by_slack(slack), [{}], env=slack.env, script=script_with(tmp_path, SLACK_PAUSES=(0.01,)), check=3)
+    assert len(slack.texts) == 1
+
+
+def test_a_slack_that_hangs_costs_a_time_out(scan, slack, tmp_path):
+    slack.hang = 3.0
+    begun = time.monotonic()
+    result = scan(
+        by_slack(slack), [{}], env=slack.env, script=script_with(tmp_path, SLACK_SECONDS=0.3), check=5
+    )
+    assert "did not answer within" in result.err
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (None, "put the webhook's URL into the environment variable HOOK"),
+        (f"file:///etc/{SECRET}", "no https:// URL"),
+        (f"http://hooks.slack.com/services/{SECRET}", "no https:// URL"),
+        (f"https://example.com/services/{SECRET}", "another host than hooks.slack.com"),
+        (f"https://hooks.slack.com@example.com/{SECRET}", "another host"),
+        (f"https://hooks.slack.com/services/{SECRET} x", "no https:// URL"),
+    ],
+)
+def test_a_webhook_that_is_none_is_refused_before_anything_is_read(scan, tmp_path, url, said):
+    env = {"HOOK": url} if url else {}
+    result = scan({"slack": {"webhook_url_env": "HOOK"}}, [{}], env=env, check=2)
+    assert said in result.err
+    assert not (tmp_path / "violators.csv").exists()
+
+
+def test_a_slack_whose_certificate_nobody_knows_is_not_told(scan, slack):
+    result = scan(by_slack(slack), [{}], env={"HOOK": slack.env["HOOK"]}, check=5)
+    assert "Slack cannot be reached" in result.err
+    assert slack.texts == []
+
+
+def published():
+    return [message[1] for message in sns_backends[ACCOUNT_ID][REGION].topics[TOPIC].sent_notifications]
+
+
+def test_sns_is_told_and_after_a_failure_by_the_next_scan(scan, aws, tmp_path):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    denied = aws.fault("error", service="sns", code="AuthorizationError", status=403, message="no")
+    result = scan({"sns": {"topic_arn": TOPIC}}, [{"Name": "wéb\nx"}], env=aws.env, check=5)
+    assert "AuthorizationError" in result.err
+    assert published() == []
+    denied.times = 0
+    for _ in range(2):
+        scan({"sns": {"topic_arn": TOPIC}}, [{"Name": "wéb\nx"}], env=aws.env, check=3)
+    (text,) = published()
+    assert "(wéb\\nx)" in text
+    with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db:
+        assert db.execute("SELECT count(*) FROM notifications WHERE told_at IS NULL").fetchone() == (0,)
+
+
+def test_one_channel_that_fails_is_told_later_and_the_other_not_again(scan, aws, slack):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    slack.answers = [(400, {})]
+    notify = by_slack(slack, sns={"topic_arn": TOPIC})
+    scan(notify, [{}], env=aws.env | slack.env, check=5)
+    assert (len(slack.texts), len(published())) == (0, 1)
+    scan(notify, [{}], env=aws.env | slack.env, check=3)
+    assert (len(slack.texts), len(published())) == (1, 1)
+
+
+def sent():
+    return {
+        tuple(message.destinations["ToAddresses"]): message.body
+        for message in ses_backends[ACCOUNT_ID][REGION].sent_messages
+    }
+
+
+def test_each_owner_gets_what_is_theirs(scan, aws, slack):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    owners = {"mapping": {"team-web": "web@example.com", "Bob": "U012ABCDEF"}, "domains": ["example.com"]}
+    notify = by_slack(
+        slack,
+        email={"from": "tags@example.com", "to": ["ops@example.com"], "region": REGION},
+        owners=owners | {"default": "lost@example.com"},
+    )
+    fleet = [
+        {"Owner": "team-web"},
+        {"Owner": "ann@example.com"},
+        {"Owner": "bob"},
+        {"Owner": "eve@evil.org"},
+        {},
+        GOOD,
+    ]
+    scan(notify, fleet, env=aws.env | slack.env, check=3)
+    mails = sent()
+    assert set(mails) == {(f"{who}@example.com",) for who in ("ops", "web", "ann", "lost")}
+    theirs = {
+        who[0].partition("@")[0]: [n for n in range(6) if f"i-{n:017x}" in text]
+        for who, text in mails.items()
+    }
+    assert theirs == {"ops": [0, 1, 2, 3, 4], "web": [0], "ann": [1], "lost": [3, 4]}
+    everything, to_bob = slack.texts
+    assert f"i-{0:017x}" in everything
+    assert to_bob.startswith("<@U012ABCDEF> tagcheck test: 1 new finding")
+    assert f"i-{2:017x}" in to_bob
+    assert f"i-{0:017x}" not in to_bob
+    scan(notify, fleet, env=aws.env | slack.env, check=3)
+    assert (len(sent()), len(slack.texts)) == (4, 2)
+
+
+def test_iam_policy_lists_what_notifying_needs(tagcheck, tmp_path):
+    keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: {}}}
+    notify = {"sns": {"topic_arn": TOPIC}, "email": {"from": "tags@example.com", "to": ["ops@example.com"]}}
+    (tmp_path / "policy.yaml").write_text(json.dumps(keys | {"notify": notify}))
+    statements = json.loads(tagcheck("iam-policy", "--policy", "policy.yaml", check=0).out)["scan"][
+        "Statement"
+    ]
+    actions = {action: statement for statement in statements for action in statement["Action"]}
+    assert actions["sns:Publish"]["Resource"] == TOPIC
+    assert actions["ses:SendEmail"]["Condition"] == {"StringEquals": {"ses:FromAddress": "tags@example.com"}}
+
+
+def test_a_million_findings_do_not_make_a_long_digest():
+    lines = [f"line {number} " + "x" * 300 for number in range(100)]
+    section = script.Section("Findings:", lines, 1_000_000)
+    digest = script.Digest("slack", None, "t", [section], [])
+    assert len(script.slack_text(digest)) < 3_200
+    assert "… and 999,991 more" in script.slack_text(digest)
