@@ -1897,7 +1897,7 @@ class OpenFindings:
     by_tag: Sequence[tuple[str, int]]
     by_age: Sequence[tuple[str, int]]
     by_creator: Sequence[tuple[str, int]]
-    by_suggestion: Sequence[tuple[str, int]]
+    by_owner: Sequence[tuple[str, int]]
     causes: Sequence[Cause]
     oldest: Sequence[Finding]
     priced: int
@@ -3854,18 +3854,22 @@ OLDEST_FINDINGS = 25
 
 
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
-    """Count the open findings of a policy; `owner_tag` is the tag whose suggestions say whom to ask."""
+    """Count the open findings of a policy; `owner_tag` is the tag that says whom to ask, or would."""
     names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
+    names["owner_path"] = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
     names |= {f"age{days}": utc_text(now - timedelta(days=days)) for days, _ in AGES}
     # The findings are read once, for what is counted: a million of them are a gigabyte.
     db.execute(
         """
         CREATE TEMP TABLE open AS
         SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
-            monthly_cost, (
-                SELECT json_extract(value, '$.value') FROM json_each(suggestions)
-                WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
-            ) AS owner
+            monthly_cost, CASE
+                WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
+                ELSE (
+                    SELECT json_extract(value, '$.value') FROM json_each(suggestions)
+                    WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
+                )
+            END AS owner
         FROM findings WHERE policy = :policy AND resolved_at IS NULL
         """,
         names,
@@ -3898,7 +3902,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         by_tag=[(key, number) for key, number, _ in tags],
         by_age=[(label, by_age.get(label, 0)) for label in (*(label for _, label in AGES), OLDER)],
         by_creator=counts("created_by", "created_by NOT LIKE :unknown"),
-        by_suggestion=counts(":owner || '=' || owner", "owner IS NOT NULL"),
+        by_owner=counts("owner", "owner IS NOT NULL"),
         causes=_causes(db, "FROM temp.open AS finding", names),
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
@@ -5242,17 +5246,20 @@ def _all_good(standings: Sequence[Standing]) -> str:
 def _add_ask_card(cards: Element, dashboard: Dashboard) -> None:
     """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
     found, question = dashboard.open, "Whom to ask?"
-    people = found.by_creator or found.by_suggestion
+    people = found.by_owner or found.by_creator
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
         _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
         return
     card = _add_card(cards, question, _brief(people[0][0]) if people else "Not known")
     if people:
-        does = "created" if found.by_creator else "is probably right for"
+        does = "owns, or probably owns," if found.by_owner else "created"
         _say(card, f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
     if len(people) > 1:
         _say(card, "Then", ": " + ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]))
+    if found.by_owner and found.by_creator:
+        makers = ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in found.by_creator[:3])
+        _say(card, "Created", f" by {makers}")
     if found.causes:
         _say(card, "Most at once", f": {_brief(str(found.causes[0]), 240)}")
     if not found.by_creator:
@@ -5474,7 +5481,7 @@ def _add_counts(main: Element, dashboard: Dashboard) -> None:
         ("Tags that are lacking", "An instance can lack several.", found.by_tag),
         ("Age of open findings", "Since a scan first saw them.", found.by_age),
         ("Created by", "Who made the instances.", found.by_creator),
-        ("Probable values", "What their like has: whom to ask.", found.by_suggestion),
+        ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
     for title, lead, rows in charts:
