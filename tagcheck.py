@@ -2047,7 +2047,7 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
 
 
 ########################################################################################################
-# 5 AWS: Aws, describe_caller, describe_accounts, describe_regions, describe_instances, load_instances
+# 5 AWS: Aws, describe_accounts, describe_instances, describe_creators, write_tags, load_instances, load_prices
 ########################################################################################################
 
 PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
@@ -2764,7 +2764,7 @@ def zone_region(zone: str) -> str:
 
 
 ########################################################################################################
-# 6 State: LocalState, S3State, the sightings, record_scan, fetch_coverage, fetch_findings
+# 6 State: LocalState, S3State, the sightings, record_scan, fetch_findings, fetch_open, prune_state, record_changes
 ########################################################################################################
 
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
