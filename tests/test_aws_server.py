@@ -120,7 +120,7 @@ def test_reset_forgets_everything(aws: AwsServer) -> None:
 def test_what_moto_cannot_do_is_an_error_and_no_noise(
     aws: AwsServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert refusal(client(aws, "cloudtrail").lookup_events) == (500, "InternalError")
+    assert refusal(client(aws, "cloudtrail").list_channels) == (500, "InternalError")
     assert capfd.readouterr().err == ""
 
 
