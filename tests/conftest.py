@@ -42,7 +42,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     failed = 0
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for file, done in zip(files, pool.map(run, files), strict=True):
             passed = done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
             failed += not passed
