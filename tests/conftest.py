@@ -33,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Run the files of the whole suite side by side, as a test mostly waits for the script that it runs."""
-    if config.args_source is pytest.Config.ArgsSource.ARGS or config.option.collectonly or config.option.help:
+    only_told = ("help", "version", "collectonly", "markers", "showfixtures")
+    if config.args_source is pytest.Config.ArgsSource.ARGS or any(map(vars(config.option).get, only_told)):
         return None
     files = sorted(Path(__file__).parent.glob("test_*.py"), key=lambda file: -file.stat().st_size)
 
