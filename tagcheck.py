@@ -184,6 +184,7 @@ class Instance:
     profile: str = ""
     subnet_id: str = ""
     vpc_id: str = ""
+    managed_by: str = ""  # the AWS service that operates it, such as eks.amazonaws.com
 
 
 class ViolationType(StrEnum):
@@ -266,6 +267,7 @@ class Finding:
     instance_type: str | None
     cause: Group | None
     monthly_cost: float | None
+    managed_by: str | None
 
     @property
     def target(self) -> Target:
@@ -509,7 +511,7 @@ _ACCOUNTS = _mapping(
 _EXEMPTION = _mapping(
     "reason",
     {"description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
-     "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions")]},
+     "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions", "managed_by")]},
     reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
     tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
           {"eks:cluster-name": "*"},
@@ -517,6 +519,8 @@ _EXEMPTION = _mapping(
     instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
     accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
     regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
+    managed_by=("Instances that this AWS service operates; * and ? as in tags, so \"*\" is any service.",
+                "eks.amazonaws.com", _TEXT),
     required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
     expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
     approved_by=("Who agreed.", "head of platform", _TEXT),
@@ -638,6 +642,7 @@ class Exemption:
     instances: tuple[str, ...] = ()
     accounts: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
+    managed_by: str | None = None
     required_tags: tuple[str, ...] = ()
     expires: date | None = None
     approved_by: str | None = None
@@ -648,7 +653,7 @@ class Exemption:
     @property
     def conditions(self) -> list[object]:
         """What an instance must meet: each list that is given, and each tag."""
-        return [*filter(None, (self.instances, self.accounts, self.regions)), *self.tags]
+        return [*filter(None, (self.instances, self.accounts, self.regions, self.managed_by)), *self.tags]
 
     def holds(self, today: date) -> bool:
         """Return whether it has not ended; the day that it names is its last."""
@@ -662,6 +667,11 @@ class Exemption:
             yield f"it is for region {', '.join(self.regions)}"
         if self.instances and instance.instance_id not in self.instances:
             yield f"it is for {', '.join(self.instances)}"
+        if self.managed_by and not (
+            instance.managed_by and _glob(self.managed_by).match(instance.managed_by)
+        ):
+            operator = instance.managed_by or "no AWS service"
+            yield f"it is for instances managed by {self.managed_by}; this one is managed by {operator}"
         for key, wanted in self.tags:
             value = instance.tags.get(key)
             if value is None or not _glob(wanted).match(value):
@@ -1046,7 +1056,7 @@ _SCHEMA_MESSAGES = {
     "minItems": "the list is empty: name at least one, or take the key out",
     "minProperties": "is empty: name at least one",
     "maxLength": "{0} has {1} characters; AWS allows {2}",
-    "anyOf": "says not for which instances: give it tags, instances, accounts or regions",
+    "anyOf": "does not say for which instances: add tags, instances, accounts, regions or managed_by",
     "oneOf": "says not which accounts: give it organization: true, or ids, not both",
 }
 
@@ -1437,6 +1447,7 @@ class Scan:
     scan_id: str
     policy: Policy
     started_at: datetime
+    may_hide_managed: bool = False  # whether what is read may lack instances that AWS services operate
 
 
 HOURS_A_MONTH = 730  # as AWS's own calculator has it
@@ -1592,7 +1603,8 @@ def explain(
     name = instance.tags.get("Name")
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
-    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{then}:"
+    managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
+    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
     exempted = {case.violation.tag_key: case for case in sighting.exempted}
@@ -1674,21 +1686,35 @@ class GroupKind(NamedTuple):
 
 # The most specific first. A cause is a group that hands its tags on; the ways to have it do so are those of
 # AWS's user guides (EC2 Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed
-# node groups with launch templates; EC2, Tag on creation).
+# node groups with launch templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on
+# creation) and of Karpenter's (NodeClasses, spec.tags).
 GROUP_KINDS = {
     "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
+    "node_class": GroupKind("EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}"),
+    "ec2_node_class": GroupKind("Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}"),
+    "node_pool": GroupKind("Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}"),
+    "capacity_provider": GroupKind(
+        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER"
+    ),
     "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
     "launch_template": GroupKind("launch template", "set it in the instance tags of {names}"),
     "stack": GroupKind("CloudFormation stack", "set it on the stack {names}"),
+    "operator": GroupKind("AWS service", "set it where {names} takes its tags from"),
     "instance_profile": GroupKind("instance profile", ""),
     "name_prefix": GroupKind("name", ""),
     "subnet": GroupKind("subnet", ""),
     "vpc": GroupKind("VPC", ""),
 }
+# By which tag an instance names its group, and by which its cluster.
 _GROUP_TAGS = (
-    ("autoscaling_group", "aws:autoscaling:groupName"),
-    ("launch_template", "aws:ec2launchtemplate:id"),
-    ("stack", "aws:cloudformation:stack-name"),
+    ("node_group", "eks:nodegroup-name", ("eks:cluster-name", "aws:eks:cluster-name")),
+    ("node_class", "eks:kubernetes-node-class-name", ("eks:eks-cluster-name",)),
+    ("ec2_node_class", "karpenter.k8s.aws/ec2nodeclass", ("eks:eks-cluster-name",)),
+    ("node_pool", "karpenter.sh/nodepool", ("eks:eks-cluster-name",)),
+    ("capacity_provider", "aws:ecs:capacityProviderName", ("aws:ecs:clusterName",)),
+    ("autoscaling_group", "aws:autoscaling:groupName", ()),
+    ("launch_template", "aws:ec2launchtemplate:id", ()),
+    ("stack", "aws:cloudformation:stack-name", ()),
 )
 
 
@@ -1699,10 +1725,12 @@ def groups_of(instance: Instance) -> list[Group]:
     """
     tags = instance.tags
     groups: list[Group] = []
-    if node_group := tags.get("eks:nodegroup-name"):
-        cluster = tags.get("eks:cluster-name") or tags.get("aws:eks:cluster-name")
-        groups.append(Group("node_group", printable(f"{cluster}/{node_group}" if cluster else node_group)))
-    groups += [Group(kind, printable(tags[key])) for kind, key in _GROUP_TAGS if tags.get(key)]
+    for kind, key, cluster_keys in _GROUP_TAGS:
+        if name := tags.get(key):
+            cluster = next(filter(None, map(tags.get, cluster_keys)), None)
+            groups.append(Group(kind, printable(f"{cluster}/{name}" if cluster else name)))
+    if instance.managed_by:
+        groups.append(Group("operator", printable(instance.managed_by)))
     if instance.profile:
         groups.append(Group("instance_profile", printable(instance.profile.rpartition("/")[2])))
     if prefix := tags.get("Name", "").rstrip("0123456789").rstrip("-_. "):
@@ -1902,6 +1930,7 @@ class OpenFindings:
     oldest: Sequence[Finding]
     priced: int
     cost_by_tag: Sequence[tuple[str, float]]
+    by_operator: Sequence[tuple[str, int]]
 
 
 @unique
@@ -2299,7 +2328,12 @@ def describe_regions(client: Any) -> list[str]:
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region by pages, or those in scope; raises TargetError."""
+    """Yield every instance of the client's account and region by pages, or those in scope; raises TargetError.
+
+    An account can hide the instances that AWS services operate from answers that do not ask for them, though it
+    pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
+    """
+    scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
     token, tokens, empty_pages = "", set(), 0
@@ -2335,7 +2369,7 @@ _LEAVES = frozenset(
     (
         *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
         *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
-        *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId"),
+        *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
     )
 )
 
@@ -2402,6 +2436,7 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
                             sys.intern(found.get(key, ""))
                             for key in ("instanceType", "arn", "subnetId", "vpcId")
                         ),
+                        _operator(found.get("managed") == "true", found.get("principal")),
                     )
                 )
             except (TypeError, ValueError) as error:
@@ -2418,6 +2453,11 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
         parser.Parse(piece, False)
     parser.Parse(b"", True)
     return instances, token
+
+
+def _operator(managed: Any, principal: str | None) -> str:
+    """Return which AWS service operates an instance; "" where none does."""
+    return sys.intern(principal or "unknown") if managed else ""
 
 
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
@@ -2733,11 +2773,14 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
         raise TypeError("a tag's key or value is not text")
     if not re.fullmatch("i-[0-9a-f]+", item["InstanceId"]):
         raise ValueError(f"{_shown(item['InstanceId'])} is no instance id")
-    profile = item.get("IamInstanceProfile") or {}
+    profile, operator = item.get("IamInstanceProfile") or {}, item.get("Operator") or {}
     more = (item.get("InstanceType"), profile.get("Arn"), item.get("SubnetId"), item.get("VpcId"))
-    if not all(isinstance(text, str) for text in more if text is not None):
-        raise TypeError("its InstanceType, IamInstanceProfile, SubnetId or VpcId is not text")
-    texts = (text or "" for text in more)
+    managed, principal = operator.get("Managed", False), operator.get("Principal")
+    if not all(isinstance(text, str) for text in (*more, principal) if text is not None):
+        raise TypeError("its InstanceType, IamInstanceProfile, SubnetId, VpcId or Operator is not text")
+    if not isinstance(managed, bool):
+        raise TypeError("Managed of its Operator is not true or false")
+    texts = (*(text or "" for text in more), _operator(managed, principal))
     return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags, *texts)
 
 
@@ -2851,6 +2894,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID
         """,
     ),
+    ("ALTER TABLE findings ADD COLUMN managed_by TEXT",),
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
@@ -2866,8 +2910,8 @@ SIGHTINGS_SCHEMA = (
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
         tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL, instance_type TEXT,
-        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, tag_keys TEXT, suggestions TEXT,
-        created_by TEXT
+        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, tag_keys TEXT, managed_by TEXT,
+        suggestions TEXT, created_by TEXT
     )
     """,
     # The values of a group's members, as JSON in the order of the rules, and how many have them: a group is
@@ -3220,7 +3264,7 @@ def add_sightings(
     """Keep what was made of instances of a target, and what each costs in a month if that is known."""
     db.execute("BEGIN")
     db.executemany(
-        f"INSERT INTO sighting VALUES ({', '.join('?' * 16)})",
+        f"INSERT INTO sighting VALUES ({', '.join('?' * 17)})",
         (_sighting_row(target, seen, cost) for seen, cost in sightings),
     )
     db.execute("COMMIT")
@@ -3232,13 +3276,14 @@ def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tu
     launch_time, tags = utc_text(instance.launch_time), _to_json(instance.tags)
     row = (target, instance.instance_id, instance.state, launch_time, tags)
     exempted = _to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
+    managed_by = instance.managed_by or None
     if not seen.violations:
-        return (*row, None, exempted, seen.too_young, *(None,) * 8)
+        return (*row, None, exempted, seen.too_young, *(None,) * 6, managed_by, None, None)
     violations = _to_json([violation_record(violation) for violation in seen.violations])
     groups = groups_of(instance)
     kind, name = cause_of(groups) or (None, None)
     keys = _to_json([violation.tag_key for violation in seen.violations])
-    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys, None, None)
+    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys, managed_by, None, None)
     return (*row, violations, exempted, seen.too_young, *found)
 
 
@@ -3464,6 +3509,8 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     )
     names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now, "unknown": f"{UNKNOWN}%"}
     db.execute("DELETE FROM resolved")
+    if scan.may_hide_managed:
+        _fail_hiding_targets(db, names)
     # Only a target that was read in full resolves anything.
     db.execute(
         """
@@ -3512,11 +3559,11 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """
         INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
             violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by,
-            suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost)
+            suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost, managed_by)
         SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
             sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0,
             sighting.created_by, sighting.suggestions, sighting.instance_type, sighting.cause_kind,
-            sighting.cause, sighting.tag_keys, sighting.monthly_cost
+            sighting.cause, sighting.tag_keys, sighting.monthly_cost, sighting.managed_by
         FROM target JOIN sighting ON sighting.target = target.id
         WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
             NOT sighting.too_young OR EXISTS (
@@ -3535,7 +3582,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
             times_reopened = times_reopened + (resolved_at IS NOT NULL),
             resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
             instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
-            tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost,
+            tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost, managed_by = excluded.managed_by,
             created_by = CASE WHEN created_by IS NULL OR created_by LIKE :unknown
                 THEN coalesce(excluded.created_by, created_by) ELSE created_by END
         """,
@@ -3549,6 +3596,34 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         "WHERE finding.status = 'REOPENED'",
         names,
     )
+
+
+def _fail_hiding_targets(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+    """Count a target as unread where managed instances have open findings, and none was in the saved files.
+
+    Without --include-managed-resources `aws ec2 describe-instances` leaves them out where the account hides
+    them (EC2 API reference): they are not gone.
+    """
+    rows = db.execute(
+        """
+        SELECT target.id, count(*) FROM target
+        JOIN state.findings AS finding ON finding.policy = :policy
+            AND finding.account_id = target.account_id AND finding.region = target.region
+            AND finding.resolved_at IS NULL AND finding.managed_by IS NOT NULL
+        WHERE target.error_code IS NULL AND NOT EXISTS (
+            SELECT 1 FROM sighting WHERE sighting.target = target.id AND sighting.managed_by IS NOT NULL
+        )
+        GROUP BY target.id
+        """,
+        names,
+    )
+    for target, number in rows.fetchall():
+        message = (
+            f"the files may lack instances that AWS services operate, such as those of {counted(number, 'finding')} "
+            "here: save them with `aws ec2 describe-instances --include-managed-resources`, then add "
+            "--include-managed-resources to this command as well"
+        )
+        fail_target(db, target, TargetError("ManagedInstancesMissing", message))
 
 
 def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
@@ -3676,6 +3751,12 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
     """Return what the findings of the scan that is being recorded have in common, the greatest first."""
     return _causes(db, _SEEN, _names(db, scan))
+
+
+def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
+    """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
+    query = f"SELECT finding.managed_by, count(*) {_SEEN} WHERE finding.managed_by IS NOT NULL GROUP BY 1"
+    return db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)).fetchall()
 
 
 def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
@@ -3863,7 +3944,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         """
         CREATE TEMP TABLE open AS
         SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
-            monthly_cost, CASE
+            monthly_cost, managed_by, CASE
                 WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
                 ELSE (
                     SELECT json_extract(value, '$.value') FROM json_each(suggestions)
@@ -3907,6 +3988,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
         cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
+        by_operator=counts("managed_by", "managed_by IS NOT NULL"),
     )
 
 
@@ -4037,7 +4119,7 @@ _FINDING = """
     finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
     finding.violations, finding.status, finding.first_seen, finding.last_seen, times_seen, times_reopened, resolved_at,
     finding.resolution, finding.created_by, finding.suggestions, finding.instance_type, finding.cause_kind,
-    finding.monthly_cost, finding.cause
+    finding.monthly_cost, finding.managed_by, finding.cause
 """
 
 
@@ -4158,6 +4240,7 @@ class ScanReport:
     causes: Sequence[Cause]
     costs: Sequence[tuple[str, float]]
     unpriced: int
+    operators: Sequence[tuple[str, int]]
     notices: Sequence[str]
 
     @property
@@ -4175,14 +4258,17 @@ class ScanReport:
             "too_young",
         )
         unread = sum(not target.read for target in self.coverage)
-        return {"targets": len(self.coverage), "targets_unread": unread} | {
-            name: sum(getattr(target, name) for target in self.coverage) for name in counts
-        }
+        return (
+            {"targets": len(self.coverage), "targets_unread": unread}
+            | {name: sum(getattr(target, name) for target in self.coverage) for name in counts}
+            | {"findings_managed": sum(number for _, number in self.operators)}
+        )
 
 
 CSV_COLUMNS = (
     "InstanceId", "MissingTags", "LaunchTime", "InvalidTags", "Status", "FirstSeen", "LastSeen", "TimesSeen",
     "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error",
+    "ManagedBy",
 )  # fmt: skip
 
 
@@ -4195,7 +4281,7 @@ def write_csv(file: TextIOBase, report: ScanReport) -> None:
     for target in report.coverage:
         if not target.read:
             error = f"{target.error_code}: {target.error_message}"
-            row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error]
+            row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error, ""]
             table.writerow(map(csv_cell, row))
 
 
@@ -4223,6 +4309,7 @@ def _csv_row(finding: Finding) -> tuple[str, ...]:
         finding.created_by or "",
         ", ".join(map(str, finding.suggestions)),
         "",
+        finding.managed_by or "",
     )
 
 
@@ -4569,6 +4656,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "times_reopened": finding.times_reopened,
         "instance_type": finding.instance_type,
         "monthly_cost": finding.monthly_cost,
+        "managed_by": finding.managed_by,
         "created_by": finding.created_by,
         "cause": finding.cause and finding.cause._asdict(),
         "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
@@ -4720,6 +4808,7 @@ def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: b
     lines += _summary_table(report.findings(), totals["findings"], csv_path)
     if report.causes:
         lines += _with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
+    lines += _summary_operators(report)
     lines += _summary_costs(report)
     lines += _summary_resolved(report.resolved(), totals["resolved"])
     lines += _summary_exempted(report.exempted(), totals["exempted"])
@@ -4811,6 +4900,16 @@ def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list
         for case in itertools.islice(exempted, SUMMARY_FINDINGS)
     ]
     return _with_rest(lines, number - len(lines))
+
+
+def _summary_operators(report: ScanReport) -> list[str]:
+    """Return how many of the findings are on instances that AWS services operate, if any are."""
+    if not report.operators:
+        return []
+    number = report.totals["findings_managed"]
+    are = "is on an instance" if number == 1 else "are on instances"
+    services = ", ".join(f"{service} ({count:,})" for service, count in report.operators)
+    return ["", f"{counted(number, 'finding')} {are} that an AWS service operates: {services}"]
 
 
 def _summary_costs(report: ScanReport) -> list[str]:
@@ -5481,6 +5580,7 @@ def _add_counts(main: Element, dashboard: Dashboard) -> None:
         ("Tags that are lacking", "An instance can lack several.", found.by_tag),
         ("Age of open findings", "Since a scan first saw them.", found.by_age),
         ("Created by", "Who made the instances.", found.by_creator),
+        ("Operated by AWS services", "Their tags come from the service's own settings.", found.by_operator),
         ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
@@ -5894,6 +5994,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--instances": _many(
         "FILE", "saved `aws ec2 describe-instances` JSON in place of calling AWS, - for stdin"
     ),
+    "--include-managed-resources": _flag(
+        "the saved files were made with this option of the AWS CLI, so they have the instances that AWS services "
+        "operate"
+    ),
     "--live": _flag("ask AWS how the instance is now"),
     "--workers": _one("N", "targets read at a time (default: 16)", type=_positive, default=16),
     "--state": _one(
@@ -5940,6 +6044,7 @@ _COMMANDS = {
     "scan": (
         "check every instance in scope against the policy; record, report, exit",
         *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
+        *("--include-managed-resources",),
         *("--csv", "--json", "--junit", "--prices", "--creators", "--creators-budget"),
         *("--fail-on", "--dry-run", "--quiet", "--verbose"),
     ),
@@ -6005,7 +6110,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         raise UsageError("--creators asks AWS, and --instances is there not to: leave one of them out")
     outputs = _outputs(args)
     senders = {} if args.dry_run else _senders(args, policy)
-    scan = Scan(str(uuid.uuid4()), policy, now)
+    if args.include_managed_resources and not args.instances:
+        raise UsageError("--include-managed-resources says how files were saved: give it with --instances")
+    may_hide_managed = bool(args.instances) and not args.include_managed_resources
+    scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
     prices = load_prices(args.prices) if args.prices else Prices({})
     with contextlib.ExitStack() as stack:
         state = open_state(args, stack, copied=args.dry_run)
@@ -6146,6 +6254,7 @@ def _report(
         causes=fetch_causes(db, scan),
         costs=costs,
         unpriced=unpriced,
+        operators=fetch_operators(db, scan),
         notices=notices,
     )
 
@@ -6609,7 +6718,12 @@ def _find_instance(
     }
     for target, finding in here.items():
         launched = datetime.fromisoformat(finding.launch_time)
-        yield target, Instance(finding.instance_id, finding.state, launched, finding.tags), finding
+        operator = finding.managed_by or ""
+        yield (
+            target,
+            Instance(finding.instance_id, finding.state, launched, finding.tags, managed_by=operator),
+            finding,
+        )
     if not here:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         raise UsageError(

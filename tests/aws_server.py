@@ -376,6 +376,20 @@ def cut_page(answer: ET.Element, size: int) -> tuple[ET.Element, ET.Element | No
     return with_instances(answer, page), with_instances(answer, rest) if rest else None
 
 
+def with_operators(answer: ET.Element, managed: Mapping[str, str], *, hide: bool) -> ET.Element:
+    """Say of each instance of a DescribeInstances answer which service operates it, or leave those out."""
+    if hide:
+        return with_instances(answer, [id_ for id_ in instance_ids(answer) if id_ not in managed])
+    for instance in answer.iterfind("{*}reservationSet/{*}item/{*}instancesSet/{*}item"):
+        principal = managed.get(instance.findtext("{*}instanceId", ""))
+        operator = ET.SubElement(instance, f"{{{namespace(answer)}}}operator")
+        texts = {"managed": "true" if principal else "false", "principal": principal}
+        for name, text in texts.items():
+            if text:
+                ET.SubElement(operator, f"{{{namespace(answer)}}}{name}").text = text
+    return answer
+
+
 def cut_regions(
     answer: ET.Element, params: dict[str, str], opt_in_status: Callable[[str], str]
 ) -> ET.Element:
@@ -601,6 +615,8 @@ class AwsServer:
         self.denied_roles: set[str] = set()
         #: Callers may do what IAM allows them, and nothing else; keys that IAM does not know may do nothing.
         self.checks_permissions = False
+        #: Instances that an AWS service operates, each with its principal; hidden from whoever does not ask for them.
+        self.managed: dict[str, str] = {}
         #: What CloudTrail knows, by account and region, the newest event first.
         self.events: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._faults: list[Fault] = []
@@ -862,7 +878,9 @@ class AwsServer:
                 params["NextToken"] = token.text
         for page in pages[1:]:
             child(pages[0], "reservationSet").extend(child(page, "reservationSet"))
-        return pages[0]
+        return with_operators(
+            pages[0], self.managed, hide=request.params.get("IncludeManagedResources") != "true"
+        )
 
     def _take_page_size(self, request: Request) -> int:
         """Tell how many instances go on the next page."""

@@ -81,7 +81,7 @@ def finding(text="web-1", **more):
         "status": tagcheck.Status.REPEAT, "first_seen": "2025-08-08T10:00:00Z", "last_seen": "2026-02-24T10:30:45Z",
         "times_seen": 9, "times_reopened": 0, "resolved_at": None, "resolution": None, "created_by": text,
         "suggestions": (tagcheck.Suggestion("Owner", text, 0.9, text),), "instance_type": "m5.large", "cause": None,
-        "monthly_cost": 70.08,
+        "monthly_cost": 70.08, "managed_by": None,
     }  # fmt: skip
     return tagcheck.Finding(**fields | more)
 
@@ -98,6 +98,7 @@ def open_findings(total, text="Owner", **more):
         "oldest": [finding(text)],
         "priced": 1,
         "cost_by_tag": [(text, 1234.5), ("Owner", 99.0)],
+        "by_operator": [(text, 4)],
     }
     empty = dict.fromkeys(fields, ()) | {"priced": 0}
     return tagcheck.OpenFindings(total, **(fields if total else empty) | more)
@@ -257,8 +258,8 @@ def test_what_strangers_wrote_stays_text_in_every_place(text):
     assert start in page.card(1)
     assert start in page.card(2)
     assert any(cell.get("title", "").startswith(start) for cell in page.all("td"))
-    heads = page.texts("th", scope="row")  # account, tag, creator, owner, spend
-    assert sum(name.startswith(start) for name in heads) == 5
+    heads = page.texts("th", scope="row")  # account, tag, creator, service, owner, spend
+    assert sum(name.startswith(start) for name in heads) == 6
     cells = {label: [t for t, e in zip(page.texts("td"), page.all("td"), strict=True) if e.get("data-label") == label]
              for label in ("Name", "Lacks", "Probably", "Created by", "What to do", "When", "Exemption", "Why")}  # fmt: skip
     assert {label for label, texts in cells.items() if start not in "".join(texts)} == set()
@@ -454,7 +455,14 @@ def test_the_first_scan_does_not_flatten_the_others():
 
 def test_columns_and_sections_of_which_nothing_is_known_are_left_out():
     bare = finding(created_by=None, suggestions=(), monthly_cost=None)
-    empty = {"by_creator": (), "by_owner": (), "causes": (), "cost_by_tag": (), "priced": 0}
+    empty = {
+        "by_creator": (),
+        "by_owner": (),
+        "causes": (),
+        "cost_by_tag": (),
+        "priced": 0,
+        "by_operator": (),
+    }
     page = Page(dashboard(found=open_findings(9, oldest=[bare], **empty)))
     assert {"Created by", "Probably", "A month"} & set(page.texts("th")) == set()
     titles = page.texts("h2")

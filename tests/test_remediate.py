@@ -43,7 +43,7 @@ def finding(tags, *suggestions, region=REGION, policy=POLICY):
     times = ("2026-02-24T10:30:45Z",) * 2
     return script.Finding(
         *(ACCOUNT_ID, region, "i-00000001", "running", times[0], tags, violations, script.Status.NEW),
-        *(*times, 1, 0, None, None, None, suggestions, None, None, None),
+        *(*times, 1, 0, None, None, None, suggestions, None, None, None, None),
     )
 
 

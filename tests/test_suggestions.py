@@ -69,6 +69,22 @@ def instance(tags, **more):
             },
             ["node_group c/ng", "autoscaling_group web-asg", "launch_template lt-1", "stack shop", "name_prefix web"],
         ),
+        "a node of EKS Auto Mode": (
+            {
+                "eks:eks-cluster-name": "c",
+                "eks:kubernetes-node-class-name": "default",
+                "aws:ec2launchtemplate:id": "lt-1",
+            },
+            ["node_class c/default", "launch_template lt-1"],
+        ),
+        "a node of Karpenter": (
+            {"eks:eks-cluster-name": "c", "karpenter.k8s.aws/ec2nodeclass": "gpu", "karpenter.sh/nodepool": "batch"},
+            ["ec2_node_class c/gpu", "node_pool c/batch"],
+        ),
+        "a managed instance of ECS": (
+            {"aws:ecs:clusterName": "c", "aws:ecs:capacityProviderName": "cp", "aws:ec2launchtemplate:id": "lt-1"},
+            ["capacity_provider c/cp", "launch_template lt-1"],
+        ),
         "a name without a number": ({"Name": "batch"}, ["name_prefix batch"]),
         "a name of a number alone": ({"Name": "42"}, []),
         "separators before the number": ({"Name": "db -_. 7"}, ["name_prefix db"]),
