@@ -56,7 +56,7 @@ from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
+from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
 from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
@@ -772,6 +772,15 @@ class Policy:
         """Return the tags required in a region that the policy covers."""
         return self.regions[region] if region in self.regions else self.regions["*"]
 
+    def includes(self, state: str) -> bool:
+        """Return whether instances in a state are judged; those in a state that AWS added later are."""
+        return state in self.states or is_new_state(state)
+
+
+def is_new_state(state: str) -> bool:
+    """Return whether an instance state is not one that AWS documents today."""
+    return state not in _STATES
+
 
 KeyPath = tuple[str | int, ...]
 
@@ -1453,7 +1462,13 @@ class Prices:
         hourly = self.hourly.get((instance.instance_type, region))
         if hourly is None:
             return None
-        return hourly * HOURS_A_MONTH if instance.state in ("pending", "running") else 0.0
+        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
+        return hourly * HOURS_A_MONTH if runs else 0.0
+
+
+def new_state_notice(state: str) -> str:
+    """Return the notice about an instance state that this version does not know."""
+    return f"The instance state {state[:64]!r} is new to tagcheck, and judged like running"
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
@@ -1615,7 +1630,9 @@ def explain(
         if len(reasons) == 1 and (near or not exemption.holds(now.date())):
             which = f"{policy.file}:{exemption.line} ({exemption.reason})"
             yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
-    if instance.state not in policy.states:
+    if is_new_state(instance.state):
+        yield f"  {new_state_notice(instance.state)}"
+    if not policy.includes(instance.state):
         yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
@@ -2330,7 +2347,9 @@ PARSED = "tagcheck.instances"
 _RESERVATIONS = "/DescribeInstancesResponse/reservationSet"
 _ITEM = f"{_RESERVATIONS}/item/instancesSet/item"
 _TAG = f"{_ITEM}/tagSet/item"
-_TOKEN = "/DescribeInstancesResponse/nextToken"
+_ROOT = "/DescribeInstancesResponse"
+_TOKEN = f"{_ROOT}/nextToken"
+MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
 _LEAVES = frozenset(
     (
         *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
@@ -2366,15 +2385,19 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
     """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
 
     Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError for an instance that is not whole.
+    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
     instances: list[Instance] | None = None
-    path, token = "", ""
+    path, token = "", None
     texts: list[str] = []
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
+    known: dict[str, Instance] = {}
+
+    def refuse(what: str) -> NoReturn:
+        raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
 
     def start(name: str, _: object) -> None:
         nonlocal path, instances
@@ -2383,52 +2406,65 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
             texts.clear()
             parser.CharacterDataHandler = texts.append
         elif path == _RESERVATIONS:
+            if instances is not None:
+                refuse("a second reservationSet")
             instances = []
+        elif (length := len(path)) > MAX_PATH:
+            refuse("elements nested too deeply")
+        elif length - len(name) == len(_ROOT) + 1 and "token" in name.lower():
+            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
 
     def end(name: str) -> None:
         nonlocal path, token, found, tags
         if path == _TOKEN:
+            if token is not None:
+                refuse("a second nextToken")
             token = "".join(texts)
         elif path in _LEAVES:
+            if name in found:
+                refuse(f"a second {name} in an instance or a tag")
             found[name] = "".join(texts)
         elif path == _TAG:
-            tags[sys.intern(found.get("key", ""))] = found.pop("value", "")
+            key = found.pop("key", "")
+            if not key or key in tags:
+                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+            tags[sys.intern(key)] = found.pop("value", "")
         elif path == _ITEM and instances is not None:
             try:
-                instances.append(
-                    _instance(
-                        *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
-                        *(
-                            sys.intern(found.get(key, ""))
-                            for key in ("instanceType", "arn", "subnetId", "vpcId")
-                        ),
-                    )
+                instance = _instance(
+                    *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
+                    *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
                 )
             except (TypeError, ValueError) as error:
-                raise TargetError(
-                    "ForeignAnswer", f"an instance in the answer is not whole: {error}"
-                ) from error
+                refuse(f"an instance in the answer is not whole: {error}")
+            if known.setdefault(instance.instance_id, instance) is instance:
+                instances.append(instance)
+            elif known[instance.instance_id] != instance:
+                refuse(f"the instance {instance.instance_id} twice, and not the same")
             found, tags = {}, {}
         parser.CharacterDataHandler = None
         path = path[: -len(name) - 1]
 
+    parser.StartDoctypeDeclHandler = lambda *_: refuse("a DOCTYPE, as HTML has")
     parser.StartElementHandler = start
     parser.EndElementHandler = end
     for piece in body:
         parser.Parse(piece, False)
     parser.Parse(b"", True)
-    return instances, token
+    return instances, token or ""
 
 
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
-    if not (instance_id and isinstance(state, str)):
+    if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
     except OverflowError as error:
         raise ValueError(f"no time of this world: {launch_time}") from error
+    if launched.year < 1970:
+        raise ValueError(f"launched before EC2: {launch_time}")
     return Instance(instance_id, state, launched, tags, *more)
 
 
@@ -2675,7 +2711,8 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     shown = "standard input" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        answer = json.loads(content)
+        text = content.decode(json.detect_encoding(content))
+        answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
         reservations = answer["Reservations"]
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
@@ -2689,15 +2726,40 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     try:
         for index, reservation in enumerate(_listed(reservations)):
             place = f"Reservations[{index}]"
+            owner = _account_id(_text(reservation, "OwnerId"))
             for number, item in enumerate(_listed(reservation["Instances"])):
                 place = f"Reservations[{index}].Instances[{number}]"
-                zone = item["Placement"]["AvailabilityZone"]
-                target = Target(_account_id(reservation["OwnerId"]), zone_region(zone))
+                target = Target(owner, zone_region(_text(item, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        place = "the end of the list"
+        misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
+        if misspelt:
+            raise ValueError(f"{_shown(misspelt[0])} stands where NextToken should")
+        complete = answer.get("NextToken") is None or not _text(answer, "NextToken")
+    except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{shown}: {place}: {what}") from error
-    return targets, not answer.get("NextToken")
+    return targets, complete
+
+
+def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
+    """Read saved files as one, each instance once, and return the last file that is not whole; raises UsageError."""
+    targets: dict[Target, dict[str, tuple[Instance, str]]] = {}
+    cut = ""
+    for path in paths:
+        loaded, complete = load_instances(path)
+        cut = cut if complete else path
+        for target, instances in loaded.items():
+            known = targets.setdefault(target, {})
+            for instance in instances:
+                other, source = known.setdefault(instance.instance_id, (instance, path))
+                if other != instance:
+                    what = "other tags" if other.tags != instance.tags else "another state or launch"
+                    where = f"twice in {path}" if source == path else f"in {source} and in {path}"
+                    raise UsageError(
+                        f"{instance.instance_id} in {target} is {where}, with {what}: save it again, in one file"
+                    )
+    return {target: [pair[0] for pair in known.values()] for target, known in targets.items()}, cut
 
 
 PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
@@ -2728,17 +2790,47 @@ def load_prices(path: str) -> Prices:
 
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
-    tags = {tag["Key"]: tag["Value"] for tag in _listed(item.get("Tags", []))}
-    if not all(isinstance(text, str) for pair in tags.items() for text in pair):
-        raise TypeError("a tag's key or value is not text")
-    if not re.fullmatch("i-[0-9a-f]+", item["InstanceId"]):
-        raise ValueError(f"{_shown(item['InstanceId'])} is no instance id")
-    profile = item.get("IamInstanceProfile") or {}
-    more = (item.get("InstanceType"), profile.get("Arn"), item.get("SubnetId"), item.get("VpcId"))
-    if not all(isinstance(text, str) for text in more if text is not None):
-        raise TypeError("its InstanceType, IamInstanceProfile, SubnetId or VpcId is not text")
-    texts = (text or "" for text in more)
-    return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags, *texts)
+    tags: dict[str, str] = {}
+    instance_id = _text(item, "InstanceId")
+    if not re.fullmatch("i-[0-9a-f]+", instance_id):
+        raise ValueError(f"{_shown(instance_id)} is no instance id")
+    for tag in _listed(item.get("Tags", [])):
+        key = _text(tag, "Key")
+        if not key or key in tags:
+            raise ValueError(
+                f"it has the tag key {_shown(key)} twice" if key else "it has a tag without a key"
+            )
+        tags[key] = _text(tag, "Value")
+    more = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
+    texts = [_text(item, *path) if item.get(path[0]) is not None else "" for path in more]
+    return _instance(instance_id, _text(item, "State", "Name"), _text(item, "LaunchTime"), tags, *texts)
+
+
+def _text(value: Any, *path: str) -> str:
+    """Return the text at a path of a saved answer; raises KeyError, TypeError or ValueError."""
+    for key in path:
+        if not isinstance(value, dict):
+            raise TypeError(f"{_shown(value)} stands where an object with {key} should")
+        value = value[key]
+    if not isinstance(value, str):
+        raise TypeError(f"its {path[-1]} is {_shown(value)}, not text")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"its {path[-1]} {_shown(value)} holds half a character (a lone surrogate)")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raises ValueError for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {_shown(key)} stands twice in one object")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    """Refuse what Python takes for JSON and nobody else does: NaN and Infinity."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -6019,7 +6111,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
             aws = Aws(args.profile, args.workers, actions)
         readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
         with sighting_errors():
-            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet))
+            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet), notices)
             if aws and args.creators:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
@@ -6388,13 +6480,7 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
     A file says nothing of a region that it has no instance of: that one is not read, unless --region
     says that the files cover it.
     """
-    instances: dict[Target, list[Instance]] = {}
-    cut = ""
-    for path in args.instances:
-        loaded, complete = load_instances(path)
-        for target, found in loaded.items():
-            instances.setdefault(target, []).extend(found)
-        cut = cut if complete else path
+    instances, cut = load_fleet(args.instances)
     covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
     accounts = {
         a for a in {*args.account, *(t.account_id for t in instances)} if covered(a) and _is_chosen(args, a)
@@ -6429,12 +6515,21 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
 
 
 def _collect(
-    db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], prices: Prices, progress: Progress
+    db: sqlite3.Connection,
+    scan: Scan,
+    readings: Iterable[Reading],
+    prices: Prices,
+    progress: Progress,
+    notices: list[str],
 ) -> set[Exemption]:
-    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any."""
+    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any.
+
+    Adds a notice for each instance state that is new.
+    """
     policy = scan.policy
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
+    new_states: set[str] = set()
     usage: Usage = Counter()
     for target, reading in readings:
         if target not in numbers:
@@ -6444,8 +6539,13 @@ def _collect(
                 seen = [
                     judge(target, instance, policy, scan.started_at)
                     for instance in reading
-                    if instance.state in policy.states
+                    if policy.includes(instance.state)
                 ]
+            new_states.update(
+                state
+                for state in {sighting.instance.state for sighting in seen} - new_states
+                if is_new_state(state) and len(new_states) < MAX_NEW_STATES
+            )
             used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
             rules = policy.rules(target.region)
             for sighting in seen:
@@ -6461,9 +6561,13 @@ def _collect(
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
     progress.close()
+    notices += map(new_state_notice, sorted(new_states))
     add_usage(db, usage)
     add_suggestions(db, policy)
     return used
+
+
+MAX_NEW_STATES = 10  # to name in notices
 
 
 @contextlib.contextmanager
@@ -6585,12 +6689,11 @@ def _find_instance(
             known = {finding.target: finding for finding in findings}
             changes += fetch_changes(db, policy.name, args.instance)
     if args.instances:
-        for path in args.instances:
-            for target, instances in load_instances(path)[0].items():
-                for instance in instances:
-                    if instance.instance_id == args.instance and policy.covers(target.region):
-                        yield target, instance, known.get(target)
-                        return
+        for target, instances in load_fleet(args.instances)[0].items():
+            for instance in instances:
+                if instance.instance_id == args.instance and policy.covers(target.region):
+                    yield target, instance, known.get(target)
+                    return
         raise UsageError(
             f"{args.instance} is not in {', '.join(args.instances)}, or in a region that is not covered"
         )

@@ -639,6 +639,35 @@ def test_only_instances_in_the_states_of_the_policy_are_looked_at(
     assert coverage(result)[REGION]["instances"] == len(expected)
 
 
+def in_state(state: str) -> Callable[[bytes], bytes]:
+    """Give an edit that puts instances into a state."""
+    return lambda answer: answer.replace(b"<name>running</name>", f"<name>{state}</name>".encode())
+
+
+def test_state_that_aws_added_later_is_judged_with_a_notice(aws: AwsServer, scan: Scan) -> None:
+    ids = aws.launch(REGION, count=2)
+    scan(REGION, keys={"states": ["running"]}, check=3)
+    aws.fault("edit", action="DescribeInstances", edit=in_state("hibernating&#x9b;"))
+    result = scan(REGION, keys={"states": ["running"]}, check=3)
+    assert found(result) == {REGION: sorted(ids)}
+    assert found(result, "resolved") == {}
+    [notice] = [text for text in result.json("out.json")["notices"] if "hibernating" in text]
+    assert notice.startswith("The instance state 'hibernating\\x9b' is new to tagcheck")
+    explained = ("explain", "--policy", "policy.yaml", ids[0], "--live", "--region", REGION)
+    said = run_tagcheck(*explained, cwd=result.cwd, env=aws.env, check=0).out
+    assert "is new to tagcheck" in said
+    assert "Not looked at" not in said
+
+
+def test_empty_state_is_no_answer_of_ec2(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
+    aws.launch(REGION)
+    scan(REGION, check=3)
+    before = remembered(tmp_path)
+    aws.fault("edit", action="DescribeInstances", edit=in_state(" "))
+    assert errors(scan(REGION, check=4)) == {REGION: "ForeignAnswer"}
+    assert remembered(tmp_path) == before
+
+
 # ---- Reading past botocore: the same instances as it reads -------------------------------------------------
 
 ODD_TAGS = {
@@ -720,6 +749,84 @@ def test_answer_is_read_the_same_in_whatever_pieces_it_comes(piece: int) -> None
     stream = io.BytesIO(xml)
     instances, token = script.parse_instances(iter(lambda: stream.read(piece), b""))
     assert ([i.instance_id for i in instances or []], token) == (["i-0a", "i-0b"], "né&xt")
+
+
+ITEM = (
+    "<item><instanceId>{}</instanceId><instanceState><name>running</name></instanceState>"
+    "<launchTime>2026-02-24T10:30:45.000Z</launchTime><tagSet>{}</tagSet></item>"
+)
+TAG = "<item><key>Owner</key><value>{}</value></item>"
+
+
+def with_items(*items: str, after: str = "") -> bytes:
+    """Write a page of DescribeInstances with these instances, and something after them."""
+    return in_root(
+        f"<reservationSet><item><instancesSet>{''.join(items)}</instancesSet></item></reservationSet>{after}"
+    )
+
+
+def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
+    """Read an answer as a scan does."""
+    return script.parse_instances([xml])
+
+
+@pytest.mark.parametrize(
+    ("xml", "says"),
+    [
+        pytest.param(b"<!DOCTYPE x [<!ENTITY e 'x'>]>" + with_items(), "DOCTYPE", id="DOCTYPE"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", ""), after="<reservationSet/>"),
+            "a second reservationSet",
+            id="two lists",
+        ),
+        pytest.param(
+            with_items(after="<nextToken>a</nextToken><nextToken/>"), "a second nextToken", id="two tokens"
+        ),
+        pytest.param(
+            with_items(after="<NextToken>a</NextToken>"), "<NextToken> in place of", id="capital token"
+        ),
+        pytest.param(
+            with_items(after="<nexttoken>a</nexttoken>"), "<nexttoken> in place of", id="small token"
+        ),
+        pytest.param(
+            with_items(after="<x:nextToken>a</x:nextToken>"), "<x:nextToken> in", id="token of a namespace"
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a", TAG.format("a") + "<item><value>b</value></item>")),
+            "a tag without a key",
+            id="tag without a key",
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a", TAG.format("a") * 2)), "'Owner' twice", id="tag key twice"
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a</instanceId><instanceId>i-0b", "")),
+            "a second instanceId",
+            id="two ids",
+        ),
+        pytest.param(
+            with_items(*(ITEM.format("i-0a", TAG.format(owner)) for owner in ("a", "b"))),
+            "i-0a twice",
+            id="instance twice, with other tags",
+        ),
+        pytest.param(in_root("<a>" * 600 + "</a>" * 600), "nested too deeply", id="nested too deeply"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")), "before EC2", id="launched in 1969"
+        ),
+    ],
+)
+def test_answer_that_cannot_be_ec2s_is_refused(xml: bytes, says: str) -> None:
+    with pytest.raises(script.TargetError, match=says) as caught:
+        parse(xml)
+    assert caught.value.code == "ForeignAnswer"
+    assert "check the network and the proxy" in caught.value.message
+
+
+def test_instance_twice_in_one_answer_with_the_same_tags_is_one() -> None:
+    instances, token = parse(
+        with_items(*[ITEM.format("i-0a", TAG.format("a"))] * 2, after="<nextToken>t</nextToken>")
+    )
+    assert ([instance.instance_id for instance in instances or []], token) == (["i-0a"], "t")
 
 
 # ---- Saved instances ---------------------------------------------------------------------------------------
@@ -894,6 +1001,58 @@ SECOND = "Reservations[0].Instances[1]: "
             id="null as value",
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", InstanceId=7)), SECOND, id="a number as id"),
+        pytest.param(
+            b'{"Reservations": [], "Reservations": []}', "'Reservations' stands twice", id="a key twice"
+        ),
+        pytest.param(
+            json.dumps(saved(item("i-0a"))).replace("{", '{"Tags": [], "Tags": [],', 3).encode(),
+            "'Tags' stands twice",
+            id="a key twice in an instance",
+        ),
+        pytest.param(b'{"Reservations": [], "x": NaN}', "NaN is not JSON", id="NaN"),
+        pytest.param(
+            saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
+        ),
+        pytest.param(
+            saved(item("i-0a"), nextToken="a"), "'nextToken' stands where NextToken", id="small token"
+        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", Placement=[])), SECOND, id="a list as placement"),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", LaunchTime=7)), SECOND + "its LaunchTime", id="a number as time"
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", LaunchTime="0001-01-01T00:00:00Z")),
+            SECOND + "launched",
+            id="year 1",
+        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", IamInstanceProfile="p")), SECOND, id="text as profile"),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Value": "a"}])), SECOND, id="a tag without a key"
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "", "Value": "a"}])),
+            SECOND,
+            id="a tag with an empty key",
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": v} for v in "ab"])),
+            SECOND + "it has the tag key 'Owner' twice",
+            id="a tag key twice",
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": "\ud800"}])),
+            SECOND + "its Value '\\ud800' holds half a character",
+            id="a lone surrogate",
+        ),
+        pytest.param(
+            json.dumps(
+                saved(item("i-0a", Tags=[{"Key": "Owner", "Value": "\ud800"}])), ensure_ascii=False
+            ).encode("utf-8", "surrogatepass"),
+            "is not what",
+            id="a lone surrogate in UTF-8",
+        ),
     ],
 )
 def test_file_that_is_no_saved_answer_is_refused(
@@ -916,6 +1075,25 @@ def test_one_wrong_file_is_a_usage_error_and_nothing_is_recorded(
     assert result.err.startswith("tagcheck: saved1.json is not what")
     assert not (tmp_path / "out.csv").exists()
     assert remembered(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["scan", "explain"])
+def test_files_that_contradict_each_other_are_refused(
+    scan_saved: ScanSaved, tagcheck: Callable[..., Result], command: str
+) -> None:
+    owners = [saved(item("i-0a", Tags=[{"Key": "Owner", "Value": value}])) for value in ("ann", "bob")]
+    result = scan_saved(*owners, check=2)
+    if command == "explain":
+        files = ("--instances", "saved0.json", "--instances", "saved1.json")
+        result = tagcheck("explain", "--policy", "policy.yaml", "i-0a", *files, check=2)
+    assert (
+        "i-0a in 123456789012 us-east-1 is in saved0.json and in saved1.json, with other tags" in result.err
+    )
+
+
+def test_file_that_contradicts_itself_is_refused(scan_saved: ScanSaved) -> None:
+    twice = saved(item("i-0a"), item("i-0a", Tags=[{"Key": "Owner", "Value": "ann"}]))
+    assert "is twice in saved0.json, with other tags" in scan_saved(twice, check=2).err
 
 
 @pytest.mark.parametrize("name", ["none.json", "."], ids=["not there", "a directory"])
