@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import contextvars
 import csv
 import difflib
 import fnmatch
@@ -50,6 +51,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
@@ -417,10 +419,13 @@ _ADVICE = (
      "went on after every retry: run again later, or with fewer --workers"),
     ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
      "the network, the proxy and the region's name"),
-    ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
+    ("ReadTimeoutError CallTimeout", "no answer in time: check the network and run again"),
     ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ForeignAnswer ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
-     "the proxy"),
+    ("ForeignAnswer IncompleteAnswer", "the answer was cut short or is not AWS's: check the network and the proxy"),
+    ("InvalidHeader", "the session token or the access key has a line break or another character that HTTP cannot send: "
+     "copy it again"),
+    ("HTTPClientError", "the HTTP request failed: check the network, the proxy and the AWS configuration"),
+    ("UnknownAccountState", "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
     ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
      "retry: run again later"),
 )  # fmt: skip
@@ -2079,10 +2084,40 @@ NETWORK_PAUSES = (3.0,)
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 WRITE_ACTIONS = ("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
 CREATOR_ACTIONS = ("cloudtrail:LookupEvents",)
+REGION_NAME = "[a-z]+(?:-[a-z]+)+-[0-9]+"
+
+# Of one call with all that the SDK tries: five time-outs of a minute, and the pauses between them.
+CALL_SECONDS = 400.0
 
 NO_CONNECTION = frozenset(
-    "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError".split()
+    (
+        *("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ProxyConnectionError"),
+        *("ReadTimeoutError", "CallTimeout"),
+    )
 )
+
+# The account that requests are signed for, and its credentials; None is for the caller's own.
+_ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
+
+Returned = TypeVar("Returned")
+
+
+def within(seconds: float, function: Callable[[], Returned]) -> Returned:
+    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
+
+    A time-out of sockets begins again with each byte, and so does not end an answer that trickles. The function
+    runs in a daemon thread, which is left behind then: Python cannot stop it, and it must not keep a run alive.
+    """
+    future: Future[Returned] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    return future.result(seconds)
 
 
 class Aws:
@@ -2116,7 +2151,6 @@ class Aws:
         self._called_at: dict[tuple[str, str], float] = {}
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
-        self._entered = threading.local()
         self._credentials: dict[str, Any] = {}  # of each account; None where they are the caller's own
 
     def client(self, service: str, region: str) -> Any:
@@ -2139,27 +2173,27 @@ class Aws:
             return self._clients[service, region]
 
     def _sign(self, request: Any, region_name: str = "", **_: object) -> None:
-        """Have botocore sign a request for the account that this thread has entered, when its time has come.
+        """Have botocore sign a request for the account that was entered, when its time has come.
 
         A request that botocore repeats is signed again, so that repetitions are paced as well.
         """
+        account_id, credentials = _ENTERED.get()
         if self._interval:
-            place = self._entered.account_id, region_name
+            place = account_id, region_name
             due = self._called_at.get(place, -math.inf) + self._interval
             time.sleep(max(0.0, due - time.monotonic()))
             self._called_at[place] = time.monotonic()
-        credentials = getattr(self._entered, "credentials", None)
         if credentials:
             request.context.setdefault("signing", {})["request_credentials"] = credentials
 
     @contextlib.contextmanager
     def account(self, account_id: str) -> Iterator[None]:
         """Sign this thread's requests to EC2 and CloudTrail for an account that was entered before."""
-        self._entered.account_id, self._entered.credentials = account_id, self._credentials[account_id]
+        _ENTERED.set((account_id, self._credentials[account_id]))
         try:
             yield
         finally:
-            self._entered.credentials = None
+            _ENTERED.set(("", None))
 
     def enter_own(self, account_id: str) -> None:
         """Let the caller's own account be read with the caller's own credentials."""
@@ -2182,60 +2216,107 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            try:
-                credentials = call_aws(sts, "AssumeRole", **arguments)["Credentials"]
-                return {
-                    "access_key": credentials["AccessKeyId"],
-                    "secret_key": credentials["SecretAccessKey"],
-                    "token": credentials["SessionToken"],
-                    "expiry_time": credentials["Expiration"].isoformat(),
-                }
-            except KeyError as error:
-                raise target_error("ForeignAnswer", f"no {error}", "sts:AssumeRole") from error
+            credentials = call_aws(sts, "AssumeRole", **arguments).get("Credentials", {})
+            names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+            for name in names:
+                if not credentials.get(name):
+                    raise target_error("ForeignAnswer", f"no {name}", "sts:AssumeRole")
+            access_key, secret_key, token, expires = (credentials[name] for name in names)
+            if not expires.tzinfo or not 1970 < expires.year < 9999:
+                raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
+            keys = {"access_key": access_key, "secret_key": secret_key, "token": token}
+            return keys | {"expiry_time": expires.isoformat()}
 
         refreshable = botocore.credentials.RefreshableCredentials
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
 def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
-    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError.
+    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
 
     The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here.
     """
     import botocore
-    import botocore.exceptions
-    import botocore.parsers
 
     method = getattr(client, botocore.xform_name(operation))
     name = f"{client.meta.service_model.service_name}:{operation}"
     for pause in (*NETWORK_PAUSES, None):
         try:
-            return method(**arguments)
-        except (
-            botocore.exceptions.ConnectionError,
-            botocore.exceptions.HTTPClientError,
-            botocore.exceptions.IncompleteReadError,
-            botocore.parsers.ResponseParserError,
-        ) as error:
-            if pause is None:
-                raise target_error(type(error).__name__, str(error), name) from error
-            LOG.debug("%s: %s; trying again in %.0f s", name, type(error).__name__, pause)
+            return within(CALL_SECONDS, lambda: method(**arguments))
+        except TagcheckError:
+            raise
+        except Exception as error:
+            failure = failure_of(error)
+            if not failure.passes or pause is None:
+                raise target_error(failure.code, failure.message, name) from error
+            LOG.debug("%s: %s; trying again in %.0f s", name, failure.code, pause)
             time.sleep(pause)
-        except botocore.exceptions.ClientError as error:
+
+
+class Failure(NamedTuple):
+    """Why a call failed: AWS's code or ours, what was said of it, and whether it may pass by itself."""
+
+    code: str
+    message: str
+    passes: bool = False
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return why a call of AWS failed; raises CredentialsError, and the error itself if it is of nothing known.
+
+    The codes are the same with all versions of botocore and urllib3.
+    """
+    import botocore.exceptions as exceptions
+    import botocore.parsers
+
+    code = type(error).__name__
+    match error:
+        case exceptions.ClientError():
             answer = error.response.get("Error", {})
-            code, message = answer.get("Code") or "ForeignAnswer", answer.get("Message") or ""
-            raise target_error(code, message, name) from error
-        except KeyError as error:  # botocore looks for the answer's own element in whatever XML there is
-            raise target_error("ForeignAnswer", f"no {error}", name) from error
-        except RuntimeError as error:  # of credentials that were renewed, and have expired already
-            raise target_error("ExpiredToken", str(error), name) from error
-        except botocore.exceptions.NoCredentialsError as error:
+            code, message = answer.get("Code"), answer.get("Message")
+            known = isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code)
+            return Failure(code if known else "ForeignAnswer", message if isinstance(message, str) else "")
+        case (
+            exceptions.IncompleteReadError()
+            | exceptions.ResponseStreamingError()
+            | exceptions.FlexibleChecksumError()
+        ):
+            return Failure("IncompleteAnswer", "", passes=True)
+        case exceptions.ConnectionError() | exceptions.HTTPClientError():
+            if code in NO_CONNECTION or code == "SSLError":
+                return Failure(code, str(error), passes=True)
+            # Its text may repeat a header, and with it the session token: only its kind may be printed.
+            cause = type(error.kwargs.get("error"))
+            if cause in (ValueError, UnicodeEncodeError):  # of http.client, before anything is sent
+                return Failure("InvalidHeader", "")
+            return Failure("HTTPClientError", f"{code}, {cause.__name__}", passes=True)
+        case exceptions.NoCredentialsError():
             raise CredentialsError(
                 "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
                 "the machine a role"
             ) from error
-        except botocore.exceptions.BotoCoreError as error:
+        case exceptions.BotoCoreError():
             raise CredentialsError(f"the AWS credentials cannot be used: {error}") from error
+        case TimeoutError():
+            return Failure("CallTimeout", "the answer did not come to its end")
+        # From here on these are Python's own, which botocore's parsers raise for answers of another form.
+        case botocore.parsers.ResponseParserError() | ValueError() | RecursionError():
+            return Failure("IncompleteAnswer", f"{code}: {error}", passes=True)
+        case KeyError():
+            return Failure("ForeignAnswer", f"no {error}")
+        case LookupError() | TypeError() | AttributeError() | ArithmeticError():
+            return Failure("ForeignAnswer", f"{code}: {error}")
+        case RuntimeError():  # of credentials that were renewed, and have expired already
+            return Failure("ExpiredToken", str(error))
+    raise error
+
+
+def next_token(page: Mapping[str, Any], operation: str) -> str:
+    """Return the token of the next page, "" after the last; raises TargetError."""
+    token = page.get("NextToken") or ""
+    if not isinstance(token, str):
+        raise target_error("ForeignAnswer", f"a NextToken that is {type(token).__name__}", operation)
+    return token
 
 
 def target_error(code: str, aws_message: str, operation: str) -> TargetError:
@@ -2266,11 +2347,17 @@ def describe_caller(sts: Any) -> tuple[str, str, str]:
     """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
-        return str(answer["Account"]), str(answer["Arn"]).split(":")[1], str(answer["Arn"])
     except TargetError as error:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
-    except (KeyError, IndexError) as error:
-        raise CredentialsError("the answer is not AWS's: check the network and the proxy") from error
+    account_id, arn = str(answer.get("Account")), str(answer.get("Arn"))
+    partition = re.match("arn:(aws[a-z-]*):", arn)
+    if not partition or not re.fullmatch("[0-9]{12}", account_id):
+        raise CredentialsError("the answer is not AWS's: check the network and the proxy")
+    return account_id, partition[1], arn
+
+
+# The states in which an account has no instances to scan (Organizations API reference, Account).
+INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLOSED"))
 
 
 def describe_accounts(organizations: Any) -> dict[str, str]:
@@ -2285,8 +2372,10 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
         for _ in range(MAX_PAGES):
             page = call_aws(organizations, "ListAccounts", **({"NextToken": token} if token else {}))
             for account in page["Accounts"]:
-                states[account["Id"]] = account.get("State") or account["Status"]
-            token = page.get("NextToken", "")
+                id_, state = _account_id(account["Id"]), account.get("State") or account["Status"]
+                if not isinstance(state, str) or states.setdefault(id_, state) != state:
+                    raise ValueError(f"{id_} has the state {_shown(state)}, and {_shown(states.get(id_))}")
+            token = next_token(page, "organizations:ListAccounts")
             if not token and not states:
                 raise KeyError("account")
             if not token:
@@ -2296,9 +2385,10 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
             f"the accounts of the organization cannot be listed: {error} (it takes the management account, or one "
             "that it delegates to)"
         ) from error
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
         raise CredentialsError(
-            f"the list of accounts has no {error}: the answer is not that of Organizations, or its format has changed"
+            f"the list of accounts {what}: the answer is not that of Organizations, or its format has changed"
         ) from error
     raise CredentialsError("the list of accounts does not end: run again, and tell AWS")
 
@@ -2312,6 +2402,9 @@ def describe_regions(client: Any) -> list[str]:
         raise target_error("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
     if not enabled:
         raise target_error("ForeignAnswer", "no region at all", "ec2:DescribeRegions")
+    for name in enabled:
+        if not re.fullmatch(REGION_NAME, name):  # it becomes part of a host's name
+            raise target_error("ForeignAnswer", f"a region {name!r}", "ec2:DescribeRegions")
     return sorted(enabled)
 
 
@@ -2395,6 +2488,7 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
     known: dict[str, Instance] = {}
+    longest, under_root = MAX_PATH, len(_ROOT) + 1
 
     def refuse(what: str) -> NoReturn:
         raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
@@ -2409,9 +2503,9 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
             if instances is not None:
                 refuse("a second reservationSet")
             instances = []
-        elif (length := len(path)) > MAX_PATH:
+        elif (length := len(path)) > longest:
             refuse("elements nested too deeply")
-        elif length - len(name) == len(_ROOT) + 1 and "token" in name.lower():
+        elif length - len(name) == under_root and "token" in name.lower():
             refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
 
     def end(name: str) -> None:
@@ -2469,6 +2563,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
 
 
 CLOUDTRAIL_DAYS = 90  # that CloudTrail keeps events
+LAST_LAUNCH = datetime(9999, 1, 1, tzinfo=UTC)  # to look up: Python knows no later year than that
 LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second of an account and region (its API reference)
 MAX_EVENT_PAGES = 10
 
@@ -2485,8 +2580,8 @@ def describe_creators(
     next_call = 0.0
     while waiting:
         instance_id = next(iter(waiting))
-        around = {"StartTime": waiting[instance_id] - timedelta(minutes=10)}
-        around |= {"EndTime": waiting[instance_id] + timedelta(minutes=10)}
+        launched = min(waiting[instance_id], LAST_LAUNCH)
+        around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
         made: list[tuple[str, str]] = []
         # To start a stopped instance renews its launch time: then any time will do.
         for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
@@ -2498,12 +2593,11 @@ def describe_creators(
                     return
                 by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
                 page = call_aws(client, "LookupEvents", LookupAttributes=by_id, **window, **token)
-                try:
-                    made = [pair for event in page["Events"] for pair in creators_of(event)]
-                except (KeyError, TypeError, ValueError) as error:
-                    message = f"an event is not whole: {error}"
-                    raise target_error("ForeignAnswer", message, "cloudtrail:LookupEvents") from error
-                token = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
+                if "Events" not in page:
+                    raise target_error("ForeignAnswer", "no Events", "cloudtrail:LookupEvents")
+                made = [pair for event in page["Events"] for pair in creators_of(event)]
+                following = next_token(page, "cloudtrail:LookupEvents")
+                token = {"NextToken": following} if following else {}
                 if made or not token:
                     break
         nobody = (instance_id, f"{UNKNOWN}CloudTrail has no RunInstances of it)")
@@ -2512,34 +2606,49 @@ def describe_creators(
             yield [nobody]
 
 
-def creators_of(event: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return each instance that an event of CloudTrail made, and who made it; raises KeyError, ValueError."""
-    detail = json.loads(event["CloudTrailEvent"])
-    if event.get("EventName") != "RunInstances" or detail.get("errorCode"):
+def creators_of(event: Any) -> list[tuple[str, str]]:
+    """Return each instance that an event of CloudTrail made, and who made it; the event may be of any JSON."""
+    resources = event.get("Resources") if isinstance(event, Mapping) else None
+    ids = [
+        text_at(item, "ResourceName")
+        for item in (resources if isinstance(resources, list) else ())
+        if text_at(item, "ResourceType") == "AWS::EC2::Instance"
+    ]
+    if text_at(event, "EventName") != "RunInstances":
         return []
-    resources = event.get("Resources", ())
-    ids = [item["ResourceName"] for item in resources if item.get("ResourceType") == "AWS::EC2::Instance"]
-    who = creator_name(detail.get("userIdentity") or {})
+    try:
+        detail = json.loads(text_at(event, "CloudTrailEvent"))
+    except (ValueError, RecursionError):
+        return [(instance_id, f"{UNKNOWN}the event cannot be read)") for instance_id in ids]
+    if isinstance(detail, Mapping) and detail.get("errorCode"):
+        return []
+    who = creator_name(detail.get("userIdentity") if isinstance(detail, Mapping) else None)
     return [(instance_id, who) for instance_id in ids]
 
 
-def creator_name(identity: Mapping[str, Any]) -> str:
+def creator_name(identity: Any) -> str:
     """Return who a userIdentity of CloudTrail is (its user guide, CloudTrail userIdentity element)."""
-    arn = str(identity.get("arn") or "")
-    issuer = (identity.get("sessionContext") or {}).get("sessionIssuer") or {}
-    role, session = str(issuer.get("userName") or ""), arn.rpartition("/")[2]
-    service = str(identity.get("invokedBy") or "")
+    arn = text_at(identity, "arn")
+    role, session = text_at(identity, "sessionContext", "sessionIssuer", "userName"), arn.rpartition("/")[2]
+    service, kind = text_at(identity, "invokedBy"), text_at(identity, "type")
     if service.endswith(".amazonaws.com") or role.startswith("AWSServiceRoleFor"):
         by = service.removesuffix(".amazonaws.com") or role.removeprefix("AWSServiceRoleFor")
         return f"{by} (automation)"
     if role.startswith("AWSReservedSSO_"):
         return f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})"
-    if identity.get("type") == "AssumedRole":
-        return f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or arn
-    if identity.get("type") == "Root":
-        return f"root of {identity.get('accountId', 'the account')}"
-    known = identity.get("userName") or arn or identity.get("principalId")
-    return str(known or f"{UNKNOWN}the event names nobody)")
+    known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
+    if kind == "AssumedRole":
+        known = f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or known
+    elif kind == "Root":
+        return f"root of {text_at(identity, 'accountId') or 'the account'}"
+    return known or f"{UNKNOWN}the event names nobody)"
+
+
+def text_at(value: Any, *path: str) -> str:
+    """Return the text at a path of keys in JSON of any shape; "" where there is none."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 # EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
@@ -2849,7 +2958,7 @@ def _account_id(text: Any) -> str:
 
 def zone_region(zone: str) -> str:
     """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
-    match = re.match(r"[a-z]+(?:-[a-z]+)+-[0-9]+", zone)
+    match = re.match(REGION_NAME, zone)
     if not match:
         raise ValueError(f"{_shown(zone)} is no availability zone")
     return match[0]
@@ -3144,6 +3253,7 @@ class LocalState:
 
 S3_TRIES = 40
 S3_DAMAGED_DOWNLOADS = 2  # that may be the network's fault; then it is the state that is damaged
+S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
@@ -3246,12 +3356,12 @@ class S3State:
         """
         import botocore.exceptions as exceptions
 
+        call = operation if callable(operation) else getattr(self._s3, operation)
+        given = {} if callable(operation) else self._object | arguments
         try:
-            if callable(operation):
-                return operation()
-            return getattr(self._s3, operation)(**self._object, **arguments)
+            return within(S3_SECONDS, lambda: call(**given))
         except exceptions.ClientError as error:
-            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message") or ""
+            code, message, _ = failure_of(error)
             if code == "NoSuchKey":
                 return None
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -3263,14 +3373,15 @@ class S3State:
                 "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
             }.get(code, ADVICE.get(code, "check --state"))
             raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
-        except (
-            exceptions.ConnectionError,
-            exceptions.HTTPClientError,
-            exceptions.IncompleteReadError,
-        ) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
-        except exceptions.BotoCoreError as error:
-            raise StateError(f"the state {self.name}: {error}") from error
+        except Exception as error:
+            try:
+                code, message, passes = failure_of(error)
+            except CredentialsError as unusable:
+                raise StateError(f"the state {self.name}: {unusable}") from error
+            if passes:
+                raise _PassingError(f"{code}: {message}" if message else code) from error
+            advice = ADVICE.get(code, "check --state")
+            raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
 
 
 State = LocalState | S3State
@@ -5887,15 +5998,17 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
     import http.client
     import urllib.error
 
+    def ask() -> tuple[int, str, str]:
+        try:
+            with opener.open(request, timeout=SLACK_SECONDS) as answer:
+                return answer.status, "", ""
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(100).decode(errors="replace")
+                return error.code, said, error.headers.get("Retry-After", "")
+
     try:
-        with time_limit(SLACK_SECONDS):  # a time-out of sockets begins anew with each byte
-            try:
-                with opener.open(request, timeout=SLACK_SECONDS) as answer:
-                    return answer.status, "", ""
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = error.read(100).decode(errors="replace")
-                    return error.code, said, error.headers.get("Retry-After", "")
+        return within(SLACK_SECONDS, ask)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
@@ -6109,7 +6222,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         if not args.instances:
             actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
             aws = Aws(args.profile, args.workers, actions)
-        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
+        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy, notices)
         with sighting_errors():
             used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet), notices)
             if aws and args.creators:
@@ -6350,6 +6463,9 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
 
     def enter(account_id: str) -> Iterator[list[str]]:
+        if accounts[account_id] != "ACTIVE":
+            message = f"Organizations says {accounts[account_id]!r}"
+            raise target_error("UnknownAccountState", message, "organizations:ListAccounts")
         if policy.accounts is None or account_id == caller:
             aws.enter_own(account_id)
         else:
@@ -6360,7 +6476,7 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
                 yield sorted(set(describe_regions(aws.client("ec2", home))) - set(named))
 
     targets: list[Target] = []
-    for account_id, regions in read_in_parallel(accounts, enter, args.workers):
+    for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
         if isinstance(regions, list):
             targets += [Target(account_id, region) for region in regions]
         elif regions:
@@ -6395,8 +6511,11 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 
 def _accounts_in_scope(
     args: argparse.Namespace, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
-) -> list[str]:
-    """Return the accounts to scan; adds a notice for each that is not active. Raises UsageError."""
+) -> dict[str, str]:
+    """Return the accounts to scan with their states; adds a notice for each that is left out as inactive.
+
+    Raises UsageError, and TagcheckError where all are inactive.
+    """
     if policy.accounts is None:
         found = {caller: "ACTIVE"}
     elif policy.accounts.organization:
@@ -6409,7 +6528,7 @@ def _accounts_in_scope(
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no account to scan: see ids and exclude")
     for account_id in args.account:
-        if in_scope.get(account_id, "ACTIVE") != "ACTIVE":
+        if in_scope.get(account_id) in INACTIVE:
             raise UsageError(f"--account {account_id}: it is {in_scope[account_id]}")
         if account_id not in in_scope:
             raise UsageError(
@@ -6417,9 +6536,23 @@ def _accounts_in_scope(
             )
     chosen = {id_: state for id_, state in in_scope.items() if _is_chosen(args, id_)}
     notices += [
-        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state != "ACTIVE"
+        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state in INACTIVE
     ]
-    return sorted(id_ for id_, state in chosen.items() if state == "ACTIVE")
+    active = {id_: state for id_, state in chosen.items() if state not in INACTIVE}
+    if not active and args.shard == (1, 1):
+        raise TagcheckError(
+            f"no account to scan: of the {counted(len(chosen), 'account')} in scope none is active "
+            f"({', '.join(sorted(set(chosen.values())))}): see the policy's accounts"
+        )
+    if not active:
+        notices.append(_empty_share(args))
+    return active
+
+
+def _empty_share(args: argparse.Namespace) -> str:
+    """Return the notice that --shard leaves nothing to scan."""
+    part, parts = args.shard
+    return f"--shard {part}/{parts} has no account to scan: nothing was read in this run"
 
 
 def _is_chosen(args: argparse.Namespace, account_id: str) -> bool:
@@ -6474,7 +6607,7 @@ def read_in_parallel(
         yield job, reading
 
 
-def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
+def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> Iterator[Reading]:
     """Yield what saved files hold of every target in scope.
 
     A file says nothing of a region that it has no instance of: that one is not read, unless --region
@@ -6482,14 +6615,15 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
     """
     instances, cut = load_fleet(args.instances)
     covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
-    accounts = {
-        a for a in {*args.account, *(t.account_id for t in instances)} if covered(a) and _is_chosen(args, a)
-    }
+    in_scope = {a for a in {*args.account, *(t.account_id for t in instances)} if covered(a)}
+    accounts = {a for a in in_scope if _is_chosen(args, a)}
     named = set(args.region) or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in accounts for region in named}
     if not args.region:
         targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
-    if not targets:
+    if in_scope and not accounts and args.shard != (1, 1):
+        notices.append(_empty_share(args))
+    elif not targets:
         raise UsageError(
             "the files hold no instance, so of what account they are is not known: say it with --account"
         )

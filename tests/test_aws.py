@@ -5,9 +5,13 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +24,7 @@ from typing import Any
 import boto3
 import pytest
 from aws_server import ACCOUNT_ID, EC2_NAMESPACE, IMAGE_ID, AwsServer, Request
-from conftest import Result, run_tagcheck
+from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 from moto import mock_aws
 
 import tagcheck as script
@@ -190,7 +194,7 @@ TROUBLES = {
     "portal that answers 403": Trouble(body(PORTAL, 403), "ForeignAnswer", ("network", "proxy")),
     "portal that redirects": Trouble(body(PORTAL, 302), "ForeignAnswer", ("network", "proxy")),
     "bad gateway for ever": Trouble(body(PORTAL, 502), "502", ("run again",), 5),
-    "HTML that is no XML": Trouble(body(LOGIN), "ResponseParserError", ("proxy",), 3),
+    "HTML that is no XML": Trouble(body(LOGIN), "ForeignAnswer", ("DOCTYPE", "proxy")),
     "XML of somebody else": Trouble(body(b"<x/>"), "ForeignAnswer", ("proxy",)),
     "answer of another operation": Trouble(
         body(in_root("<regionInfo/>").replace(b"Instances", b"Regions")), "ForeignAnswer", ("proxy",)
@@ -199,18 +203,18 @@ TROUBLES = {
     "instance without its launch time": Trouble(
         body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("is not whole",)
     ),
-    "no body": Trouble(body(b""), "ResponseParserError", ("cut short",), 3),
-    "JSON": Trouble(body(b"{}"), "ResponseParserError", ("cut short",), 3),
-    "cut short for ever": Trouble({"kind": "truncate"}, "ResponseParserError", ("cut short",), 3),
+    "no body": Trouble(body(b""), "IncompleteAnswer", ("cut short",), 3),
+    "JSON": Trouble(body(b"{}"), "IncompleteAnswer", ("cut short",), 3),
+    "cut short for ever": Trouble({"kind": "truncate"}, "IncompleteAnswer", ("cut short",), 3),
     "dropped for ever": Trouble({"kind": "drop"}, "ConnectionClosedError", ("no connection",), 15),
-    "connection ends in the answer": Trouble({"kind": "cut"}, "IncompleteReadError", ("cut short",), 15),
+    "connection ends in the answer": Trouble({"kind": "cut"}, "IncompleteAnswer", ("cut short",), 15),
     "hostile message": Trouble(
         error(403, "UnauthorizedOperation", HOSTILE),
         "UnauthorizedOperation",
         (r"first\nForged: line\x9b31m\u202e",),
     ),
     "hostile message that is no XML": Trouble(
-        error(403, "UnauthorizedOperation", "\x1b[2Jgone"), "ResponseParserError", ("cut short",), 3
+        error(403, "UnauthorizedOperation", "\x1b[2Jgone"), "IncompleteAnswer", ("cut short",), 3
     ),
 }
 RECOVERIES = {
@@ -397,6 +401,41 @@ def test_answer_that_does_not_come_in_time_is_asked_for_again_and_then_an_error(
         script.call_aws(client, "DescribeInstances")
     assert caught.value.code == "ReadTimeoutError"
     assert fault.hits == 1 + len(script.NETWORK_PAUSES) > 1
+
+
+def test_answer_that_trickles_is_not_waited_for_to_its_end(
+    aws: AwsServer, scan: Scan, tmp_path: Path
+) -> None:
+    regions = (REGION, "eu-west-1", "us-west-2")
+    for region in regions:
+        aws.launch(region)
+    scan(*regions, check=3)
+    before = remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1")
+    aws.fault("trickle", action="DescribeInstances", region=REGION, seconds=0.2)
+    aws.fault("trickle", action="DescribeInstances", region="eu-west-1", seconds=0.2, in_headers=True)
+    impatient = script_with(tmp_path, CALL_SECONDS=2.0)
+    result = scan(*regions, script=impatient, check=4, timeout=30)
+    assert errors(result) == {REGION: "CallTimeout", "eu-west-1": "CallTimeout", "us-west-2": None}
+    assert "check the network" in coverage(result)[REGION]["error"]["message"]
+    assert remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1") == before
+    aws.fault("trickle", action="GetCallerIdentity", seconds=0.2)
+    assert "CallTimeout" in scan(REGION, script=impatient, check=5, timeout=30).err
+
+
+def test_interrupt_ends_a_scan_that_waits_for_its_first_answer(aws: AwsServer, tmp_path: Path) -> None:
+    fault = aws.fault("trickle", action="GetCallerIdentity", seconds=0.2, in_headers=True)
+    command = [sys.executable, str(TAGCHECK), "scan", "--policy", str(write_policy(tmp_path, REGION))]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environment(tmp_path) | aws.env, stderr=subprocess.PIPE
+    ) as run:
+        for _ in range(300):
+            if fault.hits:
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130
+        assert run.stderr is not None
+        assert b"interrupted; nothing was recorded" in run.stderr.read()
 
 
 # ---- Whose credentials these are ---------------------------------------------------------------------------
