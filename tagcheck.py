@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import contextvars
 import csv
 import difflib
 import fnmatch
@@ -50,13 +51,14 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal, NamedTuple, Self, TypeVar
+from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
 from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
@@ -419,10 +421,13 @@ _ADVICE = (
      "went on after every retry: run again later, or with fewer --workers"),
     ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
      "the network, the proxy and the region's name"),
-    ("ReadTimeoutError ResponseStreamingError", "no answer in time: check the network and run again"),
+    ("ReadTimeoutError CallTimeout", "no answer in time: check the network and run again"),
     ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ForeignAnswer ResponseParserError IncompleteReadError", "the answer was cut short or is not AWS's: check the network and "
-     "the proxy"),
+    ("ForeignAnswer IncompleteAnswer", "the answer was cut short or is not AWS's: check the network and the proxy"),
+    ("InvalidHeader", "the session token or the access key has a line break or another character that HTTP cannot send: "
+     "copy it again"),
+    ("HTTPClientError", "the HTTP request failed: check the network, the proxy and the AWS configuration"),
+    ("UnknownAccountState", "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
     ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
      "retry: run again later"),
 )  # fmt: skip
@@ -781,6 +786,15 @@ class Policy:
     def rules(self, region: str) -> tuple[RequiredTag, ...]:
         """Return the tags required in a region that the policy covers."""
         return self.regions[region] if region in self.regions else self.regions["*"]
+
+    def includes(self, state: str) -> bool:
+        """Return whether instances in a state are judged; those in a state that AWS added later are."""
+        return state in self.states or is_new_state(state)
+
+
+def is_new_state(state: str) -> bool:
+    """Return whether an instance state is not one that AWS documents today."""
+    return state not in _STATES
 
 
 KeyPath = tuple[str | int, ...]
@@ -1464,7 +1478,13 @@ class Prices:
         hourly = self.hourly.get((instance.instance_type, region))
         if hourly is None:
             return None
-        return hourly * HOURS_A_MONTH if instance.state in ("pending", "running") else 0.0
+        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
+        return hourly * HOURS_A_MONTH if runs else 0.0
+
+
+def new_state_notice(state: str) -> str:
+    """Return the notice about an instance state that this version does not know."""
+    return f"The instance state {state[:64]!r} is new to tagcheck, and judged like running"
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
@@ -1627,7 +1647,9 @@ def explain(
         if len(reasons) == 1 and (near or not exemption.holds(now.date())):
             which = f"{policy.file}:{exemption.line} ({exemption.reason})"
             yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
-    if instance.state not in policy.states:
+    if is_new_state(instance.state):
+        yield f"  {new_state_notice(instance.state)}"
+    if not policy.includes(instance.state):
         yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
@@ -2091,10 +2113,40 @@ NETWORK_PAUSES = (3.0,)
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 WRITE_ACTIONS = ("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
 CREATOR_ACTIONS = ("cloudtrail:LookupEvents",)
+REGION_NAME = "[a-z]+(?:-[a-z]+)+-[0-9]+"
+
+# Of one call with all that the SDK tries: five time-outs of a minute, and the pauses between them.
+CALL_SECONDS = 400.0
 
 NO_CONNECTION = frozenset(
-    "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError".split()
+    (
+        *("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ProxyConnectionError"),
+        *("ReadTimeoutError", "CallTimeout"),
+    )
 )
+
+# The account that requests are signed for, and its credentials; None is for the caller's own.
+_ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
+
+Returned = TypeVar("Returned")
+
+
+def within(seconds: float, function: Callable[[], Returned]) -> Returned:
+    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
+
+    A time-out of sockets begins again with each byte, and so does not end an answer that trickles. The function
+    runs in a daemon thread, which is left behind then: Python cannot stop it, and it must not keep a run alive.
+    """
+    future: Future[Returned] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    return future.result(seconds)
 
 
 class Aws:
@@ -2128,7 +2180,6 @@ class Aws:
         self._called_at: dict[tuple[str, str], float] = {}
         self._clients: dict[tuple[str, str], Any] = {}
         self._making = threading.Lock()  # clients may be shared by threads, sessions may not
-        self._entered = threading.local()
         self._credentials: dict[str, Any] = {}  # of each account; None where they are the caller's own
 
     def client(self, service: str, region: str) -> Any:
@@ -2151,27 +2202,27 @@ class Aws:
             return self._clients[service, region]
 
     def _sign(self, request: Any, region_name: str = "", **_: object) -> None:
-        """Have botocore sign a request for the account that this thread has entered, when its time has come.
+        """Have botocore sign a request for the account that was entered, when its time has come.
 
         A request that botocore repeats is signed again, so that repetitions are paced as well.
         """
+        account_id, credentials = _ENTERED.get()
         if self._interval:
-            place = self._entered.account_id, region_name
+            place = account_id, region_name
             due = self._called_at.get(place, -math.inf) + self._interval
             time.sleep(max(0.0, due - time.monotonic()))
             self._called_at[place] = time.monotonic()
-        credentials = getattr(self._entered, "credentials", None)
         if credentials:
             request.context.setdefault("signing", {})["request_credentials"] = credentials
 
     @contextlib.contextmanager
     def account(self, account_id: str) -> Iterator[None]:
         """Sign this thread's requests to EC2 and CloudTrail for an account that was entered before."""
-        self._entered.account_id, self._entered.credentials = account_id, self._credentials[account_id]
+        _ENTERED.set((account_id, self._credentials[account_id]))
         try:
             yield
         finally:
-            self._entered.credentials = None
+            _ENTERED.set(("", None))
 
     def enter_own(self, account_id: str) -> None:
         """Let the caller's own account be read with the caller's own credentials."""
@@ -2194,60 +2245,107 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            try:
-                credentials = call_aws(sts, "AssumeRole", **arguments)["Credentials"]
-                return {
-                    "access_key": credentials["AccessKeyId"],
-                    "secret_key": credentials["SecretAccessKey"],
-                    "token": credentials["SessionToken"],
-                    "expiry_time": credentials["Expiration"].isoformat(),
-                }
-            except KeyError as error:
-                raise target_error("ForeignAnswer", f"no {error}", "sts:AssumeRole") from error
+            credentials = call_aws(sts, "AssumeRole", **arguments).get("Credentials", {})
+            names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+            for name in names:
+                if not credentials.get(name):
+                    raise target_error("ForeignAnswer", f"no {name}", "sts:AssumeRole")
+            access_key, secret_key, token, expires = (credentials[name] for name in names)
+            if not expires.tzinfo or not 1970 < expires.year < 9999:
+                raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
+            keys = {"access_key": access_key, "secret_key": secret_key, "token": token}
+            return keys | {"expiry_time": expires.isoformat()}
 
         refreshable = botocore.credentials.RefreshableCredentials
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
 def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
-    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError.
+    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
 
     The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here.
     """
     import botocore
-    import botocore.exceptions
-    import botocore.parsers
 
     method = getattr(client, botocore.xform_name(operation))
     name = f"{client.meta.service_model.service_name}:{operation}"
     for pause in (*NETWORK_PAUSES, None):
         try:
-            return method(**arguments)
-        except (
-            botocore.exceptions.ConnectionError,
-            botocore.exceptions.HTTPClientError,
-            botocore.exceptions.IncompleteReadError,
-            botocore.parsers.ResponseParserError,
-        ) as error:
-            if pause is None:
-                raise target_error(type(error).__name__, str(error), name) from error
-            LOG.debug("%s: %s; trying again in %.0f s", name, type(error).__name__, pause)
+            return within(CALL_SECONDS, lambda: method(**arguments))
+        except TagcheckError:
+            raise
+        except Exception as error:
+            failure = failure_of(error)
+            if not failure.passes or pause is None:
+                raise target_error(failure.code, failure.message, name) from error
+            LOG.debug("%s: %s; trying again in %.0f s", name, failure.code, pause)
             time.sleep(pause)
-        except botocore.exceptions.ClientError as error:
+
+
+class Failure(NamedTuple):
+    """Why a call failed: AWS's code or ours, what was said of it, and whether it may pass by itself."""
+
+    code: str
+    message: str
+    passes: bool = False
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return why a call of AWS failed; raises CredentialsError, and the error itself if it is of nothing known.
+
+    The codes are the same with all versions of botocore and urllib3.
+    """
+    import botocore.exceptions as exceptions
+    import botocore.parsers
+
+    code = type(error).__name__
+    match error:
+        case exceptions.ClientError():
             answer = error.response.get("Error", {})
-            code, message = answer.get("Code") or "ForeignAnswer", answer.get("Message") or ""
-            raise target_error(code, message, name) from error
-        except KeyError as error:  # botocore looks for the answer's own element in whatever XML there is
-            raise target_error("ForeignAnswer", f"no {error}", name) from error
-        except RuntimeError as error:  # of credentials that were renewed, and have expired already
-            raise target_error("ExpiredToken", str(error), name) from error
-        except botocore.exceptions.NoCredentialsError as error:
+            code, message = answer.get("Code"), answer.get("Message")
+            known = isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code)
+            return Failure(code if known else "ForeignAnswer", message if isinstance(message, str) else "")
+        case (
+            exceptions.IncompleteReadError()
+            | exceptions.ResponseStreamingError()
+            | exceptions.FlexibleChecksumError()
+        ):
+            return Failure("IncompleteAnswer", "", passes=True)
+        case exceptions.ConnectionError() | exceptions.HTTPClientError():
+            if code in NO_CONNECTION or code == "SSLError":
+                return Failure(code, str(error), passes=True)
+            # Its text may repeat a header, and with it the session token: only its kind may be printed.
+            cause = type(error.kwargs.get("error"))
+            if cause in (ValueError, UnicodeEncodeError):  # of http.client, before anything is sent
+                return Failure("InvalidHeader", "")
+            return Failure("HTTPClientError", f"{code}, {cause.__name__}", passes=True)
+        case exceptions.NoCredentialsError():
             raise CredentialsError(
                 "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
                 "the machine a role"
             ) from error
-        except botocore.exceptions.BotoCoreError as error:
+        case exceptions.BotoCoreError():
             raise CredentialsError(f"the AWS credentials cannot be used: {error}") from error
+        case TimeoutError():
+            return Failure("CallTimeout", "the answer did not come to its end")
+        # From here on these are Python's own, which botocore's parsers raise for answers of another form.
+        case botocore.parsers.ResponseParserError() | ValueError() | RecursionError():
+            return Failure("IncompleteAnswer", f"{code}: {error}", passes=True)
+        case KeyError():
+            return Failure("ForeignAnswer", f"no {error}")
+        case LookupError() | TypeError() | AttributeError() | ArithmeticError():
+            return Failure("ForeignAnswer", f"{code}: {error}")
+        case RuntimeError():  # of credentials that were renewed, and have expired already
+            return Failure("ExpiredToken", str(error))
+    raise error
+
+
+def next_token(page: Mapping[str, Any], operation: str) -> str:
+    """Return the token of the next page, "" after the last; raises TargetError."""
+    token = page.get("NextToken") or ""
+    if not isinstance(token, str):
+        raise target_error("ForeignAnswer", f"a NextToken that is {type(token).__name__}", operation)
+    return token
 
 
 def target_error(code: str, aws_message: str, operation: str) -> TargetError:
@@ -2278,11 +2376,17 @@ def describe_caller(sts: Any) -> tuple[str, str, str]:
     """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
-        return str(answer["Account"]), str(answer["Arn"]).split(":")[1], str(answer["Arn"])
     except TargetError as error:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
-    except (KeyError, IndexError) as error:
-        raise CredentialsError("the answer is not AWS's: check the network and the proxy") from error
+    account_id, arn = str(answer.get("Account")), str(answer.get("Arn"))
+    partition = re.match("arn:(aws[a-z-]*):", arn)
+    if not partition or not re.fullmatch("[0-9]{12}", account_id):
+        raise CredentialsError("the answer is not AWS's: check the network and the proxy")
+    return account_id, partition[1], arn
+
+
+# The states in which an account has no instances to scan (Organizations API reference, Account).
+INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLOSED"))
 
 
 def describe_accounts(organizations: Any) -> dict[str, str]:
@@ -2297,8 +2401,10 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
         for _ in range(MAX_PAGES):
             page = call_aws(organizations, "ListAccounts", **({"NextToken": token} if token else {}))
             for account in page["Accounts"]:
-                states[account["Id"]] = account.get("State") or account["Status"]
-            token = page.get("NextToken", "")
+                id_, state = _account_id(account["Id"]), account.get("State") or account["Status"]
+                if not isinstance(state, str) or states.setdefault(id_, state) != state:
+                    raise ValueError(f"{id_} has the state {_shown(state)}, and {_shown(states.get(id_))}")
+            token = next_token(page, "organizations:ListAccounts")
             if not token and not states:
                 raise KeyError("account")
             if not token:
@@ -2308,9 +2414,10 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
             f"the accounts of the organization cannot be listed: {error} (it takes the management account, or one "
             "that it delegates to)"
         ) from error
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
         raise CredentialsError(
-            f"the list of accounts has no {error}: the answer is not that of Organizations, or its format has changed"
+            f"the list of accounts {what}: the answer is not that of Organizations, or its format has changed"
         ) from error
     raise CredentialsError("the list of accounts does not end: run again, and tell AWS")
 
@@ -2324,6 +2431,9 @@ def describe_regions(client: Any) -> list[str]:
         raise target_error("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
     if not enabled:
         raise target_error("ForeignAnswer", "no region at all", "ec2:DescribeRegions")
+    for name in enabled:
+        if not re.fullmatch(REGION_NAME, name):  # it becomes part of a host's name
+            raise target_error("ForeignAnswer", f"a region {name!r}", "ec2:DescribeRegions")
     return sorted(enabled)
 
 
@@ -2364,7 +2474,9 @@ PARSED = "tagcheck.instances"
 _RESERVATIONS = "/DescribeInstancesResponse/reservationSet"
 _ITEM = f"{_RESERVATIONS}/item/instancesSet/item"
 _TAG = f"{_ITEM}/tagSet/item"
-_TOKEN = "/DescribeInstancesResponse/nextToken"
+_ROOT = "/DescribeInstancesResponse"
+_TOKEN = f"{_ROOT}/nextToken"
+MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
 _LEAVES = frozenset(
     (
         *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
@@ -2400,15 +2512,20 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
     """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
 
     Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError for an instance that is not whole.
+    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
     instances: list[Instance] | None = None
-    path, token = "", ""
+    path, token = "", None
     texts: list[str] = []
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
+    known: dict[str, Instance] = {}
+    longest, under_root = MAX_PATH, len(_ROOT) + 1
+
+    def refuse(what: str) -> NoReturn:
+        raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
 
     def start(name: str, _: object) -> None:
         nonlocal path, instances
@@ -2417,42 +2534,53 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
             texts.clear()
             parser.CharacterDataHandler = texts.append
         elif path == _RESERVATIONS:
+            if instances is not None:
+                refuse("a second reservationSet")
             instances = []
+        elif (length := len(path)) > longest:
+            refuse("elements nested too deeply")
+        elif length - len(name) == under_root and "token" in name.lower():
+            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
 
     def end(name: str) -> None:
         nonlocal path, token, found, tags
         if path == _TOKEN:
+            if token is not None:
+                refuse("a second nextToken")
             token = "".join(texts)
         elif path in _LEAVES:
+            if name in found:
+                refuse(f"a second {name} in an instance or a tag")
             found[name] = "".join(texts)
         elif path == _TAG:
-            tags[sys.intern(found.get("key", ""))] = found.pop("value", "")
+            key = found.pop("key", "")
+            if not key or key in tags:
+                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+            tags[sys.intern(key)] = found.pop("value", "")
         elif path == _ITEM and instances is not None:
             try:
-                instances.append(
-                    _instance(
-                        *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
-                        *(
-                            sys.intern(found.get(key, ""))
-                            for key in ("instanceType", "arn", "subnetId", "vpcId")
-                        ),
-                        _operator(found.get("managed") == "true", found.get("principal")),
-                    )
+                instance = _instance(
+                    *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
+                    *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
+                    _operator(found.get("managed") == "true", found.get("principal")),
                 )
             except (TypeError, ValueError) as error:
-                raise TargetError(
-                    "ForeignAnswer", f"an instance in the answer is not whole: {error}"
-                ) from error
+                refuse(f"an instance in the answer is not whole: {error}")
+            if known.setdefault(instance.instance_id, instance) is instance:
+                instances.append(instance)
+            elif known[instance.instance_id] != instance:
+                refuse(f"the instance {instance.instance_id} twice, and not the same")
             found, tags = {}, {}
         parser.CharacterDataHandler = None
         path = path[: -len(name) - 1]
 
+    parser.StartDoctypeDeclHandler = lambda *_: refuse("a DOCTYPE, as HTML has")
     parser.StartElementHandler = start
     parser.EndElementHandler = end
     for piece in body:
         parser.Parse(piece, False)
     parser.Parse(b"", True)
-    return instances, token
+    return instances, token or ""
 
 
 def _operator(managed: Any, principal: str | None) -> str:
@@ -2462,17 +2590,20 @@ def _operator(managed: Any, principal: str | None) -> str:
 
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
-    if not (instance_id and isinstance(state, str)):
+    if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
     except OverflowError as error:
         raise ValueError(f"no time of this world: {launch_time}") from error
+    if launched.year < 1970:
+        raise ValueError(f"launched before EC2: {launch_time}")
     return Instance(instance_id, state, launched, tags, *more)
 
 
 CLOUDTRAIL_DAYS = 90  # that CloudTrail keeps events
+LAST_LAUNCH = datetime(9999, 1, 1, tzinfo=UTC)  # to look up: Python knows no later year than that
 LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second of an account and region (its API reference)
 MAX_EVENT_PAGES = 10
 
@@ -2489,8 +2620,8 @@ def describe_creators(
     next_call = 0.0
     while waiting:
         instance_id = next(iter(waiting))
-        around = {"StartTime": waiting[instance_id] - timedelta(minutes=10)}
-        around |= {"EndTime": waiting[instance_id] + timedelta(minutes=10)}
+        launched = min(waiting[instance_id], LAST_LAUNCH)
+        around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
         made: list[tuple[str, str]] = []
         # To start a stopped instance renews its launch time: then any time will do.
         for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
@@ -2502,12 +2633,11 @@ def describe_creators(
                     return
                 by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
                 page = call_aws(client, "LookupEvents", LookupAttributes=by_id, **window, **token)
-                try:
-                    made = [pair for event in page["Events"] for pair in creators_of(event)]
-                except (KeyError, TypeError, ValueError) as error:
-                    message = f"an event is not whole: {error}"
-                    raise target_error("ForeignAnswer", message, "cloudtrail:LookupEvents") from error
-                token = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
+                if "Events" not in page:
+                    raise target_error("ForeignAnswer", "no Events", "cloudtrail:LookupEvents")
+                made = [pair for event in page["Events"] for pair in creators_of(event)]
+                following = next_token(page, "cloudtrail:LookupEvents")
+                token = {"NextToken": following} if following else {}
                 if made or not token:
                     break
         nobody = (instance_id, f"{UNKNOWN}CloudTrail has no RunInstances of it)")
@@ -2516,34 +2646,49 @@ def describe_creators(
             yield [nobody]
 
 
-def creators_of(event: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return each instance that an event of CloudTrail made, and who made it; raises KeyError, ValueError."""
-    detail = json.loads(event["CloudTrailEvent"])
-    if event.get("EventName") != "RunInstances" or detail.get("errorCode"):
+def creators_of(event: Any) -> list[tuple[str, str]]:
+    """Return each instance that an event of CloudTrail made, and who made it; the event may be of any JSON."""
+    resources = event.get("Resources") if isinstance(event, Mapping) else None
+    ids = [
+        text_at(item, "ResourceName")
+        for item in (resources if isinstance(resources, list) else ())
+        if text_at(item, "ResourceType") == "AWS::EC2::Instance"
+    ]
+    if text_at(event, "EventName") != "RunInstances":
         return []
-    resources = event.get("Resources", ())
-    ids = [item["ResourceName"] for item in resources if item.get("ResourceType") == "AWS::EC2::Instance"]
-    who = creator_name(detail.get("userIdentity") or {})
+    try:
+        detail = json.loads(text_at(event, "CloudTrailEvent"))
+    except (ValueError, RecursionError):
+        return [(instance_id, f"{UNKNOWN}the event cannot be read)") for instance_id in ids]
+    if isinstance(detail, Mapping) and detail.get("errorCode"):
+        return []
+    who = creator_name(detail.get("userIdentity") if isinstance(detail, Mapping) else None)
     return [(instance_id, who) for instance_id in ids]
 
 
-def creator_name(identity: Mapping[str, Any]) -> str:
+def creator_name(identity: Any) -> str:
     """Return who a userIdentity of CloudTrail is (its user guide, CloudTrail userIdentity element)."""
-    arn = str(identity.get("arn") or "")
-    issuer = (identity.get("sessionContext") or {}).get("sessionIssuer") or {}
-    role, session = str(issuer.get("userName") or ""), arn.rpartition("/")[2]
-    service = str(identity.get("invokedBy") or "")
+    arn = text_at(identity, "arn")
+    role, session = text_at(identity, "sessionContext", "sessionIssuer", "userName"), arn.rpartition("/")[2]
+    service, kind = text_at(identity, "invokedBy"), text_at(identity, "type")
     if service.endswith(".amazonaws.com") or role.startswith("AWSServiceRoleFor"):
         by = service.removesuffix(".amazonaws.com") or role.removeprefix("AWSServiceRoleFor")
         return f"{by} (automation)"
     if role.startswith("AWSReservedSSO_"):
         return f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})"
-    if identity.get("type") == "AssumedRole":
-        return f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or arn
-    if identity.get("type") == "Root":
-        return f"root of {identity.get('accountId', 'the account')}"
-    known = identity.get("userName") or arn or identity.get("principalId")
-    return str(known or f"{UNKNOWN}the event names nobody)")
+    known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
+    if kind == "AssumedRole":
+        known = f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or known
+    elif kind == "Root":
+        return f"root of {text_at(identity, 'accountId') or 'the account'}"
+    return known or f"{UNKNOWN}the event names nobody)"
+
+
+def text_at(value: Any, *path: str) -> str:
+    """Return the text at a path of keys in JSON of any shape; "" where there is none."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 # EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
@@ -2715,7 +2860,8 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     shown = "standard input" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        answer = json.loads(content)
+        text = content.decode(json.detect_encoding(content))
+        answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
         reservations = answer["Reservations"]
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
@@ -2729,15 +2875,40 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     try:
         for index, reservation in enumerate(_listed(reservations)):
             place = f"Reservations[{index}]"
+            owner = _account_id(_text(reservation, "OwnerId"))
             for number, item in enumerate(_listed(reservation["Instances"])):
                 place = f"Reservations[{index}].Instances[{number}]"
-                zone = item["Placement"]["AvailabilityZone"]
-                target = Target(_account_id(reservation["OwnerId"]), zone_region(zone))
+                target = Target(owner, zone_region(_text(item, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        place = "the end of the list"
+        misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
+        if misspelt:
+            raise ValueError(f"{_shown(misspelt[0])} stands where NextToken should")
+        complete = answer.get("NextToken") is None or not _text(answer, "NextToken")
+    except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{shown}: {place}: {what}") from error
-    return targets, not answer.get("NextToken")
+    return targets, complete
+
+
+def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
+    """Read saved files as one, each instance once, and return the last file that is not whole; raises UsageError."""
+    targets: dict[Target, dict[str, tuple[Instance, str]]] = {}
+    cut = ""
+    for path in paths:
+        loaded, complete = load_instances(path)
+        cut = cut if complete else path
+        for target, instances in loaded.items():
+            known = targets.setdefault(target, {})
+            for instance in instances:
+                other, source = known.setdefault(instance.instance_id, (instance, path))
+                if other != instance:
+                    what = "other tags" if other.tags != instance.tags else "another state or launch"
+                    where = f"twice in {path}" if source == path else f"in {source} and in {path}"
+                    raise UsageError(
+                        f"{instance.instance_id} in {target} is {where}, with {what}: save it again, in one file"
+                    )
+    return {target: [pair[0] for pair in known.values()] for target, known in targets.items()}, cut
 
 
 PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
@@ -2768,20 +2939,52 @@ def load_prices(path: str) -> Prices:
 
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
-    tags = {tag["Key"]: tag["Value"] for tag in _listed(item.get("Tags", []))}
-    if not all(isinstance(text, str) for pair in tags.items() for text in pair):
-        raise TypeError("a tag's key or value is not text")
-    if not re.fullmatch("i-[0-9a-f]+", item["InstanceId"]):
-        raise ValueError(f"{_shown(item['InstanceId'])} is no instance id")
-    profile, operator = item.get("IamInstanceProfile") or {}, item.get("Operator") or {}
-    more = (item.get("InstanceType"), profile.get("Arn"), item.get("SubnetId"), item.get("VpcId"))
-    managed, principal = operator.get("Managed", False), operator.get("Principal")
-    if not all(isinstance(text, str) for text in (*more, principal) if text is not None):
-        raise TypeError("its InstanceType, IamInstanceProfile, SubnetId, VpcId or Operator is not text")
-    if not isinstance(managed, bool):
-        raise TypeError("Managed of its Operator is not true or false")
-    texts = (*(text or "" for text in more), _operator(managed, principal))
-    return _instance(item["InstanceId"], item["State"]["Name"], item["LaunchTime"], tags, *texts)
+    tags: dict[str, str] = {}
+    instance_id = _text(item, "InstanceId")
+    if not re.fullmatch("i-[0-9a-f]+", instance_id):
+        raise ValueError(f"{_shown(instance_id)} is no instance id")
+    for tag in _listed(item.get("Tags", [])):
+        key = _text(tag, "Key")
+        if not key or key in tags:
+            raise ValueError(
+                f"it has the tag key {_shown(key)} twice" if key else "it has a tag without a key"
+            )
+        tags[key] = _text(tag, "Value")
+    more = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
+    texts = [_text(item, *path) if item.get(path[0]) is not None else "" for path in more]
+    operator = item.get("Operator") or {}
+    if not isinstance(operator, dict) or not isinstance(operator.get("Managed", False), bool):
+        raise TypeError("its Operator is not an object with Managed, true or false")
+    principal = _text(operator, "Principal") if "Principal" in operator else None
+    texts.append(_operator(operator.get("Managed"), principal))
+    return _instance(instance_id, _text(item, "State", "Name"), _text(item, "LaunchTime"), tags, *texts)
+
+
+def _text(value: Any, *path: str) -> str:
+    """Return the text at a path of a saved answer; raises KeyError, TypeError or ValueError."""
+    for key in path:
+        if not isinstance(value, dict):
+            raise TypeError(f"{_shown(value)} stands where an object with {key} should")
+        value = value[key]
+    if not isinstance(value, str):
+        raise TypeError(f"its {path[-1]} is {_shown(value)}, not text")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"its {path[-1]} {_shown(value)} holds half a character (a lone surrogate)")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raises ValueError for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {_shown(key)} stands twice in one object")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    """Refuse what Python takes for JSON and nobody else does: NaN and Infinity."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -2800,7 +3003,7 @@ def _account_id(text: Any) -> str:
 
 def zone_region(zone: str) -> str:
     """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
-    match = re.match(r"[a-z]+(?:-[a-z]+)+-[0-9]+", zone)
+    match = re.match(REGION_NAME, zone)
     if not match:
         raise ValueError(f"{_shown(zone)} is no availability zone")
     return match[0]
@@ -3096,6 +3299,7 @@ class LocalState:
 
 S3_TRIES = 40
 S3_DAMAGED_DOWNLOADS = 2  # that may be the network's fault; then it is the state that is damaged
+S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
@@ -3198,12 +3402,12 @@ class S3State:
         """
         import botocore.exceptions as exceptions
 
+        call = operation if callable(operation) else getattr(self._s3, operation)
+        given = {} if callable(operation) else self._object | arguments
         try:
-            if callable(operation):
-                return operation()
-            return getattr(self._s3, operation)(**self._object, **arguments)
+            return within(S3_SECONDS, lambda: call(**given))
         except exceptions.ClientError as error:
-            code, message = error.response["Error"]["Code"], error.response["Error"].get("Message") or ""
+            code, message, _ = failure_of(error)
             if code == "NoSuchKey":
                 return None
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -3215,14 +3419,15 @@ class S3State:
                 "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
             }.get(code, ADVICE.get(code, "check --state"))
             raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
-        except (
-            exceptions.ConnectionError,
-            exceptions.HTTPClientError,
-            exceptions.IncompleteReadError,
-        ) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
-        except exceptions.BotoCoreError as error:
-            raise StateError(f"the state {self.name}: {error}") from error
+        except Exception as error:
+            try:
+                code, message, passes = failure_of(error)
+            except CredentialsError as unusable:
+                raise StateError(f"the state {self.name}: {unusable}") from error
+            if passes:
+                raise _PassingError(f"{code}: {message}" if message else code) from error
+            advice = ADVICE.get(code, "check --state")
+            raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
 
 
 State = LocalState | S3State
@@ -5895,15 +6100,17 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
     import http.client
     import urllib.error
 
+    def ask() -> tuple[int, str, str]:
+        try:
+            with opener.open(request, timeout=SLACK_SECONDS) as answer:
+                return answer.status, "", ""
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(100).decode(errors="replace")
+                return error.code, said, error.headers.get("Retry-After", "")
+
     try:
-        with time_limit(SLACK_SECONDS):  # a time-out of sockets begins anew with each byte
-            try:
-                with opener.open(request, timeout=SLACK_SECONDS) as answer:
-                    return answer.status, "", ""
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = error.read(100).decode(errors="replace")
-                    return error.code, said, error.headers.get("Retry-After", "")
+        return within(SLACK_SECONDS, ask)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
@@ -6125,9 +6332,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         if not args.instances:
             actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
             aws = Aws(args.profile, args.workers, actions)
-        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
+        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy, notices)
         with sighting_errors():
-            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet))
+            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet), notices)
             if aws and args.creators:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
@@ -6367,6 +6574,9 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
 
     def enter(account_id: str) -> Iterator[list[str]]:
+        if accounts[account_id] != "ACTIVE":
+            message = f"Organizations says {accounts[account_id]!r}"
+            raise target_error("UnknownAccountState", message, "organizations:ListAccounts")
         if policy.accounts is None or account_id == caller:
             aws.enter_own(account_id)
         else:
@@ -6377,7 +6587,7 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
                 yield sorted(set(describe_regions(aws.client("ec2", home))) - set(named))
 
     targets: list[Target] = []
-    for account_id, regions in read_in_parallel(accounts, enter, args.workers):
+    for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
         if isinstance(regions, list):
             targets += [Target(account_id, region) for region in regions]
         elif regions:
@@ -6412,8 +6622,11 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 
 def _accounts_in_scope(
     args: argparse.Namespace, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
-) -> list[str]:
-    """Return the accounts to scan; adds a notice for each that is not active. Raises UsageError."""
+) -> dict[str, str]:
+    """Return the accounts to scan with their states; adds a notice for each that is left out as inactive.
+
+    Raises UsageError, and TagcheckError where all are inactive.
+    """
     if policy.accounts is None:
         found = {caller: "ACTIVE"}
     elif policy.accounts.organization:
@@ -6426,7 +6639,7 @@ def _accounts_in_scope(
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no account to scan: see ids and exclude")
     for account_id in args.account:
-        if in_scope.get(account_id, "ACTIVE") != "ACTIVE":
+        if in_scope.get(account_id) in INACTIVE:
             raise UsageError(f"--account {account_id}: it is {in_scope[account_id]}")
         if account_id not in in_scope:
             raise UsageError(
@@ -6434,9 +6647,23 @@ def _accounts_in_scope(
             )
     chosen = {id_: state for id_, state in in_scope.items() if _is_chosen(args, id_)}
     notices += [
-        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state != "ACTIVE"
+        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state in INACTIVE
     ]
-    return sorted(id_ for id_, state in chosen.items() if state == "ACTIVE")
+    active = {id_: state for id_, state in chosen.items() if state not in INACTIVE}
+    if not active and args.shard == (1, 1):
+        raise TagcheckError(
+            f"no account to scan: of the {counted(len(chosen), 'account')} in scope none is active "
+            f"({', '.join(sorted(set(chosen.values())))}): see the policy's accounts"
+        )
+    if not active:
+        notices.append(_empty_share(args))
+    return active
+
+
+def _empty_share(args: argparse.Namespace) -> str:
+    """Return the notice that --shard leaves nothing to scan."""
+    part, parts = args.shard
+    return f"--shard {part}/{parts} has no account to scan: nothing was read in this run"
 
 
 def _is_chosen(args: argparse.Namespace, account_id: str) -> bool:
@@ -6491,28 +6718,23 @@ def read_in_parallel(
         yield job, reading
 
 
-def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
+def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> Iterator[Reading]:
     """Yield what saved files hold of every target in scope.
 
     A file says nothing of a region that it has no instance of: that one is not read, unless --region
     says that the files cover it.
     """
-    instances: dict[Target, list[Instance]] = {}
-    cut = ""
-    for path in args.instances:
-        loaded, complete = load_instances(path)
-        for target, found in loaded.items():
-            instances.setdefault(target, []).extend(found)
-        cut = cut if complete else path
+    instances, cut = load_fleet(args.instances)
     covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
-    accounts = {
-        a for a in {*args.account, *(t.account_id for t in instances)} if covered(a) and _is_chosen(args, a)
-    }
+    in_scope = {a for a in {*args.account, *(t.account_id for t in instances)} if covered(a)}
+    accounts = {a for a in in_scope if _is_chosen(args, a)}
     named = set(args.region) or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in accounts for region in named}
     if not args.region:
         targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
-    if not targets:
+    if in_scope and not accounts and args.shard != (1, 1):
+        notices.append(_empty_share(args))
+    elif not targets:
         raise UsageError(
             "the files hold no instance, so of what account they are is not known: say it with --account"
         )
@@ -6538,12 +6760,21 @@ def read_saved(args: argparse.Namespace, policy: Policy) -> Iterator[Reading]:
 
 
 def _collect(
-    db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], prices: Prices, progress: Progress
+    db: sqlite3.Connection,
+    scan: Scan,
+    readings: Iterable[Reading],
+    prices: Prices,
+    progress: Progress,
+    notices: list[str],
 ) -> set[Exemption]:
-    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any."""
+    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any.
+
+    Adds a notice for each instance state that is new.
+    """
     policy = scan.policy
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
+    new_states: set[str] = set()
     usage: Usage = Counter()
     for target, reading in readings:
         if target not in numbers:
@@ -6553,8 +6784,13 @@ def _collect(
                 seen = [
                     judge(target, instance, policy, scan.started_at)
                     for instance in reading
-                    if instance.state in policy.states
+                    if policy.includes(instance.state)
                 ]
+            new_states.update(
+                state
+                for state in {sighting.instance.state for sighting in seen} - new_states
+                if is_new_state(state) and len(new_states) < MAX_NEW_STATES
+            )
             used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
             rules = policy.rules(target.region)
             for sighting in seen:
@@ -6570,9 +6806,13 @@ def _collect(
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
     progress.close()
+    notices += map(new_state_notice, sorted(new_states))
     add_usage(db, usage)
     add_suggestions(db, policy)
     return used
+
+
+MAX_NEW_STATES = 10  # to name in notices
 
 
 @contextlib.contextmanager
@@ -6694,12 +6934,11 @@ def _find_instance(
             known = {finding.target: finding for finding in findings}
             changes += fetch_changes(db, policy.name, args.instance)
     if args.instances:
-        for path in args.instances:
-            for target, instances in load_instances(path)[0].items():
-                for instance in instances:
-                    if instance.instance_id == args.instance and policy.covers(target.region):
-                        yield target, instance, known.get(target)
-                        return
+        for target, instances in load_fleet(args.instances)[0].items():
+            for instance in instances:
+                if instance.instance_id == args.instance and policy.covers(target.region):
+                    yield target, instance, known.get(target)
+                    return
         raise UsageError(
             f"{args.instance} is not in {', '.join(args.instances)}, or in a region that is not covered"
         )

@@ -4,6 +4,7 @@ A request passes the faults of the test, then the rules that moto is too lax abo
 What `AwsServer.backstage` clients send, to set a scene, goes straight to moto and is not logged.
 """
 
+import contextlib
 import copy
 import fnmatch
 import inspect
@@ -82,6 +83,27 @@ class ConnectionDroppedError(ConnectionAbortedError):
     def __init__(self, cut_answer: Answer | None = None):
         super().__init__("dropped on purpose")
         self.cut_answer = cut_answer
+
+
+class TricklingError(ConnectionDroppedError):
+    """The answer comes byte by byte, with a pause before each byte of the body, or of the headers too."""
+
+    def __init__(self, answer: Answer, seconds: float, in_headers: bool, ended: threading.Event):
+        super().__init__()
+        self.answer, self.seconds, self.in_headers, self.ended = answer, seconds, in_headers, ended
+
+    def send(self, connection: socket.socket, method: str) -> None:
+        """Send the answer, unless the client goes away or the fault ends."""
+        status, headers = head(self.answer, method)
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers), "", ""]
+        start = "\r\n".join(lines).encode()
+        at_once, slowly = (b"", start + self.answer.body) if self.in_headers else (start, self.answer.body)
+        with contextlib.suppress(OSError):
+            connection.sendall(at_once)
+            for byte in slowly:
+                if self.ended.wait(self.seconds):
+                    return
+                connection.sendall(bytes([byte]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -455,6 +477,11 @@ def cut_fault(passage: Passage) -> Answer:
     raise ConnectionDroppedError(cut_answer=passage.proceed())
 
 
+def trickle_fault(passage: Passage, *, seconds: float, in_headers: bool = False) -> Answer:
+    """Carry the request out, and send the answer byte by byte, with a pause of so many seconds before each."""
+    raise TricklingError(passage.proceed(), seconds, in_headers, passage.ended)
+
+
 def truncate_fault(passage: Passage) -> Answer:
     """Carry the request out, and answer with half of the true body as if it were all."""
     answer = passage.proceed()
@@ -486,6 +513,7 @@ FAULT_KINDS: dict[str, Callable[..., Answer]] = {
     "drop": drop_fault,
     "lost": lost_fault,
     "cut": cut_fault,
+    "trickle": trickle_fault,
     "truncate": truncate_fault,
     "body": body_fault,
     "answer": answer_fault,
@@ -759,6 +787,8 @@ class AwsServer:
         try:
             given = self._answer(environ)
         except ConnectionDroppedError as dropped:
+            if isinstance(dropped, TricklingError):
+                dropped.send(environ["werkzeug.socket"], environ["REQUEST_METHOD"])
             if dropped.cut_answer:
                 whole = dropped.cut_answer.body
                 write = start_response(*head(dropped.cut_answer, environ["REQUEST_METHOD"]))

@@ -5,9 +5,13 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +24,7 @@ from typing import Any
 import boto3
 import pytest
 from aws_server import ACCOUNT_ID, EC2_NAMESPACE, IMAGE_ID, AwsServer, Request
-from conftest import Result, run_tagcheck
+from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 from moto import mock_aws
 
 import tagcheck as script
@@ -190,7 +194,7 @@ TROUBLES = {
     "portal that answers 403": Trouble(body(PORTAL, 403), "ForeignAnswer", ("network", "proxy")),
     "portal that redirects": Trouble(body(PORTAL, 302), "ForeignAnswer", ("network", "proxy")),
     "bad gateway for ever": Trouble(body(PORTAL, 502), "502", ("run again",), 5),
-    "HTML that is no XML": Trouble(body(LOGIN), "ResponseParserError", ("proxy",), 3),
+    "HTML that is no XML": Trouble(body(LOGIN), "ForeignAnswer", ("DOCTYPE", "proxy")),
     "XML of somebody else": Trouble(body(b"<x/>"), "ForeignAnswer", ("proxy",)),
     "answer of another operation": Trouble(
         body(in_root("<regionInfo/>").replace(b"Instances", b"Regions")), "ForeignAnswer", ("proxy",)
@@ -199,18 +203,18 @@ TROUBLES = {
     "instance without its launch time": Trouble(
         body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("is not whole",)
     ),
-    "no body": Trouble(body(b""), "ResponseParserError", ("cut short",), 3),
-    "JSON": Trouble(body(b"{}"), "ResponseParserError", ("cut short",), 3),
-    "cut short for ever": Trouble({"kind": "truncate"}, "ResponseParserError", ("cut short",), 3),
+    "no body": Trouble(body(b""), "IncompleteAnswer", ("cut short",), 3),
+    "JSON": Trouble(body(b"{}"), "IncompleteAnswer", ("cut short",), 3),
+    "cut short for ever": Trouble({"kind": "truncate"}, "IncompleteAnswer", ("cut short",), 3),
     "dropped for ever": Trouble({"kind": "drop"}, "ConnectionClosedError", ("no connection",), 15),
-    "connection ends in the answer": Trouble({"kind": "cut"}, "IncompleteReadError", ("cut short",), 15),
+    "connection ends in the answer": Trouble({"kind": "cut"}, "IncompleteAnswer", ("cut short",), 15),
     "hostile message": Trouble(
         error(403, "UnauthorizedOperation", HOSTILE),
         "UnauthorizedOperation",
         (r"first\nForged: line\x9b31m\u202e",),
     ),
     "hostile message that is no XML": Trouble(
-        error(403, "UnauthorizedOperation", "\x1b[2Jgone"), "ResponseParserError", ("cut short",), 3
+        error(403, "UnauthorizedOperation", "\x1b[2Jgone"), "IncompleteAnswer", ("cut short",), 3
     ),
 }
 RECOVERIES = {
@@ -397,6 +401,41 @@ def test_answer_that_does_not_come_in_time_is_asked_for_again_and_then_an_error(
         script.call_aws(client, "DescribeInstances")
     assert caught.value.code == "ReadTimeoutError"
     assert fault.hits == 1 + len(script.NETWORK_PAUSES) > 1
+
+
+def test_answer_that_trickles_is_not_waited_for_to_its_end(
+    aws: AwsServer, scan: Scan, tmp_path: Path
+) -> None:
+    regions = (REGION, "eu-west-1", "us-west-2")
+    for region in regions:
+        aws.launch(region)
+    scan(*regions, check=3)
+    before = remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1")
+    aws.fault("trickle", action="DescribeInstances", region=REGION, seconds=0.2)
+    aws.fault("trickle", action="DescribeInstances", region="eu-west-1", seconds=0.2, in_headers=True)
+    impatient = script_with(tmp_path, CALL_SECONDS=2.0)
+    result = scan(*regions, script=impatient, check=4, timeout=30)
+    assert errors(result) == {REGION: "CallTimeout", "eu-west-1": "CallTimeout", "us-west-2": None}
+    assert "check the network" in coverage(result)[REGION]["error"]["message"]
+    assert remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1") == before
+    aws.fault("trickle", action="GetCallerIdentity", seconds=0.2)
+    assert "CallTimeout" in scan(REGION, script=impatient, check=5, timeout=30).err
+
+
+def test_interrupt_ends_a_scan_that_waits_for_its_first_answer(aws: AwsServer, tmp_path: Path) -> None:
+    fault = aws.fault("trickle", action="GetCallerIdentity", seconds=0.2, in_headers=True)
+    command = [sys.executable, str(TAGCHECK), "scan", "--policy", str(write_policy(tmp_path, REGION))]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environment(tmp_path) | aws.env, stderr=subprocess.PIPE
+    ) as run:
+        for _ in range(300):
+            if fault.hits:
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130
+        assert run.stderr is not None
+        assert b"interrupted; nothing was recorded" in run.stderr.read()
 
 
 # ---- Whose credentials these are ---------------------------------------------------------------------------
@@ -639,6 +678,35 @@ def test_only_instances_in_the_states_of_the_policy_are_looked_at(
     assert coverage(result)[REGION]["instances"] == len(expected)
 
 
+def in_state(state: str) -> Callable[[bytes], bytes]:
+    """Give an edit that puts instances into a state."""
+    return lambda answer: answer.replace(b"<name>running</name>", f"<name>{state}</name>".encode())
+
+
+def test_state_that_aws_added_later_is_judged_with_a_notice(aws: AwsServer, scan: Scan) -> None:
+    ids = aws.launch(REGION, count=2)
+    scan(REGION, keys={"states": ["running"]}, check=3)
+    aws.fault("edit", action="DescribeInstances", edit=in_state("hibernating&#x9b;"))
+    result = scan(REGION, keys={"states": ["running"]}, check=3)
+    assert found(result) == {REGION: sorted(ids)}
+    assert found(result, "resolved") == {}
+    [notice] = [text for text in result.json("out.json")["notices"] if "hibernating" in text]
+    assert notice.startswith("The instance state 'hibernating\\x9b' is new to tagcheck")
+    explained = ("explain", "--policy", "policy.yaml", ids[0], "--live", "--region", REGION)
+    said = run_tagcheck(*explained, cwd=result.cwd, env=aws.env, check=0).out
+    assert "is new to tagcheck" in said
+    assert "Not looked at" not in said
+
+
+def test_empty_state_is_no_answer_of_ec2(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
+    aws.launch(REGION)
+    scan(REGION, check=3)
+    before = remembered(tmp_path)
+    aws.fault("edit", action="DescribeInstances", edit=in_state(" "))
+    assert errors(scan(REGION, check=4)) == {REGION: "ForeignAnswer"}
+    assert remembered(tmp_path) == before
+
+
 # ---- Reading past botocore: the same instances as it reads -------------------------------------------------
 
 ODD_TAGS = {
@@ -720,6 +788,84 @@ def test_answer_is_read_the_same_in_whatever_pieces_it_comes(piece: int) -> None
     stream = io.BytesIO(xml)
     instances, token = script.parse_instances(iter(lambda: stream.read(piece), b""))
     assert ([i.instance_id for i in instances or []], token) == (["i-0a", "i-0b"], "né&xt")
+
+
+ITEM = (
+    "<item><instanceId>{}</instanceId><instanceState><name>running</name></instanceState>"
+    "<launchTime>2026-02-24T10:30:45.000Z</launchTime><tagSet>{}</tagSet></item>"
+)
+TAG = "<item><key>Owner</key><value>{}</value></item>"
+
+
+def with_items(*items: str, after: str = "") -> bytes:
+    """Write a page of DescribeInstances with these instances, and something after them."""
+    return in_root(
+        f"<reservationSet><item><instancesSet>{''.join(items)}</instancesSet></item></reservationSet>{after}"
+    )
+
+
+def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
+    """Read an answer as a scan does."""
+    return script.parse_instances([xml])
+
+
+@pytest.mark.parametrize(
+    ("xml", "says"),
+    [
+        pytest.param(b"<!DOCTYPE x [<!ENTITY e 'x'>]>" + with_items(), "DOCTYPE", id="DOCTYPE"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", ""), after="<reservationSet/>"),
+            "a second reservationSet",
+            id="two lists",
+        ),
+        pytest.param(
+            with_items(after="<nextToken>a</nextToken><nextToken/>"), "a second nextToken", id="two tokens"
+        ),
+        pytest.param(
+            with_items(after="<NextToken>a</NextToken>"), "<NextToken> in place of", id="capital token"
+        ),
+        pytest.param(
+            with_items(after="<nexttoken>a</nexttoken>"), "<nexttoken> in place of", id="small token"
+        ),
+        pytest.param(
+            with_items(after="<x:nextToken>a</x:nextToken>"), "<x:nextToken> in", id="token of a namespace"
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a", TAG.format("a") + "<item><value>b</value></item>")),
+            "a tag without a key",
+            id="tag without a key",
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a", TAG.format("a") * 2)), "'Owner' twice", id="tag key twice"
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a</instanceId><instanceId>i-0b", "")),
+            "a second instanceId",
+            id="two ids",
+        ),
+        pytest.param(
+            with_items(*(ITEM.format("i-0a", TAG.format(owner)) for owner in ("a", "b"))),
+            "i-0a twice",
+            id="instance twice, with other tags",
+        ),
+        pytest.param(in_root("<a>" * 600 + "</a>" * 600), "nested too deeply", id="nested too deeply"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")), "before EC2", id="launched in 1969"
+        ),
+    ],
+)
+def test_answer_that_cannot_be_ec2s_is_refused(xml: bytes, says: str) -> None:
+    with pytest.raises(script.TargetError, match=says) as caught:
+        parse(xml)
+    assert caught.value.code == "ForeignAnswer"
+    assert "check the network and the proxy" in caught.value.message
+
+
+def test_instance_twice_in_one_answer_with_the_same_tags_is_one() -> None:
+    instances, token = parse(
+        with_items(*[ITEM.format("i-0a", TAG.format("a"))] * 2, after="<nextToken>t</nextToken>")
+    )
+    assert ([instance.instance_id for instance in instances or []], token) == (["i-0a"], "t")
 
 
 # ---- Saved instances ---------------------------------------------------------------------------------------
@@ -894,6 +1040,58 @@ SECOND = "Reservations[0].Instances[1]: "
             id="null as value",
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", InstanceId=7)), SECOND, id="a number as id"),
+        pytest.param(
+            b'{"Reservations": [], "Reservations": []}', "'Reservations' stands twice", id="a key twice"
+        ),
+        pytest.param(
+            json.dumps(saved(item("i-0a"))).replace("{", '{"Tags": [], "Tags": [],', 3).encode(),
+            "'Tags' stands twice",
+            id="a key twice in an instance",
+        ),
+        pytest.param(b'{"Reservations": [], "x": NaN}', "NaN is not JSON", id="NaN"),
+        pytest.param(
+            saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
+        ),
+        pytest.param(
+            saved(item("i-0a"), nextToken="a"), "'nextToken' stands where NextToken", id="small token"
+        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", Placement=[])), SECOND, id="a list as placement"),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", LaunchTime=7)), SECOND + "its LaunchTime", id="a number as time"
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", LaunchTime="0001-01-01T00:00:00Z")),
+            SECOND + "launched",
+            id="year 1",
+        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", IamInstanceProfile="p")), SECOND, id="text as profile"),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Value": "a"}])), SECOND, id="a tag without a key"
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "", "Value": "a"}])),
+            SECOND,
+            id="a tag with an empty key",
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": v} for v in "ab"])),
+            SECOND + "it has the tag key 'Owner' twice",
+            id="a tag key twice",
+        ),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": "\ud800"}])),
+            SECOND + "its Value '\\ud800' holds half a character",
+            id="a lone surrogate",
+        ),
+        pytest.param(
+            json.dumps(
+                saved(item("i-0a", Tags=[{"Key": "Owner", "Value": "\ud800"}])), ensure_ascii=False
+            ).encode("utf-8", "surrogatepass"),
+            "is not what",
+            id="a lone surrogate in UTF-8",
+        ),
     ],
 )
 def test_file_that_is_no_saved_answer_is_refused(
@@ -916,6 +1114,25 @@ def test_one_wrong_file_is_a_usage_error_and_nothing_is_recorded(
     assert result.err.startswith("tagcheck: saved1.json is not what")
     assert not (tmp_path / "out.csv").exists()
     assert remembered(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["scan", "explain"])
+def test_files_that_contradict_each_other_are_refused(
+    scan_saved: ScanSaved, tagcheck: Callable[..., Result], command: str
+) -> None:
+    owners = [saved(item("i-0a", Tags=[{"Key": "Owner", "Value": value}])) for value in ("ann", "bob")]
+    result = scan_saved(*owners, check=2)
+    if command == "explain":
+        files = ("--instances", "saved0.json", "--instances", "saved1.json")
+        result = tagcheck("explain", "--policy", "policy.yaml", "i-0a", *files, check=2)
+    assert (
+        "i-0a in 123456789012 us-east-1 is in saved0.json and in saved1.json, with other tags" in result.err
+    )
+
+
+def test_file_that_contradicts_itself_is_refused(scan_saved: ScanSaved) -> None:
+    twice = saved(item("i-0a"), item("i-0a", Tags=[{"Key": "Owner", "Value": "ann"}]))
+    assert "is twice in saved0.json, with other tags" in scan_saved(twice, check=2).err
 
 
 @pytest.mark.parametrize("name", ["none.json", "."], ids=["not there", "a directory"])
