@@ -2927,6 +2927,8 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         # SQLITE_ERROR also means that a value cannot be worked with: "malformed JSON", "integer overflow".
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
+    except UnicodeDecodeError as error:  # of SQLite's own message, where it quotes a name from the file
+        raise StateError(f"the state {name} is damaged or was changed ({error.reason}): {WAY_OUT}") from error
 
 
 # What SQLite says of a query that does not fit the tables. They are compared before any is used.
@@ -3779,7 +3781,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """,
         names,
     )
-    if db.execute("SELECT 1 FROM state.sqlite_master WHERE name = 'flagged_instances'").fetchone():
+    if _has_table(db, "state", OLDER_TABLE):
         _adopt_flagged_instances(db, names)
     _record_coverage(db, names)
     db.execute(
@@ -3906,36 +3908,31 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
 
 
 def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str) -> str:
-    """Return why every finding of the scan that is being recorded is NEW; nothing where a state can tell."""
-    if _has_rows(db, "state", OLDER_TABLE):
+    """Return why every finding of the scan that is being recorded is NEW; nothing where earlier ones are known."""
+    rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
+    policies = {policy for (policy,) in rows}
+    known = any(target.repeat or target.reopened for target in fetch_coverage(db, scan))  # to the older tool
+    if scan.policy.name in policies or known:
         return ""
-    policies = {
-        policy
-        for (policy,) in db.execute(
-            "SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,)
-        )
-    }
-    if not policies:
-        return f"New state {name}: every finding is NEW"
-    if scan.policy.name in policies:
-        return ""
-    return f"No earlier scan of the policy {scan.policy.name} in the state {name}: every finding is NEW"
+    if policies or _has_table(db, "state", OLDER_TABLE):
+        return f"No earlier scan of the policy {scan.policy.name} in the state {name}: every finding is NEW"
+    return f"New state {name}: every finding is NEW"
 
 
 def require_scans(path: Path, name: str) -> None:
     """Raise StateError for a state without a scan, of this or of the older tool."""
     with _opened_state(path, name) as db:
-        if not (_has_rows(db, "main", "scans") or _has_rows(db, "main", OLDER_TABLE)):
+        if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
             raise StateError(
                 f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, or run "
                 "once without --require-state"
             )
 
 
-def _has_rows(db: sqlite3.Connection, schema: str, table: str) -> bool:
-    """Return whether a table is there and holds anything."""
+def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
+    """Return whether a database has a table."""
     tables = db.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE (type, name) = ('table', ?)", (table,))
-    return bool(tables.fetchone() and db.execute(f"SELECT 1 FROM {schema}.{table} LIMIT 1").fetchone())
+    return tables.fetchone() is not None
 
 
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
@@ -7062,7 +7059,9 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
     with _reading(args, policy.name) as db:
         trend, standings = fetch_standings(db, policy.name)
         if not standings:
-            raise StateError(f"{args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}")
+            raise StateError(
+                f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
+            )
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
     with staged_outputs(outputs) as staged:
