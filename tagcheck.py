@@ -6375,7 +6375,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         def record(path: Path) -> None:
             nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
-                begun_anew = filter(None, [fetch_notice(db, scan, state.name)])
+                begun_anew = filter(None, [fetch_notice(db, scan, args.state)])
                 more = _exemption_notices(args, scan, used)
                 report = _report(args, db, scan, finished_at, [*begun_anew, *notices, *more])
                 if policy.notify:
