@@ -43,6 +43,7 @@ import shlex
 import shutil
 import signal
 import sqlite3
+import stat
 import sys
 import tempfile
 import threading
@@ -113,6 +114,10 @@ class CredentialsError(TagcheckError):
 
 class StateError(TagcheckError):
     """The state cannot be read or written."""
+
+
+class MissingStateError(StateError):
+    """There is no state where one was named."""
 
 
 class UploadError(StateError):
@@ -1659,7 +1664,7 @@ def explain(
 def _history(finding: Finding | None) -> str:
     """Return what the state knows of a finding, in one line."""
     if finding is None:
-        return "  History: no scan has found it in violation"
+        return "  History: none (no scan in the state found it in violation)"
     seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
     again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
     ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
@@ -3138,9 +3143,13 @@ SIGHTINGS_SCHEMA = (
 WAY_OUT = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
 
 
+class _BadRowError(sqlite3.DatabaseError):
+    """A row of the state does not hold what tagcheck writes."""
+
+
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
-    """Turn SQLite's errors that an operator can act on into StateErrors; the others are bugs."""
+    """Turn what SQLite and the rows of a state can fail with into StateErrors, but for bugs in a query."""
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
@@ -3159,62 +3168,94 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        if code not in advice:
+        is_bug = isinstance(error, sqlite3.ProgrammingError) or _QUERY_BUG.search(str(error))
+        if is_bug and code in ("", "SQLITE_ERROR"):
             raise
-        raise StateError(f"the state {name} {advice[code]}") from error
+        # SQLITE_ERROR also means that a value cannot be worked with: "malformed JSON", "integer overflow".
+        unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
+        raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
+    except UnicodeDecodeError as error:  # of SQLite's own message, where it quotes a name from the file
+        raise StateError(f"the state {name} is damaged or was changed ({error.reason}): {WAY_OUT}") from error
 
 
-def check_state(path: Path) -> None:
+# What SQLite says of a query that does not fit the tables. They are compared before any is used.
+_QUERY_BUG = re.compile("^no such |syntax error|^near |has no column|^ambiguous ")
+
+
+def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
     """Find out before the scan whether the state can be used, and create it where there is none.
 
     Refuses what is not ours or not whole: to begin anew silently would lose every first_seen. Raises
-    StateError.
+    StateError, which says `name` where `path` is a copy.
     """
+    name = name or path
     if not os.path.lexists(path):
+        if not create:
+            raise _missing(name)
         _create_state(path)
-    with _checked_state(path) as db:
-        _migrate(db, path)
+    with _checked_state(path, name) as db:
+        _migrate(db, name)
+
+
+def _missing(name: Path | str) -> MissingStateError:
+    """Return the error of a state that is not there."""
+    return MissingStateError(
+        f"there is no state {name}: run a scan first, or name the right one with --state"
+    )
 
 
 @contextlib.contextmanager
-def _checked_state(path: Path) -> Iterator[sqlite3.Connection]:
+def _checked_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a state that is there, found to be ours and whole; raises StateError."""
-    _refuse_unlike_state(path)
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        _state_version(db, path)
+    with _opened_state(path, name) as db:
         # count(*) does not notice flipped bits, and quick_check none in an index.
         damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if damage != "ok":
-            raise StateError(f"the state {path} is damaged ({damage}): {WAY_OUT}")
+            raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
         yield db
 
 
 def has_scan(path: Path, scan_id: str) -> bool:
     """Return whether a scan is in a state already; raises StateError."""
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
+    with _opened_state(path, path) as db:
         return db.execute("SELECT 1 FROM scans WHERE scan_id = ?", (scan_id,)).fetchone() is not None
 
 
 def copy_state(path: Path, copy: Path) -> None:
     """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
     if os.path.lexists(path):
-        with _checked_state(path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        with _checked_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
             source.backup(target)
 
 
-def _refuse_unlike_state(path: Path) -> None:
-    """Raise StateError for a directory, an empty file, or one that may not be looked at."""
-    if path.is_dir():
-        raise StateError(f"the state {path} is a directory: name a file with --state")
+def resolve_state(name: str) -> Path:
+    """Return the file that a name of a state leads to; raises StateError for a link that leads nowhere."""
+    path = Path(os.path.realpath(name))
+    # Whoever may write the link would else choose where a new state is put.
+    if os.path.islink(name) and not os.path.lexists(path):
+        raise StateError(
+            f"the state {printable(name)} is a link to {path}, which does not exist: put the state there, or "
+            "name its file with --state"
+        )
+    return path
+
+
+def _refuse_unlike_state(path: Path, name: Path | str) -> None:
+    """Raise StateError for what is not a file, for an empty one, or one that may not be looked at."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
-        message = f"the state {path} cannot be read: {error.strerror}; name another file with --state"
+        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
         raise StateError(message) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise StateError(f"the state {name} is a directory: name a file with --state")
+    if not stat.S_ISREG(status.st_mode):  # to open a FIFO waits for a writer
+        raise StateError(f"the state {name} is not a regular file: name another file with --state")
+    size = status.st_size
     if size == 0:
-        raise StateError(f"the state {path} is empty (0 bytes): {WAY_OUT}")
+        raise StateError(f"the state {name} is empty (0 bytes): {WAY_OUT}")
     if size < 512:  # SQLite's smallest page; it takes what is smaller for a database that is new
-        raise StateError(f"the state {path} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
+        raise StateError(f"the state {name} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
 
 
 def _create_state(path: Path) -> None:
@@ -3227,7 +3268,7 @@ def _create_state(path: Path) -> None:
         ) from error
     os.close(handle)
     try:
-        with _state_errors(path), contextlib.closing(_open_state(Path(name))) as db:
+        with _state_errors(path), contextlib.closing(_connect(Path(name))) as db:
             _migrate(db, path)
         with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
             os.link(name, path)
@@ -3237,56 +3278,140 @@ def _create_state(path: Path) -> None:
         os.unlink(name)
 
 
-def _open_state(path: Path) -> sqlite3.Connection:
-    """Open a state that exists; the caller closes it, as sqlite3's own `with` only commits."""
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open a database that exists; the caller closes it, as sqlite3's own `with` only commits."""
     uri = f"{path.absolute().as_uri()}?mode=rw"
-    return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    db.execute("PRAGMA trusted_schema = OFF")
+    return db
 
 
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring a state to the present version in one transaction; refuse a newer one and another program's."""
-    if _state_version(db, path) == len(MIGRATIONS):
-        return
+@contextlib.contextmanager
+def _opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to a state whose schema is ours; raises StateError."""
+    _refuse_unlike_state(path, name)
+    with _state_errors(name), contextlib.closing(_connect(path)) as db:
+        _state_version(db, name)
+        yield db
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Write in one transaction, which an exception in the body undoes."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        for statements in MIGRATIONS[_state_version(db, path) :]:
-            for statement in statements:
-                db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        yield
         db.execute("COMMIT")
     finally:
+        # A full disk has ended the transaction already; a second ROLLBACK would be an error of its own.
         if db.in_transaction:
             db.execute("ROLLBACK")
 
 
-def _state_version(db: sqlite3.Connection, path: Path) -> int:
-    """Return the version of a state: 0 of a new file and of the older tool's; raises StateError."""
+@contextlib.contextmanager
+def _writing(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
+    """Write to a state of the present version in one transaction, which an exception in the body undoes.
+
+    The schema is compared again: another process may have changed the file since it was opened.
+    """
+    with _transaction(db):
+        if _state_version(db, name, schema) != len(MIGRATIONS):
+            raise StateError(f"the state {name} was changed while this command ran: run it again")
+        yield
+
+
+def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
+    """Bring a state to the present version in one transaction; refuse a newer one and another program's."""
+    if _state_version(db, name) == len(MIGRATIONS):
+        return
+    with _transaction(db):
+        for statements in MIGRATIONS[_state_version(db, name) :]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+OLDER_TABLE = "flagged_instances"
+OLDER_COLUMNS = {"instance_id", "first_seen", "is_active"}
+
+
+def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> int:
+    """Return the version of a state: 0 of a new file and of the older tool's.
+
+    Raises StateError for another program's, for a newer one, and for a schema that is not of its version: a
+    trigger or a view could change what a scan records, or what a report shows.
+    """
     application_id, version = (
-        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0] for pragma in ("application_id", "user_version")
     )
-    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    old = {row[1] for row in db.execute("PRAGMA table_info(flagged_instances)")}
-    empty = (application_id, version, len(tables)) == (0, 0, 0)
-    older_tool = application_id == 0 and {"instance_id", "first_seen", "is_active"} <= old
-    if not (application_id == APPLICATION_ID or empty or older_tool):
-        raise StateError(f"the state {path} is another program's database: name another file with --state")
+    found = _read_schema(db, schema)
+    older = {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
+    is_unmarked = (application_id, version) == (0, 0)
+    if not (application_id == APPLICATION_ID or (is_unmarked and (older or not found))):
+        raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
         raise StateError(
-            f"the state {path} was written by a newer tagcheck (version {version}): use that one"
+            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
         )
-    return int(version)
+    expected = _expected_schema(max(version, 0))
+    unknown = [row for row in (found - expected) if not (older and _is_of_older_tool(row))]
+    if version < 0:
+        why = f"its version is {version}"
+    elif unknown:
+        kind, object_name, table, _ = min(unknown, key=repr)
+        on = f" on {str(table)[:60]!r}" if table != object_name else ""
+        why = f"it has a {str(kind)[:20]} {str(object_name)[:60]!r}{on} that tagcheck did not make"
+    elif missing := expected - found:
+        kind, object_name, *_ = min(missing, key=repr)
+        why = f"it lacks the {kind} {object_name!r}"
+    else:
+        return int(version)
+    raise StateError(
+        f"the state {name} is not a tagcheck state, or was changed by something else ({why}): {WAY_OUT}"
+    )
+
+
+SchemaRow = tuple[str, str, str, str]
+
+
+def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[SchemaRow]:
+    """Return what a database consists of: type, name, table and SQL, its white space made alike."""
+    rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master")
+    return Counter((*row, re.sub(r"\s*([(),])\s*", r"\1", " ".join(str(sql).split()))) for *row, sql in rows)
+
+
+@functools.lru_cache
+def _expected_schema(version: int) -> Counter[SchemaRow]:
+    """Return what a state of a version consists of."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for statement in itertools.chain.from_iterable(MIGRATIONS[:version]):
+            db.execute(statement)
+        return _read_schema(db)
+
+
+def _is_of_older_tool(row: SchemaRow) -> bool:
+    """Return whether a part of a schema is the older tool's table, or an index of it."""
+    kind, name, table, sql = row
+    if (kind, name) == ("table", OLDER_TABLE):
+        return str(sql).startswith("CREATE TABLE")  # and not CREATE VIRTUAL TABLE
+    of_autoincrement = (kind, name, sql) == (
+        "table",
+        "sqlite_sequence",
+        "CREATE TABLE sqlite_sequence(name,seq)",
+    )
+    return (kind, table) == ("index", OLDER_TABLE) or of_autoincrement
 
 
 class LocalState:
-    """A state in a file of this machine."""
+    """A state in a file of this machine; where there is none and `create` is false, MissingStateError is raised."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, name or str(path)
+    def __init__(self, path: Path, name: str | None = None, *, create: bool = True) -> None:
+        self.path, self.name, self._create = path, name or str(path), create
 
     def check(self) -> None:
         """Find out before the scan whether it can be used; raises StateError."""
-        check_state(self.path)
+        check_state(self.path, create=self._create)
 
     def attempts(self, scan_id: str) -> Iterator[Path]:
         """Yield the file to record into, once: a transaction that ends stands."""
@@ -3294,6 +3419,8 @@ class LocalState:
 
     def copy(self, copy: Path) -> None:
         """Copy it, where there is one; raises StateError."""
+        if not (self._create or os.path.lexists(self.path)):
+            raise _missing(self.name)
         copy_state(self.path, copy)
 
 
@@ -3308,12 +3435,23 @@ class _PassingError(Exception):
 
 
 class S3State:
-    """A state in S3, recorded into a copy that takes its place only if nobody else was faster."""
+    """A state in S3, recorded into a copy that takes its place only if nobody else was faster.
+
+    Where there is none and `create` is false, MissingStateError is raised.
+    """
 
     def __init__(
-        self, s3: Any, bucket: str, key: str, path: Path, hold_signals: Callable[[], Callable[[], None]]
+        self,
+        s3: Any,
+        bucket: str,
+        key: str,
+        path: Path,
+        hold_signals: Callable[[], Callable[[], None]],
+        *,
+        create: bool = True,
     ) -> None:
         self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
+        self._create = create
         self.path, self.name = path, f"s3://{bucket}/{key}"
 
     def check(self) -> None:
@@ -3341,6 +3479,8 @@ class S3State:
             except _PassingError as error:
                 failure = str(error)
                 continue
+            except MissingStateError:
+                raise
             except StateError:
                 if number >= S3_DAMAGED_DOWNLOADS:
                     raise
@@ -3372,13 +3512,13 @@ class S3State:
         if answer:
             with new.open("wb") as file:
                 self._call(lambda: shutil.copyfileobj(answer["Body"], file))
-        self._check(new)
+        check_state(new, self.name, create=self._create)
         new.replace(self.path)
         return str(answer["ETag"]) if answer else None
 
     def _upload(self, etag: str | None) -> None:
         """Put the copy in the place of what it was made from, or of nothing."""
-        self._check(self.path)
+        check_state(self.path, self.name)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         with self.path.open("rb") as body:
             answer = self._call("put_object", Body=body, **condition)
@@ -3386,13 +3526,6 @@ class S3State:
             raise _PassingError("the state was deleted meanwhile")
         if "ETag" not in answer:
             raise _PassingError("the answer is not S3's: check the network and the proxy")
-
-    def _check(self, path: Path) -> None:
-        """Check a copy; what is wrong with it is said of the state that it is a copy of."""
-        try:
-            check_state(path)
-        except StateError as error:
-            raise StateError(str(error).replace(str(path), self.name)) from error
 
     def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
         """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.
@@ -3436,6 +3569,7 @@ State = LocalState | S3State
 def open_sightings() -> sqlite3.Connection:
     """Return a private database for what a scan sees; SQLite deletes it when it is closed, or killed."""
     db = sqlite3.connect("", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
+    db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
     for statement in SIGHTINGS_SCHEMA:
         db.execute(statement)
     return db
@@ -3592,6 +3726,7 @@ def fetch_uncreated(
     """
     with _state_errors(path):
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+        _state_version(db, path, "state")
         rows = db.execute(
             """
             SELECT account_id, region, instance_id, launch_time FROM (
@@ -3639,13 +3774,123 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
     )
 
 
+# ---- What a state holds is data that anyone may have changed: a row leaves it only through _checked.
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text."""
+    return type(value) is str
+
+
+def _is_text_or_none(value: Any) -> bool:
+    """Return whether a value is text, or nothing."""
+    return value is None or type(value) is str
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is a number of things."""
+    return type(value) is int and 0 <= value < MAX_COUNT
+
+
+def _is_amount(value: Any) -> bool:
+    """Return whether a value is an amount of money."""
+    return type(value) in (int, float) and 0 <= value < MAX_COUNT
+
+
+def _is_time(value: Any) -> bool:
+    """Return whether a value is a time as utc_text() writes it."""
+    if type(value) is not str or not _TIME.fullmatch(value):
+        return False
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_one_of(*values: str | None) -> Callable[[Any], bool]:
+    """Return what tells whether a value is one of these."""
+    return lambda value: value in values
+
+
+def _is_absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return what tells whether a value is nothing, or passes a check."""
+    return lambda value: value is None or check(value)
+
+
+MAX_COUNT = 2**53  # as far as JSON's readers count exactly
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+_COUNT_COLUMNS = (
+    "instances compliant findings exempted new repeat reopened resolved open targets targets_unread times_seen "
+    "times_reopened number"
+).split()
+_COLUMNS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_COUNT_COLUMNS, _is_count),
+    **dict.fromkeys(("at", "first_seen", "last_seen", "launch_time", "changed_at", "started_at"), _is_time),
+    **dict.fromkeys(
+        ("error_code", "error_message", "created_by", "instance_type", "managed_by", "former"),
+        _is_text_or_none,
+    ),
+    **dict.fromkeys(
+        ("policy", "account_id", "region", "instance_id", "state", "tag_key", "message"), _is_text
+    ),
+    **dict.fromkeys(("change_id", "why", "who", "subject", "channels", "evidence"), _is_text),
+    **dict.fromkeys(("value", "found_key", "owner", "cause"), _is_text_or_none),
+    "resolved_at": _is_absent_or(_is_time),
+    "status": _is_one_of(*Status),
+    "resolution": _is_one_of(None, *Resolution),
+    "cause_kind": _is_one_of(None, *GROUP_KINDS),
+    "event": _is_one_of("CHANGED", "RESOLVED", "REOPENED"),
+    "change_status": _is_one_of("intended", "written"),
+    "monthly_cost": _is_absent_or(_is_amount),
+    "cost": _is_amount,
+    "type": _is_one_of(*ViolationType),
+    "confidence": lambda value: _is_amount(value) and value <= 1,
+}
+
+
+def _checked(columns: Sequence[str], row: Sequence[Any]) -> Sequence[Any]:
+    """Return a row of the state, all of whose values are what their columns hold; raises _BadRowError."""
+    for column, value in zip(columns, row, strict=True):
+        if not _COLUMNS[column](value):
+            raise _BadRowError(f"{column} is {value!r:.80}")
+    return row
+
+
+def _load_json(column: str, text: Any, kind: type) -> Any:
+    """Return a column's JSON, which is an object or a list; raises _BadRowError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _BadRowError(f"{column} is not JSON: {text!r:.80}") from error
+    if type(value) is not kind:
+        raise _BadRowError(f"{column} is {text!r:.80}")
+    return value
+
+
+def _load_records(column: str, text: Any, keys: Mapping[str, str]) -> list[Sequence[Any]]:
+    """Return the values of a column's JSON objects; each key has the name of its check. Raises _BadRowError."""
+    rows = []
+    for record in _load_json(column, text, list):
+        if type(record) is not dict or record.keys() != keys.keys():
+            raise _BadRowError(f"{column} is {text!r:.80}")
+        rows.append(_checked([*keys.values()], [record[key] for key in keys]))
+    return rows
+
+
+_VIOLATION = {key: key for key in ("tag_key", "type", "value", "found_key", "message")}
+
+
 def _load_violations(text: str | bytes) -> tuple[Violation, ...]:
-    """Read violations back from the state."""
-    return tuple(map(_load_violation, json.loads(text)))
+    """Read the violations of a finding back from the state; raises _BadRowError."""
+    rows = _load_records("violations", text, _VIOLATION)
+    if not rows:
+        raise _BadRowError("violations is an empty list")
+    return tuple(Violation(key, ViolationType(kind), *more) for key, kind, *more in rows)
 
 
 def _load_violation(row: Mapping[str, Any]) -> Violation:
-    """Read one violation back."""
+    """Read one violation back from the sightings."""
     kind = ViolationType(row["type"])
     return Violation(row["tag_key"], kind, row["value"], row["found_key"], row["message"])
 
@@ -3690,16 +3935,10 @@ def record_scan(
             """
         )
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
-        try:
-            db.execute("PRAGMA state.synchronous = FULL")
-            db.execute("BEGIN IMMEDIATE")
+        db.execute("PRAGMA state.synchronous = FULL")
+        with _writing(db, name, "state"):
             _record(db, scan, utc_text(scan.started_at), utc_text(finished_at))
             yield
-            db.execute("COMMIT")
-        finally:
-            # A full disk has ended the transaction already; a second ROLLBACK would be an error of its own.
-            if db.in_transaction:
-                db.execute("ROLLBACK")
         # After an exception queries of it may still be open, and only the end of the connection detaches it.
         db.execute("DETACH DATABASE state")
 
@@ -3713,6 +3952,8 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         (scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest, now, finished_at),
     )
     names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now, "unknown": f"{UNKNOWN}%"}
+    if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
+        raise _BadRowError("it has counts of a scan that was not yet made")
     db.execute("DELETE FROM resolved")
     if scan.may_hide_managed:
         _fail_hiding_targets(db, names)
@@ -3793,7 +4034,7 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         """,
         names,
     )
-    if db.execute("SELECT 1 FROM state.sqlite_master WHERE name = 'flagged_instances'").fetchone():
+    if _has_table(db, "state", OLDER_TABLE):
         _adopt_flagged_instances(db, names)
     _record_coverage(db, names)
     db.execute(
@@ -3836,7 +4077,7 @@ def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> st
     now = None if tags is None else json.loads(tags)
     try:
         before = _load_violations(violations)
-    except (ValueError, KeyError, TypeError):
+    except _BadRowError:
         return None
     return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
 
@@ -3918,6 +4159,23 @@ def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
         """,
         names,
     )
+    # Of too young instances those are findings that were open before. All others are findings by what this scan
+    # saw alone, whatever the state holds.
+    differing = db.execute(
+        """
+        SELECT target.account_id, target.region FROM target
+        JOIN state.coverage ON scan = :scan AND coverage.account_id = target.account_id
+            AND coverage.region = target.region
+        LEFT JOIN (
+            SELECT target, count(*) AS violating, sum(NOT too_young) AS sure FROM sighting
+            WHERE violations IS NOT NULL GROUP BY target
+        ) ON target = target.id
+        WHERE findings <> new + repeat + reopened OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
+        """,
+        names,
+    ).fetchone()
+    if differing:
+        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
 
 
 def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
@@ -3928,6 +4186,34 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
         (scan.scan_id,),
     )
     return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
+
+
+def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str) -> str:
+    """Return why every finding of the scan that is being recorded is NEW; nothing where earlier ones are known."""
+    rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
+    policies = {policy for (policy,) in rows}
+    known = any(target.repeat or target.reopened for target in fetch_coverage(db, scan))  # to the older tool
+    if scan.policy.name in policies or known:
+        return ""
+    if policies or _has_table(db, "state", OLDER_TABLE):
+        return f"No earlier scan of the policy {scan.policy.name} in the state {name}: every finding is NEW"
+    return f"New state {name}: every finding is NEW"
+
+
+def require_scans(path: Path, name: str) -> None:
+    """Raise StateError for a state without a scan, of this or of the older tool."""
+    with _opened_state(path, name) as db:
+        if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
+            raise StateError(
+                f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, or run "
+                "once without --require-state"
+            )
+
+
+def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
+    """Return whether a database has a table."""
+    tables = db.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE (type, name) = ('table', ?)", (table,))
+    return tables.fetchone() is not None
 
 
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
@@ -4004,7 +4290,10 @@ def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
         """,
         names,
     )
-    return [Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in rows]
+    columns = ("account_id", "region", "cause_kind", "cause", "tag_key", "number")
+    return [
+        Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in (_checked(columns, r) for r in rows)
+    ]
 
 
 @contextlib.contextmanager
@@ -4017,18 +4306,35 @@ def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
     if isinstance(state, S3State):
         state.check()
     elif not os.path.lexists(path):
-        raise StateError(f"there is no state {path}: run a scan first, or name it with --state")
+        raise _missing(path)
     else:
-        _refuse_unlike_state(path)
-        with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-            version = _state_version(db, path)
+        with _opened_state(path, state.name) as db:
+            version = _state_version(db, state.name)
         if version < len(MIGRATIONS):
             copy_state(path, copy)
-            check_state(copy)
+            check_state(copy, state.name)
             path = copy
-    with _state_errors(state.name), contextlib.closing(_open_state(path)) as db:
+    with _opened_state(path, state.name) as db:
         db.execute("BEGIN")
+        _state_version(db, state.name)
         yield db
+
+
+def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
+    """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
+    names = fetch_policies(db)
+    if policy not in names:
+        shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
+        has = (
+            f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
+        )
+        raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
+
+
+def fetch_policies(db: sqlite3.Connection) -> list[str]:
+    """Return the names of the policies that a state has scans of, sorted."""
+    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
+    return [_checked(("policy",), row)[0] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -4081,7 +4387,9 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
         "WHERE policy = ? AND (account_id, region, instance_id) = (?, ?, ?) ORDER BY events.id",
         (policy, finding.account_id, finding.region, finding.instance_id),
     ).fetchall()
-    befores = [_load_violations(row[2]) if row[2] else () for row in rows]
+    for row in rows:
+        _checked(("at", "event", "resolution"), (row[0], row[1], row[3]))
+    befores = [_load_violations(row[2]) if row[2] is not None else () for row in rows]
     # An event keeps what was lacking before it; so what was lacking after it stands in the next one.
     afters = [*befores, finding.violations]
     events = [Event(finding.first_seen, Status.NEW, next(filter(None, afters)), None)]
@@ -4099,7 +4407,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoin
         "SELECT at, open, new, reopened, resolved, targets, targets_unread FROM trend WHERE policy = ? ORDER BY at",
         (policy,),
     )
-    trend = [TrendPoint(*row) for row in rows]
+    trend = [TrendPoint(*_checked(_TREND, row)) for row in rows]
     pruned_until = trend[-1].at if trend else ""
     standings: dict[Target, Standing] = {}
     total = 0
@@ -4111,7 +4419,10 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoin
     )
     for at, targets in itertools.groupby(rows, key=lambda row: row[0]):
         counts: Counter[str] = Counter()
-        for _, account_id, region, code, message, *numbers, new, reopened, resolved in targets:
+        for row in targets:
+            _, account_id, region, code, message, *numbers, new, reopened, resolved = _checked(_STANDING, row)
+            if sum(numbers[1:]) > numbers[0] or new + reopened > numbers[2]:
+                raise _BadRowError(f"the counts of {account_id} {region} at {at} contradict each other")
             target = Target(account_id, region)
             before = standings.get(target)
             if code is None:
@@ -4125,6 +4436,13 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoin
             changes = (counts["new"], counts["reopened"], counts["resolved"])
             trend.append(TrendPoint(at, total, *changes, counts["targets"], counts["unread"]))
     return trend, sorted(standings.values(), key=lambda standing: standing.target)
+
+
+_TREND = ("at", "open", "new", "reopened", "resolved", "targets", "targets_unread")
+_STANDING = (
+    "started_at account_id region error_code error_message instances compliant findings exempted new reopened "
+    "resolved"
+).split()
 
 
 # The upper ends of the ages that are counted together, in days.
@@ -4160,6 +4478,22 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         """,
         names,
     )
+    # The same checks as those of _checked, in SQL: what follows is counted there.
+    bad = db.execute(
+        f"""
+        SELECT id FROM temp.open WHERE NOT coalesce(
+            typeof(account_id) || typeof(region) || typeof(instance_id) || typeof(first_seen) || typeof(tag_keys)
+                = 'texttexttexttexttext'
+            AND first_seen GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T[0-9][0-9]:[0-9][0-9]:[0-9][0-9]Z'
+            AND typeof(created_by) IN ('text', 'null') AND typeof(owner) IN ('text', 'null')
+            AND typeof(managed_by) IN ('text', 'null')
+            AND (monthly_cost IS NULL
+                OR typeof(monthly_cost) IN ('real', 'integer') AND monthly_cost BETWEEN 0 AND {MAX_COUNT}), 0)
+        LIMIT 1
+        """
+    ).fetchone()
+    if bad:
+        raise _BadRowError(f"the finding with the id {bad[0]} has a value that its column does not hold")
 
     def counts(what: str, where: str = "1") -> list[tuple[str, int]]:
         query = f"SELECT {what}, count(*) FROM temp.open WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
@@ -4174,6 +4508,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
         """
     ).fetchall()
+    tags = [_checked(("tag_key", "number", "cost"), row) for row in tags]
     total, priced = db.execute("SELECT count(*), count(monthly_cost) FROM temp.open").fetchone()
     oldest = db.execute(
         f"""
@@ -4208,14 +4543,9 @@ class Pruned:
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
     """Delete from a state what is older than a time, and give back the room; raises StateError."""
-    with _state_errors(name), contextlib.closing(_open_state(path)) as db:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+    with _opened_state(path, name) as db:
+        with _writing(db, name):
             pruned = _prune(db, before)
-            db.execute("COMMIT")
-        finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
         free, pages = (
             db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
         )
@@ -4307,39 +4637,52 @@ def owe_notifications(
 def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
     """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
     query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    return {subject: channels.split(",") for subject, channels in db.execute(query, (policy,))}
+    rows = (_checked(("subject", "channels"), row) for row in db.execute(query, (policy,)))
+    return {subject: channels.split(",") for subject, channels in rows}
 
 
 def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
     """Mark in a state what a channel was told; raises StateError."""
     query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
-    with _state_errors(path), contextlib.closing(_open_state(path)) as db:
-        db.execute("BEGIN IMMEDIATE")
+    with _opened_state(path, path) as db, _writing(db, path):
         db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
-        db.execute("COMMIT")
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
-_FINDING = """
-    finding.account_id, finding.region, finding.instance_id, finding.state, finding.launch_time, finding.tags,
-    finding.violations, finding.status, finding.first_seen, finding.last_seen, times_seen, times_reopened, resolved_at,
-    finding.resolution, finding.created_by, finding.suggestions, finding.instance_type, finding.cause_kind,
-    finding.monthly_cost, finding.managed_by, finding.cause
-"""
+_FINDING_COLUMNS = (
+    "account_id region instance_id state launch_time status first_seen last_seen times_seen times_reopened "
+    "resolved_at resolution created_by instance_type cause_kind monthly_cost managed_by cause"
+).split()
+_FINDING = ", ".join(
+    f"finding.{column}" for column in (*_FINDING_COLUMNS, "tags", "violations", "suggestions")
+)
 
 
 def _load_finding(row: Sequence[Any]) -> Finding:
-    """Build a Finding from the columns of _FINDING."""
-    *columns, cause = row
-    return replace(
-        Finding(*columns),
-        tags=json.loads(row[5]),
-        violations=_load_violations(row[6]),
-        status=Status(row[7]),
-        resolution=Resolution(row[13]) if row[13] else None,
-        suggestions=tuple(Suggestion(**record) for record in json.loads(row[15] or "[]")),
-        cause=Group(row[17], cause) if cause else None,
+    """Build a Finding from the columns of _FINDING; raises _BadRowError."""
+    *columns, tags_text, violations, suggestions = row
+    values = dict(zip(_FINDING_COLUMNS, _checked(_FINDING_COLUMNS, columns), strict=True))
+    status, ended, kind, cause = (values.pop(c) for c in ("status", "resolution", "cause_kind", "cause"))
+    if len({status == Status.RESOLVED, ended is not None, values["resolved_at"] is not None}) > 1:
+        raise _BadRowError(f"status is {status}, and resolved_at {values['resolved_at']}")
+    if (kind is None) is not (cause is None):
+        raise _BadRowError(f"cause_kind is {kind!r}, and cause {cause!r:.80}")
+    tags = _load_json("tags", tags_text, dict)
+    if not all(type(value) is str for value in tags.values()):
+        raise _BadRowError(f"tags is {tags_text!r:.80}")
+    rows = _load_records("suggestions", suggestions, _SUGGESTION) if suggestions is not None else ()
+    return Finding(
+        **values,
+        tags=tags,
+        violations=_load_violations(violations),
+        status=Status(status),
+        resolution=Resolution(ended) if ended else None,
+        suggestions=tuple(Suggestion(*columns) for columns in rows),
+        cause=Group(kind, cause) if kind else None,
     )
+
+
+_SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confidence", "evidence": "evidence"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4388,12 +4731,11 @@ def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> No
     """
     changes = list(changes)
     for path in state.attempts("") if changes else ():
-        with _state_errors(state.name), contextlib.closing(_open_state(path)) as db:
+        with _opened_state(path, state.name) as db:
             db.execute("PRAGMA synchronous = FULL")
-            db.execute("BEGIN IMMEDIATE")
-            for change, result in changes:
-                _record_change(db, change, result)
-            db.execute("COMMIT")
+            with _writing(db, state.name):
+                for change, result in changes:
+                    _record_change(db, change, result)
 
 
 def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
@@ -4422,7 +4764,8 @@ def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) ->
         f"SELECT {_CHANGE} FROM changes WHERE policy = ? AND instance_id = ? ORDER BY id",
         (policy_name, instance_id),
     )
-    return [Change(*row) for row in rows]
+    columns = _CHANGE.replace("status", "change_status").split(", ")
+    return [Change(*_checked(columns, row)) for row in rows]
 
 
 ########################################################################################################
@@ -6243,6 +6586,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--undo": _one("FILE", "the undo file of an earlier run, to take back what is still as it was written"),
     "--role": _one("NAME", "the role to assume for writing (default: the policy's role_name)"),
     "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
+    "--require-state": _flag("fail where there is no state yet, in place of beginning a new one"),
     "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
     "--quiet": _flag("no summary and no progress, only errors"),
     "--verbose": _flag("say each retry as well"),
@@ -6253,7 +6597,7 @@ _COMMANDS = {
         *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
         *("--include-managed-resources",),
         *("--csv", "--json", "--junit", "--prices", "--creators", "--creators-budget"),
-        *("--fail-on", "--dry-run", "--quiet", "--verbose"),
+        *("--fail-on", "--require-state", "--dry-run", "--quiet", "--verbose"),
     ),
     "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
     "explain": (
@@ -6323,8 +6667,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
     prices = load_prices(args.prices) if args.prices else Prices({})
     with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=args.dry_run)
+        state = open_state(args, stack, copied=args.dry_run, create=not args.require_state)
         state.check()
+        if args.require_state:
+            require_scans(state.path, state.name)
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
@@ -6346,9 +6692,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         def record(path: Path) -> None:
             nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
-                report = _report(
-                    args, db, scan, finished_at, [*notices, *_exemption_notices(args, scan, used)]
-                )
+                begun_anew = filter(None, [fetch_notice(db, scan, args.state)])
+                more = _exemption_notices(args, scan, used)
+                report = _report(args, db, scan, finished_at, [*begun_anew, *notices, *more])
                 if policy.notify:
                     owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
                     digests = write_digests(report, fetch_owed(db, policy.name))
@@ -6535,14 +6881,21 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     return outputs
 
 
-def open_state(args: argparse.Namespace, stack: contextlib.ExitStack, *, copied: bool) -> State:
-    """Return the state that was named, or a copy of it to do with as one likes; raises UsageError, StateError."""
-    state: State = LocalState(Path(os.path.realpath(args.state)))
+def open_state(
+    args: argparse.Namespace, stack: contextlib.ExitStack, *, copied: bool = False, create: bool = False
+) -> State:
+    """Return the state that was named, or a copy of it to do with as one likes; raises UsageError, StateError.
+
+    Where there is none, only `create` lets one begin.
+    """
+    state: State
     if args.state.startswith("s3://"):
         bucket, key = split_s3(args.state)
         aws = Aws(args.profile, workers=1)
         s3 = aws.client("s3", aws.session.region_name or "us-east-1")
-        state = S3State(s3, bucket, key, _temporary(stack) / "state.db", _hold_signals)
+        state = S3State(s3, bucket, key, _temporary(stack) / "state.db", _hold_signals, create=create)
+    else:
+        state = LocalState(resolve_state(args.state), create=create)
     if copied:
         copy = LocalState(_temporary(stack) / "state.db", state.name)
         state.copy(copy.path)
@@ -6551,11 +6904,17 @@ def open_state(args: argparse.Namespace, stack: contextlib.ExitStack, *, copied:
 
 
 @contextlib.contextmanager
-def _reading(args: argparse.Namespace) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading the state that was named; raises UsageError, StateError."""
+def _reading(args: argparse.Namespace, policy: str | None) -> Iterator[sqlite3.Connection]:
+    """Yield a connection for reading the state that was named, which must have a scan of a policy if one is given.
+
+    Raises UsageError, StateError.
+    """
     with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=False)
-        yield stack.enter_context(reading_state(state, _temporary(stack) / "state.db"))
+        state = open_state(args, stack)
+        db = stack.enter_context(reading_state(state, _temporary(stack) / "state.db"))
+        if policy is not None:
+            require_policy(db, state.name, policy)
+        yield db
 
 
 def _temporary(stack: contextlib.ExitStack) -> Path:
@@ -6928,11 +7287,16 @@ def _find_instance(
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as saved files, AWS or the state have it, with its finding; adds what was written on it."""
     known: dict[Target, Finding] = {}
-    if args.state.startswith("s3://") or os.path.lexists(args.state):
-        with _reading(args) as db:
+    elsewhere = bool(args.instances or args.live)
+    try:
+        with _reading(args, None if elsewhere else policy.name) as db:
             findings = fetch_history(db, Selection(policy.name, args.instance))
             known = {finding.target: finding for finding in findings}
             changes += fetch_changes(db, policy.name, args.instance)
+    except MissingStateError as error:
+        if not elsewhere:
+            raise
+        LOG.warning("The history of %s is not known: %s", args.instance, printable(str(error)))
     if args.instances:
         for target, instances in load_fleet(args.instances)[0].items():
             for instance in instances:
@@ -7005,7 +7369,7 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
     policy = load_policy(args.policy).name
     since = now - args.older_than if args.older_than else None
     selection = Selection(policy, args.instance, args.account, args.region, wanted, args.tag, since)
-    with _reading(args) as db:
+    with _reading(args, policy) as db:
         report = HistoryReport(
             policy,
             lambda: fetch_history(db, selection),
@@ -7047,11 +7411,11 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
     policy = load_policy(args.policy)
     keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
     owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
-    with _reading(args) as db:
+    with _reading(args, policy.name) as db:
         trend, standings = fetch_standings(db, policy.name)
         if not standings:
             raise StateError(
-                f"{args.state} holds no scan of the policy {policy.name}: run one, or name the policy with --policy"
+                f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
             )
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
@@ -7066,8 +7430,6 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
     before = now - timedelta(days=args.days)
     pruned = Pruned(0, 0, 0)
     with contextlib.ExitStack() as stack:
-        if not args.state.startswith("s3://") and not os.path.lexists(args.state):
-            raise StateError(f"there is no state {args.state}: name it with --state")
         state = open_state(args, stack, copied=args.dry_run)
         state.check()
         for path in state.attempts(str(uuid.uuid4())):
@@ -7095,7 +7457,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
     rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
     if not given:
-        with _reading(args) as db:
+        with _reading(args, policy.name) as db:
             is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
             rows = list(plan(fetch_history(db, is_open), policy, args.min_confidence))
     in_scope = [
@@ -7110,7 +7472,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(staged_outputs(outputs))
         if args.apply and writing:
-            state = open_state(args, stack, copied=False)
+            state = open_state(args, stack)
             beside = state.path.parent if isinstance(state, LocalState) else Path()
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}

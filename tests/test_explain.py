@@ -76,7 +76,12 @@ class Scan(NamedTuple):
         return {int(entry["instance_id"][2:], 16) for entry in self.report[key]}
 
     def notices(self, *words: str) -> list[str]:
-        return [notice for notice in self.report["notices"] if all(word in notice for word in words)]
+        return [notice for notice in self.warnings if all(word in notice for word in words)]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notices, but for that of a state that begins with this scan."""
+        return [notice for notice in self.report["notices"] if not notice.startswith("New state")]
 
 
 class Desk:
@@ -292,10 +297,10 @@ def test_an_end_is_announced_14_days_before_and_after(desk: Desk, days: int, ann
     desk.write_policy(exemptions=[exemption])
     scan = desk.scan(instance(1))
     assert scan.notices("exemptions[0]", "the vendor pays", f"{announced} on {last}") == (
-        scan.report["notices"] if announced else []
+        scan.warnings if announced else []
     )
-    assert len(scan.report["notices"]) == bool(announced)
-    for notice in scan.report["notices"]:
+    assert len(scan.warnings) == bool(announced)
+    for notice in scan.warnings:
         assert re.match(r"policy\.yaml:1:\d+: warning: ", notice)
         assert notice in scan.summary
     assert ("no longer holds" in scan.summary) == (announced == "ended")
@@ -304,7 +309,7 @@ def test_an_end_is_announced_14_days_before_and_after(desk: Desk, days: int, ann
 
 def test_without_an_end_nothing_is_announced(desk: Desk) -> None:
     desk.write_policy(exemptions=[{"reason": "because", "instances": [ident(1)]}])
-    assert desk.scan(instance(1)).report["notices"] == []
+    assert desk.scan(instance(1)).warnings == []
 
 
 USELESS = {"reason": "nobody has this", "tags": {"Team": "none"}}
@@ -335,7 +340,7 @@ def test_of_a_part_nobody_knows_what_an_exemption_covered(desk: Desk, args: list
     desk.write_policy(exemptions=[USELESS])
     scan = desk.scan(instance(1), args=args)
     assert scan.code == 3
-    assert scan.report["notices"] == []
+    assert scan.warnings == []
 
 
 def test_of_what_was_not_read_nothing_is_claimed(desk: Desk) -> None:
@@ -343,7 +348,7 @@ def test_of_what_was_not_read_nothing_is_claimed(desk: Desk) -> None:
     desk.write_policy(exemptions=[USELESS | {"regions": ["ap-south-1"]}], regions=regions)
     scan = desk.scan(instance(1))
     assert scan.code == 4
-    assert all("covered nothing that was read" in notice for notice in scan.report["notices"])
+    assert all("covered nothing that was read" in notice for notice in scan.warnings)
 
 
 # ---- Where it is told --------------------------------------------------------------------------------------
@@ -713,7 +718,7 @@ def test_history_of_an_instance(desk: Desk) -> None:
         desk.write_fleet(*reservations, BYSTANDER)
         return desk.explain(ident(1), "--instances", "fleet.json").lines[-1]
 
-    assert history(instance(1)).strip() == "History: no scan has found it in violation"
+    assert history(instance(1)).strip() == "History: none (no scan in the state found it in violation)"
     desk.scan(instance(1))
     assert all(word in history(instance(1)) for word in ("NEW", "1 time ", "2026-11-23T12:00:00Z"))
     desk.scan(instance(1), now=NOW + DAY)
@@ -775,8 +780,8 @@ def test_unknown_instance_is_told_where_to_look(org: Desk) -> None:
 
 def test_unknown_instance_without_a_state(org: Desk) -> None:
     run = org.explain(ident(2))
-    assert (run.code, run.out) == (2, "")
-    assert ident(2) in run.err
+    assert (run.code, run.out) == (5, "")
+    assert f"there is no state {Path('instance_state.db').resolve()}: run a scan first" in run.err
 
 
 def test_unknown_instance_in_saved_files(org: Desk) -> None:
@@ -811,7 +816,7 @@ def test_instance_in_a_region_that_the_policy_no_longer_covers(desk: Desk) -> No
 
 @pytest.mark.parametrize("wanted", ["i-\x1b[31mred", "web-1", ""])
 def test_what_is_no_instance_id(org: Desk, wanted: str) -> None:
-    org.write_fleet(instance(1))
+    org.scan(instance(1))
     for options in ([], ["--instances", "fleet.json"]):
         run = org.explain(wanted, *options)
         if wanted:

@@ -323,7 +323,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(kept, state):
         "version: 1\nname: other\nrequired_tags: [Owner]\nregions: {us-east-1: }\n"
     )
     other = command(state, "report", "--html", "page.html", "--policy", "other.yaml", check=5)
-    assert "holds no scan of the policy other" in other.err
+    assert "has no scan of the policy 'other'; it has scans of 'test'" in other.err
     assert (state / "page.html").read_text() == "old"
     assert "there is no state" in command(state, *args, "page.html", "--state", "none.db", check=5).err
 

@@ -9,6 +9,8 @@ import pytest
 from aws_server import ACCOUNT_ID, AwsServer
 from conftest import Result, run_tagcheck
 
+from tagcheck import check_state
+
 REGION = "us-east-1"
 MEMBER = "210987654321"
 BUCKET, KEY = "fleet-state", "org/tagcheck.db"
@@ -307,6 +309,7 @@ def test_remediation_works_with_what_is_printed_and_nothing_less(
     (instance_id,) = fleet.aws.launch(REGION)
     plan = f"Account,Region,InstanceId,Tag,Value,Action\n{ACCOUNT_ID},{REGION},{instance_id},Owner,ann,add\n"
     (tmp_path / "plan.csv").write_text(plan)
+    check_state(tmp_path / "instance_state.db")
     for action in ("ec2:DescribeInstances", "ec2:CreateTags"):
         denied = remediate(fleet, without(document, action), tmp_path, "--plan", "plan.csv")
         assert (denied.code, action in denied.out) == (4, True), denied

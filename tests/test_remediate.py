@@ -225,8 +225,9 @@ def test_value_is_replaced_only_with_its_current_one_at_hand(tmp_path):
 
 @pytest.fixture
 def run(aws, tmp_path):
-    """Run a command against the server, with the policy."""
+    """Run a command against the server, with the policy and a state without findings."""
     (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
+    script.check_state(tmp_path / "instance_state.db")
 
     def run(command, *args, check=0, **options):
         named = [command, "--policy", "policy.yaml", *args]
@@ -611,6 +612,7 @@ def test_role_for_writing_and_account_that_is_denied(aws, run, tmp_path):
 def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
     s3 = aws.backstage("s3", REGION)
     s3.create_bucket(Bucket="bucket")
+    s3.upload_file(str(tmp_path / "instance_state.db"), "bucket", "state.db")
     ids = sorted(aws.launch(REGION, count=2))
     save_plan(tmp_path / "plan.csv", *map(row, ids))
     aws.fault("lost", action="PutObject", times=1)  # a put is repeated, and nothing is recorded twice

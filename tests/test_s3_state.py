@@ -187,7 +187,7 @@ def test_dry_run_compares_and_writes_nothing(state: State, recorded: bytes) -> N
 def test_explain_reads_the_history(state: State, recorded: bytes) -> None:
     args = ("explain", SHARED, "--policy", "policy.yaml", "--state", state.location)
     cwd, env = state.new_agent(), state.aws.env
-    assert f"{state.location} has no finding of" in run_tagcheck(*args, cwd=cwd, env=env, check=2).err
+    assert f"there is no state {state.location}" in run_tagcheck(*args, cwd=cwd, env=env, check=5).err
     assert state.stored is None
     state.stored = recorded
     assert "History: NEW, found 1 time" in run_tagcheck(*args, cwd=cwd, env=env, check=0).out
