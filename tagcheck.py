@@ -1557,9 +1557,13 @@ def _bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
+# A launch later than that is an answer's mistake, and would keep an instance from being judged at all.
+MAX_CLOCK_DIFFERENCE = timedelta(days=1)
+
+
 def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> bool:
     """Return whether an instance is still within its grace period: tags often come after the launch."""
-    return now - instance.launch_time < grace_period
+    return -MAX_CLOCK_DIFFERENCE < now - instance.launch_time < grace_period
 
 
 def resolution(
@@ -3257,6 +3261,10 @@ S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
+class _DamagedError(StateError):
+    """A copy of the state is not whole, perhaps because its transfer was not."""
+
+
 class _PassingError(Exception):
     """S3 refused or failed in a way that may pass."""
 
@@ -3295,7 +3303,7 @@ class S3State:
             except _PassingError as error:
                 failure = str(error)
                 continue
-            except StateError:
+            except _DamagedError:
                 if number >= S3_DAMAGED_DOWNLOADS:
                     raise
                 failure = "the download is damaged"
@@ -3346,7 +3354,7 @@ class S3State:
         try:
             check_state(path)
         except StateError as error:
-            raise StateError(str(error).replace(str(path), self.name)) from error
+            raise _DamagedError(str(error).replace(str(path), self.name)) from error
 
     def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
         """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.
