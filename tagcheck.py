@@ -1573,9 +1573,13 @@ def _bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
+# A launch later than that is an answer's mistake, and would keep an instance from being judged at all.
+MAX_CLOCK_DIFFERENCE = timedelta(days=1)
+
+
 def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> bool:
     """Return whether an instance is still within its grace period: tags often come after the launch."""
-    return now - instance.launch_time < grace_period
+    return -MAX_CLOCK_DIFFERENCE < now - instance.launch_time < grace_period
 
 
 def resolution(
@@ -3430,6 +3434,10 @@ S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
+class _DamagedError(StateError):
+    """A copy of the state is not whole, perhaps because its transfer was not."""
+
+
 class _PassingError(Exception):
     """S3 refused or failed in a way that may pass."""
 
@@ -3479,9 +3487,7 @@ class S3State:
             except _PassingError as error:
                 failure = str(error)
                 continue
-            except MissingStateError:
-                raise
-            except StateError:
+            except _DamagedError:
                 if number >= S3_DAMAGED_DOWNLOADS:
                     raise
                 failure = "the download is damaged"
@@ -3512,13 +3518,15 @@ class S3State:
         if answer:
             with new.open("wb") as file:
                 self._call(lambda: shutil.copyfileobj(answer["Body"], file))
-        check_state(new, self.name, create=self._create)
+        elif not self._create:
+            raise _missing(self.name)
+        self._check(new)
         new.replace(self.path)
         return str(answer["ETag"]) if answer else None
 
     def _upload(self, etag: str | None) -> None:
         """Put the copy in the place of what it was made from, or of nothing."""
-        check_state(self.path, self.name)
+        self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         with self.path.open("rb") as body:
             answer = self._call("put_object", Body=body, **condition)
@@ -3526,6 +3534,13 @@ class S3State:
             raise _PassingError("the state was deleted meanwhile")
         if "ETag" not in answer:
             raise _PassingError("the answer is not S3's: check the network and the proxy")
+
+    def _check(self, path: Path) -> None:
+        """Check a copy of the state; raises _DamagedError."""
+        try:
+            check_state(path, self.name)
+        except StateError as error:
+            raise _DamagedError(str(error)) from error
 
     def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
         """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.

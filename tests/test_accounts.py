@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -402,6 +403,24 @@ LISTINGS = {
     ),
     "neither State nor Status": Listing(answers([account(MEMBER), account(OTHER, None)]), (), ("Status",)),
     "account without an id": Listing(answers([account(MEMBER), {"State": "ACTIVE"}]), (), ("Id",)),
+    "account that is text": Listing(answers({"Accounts": [OWN]}), ()),
+    "account that is null": Listing(answers({"Accounts": [None]}), ()),
+    "id that is a number": Listing(answers([account(MEMBER), account(7)]), (), ("7 is no account id",)),  # type: ignore[arg-type]
+    "id that is too short": Listing(answers([account(MEMBER), account("1234")]), (), ("'1234' is no",)),
+    "id that is null": Listing(answers({"Accounts": [{"State": "ACTIVE"}]}), (), ("Id",)),
+    "one id with two states": Listing(
+        answers([account(MEMBER)], [account(MEMBER, "SUSPENDED")]), (), (MEMBER, "SUSPENDED")
+    ),
+    "one id twice": Listing(answers([account(MEMBER)], [account(MEMBER)]), (MEMBER,)),
+    "state that is a list": Listing(
+        answers({"Accounts": [{"Id": MEMBER, "State": ["ACTIVE"]}]}), (), (MEMBER,)
+    ),
+    "token that is a number": Listing(answers({"Accounts": [account(MEMBER)], "NextToken": 7}), ()),
+    "all of them suspended": Listing(
+        answers([account(MEMBER, "SUSPENDED"), account(OWN, "CLOSED")]),
+        (),
+        ("no account to scan", "CLOSED, SUSPENDED"),
+    ),
     "no account at all": Listing(answers([]), ()),
     "nothing in the second answer": Listing(answers([account(MEMBER)], {}), (), ("Accounts",)),
     "captive portal": Listing(
@@ -466,6 +485,60 @@ def test_list_of_accounts_is_whole_or_an_error(listed: dict[str, Future[Listed]]
     assert not (result.cwd / "out.csv").exists()
     with closing(sqlite3.connect(result.cwd / STATE)) as db:
         assert db.execute("SELECT count(*) FROM scans").fetchone() == (0,)
+
+
+def test_account_in_a_state_that_is_new_is_unread_and_keeps_its_findings(
+    aws: AwsServer, scan: Scan, tmp_path: Path
+) -> None:
+    aws.launch(REGION, account_id=MEMBER)
+    make_organization(aws, members=0)
+    listed = aws.fault(**answers([account(MEMBER), account(OWN)]), action="ListAccounts")
+    assert len(found(scan({"organization": True}, check=3))) == 1
+    before = findings_table(tmp_path / STATE)
+    listed.times = 0
+    aws.fault(**answers([account(MEMBER, "FROZEN"), account(OWN)]), action="ListAccounts")
+    for args in ((), ("--account", MEMBER)):
+        result = scan({"organization": True}, args=args, check=4)
+        own = {} if args else {(OWN, REGION): None}
+        assert coverage(result) == {(MEMBER, "*"): "UnknownAccountState"} | own
+        assert "'FROZEN'" in result.err
+        assert findings_table(tmp_path / STATE) == before
+    assert entered(aws.requests) == [MEMBER]
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
+def test_share_without_an_account_says_so_and_writes_every_output(
+    aws: AwsServer, scan: Scan, tmp_path: Path, saved: bool
+) -> None:
+    instance = {
+        "InstanceId": "i-0a",
+        "State": {"Name": "running"},
+        "Placement": {"AvailabilityZone": "us-east-1a"},
+        "LaunchTime": "2026-02-24T10:30:45+00:00",
+    }
+    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [instance]}]}
+    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
+    result = scan(None, args=args, check=0)
+    assert result.json("out.json")["notices"] == [
+        "--shard 1/4 has no account to scan: nothing was read in this run"
+    ]
+    assert result.json("out.json")["notices"][0] in result.out
+    assert coverage(result) == {}
+    assert result.csv("out.csv") == []
+    assert ET.parse(tmp_path / "out.xml").getroot().tag == "testsuites"
+    with closing(sqlite3.connect(tmp_path / STATE)) as db:
+        assert db.execute("SELECT count(*) FROM scans").fetchone() == (1,)
+
+
+def test_share_whose_accounts_are_all_suspended_is_empty(aws: AwsServer, scan: Scan) -> None:
+    make_organization(aws, members=0)
+    aws.fault(**answers([account(OWN, "SUSPENDED")]), action="ListAccounts")
+    result = scan({"organization": True}, args=("--shard", "3/4"), check=0)
+    assert [notice.split(":")[0] for notice in result.json("out.json")["notices"]] == [
+        f"Account {OWN} is SUSPENDED",
+        "--shard 3/4 has no account to scan",
+    ]
 
 
 # ---- Which accounts there are: the policy and the command line ---------------------------------------------

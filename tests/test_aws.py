@@ -1,9 +1,11 @@
 """Section 5: what AWS answers, what it fails with, and what was saved of it; no answer is ever taken for a clean one."""
 
+import gzip
 import io
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +537,50 @@ def test_without_a_caller_nothing_is_scanned(
     assert (remembered(tmp_path), (tmp_path / "out.csv").read_bytes()) == before
 
 
+MARKER = "MARKERmarker0123"
+
+
+@pytest.mark.parametrize(
+    ("service", "variable", "secret"),
+    [
+        pytest.param("sts", "AWS_SESSION_TOKEN", f"{MARKER}\n", id="token with a line break"),
+        pytest.param("sts", "AWS_SESSION_TOKEN", f"{MARKER}\r\nX: y", id="token with a header"),
+        pytest.param("sts", "AWS_SESSION_TOKEN", f"{MARKER}\u20ac", id="token that is not ASCII"),
+        pytest.param("sts", "AWS_ACCESS_KEY_ID", f"{MARKER}\n", id="access key with a line break"),
+        pytest.param("sts", "AWS_SECRET_ACCESS_KEY", f"{MARKER}\n", id="secret key with a line break"),
+        pytest.param("organizations", "AWS_SESSION_TOKEN", f"{MARKER}\n", id="Organizations"),
+        pytest.param("s3", "AWS_SESSION_TOKEN", f"{MARKER}\n", id="S3"),
+        pytest.param("sns", "AWS_SESSION_TOKEN", f"{MARKER}\n", id="SNS"),
+        pytest.param("email", "AWS_SESSION_TOKEN", f"{MARKER}\n", id="SES"),
+    ],
+)
+def test_credentials_that_cannot_be_sent_are_not_printed(
+    aws: AwsServer, tagcheck: Callable[..., Result], tmp_path: Path, variable: str, secret: str, service: str
+) -> None:
+    args: tuple[str, ...] = ()
+    keys: dict[str, Any] = {}
+    if service == "organizations":
+        keys = {"accounts": {"organization": True, "role_name": "r"}}
+    elif service == "s3":
+        args = ("--state", "s3://bucket/state.db")
+    elif service != "sts":
+        (tmp_path / "saved.json").write_text(json.dumps(saved(item("i-0a"))))
+        args = ("--instances", "saved.json")
+        topic = {"topic_arn": f"arn:aws:sns:us-east-1:{ACCOUNT_ID}:topic"}
+        email = {"from": "a@example.com", "to": ["b@example.com"]}
+        keys = {"notify": {"sns": topic} if service == "sns" else {"email": email}}
+    policy = write_policy(tmp_path, REGION, **keys)
+    hasty = script_with(tmp_path, NETWORK_PAUSES=(0.01,), S3_TRIES=2)
+    env = aws.env | {variable: secret}
+    result = tagcheck("scan", "--policy", policy, *OUTPUTS, *args, "--verbose", env=env, script=hasty)
+    texts = [file.read_bytes() for file in tmp_path.iterdir()] + [result.out.encode(), result.err.encode()]
+    assert not any(MARKER.encode() in text for text in texts)
+    if variable != "AWS_SECRET_ACCESS_KEY" and "\n" in secret:
+        assert result.code == 5
+        assert "InvalidHeader" in result.err
+        assert "copy it again" in result.err
+
+
 # ---- Which regions there are -------------------------------------------------------------------------------
 
 
@@ -866,6 +913,172 @@ def test_instance_twice_in_one_answer_with_the_same_tags_is_one() -> None:
         with_items(*[ITEM.format("i-0a", TAG.format("a"))] * 2, after="<nextToken>t</nextToken>")
     )
     assert ([instance.instance_id for instance in instances or []], token) == (["i-0a"], "t")
+
+
+# ---- Hostile answers: any status, any headers and any body -------------------------------------------------
+
+ODD_JSON = (
+    *("null", "true", "7", "-1e999", '"x"', '""', "[]", "[7]", "[null]", "{}", '{"x": [{}]}', "9" * 5000),
+    *('"\\ud800"', "[" * 50_000, '{"a":' * 5000, "NaN"),
+)
+ODD_XML = (
+    *("<x/>", "<x><y>", "<a>" * 50_000, "<html><br></html>", "<!DOCTYPE x [<!ENTITY a 'b'>]><x>&a;</x>"),
+    *('<?xml version="1.0" encoding="utf-7"?><x/>', "<x>&#0;</x>", "<x xmlns:a='b'><a:nextToken/></x>"),
+)
+KEYS_OF_JSON = ("Accounts", "Events", "NextToken", "__type", "message", "Message", "Error", "code")
+CODES = (200, 200, 200, 200, 201, 204, 206, 300, 301, 302, 307, 400, 403, 404, 418, 429, 500, 503)
+TYPES = ("text/xml", "text/html", "application/json", "application/x-amz-json-1.1", "image/png", "")
+
+
+def hostile_answers(seed: int, elsewhere: str) -> Iterator[tuple[int, dict[str, str], bytes]]:
+    """Give answers that are not AWS's, without end; those that redirect lead elsewhere."""
+    chosen = random.Random(seed)
+
+    def xml(depth: int) -> str:
+        names = "DescribeInstancesResponse DescribeRegionsResponse AssumeRoleResult Credentials Expiration item Error"
+        name = chosen.choice([*names.split(), "regionInfo", "Code", "Message", "Account", "Arn", "Errors"])
+        inner = (
+            "".join(xml(depth - 1) for _ in range(chosen.randrange(4)))
+            if depth
+            else chosen.choice(ODD_JSON)[:99]
+        )
+        return f"<{name}>{inner}</{name}>"
+
+    def text() -> str:
+        json_object = {key: json.dumps(key) for key in chosen.sample(KEYS_OF_JSON, 3)}
+        members = ", ".join(f"{key}: {chosen.choice(ODD_JSON)}" for key in json_object.values())
+        return chosen.choice([chosen.choice(ODD_JSON), chosen.choice(ODD_XML), xml(5), f"{{{members}}}"])
+
+    while True:
+        body = text().encode()
+        body = chosen.choice(
+            [
+                *(body, body, body[: len(body) // 2], b"", b"\xef\xbb\xbf" + body, chosen.randbytes(99)),
+                *(gzip.compress(body), body.decode().encode("utf-16"), body + b"\0", b"\xff" + body),
+            ]
+        )
+        headers = {"Content-Type": chosen.choice(TYPES), "Location": elsewhere}
+        if chosen.random() < 0.2:
+            headers["Content-Encoding"] = chosen.choice(["gzip", "br", "x"])
+        yield chosen.choice(CODES), headers, body
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """Accounts, each of which gets another hostile answer, and a server that nobody should be led to."""
+
+    answers: dict[str, tuple[int, dict[str, str], bytes]]
+    elsewhere: AwsServer
+
+    def fault(self, account_of: Callable[[Request], str]) -> dict[str, Any]:
+        """Give the fault by which each account gets its answer."""
+        return {"kind": "answer", "answer": lambda request: self.answers.get(account_of(request))}
+
+
+@pytest.fixture
+def hostile(aws: AwsServer, request: pytest.FixtureRequest) -> Iterator[Hostile]:
+    """Give sixty hostile answers, and many more with --soak."""
+    number = 600 if request.config.getoption("soak") else 60
+    elsewhere = AwsServer()
+    made = hostile_answers(20261124, elsewhere.url)
+    yield Hostile({f"3{n:011}": answer for n, answer in zip(range(number), made, strict=False)}, elsewhere)
+    assert elsewhere.requests == []
+    elsewhere.stop()
+
+
+def account_signed_for(request: Request) -> str:
+    """Tell the account whose credentials a request is signed with."""
+    return request.account_id
+
+
+def account_of_role(request: Request) -> str:
+    """Tell the account whose role is asked for."""
+    return str(request.params["RoleArn"].split(":")[4])
+
+
+@pytest.mark.parametrize(
+    ("action", "account_of", "regions", "where"),
+    [
+        pytest.param("DescribeInstances", account_signed_for, (REGION,), REGION, id="DescribeInstances"),
+        pytest.param("DescribeRegions", account_signed_for, ("*",), "*", id="DescribeRegions"),
+        pytest.param("AssumeRole", account_of_role, (REGION,), "*", id="AssumeRole"),
+    ],
+)
+def test_account_with_a_hostile_answer_is_unread_and_keeps_its_findings(
+    aws: AwsServer,
+    scan: Scan,
+    hostile: Hostile,
+    tmp_path: Path,
+    action: str,
+    account_of: Callable[[Request], str],
+    regions: tuple[str, ...],
+    where: str,
+) -> None:
+    enable_only(aws, REGION)
+    for name in [name for _, name in aws.disabled]:
+        aws.disabled.add((None, name))
+    keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
+    shown = aws.fault("answer", action="DescribeInstances", answer=lambda _: page_of("i-0a"))
+    hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,))
+    scan(*regions, keys=keys, check=3, script=hasty)
+    before = remembered(tmp_path)
+    assert len(before) == len(hostile.answers)
+    shown.times = 0
+    aws.fault(**hostile.fault(account_of), action=action)
+    aws.fault("answer", action="DescribeInstances", answer=lambda _: page_of())
+    result = scan(*regions, keys=keys, check=4, script=hasty)
+    targets = {
+        target["account_id"]: (target["region"], target["status"])
+        for target in result.json("out.json")["coverage"]
+    }
+    assert targets == dict.fromkeys(hostile.answers, (where, "unread"))
+    assert remembered(tmp_path) == before
+
+
+def test_hostile_answers_of_cloudtrail_cost_only_the_creators(
+    aws: AwsServer, scan: Scan, hostile: Hostile, tmp_path: Path
+) -> None:
+    keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
+    status, headers, page = page_of("i-0a")
+    page = page.replace(b"2026-02-24", (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode())
+    aws.fault("answer", action="DescribeInstances", answer=lambda _: (status, headers, page))
+    aws.fault(**hostile.fault(account_signed_for), action="LookupEvents")
+    hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,), LOOKUP_PAUSE=0.01)
+    result = scan(REGION, keys=keys, args=("--creators",), check=3, script=hasty)
+    creators = [finding["created_by"] for finding in result.json("out.json")["findings"]]
+    assert len(creators) == len(hostile.answers)
+    assert all(who.startswith("unknown (") for who in creators)
+    assert len(aws.calls("LookupEvents")) >= len(creators)
+
+
+@pytest.mark.parametrize(
+    ("service", "action", "ask"),
+    [
+        pytest.param("sts", "GetCallerIdentity", script.describe_caller, id="GetCallerIdentity"),
+        pytest.param("organizations", "ListAccounts", script.describe_accounts, id="ListAccounts"),
+    ],
+)
+def test_hostile_answer_about_the_caller_or_the_accounts_ends_the_run(
+    aws: AwsServer,
+    hostile: Hostile,
+    monkeypatch: pytest.MonkeyPatch,
+    service: str,
+    action: str,
+    ask: Callable[..., Any],
+) -> None:
+    for name, value in aws.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(script, "SDK_ATTEMPTS", 1)
+    monkeypatch.setattr(script, "NETWORK_PAUSES", ())
+    client = script.Aws(None, 1).client(service, REGION)
+    for answer in hostile.answers.values():
+        fault = aws.fault("answer", action=action, answer=lambda _, answer=answer: answer)
+        with pytest.raises(script.TagcheckError) as caught:
+            ask(client)
+        assert caught.value.exit_code == 5
+        assert str(caught.value).isprintable()
+        assert fault.hits
+        aws.clear_faults()
 
 
 # ---- Saved instances ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sqlite3
 import time
 from contextlib import closing
@@ -145,14 +146,100 @@ def test_a_failure_is_a_notice_and_is_asked_for_again(aws, scan, hasty):
 
 
 @pytest.mark.parametrize(
-    "answer", ['{"Event": []}', '{"Events": [{}]}', '{"Events": [{"CloudTrailEvent": "x"}]}', "<html>"]
+    "answer", ['{"Event": []}', '{"Events": [7]}', '{"Events": [], "NextToken": 7}', "<html>"]
 )
 def test_an_answer_that_is_not_cloudtrails_is_a_notice(aws, scan, hasty, answer):
     (id_,) = aws.launch(REGION)
     aws.fault("body", service="cloudtrail", body=answer.encode())
     result = scan(check=3, script=script_with(hasty.parent, NETWORK_PAUSES=(0.01,)))
-    assert created_by(result)[id_] in ("unknown (ForeignAnswer)", "unknown (ResponseParserError)")
-    assert len(result.json("out.json")["notices"]) == 2
+    assert created_by(result)[id_] in ("unknown (ForeignAnswer)", "unknown (IncompleteAnswer)")
+    assert result.json("out.json")["notices"]
+
+
+ODD = [None, True, 7, 1e400, "", "x", "\ud800\0/", [], ["x"], {}, {"x": []}]
+PATHS = [
+    *(
+        ("CloudTrailEvent",),
+        ("EventName",),
+        ("Resources",),
+        ("Resources", 0),
+        ("Resources", 0, "ResourceName"),
+    ),
+    *(
+        ("Resources", 0, "ResourceType"),
+        ("detail",),
+        ("detail", "userIdentity"),
+        ("detail", "userIdentity", "type"),
+    ),
+    *(
+        ("detail", "userIdentity", key)
+        for key in ("arn", "userName", "invokedBy", "principalId", "accountId")
+    ),
+    *(
+        ("detail", "userIdentity", "sessionContext"),
+        ("detail", "userIdentity", "sessionContext", "sessionIssuer"),
+    ),
+    ("detail", "userIdentity", "sessionContext", "sessionIssuer", "userName"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_an_event_may_be_of_any_shape(path):
+    for identity in (
+        role("deploy", "jenkins"),
+        {"type": "Root", "accountId": ACCOUNT_ID},
+        {"type": "AssumedRole"},
+    ):
+        for value in ODD:
+            event = run_instances_event(["i-0a"], 0, identity)
+            event["detail"] = json.loads(event["CloudTrailEvent"])
+            inner = event
+            for step in path[:-1]:
+                inner = inner.setdefault(step, {}) if isinstance(inner, dict) else inner[step]
+            inner[path[-1]] = value
+            detail = event.pop("detail")
+            event |= {"CloudTrailEvent": json.dumps(detail)} if path[0] == "detail" else {}
+            for instance_id, who in script.creators_of(event):
+                assert isinstance(instance_id, str)
+                assert isinstance(who, str)
+                assert who
+    assert [script.creators_of(value) for value in ODD] == [[]] * len(ODD)
+
+
+def test_events_that_are_not_cloudtrails_cost_only_the_creator(aws, scan, hasty):
+    texts = [
+        "x",
+        "",
+        "[" * 100_000,
+        "null",
+        "7",
+        '{"userIdentity": {"arn": ["x"]}}',
+        '{"userIdentity": "x"}',
+        None,
+        7,
+    ]
+    ids = [aws.launch(REGION)[0] for _ in (*texts, "good")]
+    for id_, text in zip(ids, texts, strict=False):
+        remember(aws, [id_], {})
+        aws.events[ACCOUNT_ID, REGION][0]["CloudTrailEvent"] = text
+    remember(aws, ids[-1:], user("\ud800\0"))
+    creators = created_by(scan(check=3, script=hasty))
+    assert creators[ids[-1]] == "\\ud800\\x00"
+    assert {creators[id_] for id_ in ids[:-1]} == {
+        "unknown (the event cannot be read)",
+        "unknown (the event names nobody)",
+    }
+
+
+def test_an_instance_launched_at_the_end_of_time_has_no_known_creator(aws, scan, hasty):
+    (id_,) = aws.launch(REGION)
+    late = re.compile(rb"<launchTime>[^<]*")
+    aws.fault(
+        "edit",
+        action="DescribeInstances",
+        edit=lambda body: late.sub(b"<launchTime>9999-12-31T23:59:59.000Z", body),
+    )
+    assert created_by(scan(check=3, script=hasty)) == {id_: "unknown (CloudTrail has no RunInstances of it)"}
 
 
 def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):

@@ -29,12 +29,15 @@ class Slack:
     """An incoming webhook over TLS; the next answers can be other than 200 ok."""
 
     def __init__(self, directory):
-        self.texts, self.answers, self.hang = [], [], 0.0
+        self.texts, self.answers, self.hang, self.trickle = [], [], 0.0, 0.0
         slack = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                for byte in b"HTTP/1.1 200 OK\r\n" * 9 if slack.trickle else b"":
+                    time.sleep(slack.trickle)
+                    self.wfile.write(bytes([byte]))
                 time.sleep(slack.hang)
                 status, headers = slack.answers.pop(0) if slack.answers else (200, {})
                 if status == 200:
@@ -221,6 +224,14 @@ def test_a_slack_that_hangs_costs_a_time_out(scan, slack, tmp_path):
     )
     assert "did not answer within" in result.err
     assert time.monotonic() - begun < 3
+
+
+def test_a_slack_that_trickles_costs_a_time_out(scan, slack, tmp_path):
+    slack.trickle = 0.1
+    result = scan(
+        by_slack(slack), [{}], env=slack.env, script=script_with(tmp_path, SLACK_SECONDS=0.5), check=5
+    )
+    assert "did not answer within" in result.err
 
 
 @pytest.mark.parametrize(

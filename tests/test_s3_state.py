@@ -412,6 +412,26 @@ def test_without_credentials_there_is_no_state(state: State) -> None:
     assert "credentials" in state.scan(env=env, code=5).err
 
 
+@pytest.mark.parametrize(
+    ("action", "in_headers"),
+    [
+        pytest.param("GetObject", False, id="download"),
+        pytest.param("GetObject", True, id="headers of the download"),
+        pytest.param("PutObject", True, id="headers of the upload"),
+    ],
+)
+def test_state_that_trickles_ends_the_scan(
+    state: State, recorded: bytes, tmp_path: Path, action: str, in_headers: bool
+) -> None:
+    state.stored = recorded
+    state.fault("trickle", action=action, seconds=0.2, in_headers=in_headers)
+    impatient = script_with(tmp_path, S3_SECONDS=1.0)
+    result = state.scan(script=impatient, code=5, timeout=60)
+    assert f"tagcheck: the state {state.location}: CallTimeout: " in result.err
+    assert "check the network" in result.err
+    assert state.stored == recorded or action == "PutObject"
+
+
 def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, recorded: bytes) -> None:
     state.stored = recorded
     state.fault(**upload_error(403, "AccessDenied"))

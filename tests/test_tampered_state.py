@@ -59,7 +59,16 @@ class Desk:
 
     def scan(self, *args: str, now: datetime = TODAY) -> Run:
         return self.run(
-            "scan", *POLICY, *SAVED, "--region", "us-east-1", "--region", "eu-west-1", *args, now=now
+            "scan",
+            *POLICY,
+            *SAVED,
+            "--include-managed-resources",
+            "--region",
+            "us-east-1",
+            "--region",
+            "eu-west-1",
+            *args,
+            now=now,
         )
 
 
