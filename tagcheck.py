@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["boto3>=1.42.95", "PyYAML>=6.0.1", "jsonschema>=4.0.0"]
+# dependencies = ["boto3>=1.42.95", "PyYAML>=6.0.1", "jsonschema>=4.0.1"]
 # ///
 """Find the EC2 instances that lack their required tags, and remember which were seen before.
 
@@ -355,7 +355,7 @@ class TrendPoint:
 
 # The oldest versions that work; requirements.txt, the block at the top of this file and the README name the same.
 # boto3 1.42.93 has no IncludeManagedResources. botocore comes with boto3, but a lock file may hold an older one.
-MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.0"}
+MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
 
 
 def check_packages(*names: str) -> None:
@@ -6182,16 +6182,16 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     senders = {} if args.dry_run else _senders(args, policy)
     scan = Scan(str(uuid.uuid4()), policy, now)
     prices = load_prices(args.prices) if args.prices else Prices({})
+    aws = None
+    if not args.instances:
+        actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
+        aws = Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
         state = open_state(args, stack, copied=args.dry_run)
         state.check()
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        aws = None
-        if not args.instances:
-            actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
-            aws = Aws(args.profile, args.workers, actions)
         readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
         with sighting_errors():
             used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet))
