@@ -353,7 +353,7 @@ class TrendPoint:
     targets_unread: int
 
 
-# The oldest versions that work; requirements.txt, the block at the top of this file and the README name the same.
+# The oldest versions that CI tests; requirements.txt, the block at the top of this file and the README name the same.
 # boto3 1.42.93 has no IncludeManagedResources. botocore comes with boto3, but a lock file may hold an older one.
 MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
 
@@ -368,7 +368,7 @@ def check_packages(*names: str) -> None:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise missing_package(name) from error
-        if _numbers(version) < _numbers(minimum):
+        if _numbers(str(version)) < _numbers(minimum):  # None, if what pip left of the package is damaged
             raise PackageError(
                 f"{name} {version} is too old ({minimum} or later is needed): {_install_command()}"
             )
@@ -5129,7 +5129,7 @@ def _move(goal: Staged, path: Path) -> None:
     if not os.path.samestat(os.fstat(descriptor), path.lstat()):
         raise OutputError(
             f"--{goal.output.format} {goal.output.path}: another process replaced the file it was written to; "
-            f"name a directory that only you can write to"
+            "name a directory that only you can write to"
         )
     if os.chmod in os.supports_fd:
         os.chmod(descriptor, goal.mode)
