@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["boto3>=1.35", "PyYAML>=6.0", "jsonschema>=4.18"]
+# dependencies = ["boto3>=1.42.95", "PyYAML>=6.0.1", "jsonschema>=4.0.1"]
 # ///
 """Find the EC2 instances that lack their required tags, and remember which were seen before.
 
@@ -26,6 +26,7 @@ import contextlib
 import contextvars
 import csv
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -48,6 +49,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import uuid
 import warnings
 from collections import Counter
@@ -100,6 +102,12 @@ class TagcheckError(Exception):
     """An expected failure; its message says what to do next."""
 
     exit_code = ExitCode.FAILED
+
+
+class PackageError(TagcheckError):
+    """A package that tagcheck needs is missing or too old."""
+
+    exit_code = ExitCode.CRASHED
 
 
 class UsageError(TagcheckError):
@@ -353,18 +361,87 @@ class TrendPoint:
     targets_unread: int
 
 
+# The oldest versions that CI tests; requirements.txt, the block at the top of this file and the README name the same.
+# boto3 1.42.93 has no IncludeManagedResources. botocore comes with boto3, but a lock file may hold an older one.
+MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
+
+
+def check_packages(*names: str) -> None:
+    """Raise PackageError if a package is missing or older than MINIMUM_VERSIONS."""
+    import importlib.metadata  # here, as it takes tens of milliseconds that --help does not need
+
+    for name in names:
+        minimum = MINIMUM_VERSIONS[name]
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise missing_package(name) from error
+        if _numbers(str(version)) < _numbers(minimum):  # None, if what pip left of the package is damaged
+            raise PackageError(
+                f"{name} {version} is too old ({minimum} or later is needed): {_install_command()}"
+            )
+
+
+def missing_package(name: str) -> PackageError:
+    """Return the error for a package that cannot be imported."""
+    return PackageError(f"the package {name} is missing: {_install_command()}")
+
+
+def _install_command() -> str:
+    """Return the command that installs all packages, each new enough."""
+    wanted = [f"{name}>={minimum}" for name, minimum in MINIMUM_VERSIONS.items()]
+    return f"pip install --upgrade {shlex.join(wanted)}"
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the numbers that a version begins with, to compare it by."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+# Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern, the
+# musical note head and the Khitan filler. str.isprintable() is true for many of them.
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
 def printable(text: str) -> str:
     r"""Return text with control, format and other invisible characters escaped (`\x1b`, `\u202e`).
 
     Tag values, account names and AWS's messages are written by strangers: unescaped they could move a
     terminal's cursor, forge a log line, or show text in another order than it has.
     """
-    if text.isprintable():
+    if is_printable(text):
         return text
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        character if is_printable(character) else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def is_printable(text: str) -> bool:
+    """Return whether every character of a text can be seen, or is a space."""
+    return text.isprintable() and (text.isascii() or not INVISIBLE.search(text))
+
+
+def stripped(text: str) -> str:
+    """Return text without the spaces and invisible characters around it; nothing is left of a blank text."""
+    if is_printable(text):
+        return text.strip()
+    visible = [
+        index
+        for index, character in enumerate(text)
+        if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Zs")
+        and not INVISIBLE.match(character)
+    ]
+    return text[visible[0] : visible[-1] + 1] if visible else ""
+
+
+def is_blank(text: str) -> bool:
+    """Return whether nothing of a text can be seen."""
+    return not stripped(text)
 
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
@@ -736,7 +813,7 @@ class Owners:
         creator may be `role/session`, or `alice@example.com (SSO Admin)`.
         """
         for name in names:
-            whole = name.strip().casefold()
+            whole = stripped(name).casefold()
             for text in (whole, whole.partition(" (")[0].rpartition("/")[2]):
                 if text in self.mapping:
                     return self.mapping[text]
@@ -829,6 +906,7 @@ class YamlDocument:
     """
 
     def __init__(self, text: str) -> None:
+        check_packages("PyYAML")
         import yaml
 
         self._nodes = 0
@@ -906,6 +984,9 @@ class YamlDocument:
             self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
         elif found := _find_odd(node.value, odd):
             self.mistakes.append(Mistake(path, found[1], at_key))
+        elif node.value.strip() and is_blank(node.value):
+            message = "only invisible characters stand here: type the text again"
+            self.mistakes.append(Mistake(path, message, at_key))
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -921,7 +1002,8 @@ _CONTROL = (
 )
 _UNSEEN = (
     ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it anew"),
-    ("[\u200b\u200c\u200d\u2028\u2029\u2060\ufeff]", "an invisible character (U+{:04X}) stands here: type it anew"),
+    # A variation selector after a visible character is part of many an emoji.
+    (f"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}", "an invisible character (U+{:04X}) stands here: type it anew"),
 )  # fmt: skip
 _UNQUOTED = (
     ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "a typographic quote stands here: type a straight one, or none"),
@@ -1034,6 +1116,7 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
 
     jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
     """
+    check_packages("jsonschema")
     import jsonschema
 
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(value):
@@ -1331,7 +1414,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "sns": lambda entry: entry["topic_arn"],
     "email": lambda entry: Email(entry["from"], tuple(entry.get("to", ())), entry.get("region")),
     "owners": lambda entry: Owners(**_fields(entry)),
-    "mapping": lambda mapping: {name.strip().casefold(): recipient for name, recipient in mapping.items()},
+    "mapping": lambda mapping: {stripped(name).casefold(): recipient for name, recipient in mapping.items()},
     "domains": lambda domains: tuple(domain.casefold() for domain in domains),
 }
 
@@ -1365,7 +1448,9 @@ def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
         file=file,
         digest=digest,
         regions=regions,
-        placeholder_values=frozenset(text.casefold() for text in value.get("placeholder_values", ())),
+        placeholder_values=frozenset(
+            stripped(text).casefold() for text in value.get("placeholder_values", ())
+        ),
         states=frozenset(value.get("states", _STATES[:4])),
         grace_period=duration(value.get("grace_period", "0s")),
         exemptions=tuple(exemptions),
@@ -1524,7 +1609,7 @@ def check_tag(
             return Violation(rule.key, ViolationType.MISSING, None, None, f"{rule.key} is missing")
         message = f"{rule.key} is missing; the instance has {found!r}: rename that key"
         return Violation(rule.key, ViolationType.MISSING, tags[found], found, message)
-    text = value.strip()
+    text = stripped(value)
     if not text:
         return Violation(rule.key, ViolationType.EMPTY, value, None, f"{rule.key} is empty")
     if text.casefold() in placeholder_values:
@@ -1604,7 +1689,7 @@ def resolution(
 def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
     """Return whether a tag is as absent, empty or wrong as it was when it was recorded."""
     value = tags.get(violation.tag_key, "")
-    return not value.strip() or (violation.type is not ViolationType.MISSING and value == violation.value)
+    return is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value)
 
 
 def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
@@ -1898,7 +1983,7 @@ def _own_value(
     violation: Violation, rule: RequiredTag, placeholder_values: frozenset[str]
 ) -> Suggestion | None:
     """Return what the instance itself says of a tag, under a near-miss key or in another spelling."""
-    value = (violation.value or "").strip()
+    value = stripped(violation.value or "")
     if not value or value.casefold() in placeholder_values:
         return None
     written = f"{violation.found_key or violation.tag_key}={_cut(value, 40)}"
@@ -2049,8 +2134,8 @@ def _plan_row(
     finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
 ) -> PlanRow | None:
     """Return what to write for one violation; None where nothing is known."""
-    current = printable(finding.tags.get(rule.key, ""))
-    action = Action.REVIEW if current.strip() else Action.ADD
+    current = finding.tags.get(rule.key, "")
+    action = Action.ADD if is_blank(current) else Action.REVIEW
     if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
         value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
     elif rule.default is not None and action is Action.ADD:
@@ -2060,7 +2145,7 @@ def _plan_row(
     else:
         return None
     place = (finding.target, finding.instance_id, finding.name)
-    return PlanRow(*place, rule.key, value, action, current, confidence, why)
+    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why)
 
 
 def row_complaint(row: PlanRow, policy: Policy) -> str | None:
@@ -2080,7 +2165,7 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
         return f"{policy.file} does not ask for {row.tag_key} in {row.target.region}"
     if not row.writes:
         return None
-    if not row.value.isprintable():
+    if not is_printable(row.value):
         return "the value has characters that nobody can see"
     violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
     return violation.message if violation else None
@@ -2096,12 +2181,12 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
     now = tags.get(row.tag_key)
     if now == (None if row.action is Action.DELETE else row.value):
         return Outcome(row, Result.ALREADY_THERE, former=now)
-    expected = not (now or "").strip() if row.action is Action.ADD else (now or "") == row.current
+    expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
     if expected:
         new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
         if now is None and len(new) > MAX_TAGS:
             return Outcome(row, Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
-        if (now or "").isprintable():
+        if is_printable(now or ""):
             return None
     return Outcome(row, Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
 
@@ -2168,6 +2253,7 @@ class Aws:
     def __init__(
         self, profile: str | None, workers: int, actions: Sequence[str] = READ_ACTIONS, interval: float = 0
     ) -> None:
+        check_packages("boto3", "botocore")
         import boto3
         import botocore.config
         import botocore.exceptions
@@ -4837,15 +4923,14 @@ CSV_COLUMNS = (
 
 def write_csv(file: TextIOBase, report: ScanReport) -> None:
     """Write a row a finding and, so that none reads as clean, a row an unread target (Status UNREAD)."""
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(CSV_COLUMNS)
+    file.write(csv_line(CSV_COLUMNS))
     for finding in report.findings():
-        table.writerow(map(csv_cell, _csv_row(finding)))
+        file.write(csv_line(_csv_row(finding)))
     for target in report.coverage:
         if not target.read:
             error = f"{target.error_code}: {target.error_message}"
             row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error, ""]
-            table.writerow(map(csv_cell, row))
+            file.write(csv_line(row))
 
 
 def _target_cells(target: Coverage) -> tuple[str, str]:
@@ -4881,19 +4966,33 @@ def _csv_time(text: str) -> str:
     return text.replace("T", " ").removesuffix("Z")
 
 
-_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+# A spreadsheet that separates by another character than a comma sees no quotes in the middle of its cells: it
+# splits ours there, whatever is quoted, and what follows may be a formula to it.
+_SPLIT, _FORMULA = "(^|[;|\t])", "[ \"']*[=+\\-@＝＋－＠]"
+_FORMULA_PLACE = re.compile(f"{_SPLIT}(?={_FORMULA})")
+_ESCAPED_PLACE = re.compile(f"{_SPLIT}'(?={_FORMULA})")
+_QUOTED = re.compile('[,;|\t"\r\n]')
 
 
 def csv_cell(text: str) -> str:
     """Return text that no spreadsheet takes for a formula (OWASP, CSV injection; ASVS 1.2.10)."""
-    shown = printable(text)
     # A text that has such a ' itself gets another, so that csv_text tells them apart.
-    return f"'{shown}" if shown.lstrip("'").startswith(_FORMULA) else shown
+    return _FORMULA_PLACE.sub(r"\1'", printable(text))
 
 
 def csv_text(cell: str) -> str:
     """Return the printable text that csv_cell made a cell of."""
-    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA) else cell
+    return _ESCAPED_PLACE.sub(r"\1", cell)
+
+
+def csv_line(texts: Iterable[str]) -> str:
+    """Return a line of a CSV file; a cell that holds any usual separator is quoted."""
+    return ",".join(_quoted(cell) if _QUOTED.search(cell) else cell for cell in map(csv_cell, texts)) + "\n"
+
+
+def _quoted(cell: str) -> str:
+    """Return a cell in quotes, those in it doubled."""
+    return '"' + cell.replace('"', '""') + '"'
 
 
 PLAN_COLUMNS = (
@@ -4904,13 +5003,12 @@ PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
 
 def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True) -> None:
     """Write a plan, or the undo file of one, as CSV."""
-    table = csv.writer(file, lineterminator="\n")
     if header:
-        table.writerow(PLAN_COLUMNS)
+        file.write(csv_line(PLAN_COLUMNS))
     for row in rows:
         where = (row.target.account_id, row.target.region, row.instance_id, row.name)
         what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why)
-        table.writerow(map(csv_cell, (*where, *what)))
+        file.write(csv_line((*where, *what)))
 
 
 def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
@@ -4994,30 +5092,44 @@ def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
     )
 
 
+def _open_private(path: str, flags: int) -> int:
+    """Open a file for its owner alone, and never through a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)  # Windows has no such flag
+
+
 class UndoFile:
     """What takes a run back, as a plan: every row is on the disk before its tag is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: set[PlanRow] = set()  # whose tags may have been written
+        self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
+
+    def close(self) -> None:
+        """Close the file, if any row was added."""
+        if self._file:
+            self._file.close()
 
     def add(self, rows: Mapping[PlanRow, str | None]) -> None:
         """Keep what the tags of rows are before they are written; raises OutputError."""
         text = StringIO()
         write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
-        create = 0 if self.rows else os.O_CREAT | os.O_EXCL
-        size = self.path.stat().st_size if self.rows else 0
+        size = 0
         try:
-            with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o600), "wb") as file:
+            if self._file is None:
+                self._file = open(self.path, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
+            size = os.fstat(self._file.fileno()).st_size
+            with open(self._file.fileno(), "wb", closefd=False) as file:
                 file.write(text.getvalue().encode())
-                file.flush()
-                os.fsync(file.fileno())
+            os.fsync(self._file.fileno())
         except FileExistsError:  # of another run in the same second
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # half a row could not be read back
+            if self._file:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(size)  # half a row could not be read back
+                    self._file.seek(size)
             raise OutputError(
                 f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
                 "make room and run again"
@@ -5272,7 +5384,6 @@ def write_junit(file: TextIOBase, report: ScanReport) -> None:
         "tests": str(totals["targets"] + totals["findings"] + totals["exempted"]),
         "failures": str(totals["findings"]),
         "errors": str(totals["targets_unread"]),
-        "skipped": str(totals["exempted"]),
         "time": seconds,
     }
     with _element(xml, "testsuites", {"name": "tagcheck", **counts}):
@@ -5513,10 +5624,9 @@ class HistoryReport:
 
 def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
     """Write a row a finding, in the columns that a scan's CSV has."""
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(CSV_COLUMNS)
+    file.write(csv_line(CSV_COLUMNS))
     for finding in report.findings():
-        table.writerow(map(csv_cell, _csv_row(finding)))
+        file.write(csv_line(_csv_row(finding)))
 
 
 def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
@@ -5567,9 +5677,12 @@ class Output:
     def replaceable(self) -> bool:
         """True for an ordinary file; a pipe or a device is written to, not replaced."""
         path = Path(self.path)
-        return (
-            self.path != "-" and not self.path.startswith("/dev/") and (path.is_file() or not path.exists())
-        )
+        return self.path != "-" and not self.is_device and (path.is_file() or not path.exists())
+
+    @property
+    def is_device(self) -> bool:
+        """True for a name in /dev: it stands for what is behind it, which may be a file (`3>out`, /dev/fd/3)."""
+        return os.path.realpath(Path(self.path).parent) in {"/dev", os.path.realpath("/dev/fd")}
 
 
 def check_output(output: Output) -> None:
@@ -5583,30 +5696,42 @@ def check_output(output: Output) -> None:
         raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
 
 
-@contextlib.contextmanager
-def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[tuple[Output, Path]]]:
-    """Yield a new file for each report, beside its goal where it can be moved there.
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A new file that holds a report until it is published: open, private, and never opened again by its name."""
 
-    At the end those that are still there are removed.
-    """
-    staged = [(output, _new_name(output)) for output in outputs]
-    try:
-        for output, path in staged:
+    output: Output
+    file: IO[bytes]
+    path: Path | None  # beside the goal, to be moved there; None: it has no name, and is copied
+    mode: int  # that it gets when it is published
+
+
+@contextlib.contextmanager
+def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[Staged]]:
+    """Yield a new file for each report; at the end those that were not published are removed."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    staged: list[Staged] = []
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
             try:
-                path.touch(exist_ok=False)
+                if output.replaceable:
+                    path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}"
+                    stack.callback(_remove, path)
+                    file: IO[bytes] = open(path, "x+b", buffering=0, opener=_open_private)  # noqa: SIM115
+                    staged.append(Staged(output, stack.enter_context(file), path, 0o666 & ~mask))
+                else:
+                    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+                    staged.append(Staged(output, file, None, 0o600))
             except OSError as error:
                 raise _output_error(output, error) from error
         yield staged
-    finally:
-        for _, path in staged:
-            path.unlink(missing_ok=True)
 
 
-def _new_name(output: Output) -> Path:
-    """Return a name that nobody has."""
-    goal = Path(output.path)
-    beside = goal.parent if output.replaceable else Path(tempfile.gettempdir())
-    return beside / f".{goal.name[:80]}.{uuid.uuid4().hex}"
+def _remove(path: Path) -> None:
+    """Remove a staged file, if it is still there."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _output_error(output: Output, error: OSError) -> OutputError:
@@ -5616,16 +5741,17 @@ def _output_error(output: Output, error: OSError) -> OutputError:
     )
 
 
-def stage_report(staged: Sequence[tuple[Output, Path]], write: Callable[[Output, TextIOBase], None]) -> None:
+def stage_report(staged: Sequence[Staged], write: Callable[[Output, TextIOBase], None]) -> None:
     """Write each report into its new file, down to the disk; raises OutputError."""
-    for output, path in staged:
+    for goal in staged:
         try:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                write(output, file)
-                file.flush()
-                os.fsync(file.fileno())
+            goal.file.seek(0)
+            goal.file.truncate()
+            with open(goal.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
+                write(goal.output, file)
+            os.fsync(goal.file.fileno())
         except OSError as error:
-            raise _output_error(output, error) from error
+            raise _output_error(goal.output, error) from error
 
 
 def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
@@ -5633,25 +5759,70 @@ def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
     return lambda output, file: WRITERS[output.format](file, report)
 
 
-def publish_report(staged: Sequence[tuple[Output, Path]], emit: Callable[[str], None]) -> None:
+PIPE_SECONDS = 10.0  # to wait for the reader of a named pipe
+
+
+def publish_report(staged: Sequence[Staged], emit: Callable[[str], None]) -> None:
     """Move each new file to its goal; then write those that go to stdout (by emit), a pipe or a device."""
-    for output, path in sorted(staged, key=lambda pair: not pair[0].replaceable):
+    for goal in sorted(staged, key=lambda goal: goal.path is None):
         try:
-            if output.replaceable:
-                path.replace(output.path)
+            if goal.path:
+                _move(goal, goal.path)
                 continue
-            with path.open(encoding="utf-8", newline="") as source:
+            goal.file.seek(0)
+            with open(goal.file.fileno(), encoding="utf-8", newline="", closefd=False) as source:
                 pieces = iter(lambda: source.read(CHUNK_SIZE), "")
-                if output.path == "-":
+                if goal.output.path == "-":
                     for piece in pieces:
                         emit(piece)
                 else:
-                    with Path(output.path).open("a", encoding="utf-8", newline="") as goal:
-                        goal.writelines(pieces)
+                    with open(_open_device(goal.output), "w", encoding="utf-8", newline="") as device:
+                        device.writelines(pieces)
         except BrokenPipeError:  # a reader that has read enough
             continue
         except OSError as error:
-            raise _output_error(output, error) from error
+            raise _output_error(goal.output, error) from error
+
+
+def _move(goal: Staged, path: Path) -> None:
+    """Move a staged file to its goal, with the mode of an ordinary file; raises OutputError."""
+    descriptor = goal.file.fileno()
+    if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+        raise OutputError(
+            f"--{goal.output.format} {goal.output.path}: another process replaced the file it was written to; "
+            "name a directory that only you can write to"
+        )
+    if os.chmod in os.supports_fd:
+        os.chmod(descriptor, goal.mode)
+    goal.file.close()  # Windows moves no open file
+    path.replace(goal.output.path)
+
+
+def _open_device(output: Output) -> int:
+    """Open a pipe or a device to write to it, and wait a while for a pipe's reader; raises OutputError."""
+    path = Path(output.path)
+    deadline = time.monotonic() + PIPE_SECONDS
+    while path.is_fifo():
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"--{output.format} {path} is a pipe that nobody reads: start its reader, and run again"
+                ) from error
+            time.sleep(0.1)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) and not output.is_device:
+        os.close(descriptor)
+        raise OutputError(
+            f"--{output.format} {path}: another process replaced this pipe by a file; run again"
+        )
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -6346,7 +6517,8 @@ def _count_lines(report: ScanReport) -> list[str]:
 def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
     """Return who may know of an instance, by what they are to it: its owner, then its creator."""
     value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
-    known = {"owner": "" if value.strip().casefold() in placeholder_values else value.strip()}
+    owner = stripped(value)
+    known = {"owner": "" if owner.casefold() in placeholder_values else owner}
     creator = finding.created_by or ""
     known["created by"] = "" if creator.startswith(UNKNOWN) else creator
     return {role: name for role, name in known.items() if name}
@@ -6570,7 +6742,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "what is remembered, or s3://BUCKET/KEY (default: instance_state.db)",
         default="instance_state.db",
     ),
-    "--csv": _one("FILE", "the findings (default: violators.csv), - for stdout", default="violators.csv"),
+    "--csv": _one("FILE", "the findings (default: violators.csv, none of a --dry-run), - for stdout"),
     "--json": _one("FILE", "the whole result as JSON, - for stdout"),
     "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
     "--prices": _one("FILE", "a CSV of instance_type,region,hourly_price: what findings cost a month"),
@@ -6674,6 +6846,8 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     _check_scope(args, policy)
     if args.creators and args.instances:
         raise UsageError("--creators asks AWS, and --instances is there not to: leave one of them out")
+    if args.csv is None:
+        args.csv = "" if args.dry_run else "violators.csv"
     outputs = _outputs(args)
     senders = {} if args.dry_run else _senders(args, policy)
     if args.include_managed_resources and not args.instances:
@@ -6681,6 +6855,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
     prices = load_prices(args.prices) if args.prices else Prices({})
+    aws = None
+    if not args.instances:
+        actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
+        aws = Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
         state = open_state(args, stack, copied=args.dry_run, create=not args.require_state)
         state.check()
@@ -6689,10 +6867,6 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        aws = None
-        if not args.instances:
-            actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
-            aws = Aws(args.profile, args.workers, actions)
         readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy, notices)
         with sighting_errors():
             used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet), notices)
@@ -6725,7 +6899,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         except UploadError:
             if report is None:
                 record(state.path)  # the state as it was before the scan will do for a CSV
-            publish_report([goal for goal in staged if goal[0].format == "csv"], emit)
+            publish_report([goal for goal in staged if goal.output.format == "csv"], emit)
             raise
         assert report is not None
         _ignore_signals()
@@ -6884,12 +7058,14 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
     goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
     taken = {
         os.path.realpath(path)
-        for path in (args.state, args.policy, *getattr(args, "instances", ()))
-        if path != "-"
+        for path in (args.state, args.policy, getattr(args, "prices", None), *getattr(args, "instances", ()))
+        if path and path != "-"
     }
+    taken |= {f"{os.path.realpath(args.state)}{end}" for end in ("-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two of --state, --policy, --instances, --csv, --json, --junit, --html have the same goal: give each its own"
+            "two of --state, --policy, --instances, --prices, --csv, --json, --junit, --html have the same goal (or a "
+            "report has the name of the state's journal): give each its own"
         )
     for output in outputs:
         check_output(output)
@@ -7490,6 +7666,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             state = open_state(args, stack)
             beside = state.path.parent if isinstance(state, LocalState) else Path()
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
+            stack.callback(undo.close)
             decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}
             outcomes = [decided.get(outcome.row, outcome) for outcome in outcomes]
             undo_file = os.path.relpath(undo.path) if undo.rows else ""
@@ -7783,8 +7960,7 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
             raise
-        needed = "pip install boto3 PyYAML jsonschema"
-        emit(f"tagcheck: the package {error.name} is missing: {needed}\n", sys.stderr)
+        emit(f"tagcheck: {missing_package(error.name)}\n", sys.stderr)
         return ExitCode.CRASHED
 
 

@@ -27,7 +27,8 @@ raise SystemExit(tagcheck.main(now=datetime.datetime.fromisoformat(sys.argv.pop(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the tests that take minutes be asked for."""
+    """Let the tests that take minutes be asked for, and the script run with another interpreter."""
+    parser.addoption("--python", default=sys.executable, help="the interpreter that runs the script")
     parser.addoption("--soak", action="store_true", help="run the tests that take minutes as well")
 
 
@@ -61,6 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests themselves from any true account, and from proxies on the way to loopback."""
+    os.environ["PYTHON_OF_THE_SCRIPT"] = config.getoption("--python")
     config.addinivalue_line("markers", "soak: takes minutes, and is skipped without --soak")
     for name in list(os.environ):
         if name.startswith("AWS_") or name.lower().endswith("_proxy"):
@@ -114,7 +116,7 @@ def run_tagcheck(
     """
     told = [script] if now is None else ["-c", AT_A_TIME, script.parent, now.isoformat()]
     run = subprocess.run(
-        [sys.executable, *told, *args],
+        [os.environ["PYTHON_OF_THE_SCRIPT"], *told, *args],
         cwd=cwd,
         env=clean_environment(cwd) | dict(env or {}),
         input=stdin.encode() if isinstance(stdin, str) else stdin or b"",

@@ -463,6 +463,64 @@ def test_progress_is_one_line_that_goes_away_on_a_terminal(
 # ---- The one file ------------------------------------------------------------------------------------------
 
 
+def write_package(directory: Path, name: str, version: str) -> None:
+    """Write what pip leaves of a package that is installed."""
+    place = directory / f"{name}-{version}.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "command"),
+    [
+        ("boto3", "1.35.0", ["scan", "--policy", "policy.yaml"]),
+        ("boto3", "1.42.93", ["scan", "--policy", "policy.yaml"]),
+        ("botocore", "1.42.9", ["scan", "--policy", "policy.yaml"]),
+        ("boto3", "1.35.0", ["history", "--policy", "policy.yaml", "--state", "s3://bucket/key"]),
+        ("PyYAML", "6.0", ["validate", "policy.yaml"]),
+        ("jsonschema", "3.2.0", ["validate", "policy.yaml"]),
+    ],
+)
+@pytest.mark.usefixtures("policy")
+def test_package_that_is_too_old_is_named_with_what_to_install(
+    tagcheck: Tagcheck, tmp_path: Path, name: str, version: str, command: list[str]
+) -> None:
+    write_package(tmp_path / "packages", name, version)
+    result = tagcheck(*command, env={"PYTHONPATH": str(tmp_path / "packages")}, check=1)
+    minimum = script.MINIMUM_VERSIONS[name]
+    assert result.err == (
+        f"tagcheck: {name} {version} is too old ({minimum} or later is needed): pip install --upgrade "
+        "'boto3>=1.42.95' 'botocore>=1.42.95' 'PyYAML>=6.0.1' 'jsonschema>=4.0.1'\n"
+    )
+    assert result.out == ""
+    assert not (tmp_path / "instance_state.db").exists()
+
+
+@pytest.mark.parametrize("version", ["1.42.95", "1.43.0", "1.100", "2.0.0rc1"])
+def test_package_that_is_new_enough_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
+) -> None:
+    write_package(tmp_path, "boto3", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    script.check_packages("boto3")
+
+
+@pytest.mark.usefixtures("policy")
+def test_old_boto3_matters_only_to_what_calls_aws(tagcheck: Tagcheck, tmp_path: Path) -> None:
+    write_package(tmp_path / "packages", "boto3", "1.35.0")
+    env = {"PYTHONPATH": str(tmp_path / "packages")}
+    tagcheck("validate", "policy.yaml", env=env, check=0)
+    tagcheck("--help", env=env, check=0)
+
+
+def test_help_imports_nothing_that_it_does_not_need() -> None:
+    code = "import sys, tagcheck; tagcheck.build_parser().format_help(); print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=TAGCHECK.parent, capture_output=True, text=True, check=True
+    )
+    assert {"importlib.metadata", "boto3", "botocore", "yaml", "jsonschema"}.isdisjoint(run.stdout.split())
+
+
 @pytest.mark.parametrize("way", ["symlink", "copy"])
 def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path, way: str) -> None:
     home, cwd = tmp_path / "home", tmp_path / "cwd"

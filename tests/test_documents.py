@@ -121,6 +121,15 @@ def test_the_script_asks_for_the_packages_of_requirements():
     assert metadata["requires-python"] == ">=3.11"
 
 
+def test_minimum_versions_are_the_same_everywhere():
+    to_run = (ROOT / "requirements.txt").read_text("utf-8").partition("# To test")[0].splitlines()
+    packages = {name: version for name, version in tagcheck.MINIMUM_VERSIONS.items() if name != "botocore"}
+    wanted = [f"{name}>={version}" for name, version in packages.items()]
+    assert [line for line in to_run if ">=" in line] == wanted
+    assert tagcheck.MINIMUM_VERSIONS["botocore"] == packages["boto3"]
+    assert re.findall(r"(?:boto3|botocore|PyYAML|jsonschema)>=[\d.]+", README) == wanted
+
+
 def test_table_of_contents_is_that_of_the_sections():
     script = (ROOT / "tagcheck.py").read_text("utf-8")
     contents = re.findall(r"^ (\d) (\S[\w ]*?) {2,}", script, re.MULTILINE)

@@ -22,6 +22,9 @@ BOTH = RequiredTag("Tier", values=("a1", "b2", "cc"), pattern=re.compile("[a-z][
         pytest.param(OWNER, {}, "missing", id="no tags at all"),
         pytest.param(OWNER, {"Owner": ""}, "empty", id="an emptied value is a violation"),
         pytest.param(OWNER, {"Owner": " \t"}, "empty", id="white space is no owner"),
+        pytest.param(
+            OWNER, {"Owner": "TBD\u200b\u3164"}, "empty", id="a placeholder with invisible characters"
+        ),
         pytest.param(OWNER, {"Owner": "TBD"}, "empty", id="a placeholder counts as empty whatever its case"),
         pytest.param(OWNER, {"Owner": " n/a "}, "empty", id="a placeholder with spaces round it"),
         pytest.param(OWNER, {"Owner": "tbd-team"}, None, id="a placeholder is the whole value"),
@@ -48,6 +51,48 @@ BOTH = RequiredTag("Tier", values=("a1", "b2", "cc"), pattern=re.compile("[a-z][
 def test_check_tag(rule, tags, expected):
     violation = tagcheck.check_tag(tags, rule, PLACEHOLDERS)
     assert (violation and violation.type) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            " ",
+            "\t\r\n",
+            "\x00",
+            "\x7f",
+            "\x85",
+            "\u00a0",
+            "\u00ad",
+            "\u2003",
+            "\u2028",
+            "\u2029",
+            "\u3000",
+        ),
+        *("\u034f", "\u061c", "\u115f", "\u1160", "\u17b4", "\u180b", "\u180f", "\u200b", "\u202e", "\u2060"),
+        *("\u2065", "\u2800", "\u3164", "\ufe00", "\ufe0f", "\ufeff", "\uffa0", "\ufff0", "\U00016fe4"),
+        *("\U0001bca0", "\U0001d159", "\U0001d173", "\U000e0001", "\U000e0100", "\U000e01ef", "\U000e0fff"),
+        " \u3164\u2800\ufe0f ",
+    ],
+    ids=ascii,
+)
+def test_value_that_nobody_can_see_is_empty_and_shown_escaped(text):
+    violation = tagcheck.check_tag({"Owner": text}, OWNER, PLACEHOLDERS)
+    assert violation.type == "empty"
+    assert tagcheck.resolution([violation], {"Owner": f"{text}\u3164"}) == "policy_changed"
+    shown = tagcheck.printable(text)
+    assert shown.isascii() and shown.isprintable()
+    assert "\\" in shown or not text.strip(" ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\u3164", "\u2764\ufe0f", "\U0001f469\u200d\U0001f4bb", "\u3042", "\U0001fae9", "\ue000", "\u0301"],
+    ids=ascii,
+)
+def test_value_with_anything_to_see_is_not_empty(text):
+    assert tagcheck.check_tag({"Owner": text}, OWNER, PLACEHOLDERS) is None
 
 
 @pytest.mark.parametrize(

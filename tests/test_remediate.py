@@ -319,6 +319,22 @@ def test_from_the_scan_to_the_undo(aws, run, tmp_path):
     ]
 
 
+def test_undo_file_that_another_replaces_by_a_link_harms_nobody(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    first, second = (
+        script.PlanRow(HERE, f"i-0000000{n}", "", "Owner", "ann", script.Action.ADD, "", "", "")
+        for n in (1, 2)
+    )
+    with closing(script.UndoFile(tmp_path / "undo.csv")) as undo:
+        undo.add({first: None})
+        (tmp_path / "undo.csv").rename(tmp_path / "moved.csv")
+        (tmp_path / "undo.csv").symlink_to("victim")
+        undo.add({second: None})
+    assert (tmp_path / "victim").read_text() == "precious"
+    undone = read(tmp_path / "moved.csv", script.UNDO_ACTIONS)
+    assert [each.instance_id for each in undone] == ["i-00000001", "i-00000002"]
+
+
 def test_nothing_is_overwritten_unless_asked_for(aws, apply):
     tags = [{"Owner": "bob"}, {"Owner": " "}, {"Owner": "bob"}, {"Owner": "bob"}, {"Owner": "bob"}, {}]
     ids = [aws.launch(REGION, each)[0] for each in tags]

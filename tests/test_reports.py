@@ -13,7 +13,9 @@ import unicodedata
 from xml.etree import ElementTree
 
 import pytest
-from conftest import TAGCHECK, clean_environment
+from conftest import TAGCHECK, clean_environment, script_with
+
+import tagcheck
 
 ACCOUNT, REGION, OTHER_REGION = "123456789012", "us-east-1", "eu-west-1"
 LAUNCHED = "2026-02-24T10:30:45+00:00"
@@ -146,7 +148,33 @@ def test_no_cell_of_the_csv_begins_a_formula(scan, tmp_path, sign):
     assert not any(cell.lstrip().startswith(tuple("=+-@＝＋－＠\t\r")) for cell in row.values())
 
 
+@pytest.mark.parametrize("separator", ";|\t")
+@pytest.mark.parametrize("before", ["", "a", 'a"', "'"])
+@pytest.mark.parametrize("between", ["", " ", '"', '""', "'", '"\'" '])
+def test_no_spreadsheet_splits_a_cell_into_a_formula(scan, tmp_path, separator, before, between):
+    name = f"{before}{separator}{between}=1+1{separator}{between}@x"
+    save(tmp_path, {"Name": name, "Environment": name}, {"Name": 'a";=1+1'})
+    run = scan(*READ, check=3)
+    text = (tmp_path / "violators.csv").read_bytes().decode()
+    for delimiter in ",;|\t":
+        cells = [cell for row in csv.reader(text.splitlines(), delimiter=delimiter) for cell in row]
+        assert not [cell for cell in cells if cell.lstrip(' "').startswith(tuple("=+-@＝＋－＠"))]
+    first, second = run.csv("violators.csv")
+    assert first["Name"].replace("'", "") == tagcheck.printable(name).replace("'", "")
+    assert tagcheck.csv_text(first["Name"]) == tagcheck.printable(name)
+    assert second["Name"] == "a\";'=1+1"
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|"])
+def test_cell_with_any_separator_is_quoted(scan, tmp_path, separator):
+    save(tmp_path, {"Name": f"a{separator}b"})
+    scan(*READ, check=3)
+    assert f',"a{separator}b",' in (tmp_path / "violators.csv").read_text()
+
+
 # ---- Tag text is written by strangers ----------------------------------------------------------------------
+
+INVISIBLE = "\u034f\u115f\u1160\u2800\u3164\ufe0f\uffa0\U000e0100"
 
 HOSTILE = [
     pytest.param("\x1b[31mred\x1b[0m", id="a colour"),
@@ -157,6 +185,7 @@ HOSTILE = [
     pytest.param("a\u2028b\u2029c\x85d", id="Unicode's new lines"),
     pytest.param("\u202etxt.exe", id="right to left"),
     pytest.param("a\u2066b\u200bc\ufeffd", id="invisible"),
+    pytest.param(f"a{INVISIBLE}b", id="invisible to everybody but Python"),
     pytest.param("\ud800", id="half a surrogate pair"),
     pytest.param("\x00\x01\x08\x0b\x0c\x7f", id="controls that XML has no place for"),
     pytest.param("\ufffe\uffff\U0001ffff", id="no characters"),
@@ -170,7 +199,8 @@ HOSTILE = [
 
 def unfit(text):
     """List the characters that no line of text should hold: controls, formats, separators, surrogates."""
-    return [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Cn")]
+    categories = ("Cc", "Cf", "Cs", "Zl", "Zp", "Cn")
+    return [c for c in text if c != "\n" and (c in INVISIBLE or unicodedata.category(c) in categories)]
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -384,14 +414,66 @@ def test_junit(scan, tmp_path):
         *((read, instance_id, "failure") for instance_id in ids),
     ]
     root = ElementTree.parse(tmp_path / "out.xml").getroot()
+    counted = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
     for element in (root, *root):
-        found = [len(list(element.iter(tag))) for tag in ("testcase", "failure", "error", "skipped")]
-        assert [int(element.get(name)) for name in ("tests", "failures", "errors", "skipped")] == found
+        for name, tag in counted.items():
+            if element is not root or name != "skipped":  # Jenkins' schema has none there
+                assert int(element.get(name)) == len(list(element.iter(tag)))
     assert [suite.get("name") for suite in root] == [unread, read]
     (error,), (failure, _) = root.iter("error"), root.iter("failure")
     assert (error.get("type"), bool(error.get("message"))) == ("NotInFiles", True)
     assert failure.get("type") == "missing"
     assert failure.get("message") == "Owner is missing; CostCenter is missing"
+
+
+# Jenkins' xUnit plugin, junit-10.xsd: of each element the attributes that it must have, those that it may have,
+# and the elements that may stand in it. All attributes are texts there, but for `time`.
+JUNIT = {
+    "testsuites": ("", "name time tests failures errors", "testsuite"),
+    "testsuite": (
+        "name tests failures errors",
+        "group time skipped timestamp hostname id package file log url",
+        "testsuite properties testcase system-out system-err",
+    ),
+    "testcase": ("name", "time classname group", "skipped error failure system-out system-err"),
+    "failure": ("", "type message", ""),
+    "error": ("", "type message", ""),
+    "skipped": ("", "type message", ""),
+}
+JUNIT_TIME = re.compile(r"(([0-9]{0,3},)*[0-9]{3}|[0-9]{0,3})*(\.[0-9]*)?")
+JUNIT_COUNTS = ("tests", "failures", "errors", "skipped")
+MIXED = ("failure", "error", "skipped")  # may hold text
+
+
+def junit_mistakes(element):
+    """Yield what the schema of Jenkins' xUnit plugin does not allow."""
+    required, optional, children = map(str.split, JUNIT[element.tag])
+    yield from (f"{element.tag} without {name}" for name in required if element.get(name) is None)
+    for name, value in element.items():
+        if name not in required + optional:
+            yield f"{element.tag} with {name}"
+        if (name == "time" and not JUNIT_TIME.fullmatch(value)) or (
+            name in JUNIT_COUNTS and not value.isdigit()
+        ):
+            yield f"{element.tag} with {name}={value}"
+    texts = [element.text, *(child.tail for child in element)]
+    if element.tag not in MIXED and any(text and text.strip() for text in texts):
+        yield f"{element.tag} with text"
+    for child in element:
+        if child.tag not in children:
+            yield f"{child.tag} in {element.tag}"
+        else:
+            yield from junit_mistakes(child)
+
+
+def test_junit_is_valid_to_jenkins(scan, tmp_path):
+    exemption = {"reason": "agreed", "instances": [FIRST_ID]}
+    save(tmp_path, BARE, BARE, GOOD, BARE | {"Environment": "x"}, exemptions=[exemption])
+    scan("--junit", "out.xml", check=4)
+    root = ElementTree.parse(tmp_path / "out.xml").getroot()
+    assert {element.tag for element in root.iter()} == set(JUNIT)
+    assert root.tag == "testsuites"
+    assert list(junit_mistakes(root)) == []
 
 
 def test_junit_names_stay_from_run_to_run(scan, tmp_path):
@@ -745,6 +827,129 @@ def test_stream_may_be_closed_from_the_start(scan, tmp_path, closed):
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (3, False)
     assert json.loads((tmp_path / "out.json").read_text())["exit_code"] == 3
+
+
+def reading(cwd, *args, **options):
+    """Start a scan, and return it when it has staged its reports and waits for the fleet."""
+    fleet = (cwd / "fleet.json").read_text()
+    (cwd / "fleet.json").unlink()
+    os.mkfifo(cwd / "fleet.json")
+    process = start(cwd, *READ, *args, **options)
+    process.fleet = (cwd / "fleet.json").open("w")  # returns when the script opens it
+    process.fleet.write(fleet)
+    return process
+
+
+def staged(cwd):
+    """List the new files beside the goals."""
+    return [path for path in cwd.rglob(".*") if path.is_file() or path.is_symlink()]
+
+
+def finish(process):
+    """Give the fleet to a scan that waits for it: its exit code and what it said on stderr."""
+    process.fleet.close()
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, err
+
+
+def test_report_is_private_until_it_is_published(scan, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    former = os.umask(0o022)
+    try:
+        process = reading(tmp_path, "--csv", "shared/out.csv")
+    finally:
+        os.umask(former)
+    (new,) = staged(tmp_path)
+    assert (new.parent.name, stat.S_IMODE(new.stat().st_mode)) == ("shared", 0o600)
+    assert finish(process)[0] == 3
+    assert stat.S_IMODE((tmp_path / "shared/out.csv").stat().st_mode) == 0o644
+    assert listing(tmp_path / "shared") == ["out.csv"]
+
+
+@pytest.mark.parametrize("by", ["a link", "a file", "nothing"])
+def test_staged_report_that_another_replaces_harms_nobody(scan, tmp_path, by):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "shared/out.csv").write_text("old")
+    process = reading(tmp_path, "--csv", "shared/out.csv")
+    (new,) = staged(tmp_path)
+    new.unlink()
+    if by == "a link":
+        new.symlink_to(tmp_path / "victim")
+    elif by == "a file":
+        new.write_text("forged")
+    code, err = finish(process)
+    assert (code, "--csv shared/out.csv" in err) == (5, True)
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "shared/out.csv").read_text() == "old"
+    assert listing(tmp_path / "shared") == ["out.csv"]
+
+
+def test_report_for_stdout_is_nowhere_for_others_to_read(scan, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    process = reading(tmp_path, "--csv", "-")
+    assert [path for path in (tmp_path / "tmp").iterdir() if path.stat().st_mode & 0o077] == []
+    process.fleet.close()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.startswith(HEADER)) == (3, True)
+    assert listing(tmp_path / "tmp") == []
+
+
+def test_directory_that_vanishes_under_a_report_is_a_failure(scan, tmp_path):
+    (tmp_path / "place").mkdir()
+    process = reading(tmp_path, "--csv", "place/out.csv", "--json", "out.json")
+    (tmp_path / "place").rename(tmp_path / "gone")
+    code, err = finish(process)
+    assert (code, "--csv place/out.csv cannot be written: No such file" in err) == (5, True)
+
+
+def test_goal_that_becomes_a_directory_is_a_failure(scan, tmp_path):
+    process = reading(tmp_path, "--csv", "out.csv")
+    (tmp_path / "out.csv").mkdir()
+    code, err = finish(process)
+    assert (code, "--csv out.csv cannot be written: Is a directory" in err) == (5, True)
+    assert [path.name for path in staged(tmp_path)] == []
+
+
+def test_pipe_that_nobody_reads_is_a_failure(scan, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    impatient = script_with(tmp_path, PIPE_SECONDS=0.3)
+    run = scan(*READ, "--csv", "pipe", "--json", "out.json", script=impatient, check=5)
+    assert "--csv pipe is a pipe that nobody reads" in run.err
+    assert run.json("out.json")["exit_code"] == 3
+
+
+def test_pipe_that_becomes_a_link_to_a_file_leaves_the_file_intact(scan, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "victim").write_text("precious")
+    process = reading(tmp_path, "--csv", "pipe", "--json", "out.json")
+    (tmp_path / "pipe").unlink()
+    (tmp_path / "pipe").symlink_to("victim")
+    code, err = finish(process)
+    assert (code, "--csv pipe" in err) == (5, True)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("end", ["-journal", "-wal", "-shm"])
+def test_report_is_never_written_where_sqlite_keeps_its_own(scan, tmp_path, end):
+    assert "journal" in scan(*READ, "--csv", f"instance_state.db{end}", check=2).err
+
+
+def test_prices_are_not_overwritten(scan, tmp_path):
+    (tmp_path / "prices.csv").write_text("instance_type,region,hourly_price\n")
+    scan(*READ, "--prices", "prices.csv", "--csv", "prices.csv", check=2)
+    assert (tmp_path / "prices.csv").read_text() == "instance_type,region,hourly_price\n"
+
+
+def test_dry_run_writes_a_csv_only_where_one_is_asked_for(scan, tmp_path):
+    save(tmp_path, *[BARE] * 21)
+    run = scan(*READ, "--dry-run", check=3)
+    assert listing(tmp_path) == ["fleet.json", "policy.yaml"]
+    assert "and 1 more\n" in run.out
+    assert len(scan(*READ, "--dry-run", "--csv", "out.csv", check=3).csv("out.csv")) == 21
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])

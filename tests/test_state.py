@@ -842,7 +842,7 @@ def test_dry_run_compares_and_writes_nothing(scan, older):
     else:
         scan(instance(1), instance(3), BYSTANDER)
     before = Path(STATE).read_bytes(), Path(STATE).stat().st_mtime_ns
-    files = set(os.listdir()) | {"fleet.json", "policy.yaml", "out.json", "violators.csv"}
+    files = set(os.listdir()) | {"fleet.json", "policy.yaml", "out.json"}
     for _ in range(2):
         report = scan(instance(1), instance(2), instance(3, OWNED), now=NOW + DAY, args=["--dry-run"])
         outcomes = [outcome(report, number) for number in (1, 2, 3)]
