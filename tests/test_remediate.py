@@ -36,14 +36,14 @@ COLUMNS = script.PLAN_COLUMNS
 # ---- What is planned ---------------------------------------------------------------------------------------
 
 
-def finding(tags, *suggestions, region=REGION, policy=POLICY):
+def finding(tags, *suggestions, region=REGION, policy=POLICY, cause=None, id_="i-00000001"):
     """Make an open finding of an instance with these tags, as a scan would."""
     rules = policy.rules(region)
     violations = script.evaluate(tags, rules, policy.placeholder_values)
     times = ("2026-02-24T10:30:45Z",) * 2
     return script.Finding(
-        *(ACCOUNT_ID, region, "i-00000001", "running", times[0], tags, violations, script.Status.NEW),
-        *(*times, 1, 0, None, None, None, suggestions, None, None, None),
+        *(ACCOUNT_ID, region, id_, "running", times[0], tags, violations, script.Status.NEW),
+        *(*times, 1, 0, None, None, None, suggestions, None, cause, None),
     )
 
 
@@ -82,7 +82,9 @@ def test_plan_of_a_tag(tags, suggestions, expected):
     ("tags", "confidence", "expected"),
     [
         pytest.param({}, 0, ("dev", "add", ""), id="nothing better is known"),
-        pytest.param({}, 0.9, ("dev", "add", ""), id="nothing sure is known"),
+        pytest.param({}, 0.9, ("dev", "review", ""), id="a suggestion contradicts it"),
+        pytest.param({}, 0.5, ("dev", "review", ""), id="a weak suggestion contradicts it"),
+        pytest.param({}, 0.49, ("dev", "add", ""), id="a guess contradicts it"),
         pytest.param({}, 0.96, ("prod", "add", ""), id="a suggestion is better"),
         pytest.param({"Environment": "prd"}, 0.9, ("prod", "review", "prd"), id="wrong value"),
         pytest.param({"Environment": "prd"}, 0, None, id="wrong value, nothing known"),
@@ -97,7 +99,44 @@ def test_plan_of_a_tag_with_a_default(tags, confidence, expected):
 def test_default_is_planned_with_what_contradicts_it():
     case = finding({"Owner": "ann"}, suggestion("prod", 0.9, "Environment"))
     [row] = script.plan([case], POLICY, 0.95)
+    assert not row.writes
     assert row.why == "the policy's default (policy.yaml:1); but prod is 9 of 9 in web"
+
+
+@pytest.mark.parametrize(
+    ("tags", "warning"),
+    [
+        pytest.param(
+            {"aws:autoscaling:groupName": "web"},
+            "Auto Scaling group web: the tag is lost when an instance is replaced; set it on web with propagation",
+            id="Auto Scaling",
+        ),
+        pytest.param(
+            {"aws:cloudformation:stack-name": "shop", "aws:cloudformation:logical-id": "Web"},
+            "CloudFormation stack shop: the next stack update may revert the tag; set it on the stack shop",
+            id="CloudFormation",
+        ),
+        pytest.param(
+            {"eks:cluster-name": "c", "eks:nodegroup-name": "n", "aws:autoscaling:groupName": "eks-n"},
+            "EKS node group c/n: the tag is lost when an instance is replaced; set it in the launch template of c/n",
+            id="EKS",
+        ),
+        pytest.param(
+            {"karpenter.k8s.aws/ec2nodeclass": "default", "aws:ec2launchtemplate:id": "lt-1"},
+            "Karpenter node class default: the tag is lost when an instance is replaced; set it in spec.tags of the "
+            "EC2NodeClass default",
+            id="Karpenter",
+        ),
+        pytest.param({"Name": "web-1"}, "", id="nothing"),
+    ],
+)
+def test_plan_warns_where_the_source_of_an_instance_undoes_a_tag(tags, warning):
+    instance = script.Instance("i-00000001", "running", script.datetime.now(script.UTC), tags)
+    case = finding(
+        {"Environment": "dev"}, suggestion("ann", 1), cause=script.cause_of(script.groups_of(instance))
+    )
+    [row] = script.plan([case], POLICY, 0.95)
+    assert row.warning == warning
 
 
 def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
@@ -171,6 +210,10 @@ GOOD = row()
         pytest.param([row(Account="12345678901")], 2, "cut its zeros", id="account without its zero"),
         pytest.param([row(Account="1.23457E+11")], 2, "cut its zeros", id="account as a number"),
         pytest.param([row(Region="eu-west-3")], 2, "does not cover the region", id="region outside"),
+        pytest.param(
+            [GOOD, row(tag="Owner\u200b")], 3, "does not ask for Owner", id="key with what nobody sees"
+        ),
+        pytest.param([row(value="a\0")], 2, "nobody can see", id="NUL"),
         pytest.param([row(tag="Team")], 2, "does not ask for Team in us-east-1", id="key of another region"),
         pytest.param([row(tag="aws:x")], 2, "AWS's own", id="key of AWS"),
         pytest.param([row(tag="AWS:x")], 2, "AWS's own", id="key of AWS in capitals"),
@@ -205,6 +248,11 @@ def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint
         ),
         pytest.param(",".join(script.PLAN_NEEDED).encode() + b'\n"a', "not CSV", id="quote left open"),
         pytest.param(b"PK\x03\x04\x00\x00", "needs Account", id="Excel's own format"),
+        pytest.param(b"\0" * 3_000_000, "1:1: longer than", id="line without an end"),
+        pytest.param(b"Account," + b"x" * 200_000, "field larger than field limit", id="endless cell"),
+        pytest.param(
+            b"\n\n" + ",".join(script.PLAN_NEEDED).encode() + b"\na\xff", ":4:1: not UTF-8", id="late"
+        ),
     ],
 )
 def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
@@ -212,6 +260,88 @@ def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
     path.write_bytes(content)
     with pytest.raises(script.UsageError, match=re.escape(complaint)):
         read(path)
+
+
+def test_region_that_aws_does_not_have_is_refused_where_the_policy_covers_every_region(tmp_path):
+    policy = script.check_policy(json.dumps(KEYS | {"regions": {"*": {}}}).encode(), "every.yaml")
+    path = save_plan(tmp_path / "plan.csv", row(), row(Region="us-east-1.example.com"))
+    with pytest.raises(script.PolicyError, match=r":3:1: .* does not cover the region us-east-1.example.com"):
+        script.read_plan(str(path), policy, script.PLAN_ACTIONS)
+
+
+def test_plan_of_another_kind_is_not_complained_of_for_ever(tmp_path):
+    path = save_plan(tmp_path / "plan.csv", *[row("i-1")] * 1500)
+    with pytest.raises(script.PolicyError) as raised:
+        read(path)
+    assert len(raised.value.problems) == script.MAX_PLAN_PROBLEMS
+
+
+def test_large_file_costs_no_memory(tmp_path):
+    path = tmp_path / "plan.csv"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (600_000_000,) * 2)\n"
+        f"sys.path.insert(0, {str(TAGCHECK.parent)!r}); import tagcheck; raise SystemExit(tagcheck.main())"
+    )
+    (tmp_path / "limited.py").write_text(limit)
+    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
+    command = ("remediate", "--policy", "policy.yaml", "--plan", "plan.csv")
+    err = run_tagcheck(*command, cwd=tmp_path, script=tmp_path / "limited.py", check=2).err
+    assert "plan.csv:1:1: longer than 1,048,576 bytes" in err
+
+
+# ---- What becomes of a plan that was edited ----------------------------------------------------------------
+
+
+def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, tmp_path):
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    plan = tmp_path / "remediate-plan.csv"
+    run("remediate")
+    first = plan.read_bytes()
+    run("remediate")
+    assert plan.read_bytes() == first
+    aws.launch(REGION, {"owner": "bob", "Environment": "dev"})
+    run("scan", check=3)
+    run("remediate", "--csv", "remediate-plan.csv")
+    second = plan.read_bytes()
+    assert second.count(b"\n") == first.count(b"\n") + 1
+
+    lines = second.splitlines(keepends=True)
+    for edited in (
+        second.replace(b"ann,add", b"eve,add"),
+        lines[0] + lines[2],
+        b"".join(lines[:2]),
+        second + b"\n",
+        second.replace(b"\n", b"\r\n"),
+        b"",
+        "Büro".encode("latin-1"),
+    ):
+        plan.write_bytes(edited)
+        for args in ((), ("--csv", "remediate-plan.csv")):
+            err = run("remediate", *args, check=5).err
+            assert "remediate-plan.csv exists" in err
+            assert all(words in err for words in ("--plan remediate-plan.csv", "--csv FILE"))
+            assert plan.read_bytes() == edited
+    assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == [plan.name]
+    run("remediate", "--csv", "other.csv")
+    assert (tmp_path / "other.csv").read_bytes() == second
+
+
+def test_plan_edited_while_it_was_applied_is_left_alone(aws, run, tmp_path):
+    [id_] = aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+
+    def edit(request):
+        (tmp_path / "late.csv").write_text("edited")
+        return False
+
+    aws.fault("drop", action="CreateTags", when=edit)
+    result = run("remediate", "--apply", "--csv", "late.csv", check=5)
+    assert (tmp_path / "late.csv").read_text() == "edited"
+    assert tags_of(aws, [id_])[0]["Owner"] == "ann"
+    assert "To take it back: tagcheck.py remediate --policy policy.yaml --undo remediate-undo-" in result.err
 
 
 def test_value_is_replaced_only_with_its_current_one_at_hand(tmp_path):
@@ -370,6 +500,35 @@ def test_limit_of_tags_is_seen_before_the_call(aws, apply):
     assert len(writes(aws)) == 2
 
 
+def test_what_undoes_a_tag_is_said_once_for_each_source(aws, run, tmp_path):
+    web = aws.launch(REGION, {"owner": "ann", "aws:autoscaling:groupName": "web"}, count=3)
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    sentence = (
+        "Warning: 3 instances of Auto Scaling group web: the tag is lost when an instance is replaced; "
+        "set it on web with propagation\n"
+    )
+    general = "Terraform and other infrastructure as code may revert these tags"
+    for command in (("--json", "out.json"), ("--plan", "remediate-plan.csv", "--json", "out.json")):
+        planned = run("remediate", *command)
+        assert (planned.out.count(sentence), planned.out.count(general)) == (1, 1)
+        [warning] = planned.json("out.json")["warnings"]
+        assert (warning["account_id"], warning["region"], warning["instances"]) == (ACCOUNT_ID, REGION, 3)
+        assert f"Warning: {warning['message']}\n" == sentence
+    cells = {line["InstanceId"]: line["Warning"] for line in planned.csv("remediate-plan.csv")}
+    assert {id_ for id_, warning in cells.items() if warning} == set(web)
+
+    # A plan of the first edition has no such column; the tags that are read before they are written tell it.
+    old = tmp_path / "old.csv"
+    save_plan(old, *planned.csv("remediate-plan.csv"), columns=COLUMNS[:10])
+    assert "Auto Scaling" not in old.read_text()
+    done = run("remediate", "--plan", "old.csv", "--apply", "--json", "out.json")
+    assert done.out.count(sentence) == 1
+    assert [entry["instances"] for entry in done.json("out.json")["warnings"]] == [3]
+    undo = re.search(r"--undo (\S+) --apply", done.out)[1]
+    assert "Warning" not in run("remediate", "--undo", undo, "--apply").out
+
+
 def deny(aws, *ids):
     return aws.fault(
         *("error",),
@@ -390,12 +549,60 @@ def test_one_that_is_denied_costs_the_others_nothing(aws, apply):
     assert f"failed  {HERE} {ids[3]} Owner: UnauthorizedOperation" in result.out
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "UnsupportedOperation"),
+        (403, "OperationNotPermitted"),
+        (400, "TagPolicyViolation"),
+        (400, "IncorrectState"),
+    ],
+)
+def test_refusal_of_one_instance_is_its_own(aws, apply, status, code):
+    ids = sorted(aws.launch(REGION, count=4))
+    aws.fault(
+        *("error",),
+        status=status,
+        code=code,
+        message="The instance is managed by another service.",
+        action="CreateTags",
+        when=lambda request: ids[1] in numbered(request.params, "ResourceId"),
+    )
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["written", "failed", "written", "written"]
+    assert f"failed  {HERE} {ids[1]} Owner: {code}: " in result.out
+    assert "managed by another service" in result.out
+    [undo] = result.cwd.glob("remediate-undo-*.csv")
+    assert [line["InstanceId"] for line in csv.DictReader(undo.open())] == [ids[0], *ids[2:]]
+    assert stat.S_IMODE(undo.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("code", "of_instance"),
+    [
+        *(
+            (code, False)
+            for code in ("RequestLimitExceeded", "AuthFailure", "ExpiredToken", "InternalError", "503")
+        ),
+        *((code, False) for code in ("SSLError", "ConnectionError", "HTTPClientError", "ForeignAnswer")),
+        *(
+            (code, True)
+            for code in ("UnauthorizedOperation", "InvalidParameterValue", "OperationNotPermitted")
+        ),
+        *((code, True) for code in ("IncorrectInstanceState", "TagLimitExceeded", "WhateverComesNext")),
+    ],
+)
+def test_what_any_call_meets_ends_the_target(code, of_instance):
+    assert script.is_of_instance(script.TargetError(code, "")) == of_instance
+
+
 def test_all_denied_costs_few_calls(aws, apply, tmp_path):
     ids = aws.launch(REGION, count=8)
     deny(aws)
     _, became = apply(*map(row, ids), check=4, script=script_with(tmp_path, MAX_SPLITS=2))
     assert became == ["failed"] * 8
     assert len(writes(aws)) == 5
+    assert list(tmp_path.glob("remediate-undo-*.csv")) == []
     assert changes(tmp_path / "instance_state.db") == []
 
 
@@ -477,7 +684,7 @@ def test_bad_rows_are_all_named_by_line(run, tmp_path, aws):
 def test_row_of_another_account_is_refused(aws, run, tmp_path):
     save_plan(tmp_path / "plan.csv", row(Account=MEMBER))
     err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
-    assert f"plan.csv:2: {MEMBER} is not the account of the credentials" in err
+    assert f"plan.csv:2:1: {MEMBER} is not the account of the credentials" in err
     assert aws.calls(service="ec2") == []
 
 
@@ -497,7 +704,7 @@ def test_undo_file_that_cannot_grow_stays_readable(tmp_path):
             undo.add({rows[1]: None})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert undo.rows == {rows[0]}
+    assert set(undo.rows) == {rows[0]}
     [left] = read(undo.path, script.UNDO_ACTIONS)
     assert (left.action, left.value, left.current) == ("restore", "bob", "ann")
 
