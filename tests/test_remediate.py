@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import resource
+import shlex
+import shutil
 import signal
 import sqlite3
 import stat
@@ -12,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from aws_server import ACCOUNT_ID, numbered
@@ -359,7 +362,8 @@ def run(aws, tmp_path):
     (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
 
     def run(command, *args, check=0, **options):
-        named = [command, "--policy", "policy.yaml", *args]
+        policy = () if "--policy" in args else ("--policy", "policy.yaml")
+        named = [command, *policy, *args]
         return run_tagcheck(*named, cwd=tmp_path, env=aws.env, check=check, **options)
 
     return run
@@ -720,6 +724,247 @@ def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, 
     assert changes(tmp_path / "instance_state.db") == []
 
 
+# ---- What an undo file may take back -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def undo(aws, apply, run, tmp_path):
+    """Write Owner on two instances, and give their ids and the undo file of it."""
+    ids = sorted([*aws.launch(REGION), *aws.launch(REGION, {"Owner": "bob"})])
+    before = [tags.get("Owner") for tags in tags_of(aws, ids)]
+    rows = [
+        row(id_, action="replace" if former else "add", Current=former or "")
+        for id_, former in zip(ids, before, strict=True)
+    ]
+    apply(*rows)
+    [path] = tmp_path.glob("remediate-undo-*.csv")
+    return ids, path.rename(tmp_path / "undo.csv")
+
+
+@pytest.mark.parametrize("args", [pytest.param((), id="plan"), pytest.param(("--apply",), id="apply")])
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pytest.param({"InstanceId": "i-0123456789abcdef0", "Action": "delete", "Value": ""}, id="instance"),
+        pytest.param({"Region": OTHER_REGION}, id="region"),
+        pytest.param({"Account": MEMBER}, id="account"),
+        pytest.param({"Tag": "Environment"}, id="tag"),
+        pytest.param({"Tag": "Name"}, id="tag that the policy does not ask for"),
+        pytest.param({"Tag": "owner"}, id="tag in another spelling"),
+        pytest.param({"Tag": "Owner\u200b"}, id="tag with what nobody sees"),
+        pytest.param({"Value": "eve", "Action": "restore"}, id="value"),
+        pytest.param({"Value": "bob\u200b", "Action": "restore"}, id="value with what nobody sees"),
+        pytest.param({"Current": "eve"}, id="current value"),
+        pytest.param({"Current": ""}, id="no current value"),
+    ],
+)
+def test_undo_of_what_is_not_on_record_is_refused(aws, run, undo, cells, args):
+    ids, path = undo
+    with path.open(newline="") as file:
+        good, other = csv.DictReader(file)
+    save_plan(path, good, other | cells)
+    aws.tag(REGION, ids, {"Name": "ann", "owner": "ann"})
+    before = len(aws.requests)
+    err = run("remediate", "--undo", "undo.csv", *args, check=2).err
+    assert re.match(r"undo\.csv:3:1: .*the state instance_state\.db has no record that", err), err
+    assert err.endswith("1 problem; nothing was written\n")
+    assert len(aws.requests) == before
+
+
+def test_undo_needs_the_state_of_its_run(aws, run, undo, tmp_path):
+    calls = len(aws.requests)
+    for args in ((), ("--apply",)):
+        err = run("remediate", "--undo", "undo.csv", "--state", "other.db", *args, check=5).err
+        assert "no state" in err
+        assert not (tmp_path / "other.db").exists()
+    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS | {"name": "other"}))
+    err = run("remediate", "--undo", "undo.csv", "--apply", check=2).err
+    assert err.count("has no record that tagcheck set it to 'ann' under the policy other") == 2
+    assert len(aws.requests) == calls
+
+
+def test_undo_is_taken_back_and_repeated(aws, run, undo, tmp_path):
+    ids, _ = undo
+
+    def owners():
+        return [tags.get("Owner") for tags in tags_of(aws, ids)]
+
+    def revert(name):
+        return run("remediate", "--undo", name, "--apply", "--json", "out.json").json("out.json")
+
+    first = revert("undo.csv")
+    formers = owners()
+    assert sorted(map(str, formers)) == ["None", "bob"]
+    # Again: the state knows that it is done, and nothing is called.
+    calls = len(aws.requests)
+    again = revert("undo.csv")
+    assert (results(again), again["changed"]) == (["not_asked"] * 2, False)
+    assert len(aws.requests) == calls
+    # The undo of the undo, and of that.
+    second = revert(first["undo_file"])
+    assert owners() == ["ann", "ann"]
+    revert(second["undo_file"])
+    assert owners() == formers
+    # What a person sets afterwards is not the tool's, though it is the same value.
+    aws.tag(REGION, ids, {"Owner": "ann"})
+    calls = len(writes(aws))
+    revert("undo.csv")
+    assert (owners(), len(writes(aws))) == (["ann", "ann"], calls)
+
+
+def test_undo_of_a_run_that_was_killed(aws, run, tmp_path):
+    """What the undo file and the state have of it was kept before the call; an empty tag counts as missing."""
+    ids = [aws.launch(REGION, tags)[0] for tags in ({}, {"Owner": ""}, {"Owner": "  "}, {"Owner": "bob"})]
+    rows = [row(id_) for id_ in ids[:3]] + [row(ids[3], action="replace", Current="bob")]
+    save_plan(tmp_path / "plan.csv", *rows)
+    run("scan", check=3)
+    fault = aws.fault("slow", seconds=30, action="CreateTags")
+    process = start(aws, tmp_path)
+    wait_for_writes(aws, 1)
+    process.kill()
+    process.communicate(timeout=30)
+    aws.clear_faults()
+    assert fault.hits == 1
+    assert {change[-1] for change in changes(tmp_path / "instance_state.db")} == {"intended"}
+    aws.tag(REGION, ids, {"Owner": "ann"})  # as if it had been carried out
+    [undo] = tmp_path.glob("remediate-undo-*.csv")
+    for _ in range(2):
+        run("remediate", "--undo", undo.name, "--apply")
+        assert [tags.get("Owner") for tags in tags_of(aws, ids)] == [None, "", "  ", "bob"]
+
+
+def test_undo_of_values_that_look_like_formulas_and_escapes(aws, apply, run, tmp_path):
+    formers = ["=1+1", "'=1", r"\x1b[31m", 'a"b,c;d', " x "]
+    ids = [aws.launch(REGION, {"Owner": former})[0] for former in formers]
+    rows = [
+        row(id_, action="replace", value="-ann", Current=script.csv_cell(former))
+        for id_, former in zip(ids, formers, strict=True)
+    ]
+    _, became = apply(*[line | {"Value": script.csv_cell("-ann")} for line in rows])
+    assert became == ["written"] * 5
+    [undo] = tmp_path.glob("remediate-undo-*.csv")
+    run("remediate", "--undo", undo.name, "--apply")
+    assert [tags["Owner"] for tags in tags_of(aws, ids)] == formers
+
+
+def test_undo_file_of_a_run_with_refusals_has_only_what_was_written(aws, apply, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=3))
+    deny(aws, ids[1])
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["written", "failed", "written"]
+    aws.clear_faults()
+    undo = result.json("out.json")["undo_file"]
+    assert [line["InstanceId"] for line in result.csv(undo)] == [ids[0], ids[2]]
+    run("remediate", "--undo", undo, "--apply")
+    assert tags_of(aws, ids) == [{}] * 3
+
+
+# ---- The way back is told, however it ends -----------------------------------------------------------------
+
+
+def way_back(err):
+    """Find the undo command that was printed."""
+    [line] = re.findall(r"^To take it back: tagcheck\.py (.*)$", err, re.MULTILINE)
+    command = shlex.split(line)
+    assert command[0] == "remediate"
+    assert command[-1] == "--apply"
+    return command
+
+
+@pytest.mark.parametrize("args", [(), ("--quiet",)])
+def test_reports_that_cannot_be_written_do_not_hide_the_way_back(aws, run, tmp_path, args):
+    [id_] = aws.launch(REGION)
+    (tmp_path / "a b").mkdir()
+    run("scan", "--state", "a b/state.db", check=3)
+    save_plan(tmp_path / "plan.csv", row(id_))
+    (tmp_path / "reports").mkdir()
+
+    def remove(request):
+        shutil.rmtree(tmp_path / "reports", ignore_errors=True)
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    command = ("--plan", "plan.csv", "--apply", "--state", "a b/state.db", "--json", "reports/out.json")
+    result = run("remediate", *command, *args, check=5)
+    assert "--json reports/out.json cannot be written" in result.err
+    assert tags_of(aws, [id_]) == [{"Owner": "ann"}]
+    aws.clear_faults()
+    back = way_back(result.err)
+    run(*back)
+    assert tags_of(aws, [id_]) == [{}]
+
+
+def test_full_standard_output_does_not_hide_the_way_back(aws, run, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    [id_] = aws.launch(REGION)
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", row(id_))
+    command = [
+        sys.executable,
+        TAGCHECK,
+        "remediate",
+        "--policy",
+        "policy.yaml",
+        "--plan",
+        "plan.csv",
+        "--apply",
+    ]
+    with open("/dev/full", "w") as full:
+        env = clean_environment(tmp_path) | aws.env
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 5
+    run(*way_back(done.stderr))
+    assert tags_of(aws, [id_]) == [{}]
+
+
+def test_undo_file_that_vanishes_ends_the_run_and_the_rest_is_not_written(aws, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=4))
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+
+    def remove(request):
+        for path in tmp_path.glob("remediate-undo-*.csv"):
+            path.unlink()
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    small = script_with(tmp_path, READ_BATCH=2)
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=5, script=small).err
+    assert "cannot be written: No such file" in err
+    assert [tags.get("Owner") for tags in tags_of(aws, ids)] == ["ann", "ann", None, None]
+    assert len(changes(tmp_path / "instance_state.db")) == 2
+
+
+def test_state_that_vanishes_ends_the_run_with_the_way_back(aws, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=4))
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+
+    def remove(request):
+        (tmp_path / "instance_state.db").unlink(missing_ok=True)
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    small = script_with(tmp_path, READ_BATCH=2)
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=5, script=small).err
+    assert "instance_state.db" in err
+    way_back(err)
+    assert [tags.get("Owner") for tags in tags_of(aws, ids)] == ["ann", "ann", None, None]
+
+
+def test_next_command_keeps_the_scope_of_this_one(aws, run, tmp_path):
+    [here], [there] = aws.launch(REGION), aws.launch(OTHER_REGION)
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", row(here), row(there, tag="Team", value="a", Region=OTHER_REGION))
+    planned = run("remediate", "--plan", "plan.csv", "--region", REGION)
+    [command] = re.findall(r"to write it: tagcheck\.py (.*)", planned.out)
+    run(*shlex.split(command))
+    assert [len(tags_of(aws, [here])[0]), len(tags_of(aws, [there], OTHER_REGION)[0])] == [1, 0]
+
+
 # ---- Interrupted, and started again ------------------------------------------------------------------------
 
 
@@ -757,6 +1002,8 @@ def test_stopped_in_the_middle_and_started_again(aws, apply, tmp_path, run, numb
     _, err = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
     assert ("what was written is recorded" in err) == (number == signal.SIGTERM)
+    if number == signal.SIGTERM:
+        assert way_back(err)[:4] == ["remediate", "--policy", "policy.yaml", "--undo"]
     aws.clear_faults()
     # Of the batch that was under way nothing is known; what was not begun is known not to be written.
     left = ["written"] * 2 + ["intended"] * (2 if number == signal.SIGTERM else 4)
@@ -813,6 +1060,28 @@ def test_role_for_writing_and_account_that_is_denied(aws, run, tmp_path):
         *("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
     ]
     assert {request.params["RoleArn"].rpartition("/")[2] for request in aws.calls("AssumeRole")} == {"writer"}
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "PENDING_CLOSURE", None])
+def test_account_that_is_not_active_in_the_organization_is_refused_before_a_role_is_assumed(
+    aws, run, tmp_path, state
+):
+    keys = KEYS | {"accounts": {"organization": True, "role_name": "reader"}}
+    (tmp_path / "policy.yaml").write_text(json.dumps(keys))
+    accounts = [{"Id": ACCOUNT_ID, "State": "ACTIVE"}, {"Id": "111122223333", "State": "ACTIVE"}]
+    accounts += [{"Id": MEMBER, "State": state}] if state else []
+    body = json.dumps({"Accounts": accounts}).encode()
+    aws.fault("body", body=body, content_type="application/x-amz-json-1.1", action="ListAccounts")
+    [mine] = aws.launch(REGION)
+    save_plan(tmp_path / "plan.csv", row(mine), row(Account=MEMBER), row(Account="111122223333"))
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
+    how = f"is {state}" if state else "is not there"
+    assert err.startswith(f"plan.csv:3:1: in the organization the account {MEMBER} {how}: ")
+    assert err.endswith("1 problem; nothing was written\n")
+    assert {request.action for request in aws.requests} == {"GetCallerIdentity", "ListAccounts"}
+    only = ("--account", ACCOUNT_ID, "--account", "111122223333", "--json", "out.json")
+    done = run("remediate", "--plan", "plan.csv", "--apply", *only, check=4)
+    assert sorted(results(done.json("out.json"))) == ["gone", "written"]
 
 
 def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
