@@ -1662,7 +1662,7 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan of them: plan, row_complaint, decide
+# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan: plan, row_complaint, refuse_rows, decide
 ########################################################################################################
 
 
@@ -4428,12 +4428,11 @@ def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with Path(path).open("rb") as file:
             lines = _decoded_lines(file, path)
+            head = ""
             for head in lines:
                 if head.strip():
                     break
                 blank += 1
-            else:
-                raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
             # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
             separator = max(",;\t", key=head.count)
             table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
@@ -4458,6 +4457,8 @@ def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
                 raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
     except OSError as problem:
         raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
+    if not columns:
+        raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
 
 
 def _decoded_lines(file: BufferedReader, path: str) -> Iterator[str]:
@@ -4502,9 +4503,7 @@ class UndoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[
-            PlanRow, str | None
-        ] = {}  # those whose tags may have been written, and the former values
+        self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
 
     def add(self, rows: Mapping[PlanRow, str | None]) -> None:
         """Keep what the tags of rows are before they are written; raises OutputError."""

@@ -241,6 +241,7 @@ def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint
     [
         pytest.param(b"", "1:1: empty", id="nothing"),
         pytest.param(b"\xef\xbb\xbf\n\n", "1:1: empty", id="blank lines"),
+        pytest.param(b"\n,,,\n,,,\n", "1:1: empty", id="blank cells"),
         pytest.param("Account,Tag\n1,2\n".encode("utf-16"), "UTF-16", id="UTF-16"),
         pytest.param(b"Account\xe9,", "not UTF-8", id="Latin-1"),
         pytest.param(b"Account,Region,Tag,Value,Action\n", "needs InstanceId", id="column left out"),
