@@ -58,7 +58,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import IntEnum, StrEnum, unique
-from io import StringIO, TextIOBase, TextIOWrapper
+from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
@@ -686,6 +686,7 @@ AWS_REGIONS = frozenset("""
     """.split())  # fmt: skip
 
 
+@functools.cache
 def is_region(name: str) -> bool:
     """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
     if name in AWS_REGIONS:
@@ -1789,33 +1790,49 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan of them: plan, row_complaint, decide
+# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan: plan, row_complaint, refuse_rows, decide
 ########################################################################################################
 
 
 class GroupKind(NamedTuple):
-    """A way in which instances belong together: its word, and how its tags reach the instances, if they do."""
+    """A way in which instances belong together: its word, how its tags reach the instances, if they do.
+
+    `risk` is what becomes of a tag that is set on an instance only.
+    """
 
     word: str
     remedy: str
+    risk: str = ""
 
 
 # The most specific first. A cause is a group that hands its tags on; the ways to have it do so are those of
 # AWS's user guides (EC2 Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed
 # node groups with launch templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on
-# creation) and of Karpenter's (NodeClasses, spec.tags).
+# creation) and of Karpenter's (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so
+# they come before these.
+_LOST = "the tag is lost when an instance is replaced"
 GROUP_KINDS = {
-    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
-    "node_class": GroupKind("EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}"),
-    "ec2_node_class": GroupKind("Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}"),
-    "node_pool": GroupKind("Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}"),
-    "capacity_provider": GroupKind(
-        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER"
+    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}", _LOST),
+    "node_class": GroupKind(
+        "EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}", _LOST
     ),
-    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
-    "launch_template": GroupKind("launch template", "set it in the instance tags of {names}"),
-    "stack": GroupKind("CloudFormation stack", "set it on the stack {names}"),
-    "operator": GroupKind("AWS service", "set it where {names} takes its tags from"),
+    "ec2_node_class": GroupKind(
+        "Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}", _LOST
+    ),
+    "node_pool": GroupKind(
+        "Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}", _LOST
+    ),
+    "capacity_provider": GroupKind(
+        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER", _LOST
+    ),
+    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation", _LOST),
+    "launch_template": GroupKind(
+        "launch template", "set it in the instance tags of {names}", "instances launched later lack the tag"
+    ),
+    "stack": GroupKind(
+        "CloudFormation stack", "set it on the stack {names}", "the next stack update may revert the tag"
+    ),
+    "operator": GroupKind("AWS service", "set it where {names} takes its tags from", _LOST),
     "instance_profile": GroupKind("instance profile", ""),
     "name_prefix": GroupKind("name", ""),
     "subnet": GroupKind("subnet", ""),
@@ -1840,11 +1857,7 @@ def groups_of(instance: Instance) -> list[Group]:
     Their names are for people to read; that of an instance profile is the last part of its ARN.
     """
     tags = instance.tags
-    groups: list[Group] = []
-    for kind, key, cluster_keys in _GROUP_TAGS:
-        if name := tags.get(key):
-            cluster = next(filter(None, map(tags.get, cluster_keys)), None)
-            groups.append(Group(kind, printable(f"{cluster}/{name}" if cluster else name)))
+    groups = tag_groups(tags)
     if instance.managed_by:
         groups.append(Group("operator", printable(instance.managed_by)))
     if instance.profile:
@@ -1855,6 +1868,16 @@ def groups_of(instance: Instance) -> list[Group]:
         groups.append(Group("subnet", printable(instance.subnet_id)))
     if instance.vpc_id:
         groups.append(Group("vpc", printable(instance.vpc_id)))
+    return groups
+
+
+def tag_groups(tags: Mapping[str, str]) -> list[Group]:
+    """Return the groups that an instance's tags name, the most specific first."""
+    groups: list[Group] = []
+    for kind, key, cluster_keys in _GROUP_TAGS:
+        if name := tags.get(key):
+            cluster = next(filter(None, map(tags.get, cluster_keys)), None)
+            groups.append(Group(kind, printable(f"{cluster}/{name}" if cluster else name)))
     return groups
 
 
@@ -2080,6 +2103,7 @@ class PlanRow:
     confidence: str
     why: str
     place: str = ""  # the file and line that it was read from
+    warning: str = ""
 
     def __str__(self) -> str:
         return f"{self.target} {self.instance_id} {self.tag_key}"
@@ -2112,6 +2136,15 @@ class Outcome:
     result: Result
     message: str = ""
     former: str | None = None
+    warning: str = ""
+
+
+def revert_warning(cause: Group | None) -> str:
+    """Return what would undo a tag that is set on one instance of a group, and where to set it instead."""
+    if not cause:
+        return ""
+    kind = GROUP_KINDS[cause.kind]
+    return f"{kind.word} {cause.name}: {kind.risk}; {kind.remedy.format(names=cause.name)}"
 
 
 def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
@@ -2142,15 +2175,18 @@ def _plan_row(
         value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
         if suggestion and suggestion.value != value:
             why += f"; but {suggestion.value} is {suggestion.evidence}"
+            if suggestion.confidence >= MIN_SHOWN:
+                action = Action.REVIEW
     else:
         return None
     place = (finding.target, finding.instance_id, finding.name)
-    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why)
+    warning = revert_warning(finding.cause)
+    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why, warning=warning)
 
 
 def row_complaint(row: PlanRow, policy: Policy) -> str | None:
     """Return why a row may not be carried out under a policy; None where it may."""
-    if not policy.covers(row.target.region):
+    if not policy.covers(row.target.region) or not is_region(row.target.region):
         return f"{policy.file} does not cover the region {row.target.region}"
     if policy.accounts and not policy.accounts.covers(row.target.account_id):
         return f"{policy.file} does not cover the account {row.target.account_id}"
@@ -2169,6 +2205,18 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
         return "the value has characters that nobody can see"
     violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
     return violation.message if violation else None
+
+
+def refuse_rows(complaints: Sequence[tuple[PlanRow, str]]) -> None:
+    """Raise PolicyError with every complaint by its line, or UsageError if the rows were not read from a file."""
+    problems = []
+    for row, complaint in complaints:
+        file, _, line = row.place.rpartition(":")
+        if not file:
+            raise UsageError(f"{row}: {complaint}")
+        problems.append(Problem(file, int(line), 1, "", complaint))
+    if problems:
+        raise PolicyError(problems)
 
 
 def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
@@ -2874,10 +2922,20 @@ def write_tags(
     return refused
 
 
+# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So these
+# are listed: what any other call meets as well (EC2 API reference, Common client errors and Server errors).
+_DENIED = frozenset("UnauthorizedOperation AccessDenied AccessDeniedException".split())
+_OF_TARGET = (ADVICE.keys() - _DENIED) | frozenset(
+    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken IncompleteSignature "
+    "ThrottledException RequestThrottled RequestThrottledException BandwidthLimitExceeded SlowDown 505 "
+    "ServiceUnavailableException RequestTimeout RequestTimeoutException".split()
+)
+
+
 def is_of_instance(error: TargetError) -> bool:
     """Return whether an error may be of some instances only; else nothing more will come of the target."""
-    codes = ("UnauthorizedOperation", "AccessDenied", "TagLimitExceeded", "Invalid", "IncorrectInstanceState")
-    return error.code.startswith(codes)
+    # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
+    return error.code not in _OF_TARGET and not error.code.endswith("Error")
 
 
 def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -2932,10 +2990,11 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         "arn:*:ec2:*:*:instance/*",
         Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
     )
+    listing = [_allow(["organizations:ListAccounts"], "*")] if accounts and accounts.organization else []
     return {
         "scan": _document(scan),
         **documents,
-        "remediate": _document([_allow(READ_ACTIONS[:1], "*"), writing]),
+        "remediate": _document([_allow(READ_ACTIONS[:1], "*"), *listing, writing]),
     }
 
 
@@ -4869,6 +4928,54 @@ def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) ->
     return [Change(*_checked(columns, row)) for row in rows]
 
 
+def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """Return the rows of an undo file, with `skip` for what is reverted already; raises PolicyError.
+
+    Each row must revert a change that the state has on record: anybody can write or edit an undo file.
+    """
+    checked, complaints = [], []
+    query = (
+        f"SELECT {_CHANGE} FROM changes WHERE policy = ? AND account_id = ? AND region = ? AND instance_id = ? "
+        "AND tag_key = ? ORDER BY id"
+    )
+    for row in rows:
+        names = (policy_name, *astuple(row.target), row.instance_id, row.tag_key)
+        changes = [Change(*columns) for columns in db.execute(query, names)]
+        written = [change for change in changes if change.status == "written"]
+        # A person may have set the same value again since: that one is not the tool's to take away.
+        if written and (written[-1].former or "", written[-1].value) == (row.current, _restored(row)):
+            why = f"reverted already, at {written[-1].changed_at}"
+            checked.append(replace(row, action=Action.SKIP, why=why))
+        elif any(_reverts(row, change) for change in changes):
+            checked.append(row)
+        else:
+            done = f"set it to {row.current!r}" if row.current else "deleted it"
+            before = "missing" if row.action is Action.DELETE else repr(row.value)
+            complaint = (
+                f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the policy "
+                f"{policy_name} when it was {before}: take the row out, or name that run's state with --state"
+            )
+            complaints.append((row, complaint))
+    refuse_rows(complaints)
+    return checked
+
+
+def _restored(row: PlanRow) -> str | None:
+    """Return the value that a tag has after a row of an undo file."""
+    return None if row.action is Action.DELETE else row.value
+
+
+def _reverts(row: PlanRow, change: Change) -> bool:
+    """Return whether a row of an undo file reverts just this change.
+
+    What is not printable is never written over, and so not in an undo file: nothing is unescaped.
+    """
+    former, restored = change.former, _restored(row)
+    if is_blank(former or "") and is_blank(restored or ""):
+        former = restored  # of a run that was killed the record says "missing" for an empty tag as well
+    return (change.value or "") == row.current and former == restored
+
+
 ########################################################################################################
 # 7 Reports: write_summary, write_csv, write_json, write_junit, write_html, and files that are whole or not there
 ########################################################################################################
@@ -4996,7 +5103,8 @@ def _quoted(cell: str) -> str:
 
 
 PLAN_COLUMNS = (
-    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why",
+    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why", "Warning",
+    "Checksum",
 )  # fmt: skip
 PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
 
@@ -5007,8 +5115,36 @@ def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True
         file.write(csv_line(PLAN_COLUMNS))
     for row in rows:
         where = (row.target.account_id, row.target.region, row.instance_id, row.name)
-        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why)
+        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why, row.warning, "")
         file.write(csv_line((*where, *what)))
+
+
+def plan_text(rows: Iterable[PlanRow]) -> str:
+    """Return a plan as CSV; the checksum in its first row tells later whether anybody has edited it."""
+    file = StringIO()
+    write_plan(file, rows)
+    text = file.getvalue()
+    head, _, body = text.partition("\n")
+    first, end, rest = body.partition("\n")
+    checksum = hashlib.sha256(text.encode()).hexdigest()[:16] if first else ""
+    return f"{head}\n{first}{checksum}{end}{rest}"
+
+
+def is_unedited_plan(file: IO[bytes]) -> bool:
+    """Return whether a file is a plan as plan_text made it, with nothing that a person could miss."""
+    head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
+    if not first:
+        # No rows. The first edition had ten columns.
+        return head.startswith(",".join(PLAN_COLUMNS[:10]).encode())
+    cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
+    digest = hashlib.sha256(head + cells + comma + b"\n")
+    while piece := file.read(CHUNK_SIZE):
+        digest.update(piece)
+    return digest.hexdigest()[:16].encode() == checksum
+
+
+MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
+MAX_PLAN_LINE = 1_048_576  # bytes; EC2's longest key and value are some hundred
 
 
 def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
@@ -5030,6 +5166,8 @@ def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[Pla
                 complaint = row_complaint(row, policy)
         if complaint:
             problems.append(Problem(path, line, 1, "", complaint))
+        if len(problems) == MAX_PLAN_PROBLEMS:
+            break
     if problems:
         raise PolicyError(problems)
     return list(rows.values())
@@ -5037,42 +5175,61 @@ def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[Pla
 
 def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield each row of a plan that is not blank, by its header, and the line it ends on; raises PolicyError."""
-
-    def error(line: int, message: str) -> PolicyError:
-        return PolicyError([Problem(path, line, 1, "", message)])
-
-    content = b""
+    columns: list[str] = []
+    blank = 0
     try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
+        with Path(path).open("rb") as file:
+            lines = _decoded_lines(file, path)
+            head = ""
+            for head in lines:
+                if head.strip():
+                    break
+                blank += 1
+            # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
+            separator = max(",;\t", key=head.count)
+            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
+            try:
+                for cells in table:
+                    line = blank + table.line_num
+                    if not any(cell.strip() for cell in cells):
+                        continue
+                    if not columns:
+                        columns = [cell.strip() for cell in cells]
+                        lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
+                        if lacking:
+                            raise _plan_error(path, line, f"the header needs {', '.join(lacking)}, once each")
+                    elif len(cells) != len(columns):
+                        counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
+                        raise _plan_error(
+                            path, line, f"{counts}: is a comma not in quotes, or the file cut short?"
+                        )
+                    else:
+                        yield line, dict(zip(columns, map(csv_text, cells), strict=True))
+            except csv.Error as problem:
+                raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
     except OSError as problem:
         raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
-    except UnicodeDecodeError as problem:
-        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        line = content.count(b"\n", 0, problem.start) + 1
-        raise error(line, f'{"UTF-16" if utf_16 else "not UTF-8"}: save it as "CSV UTF-8"') from problem
-    head = text.lstrip().partition("\n")[0]
-    # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
-    table = csv.reader(StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    columns: list[str] = []
-    try:
-        for cells in table:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not columns:
-                columns = [cell.strip() for cell in cells]
-                lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
-                if lacking:
-                    raise error(table.line_num, f"the header needs {', '.join(lacking)}, once each")
-            elif len(cells) != len(columns):
-                counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
-                raise error(table.line_num, f"{counts}: is a comma not in quotes, or the file cut short?")
-            else:
-                yield table.line_num, dict(zip(columns, map(csv_text, cells), strict=True))
-    except csv.Error as problem:
-        raise error(table.line_num, f"not CSV: {problem}") from problem
     if not columns:
-        raise error(1, "empty: it needs a header, and a row for each tag")
+        raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
+
+
+def _decoded_lines(file: BufferedReader, path: str) -> Iterator[str]:
+    """Yield the lines of a plan, of whatever size the file is; raises PolicyError."""
+    start = file.peek(2)[:2]
+    for number, line in enumerate(iter(lambda: file.readline(MAX_PLAN_LINE), b""), 1):
+        if len(line) == MAX_PLAN_LINE:
+            raise _plan_error(path, number, f"longer than {MAX_PLAN_LINE:,} bytes: this is not a plan")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as problem:
+            what = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+            raise _plan_error(path, number, f'{what}: save it as "CSV UTF-8"') from problem
+        yield from StringIO(text, newline="")  # old programs end a line with a carriage return
+
+
+def _plan_error(path: str, line: int, message: str) -> PolicyError:
+    """Return the error of a file that cannot be read as a plan."""
+    return PolicyError([Problem(path, line, 1, "", message)])
 
 
 def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
@@ -5089,6 +5246,7 @@ def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
     return PlanRow(
         *(Target(account_id, region), instance_id, name, cells["Tag"], cells["Value"], Action(action)),
         *(current, confidence, why, place),
+        warning=cells.get("Warning", ""),
     )
 
 
@@ -5102,7 +5260,7 @@ class UndoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: set[PlanRow] = set()  # whose tags may have been written
+        self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
         self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
 
     def close(self) -> None:
@@ -5136,13 +5294,36 @@ class UndoFile:
             ) from error
         self.rows.update(rows)
 
+    def drop(self, rows: Iterable[PlanRow]) -> None:
+        """Take out the rows whose tags were not written after all; raises OutputError."""
+        for row in rows:
+            del self.rows[row]
+        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            self.close()
+            self._file = None
+            if not self.rows:
+                self.path.unlink()
+                return
+            self._file = open(new, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
+            with open(self._file.fileno(), "w", encoding="utf-8", closefd=False) as file:
+                write_plan(file, itertools.starmap(_undoing, self.rows.items()))
+            os.fsync(self._file.fileno())
+            new.replace(self.path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise OutputError(
+                f"the undo file {self.path} cannot be shortened to what was written: {error.strerror}"
+            ) from error
+
 
 def _undoing(row: PlanRow, former: str | None) -> PlanRow:
     """Return the row that takes another one back."""
     action = Action.DELETE if former is None else Action.RESTORE
     written = "" if row.action is Action.DELETE else row.value
     why = f"undo of: {row.why.removeprefix('undo of: ')}"
-    return replace(row, action=action, value=former or "", current=written, confidence="", why=why)
+    undoing = replace(row, action=action, value=former or "", current=written, confidence="", why=why)
+    return replace(undoing, warning="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -5165,6 +5346,17 @@ class Remediation:
         """True where something in AWS is, or may be, no longer as it was."""
         return bool(self.totals[Result.WRITTEN] or self.totals[Result.UNKNOWN])
 
+    @property
+    def warnings(self) -> list[tuple[Target, int, str]]:
+        """What would undo the tags that are written: where, on how many instances, and a sentence."""
+        warned = {(o.row.target, o.warning, o.row.instance_id) for o in self.outcomes if o.warning}
+        counts = Counter((target, warning) for target, warning, _ in warned)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return [
+            (target, number, f"{counted(number, 'instance')} of {warning}")
+            for (target, warning), number in ordered
+        ]
+
 
 def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
     """Write what became of a plan as one JSON object, a line a row; `changed` is Ansible's."""
@@ -5177,6 +5369,15 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
         "exit_code": int(done.exit_code),
         "exit_name": done.exit_code.name,
         "summary": done.totals,
+        "warnings": [
+            {
+                "account_id": target.account_id,
+                "region": target.region,
+                "instances": instances,
+                "message": message,
+            }
+            for target, instances, message in done.warnings
+        ],
     }
     _write_json_head(file, head)
     _write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
@@ -5196,6 +5397,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
         "why": row.why,
         "result": outcome.result,
         "message": outcome.message or None,
+        "warning": outcome.warning or None,
     }
 
 
@@ -5212,6 +5414,7 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
     )
     if done.applied:
         yield from _result_lines(done)
+        yield from _warning_lines(done)
         if done.totals[Result.WRITTEN] and writing[0].action in PLAN_ACTIONS:
             yield "The findings stay open until the next scan, which resolves them as tagged"
         if done.undo_file:
@@ -5229,7 +5432,18 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         where = f" in {csv_path}" if csv_path not in ("", "-") else ""
         yield from _with_rest(_in_columns([head, *shown]), len(rows) - len(shown), where)
         yield ""
+    yield from _warning_lines(done)
+    if writing and writing[0].action in PLAN_ACTIONS:
+        yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
     yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+
+
+def _warning_lines(done: Remediation) -> Iterator[str]:
+    """Yield what would undo the tags, a line for each source."""
+    warnings = done.warnings
+    yield from (f"Warning: {message}" for _, _, message in warnings[:SUMMARY_FINDINGS])
+    if len(warnings) > SUMMARY_FINDINGS:
+        yield f"  … and {len(warnings) - SUMMARY_FINDINGS:,} more"
 
 
 def _result_lines(done: Remediation) -> Iterator[str]:
@@ -5694,6 +5908,27 @@ def check_output(output: Output) -> None:
         raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
     if output.replaceable and not os.access(path.parent, os.W_OK):
         raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
+
+
+def check_plan_goal(output: Output) -> None:
+    """Refuse to replace a file that may be a plan that a person has edited; raises OutputError."""
+    if not output.replaceable:
+        return
+    try:
+        with Path(output.path).open("rb") as file:
+            unedited = is_unedited_plan(file)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(
+            f"--csv {output.path} cannot be read: {error.strerror}; name another file"
+        ) from error
+    if not unedited:
+        raise OutputError(
+            f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that somebody has edited, and "
+            f"was left alone. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or "
+            "delete it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -6761,7 +6996,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--html": _one("FILE", "the dashboard, - for stdout", required=True),
     "--days": _one("N", "how many days to keep", type=_positive, required=True),
     "prune --dry-run": _flag("only say what would go"),
-    "remediate --csv": _one("FILE", "the plan (default: remediate-plan.csv), - for stdout"),
+    "remediate --csv": _one(
+        "FILE", "the plan (default: remediate-plan.csv), - for stdout; one that was edited is never replaced"
+    ),
     "--min-confidence": _one(
         "P", "how sure a suggestion must be (default: 0.95)", type=_probability, default=MIN_CONFIDENCE
     ),
@@ -7177,12 +7414,7 @@ def _accounts_in_scope(
 
     Raises UsageError, and TagcheckError where all are inactive.
     """
-    if policy.accounts is None:
-        found = {caller: "ACTIVE"}
-    elif policy.accounts.organization:
-        found = describe_accounts(aws.client("organizations", home))
-    else:
-        found = dict.fromkeys(policy.accounts.ids, "ACTIVE")
+    found = _account_states(policy, aws, caller, home)
     in_scope = {
         id_: state for id_, state in found.items() if policy.accounts is None or policy.accounts.covers(id_)
     }
@@ -7214,6 +7446,15 @@ def _empty_share(args: argparse.Namespace) -> str:
     """Return the notice that --shard leaves nothing to scan."""
     part, parts = args.shard
     return f"--shard {part}/{parts} has no account to scan: nothing was read in this run"
+
+
+def _account_states(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, str]:
+    """Return the accounts that the policy names, with their states; raises CredentialsError."""
+    if policy.accounts is None:
+        return {caller: "ACTIVE"}
+    if policy.accounts.organization:
+        return describe_accounts(aws.client("organizations", home))
+    return dict.fromkeys(policy.accounts.ids, "ACTIVE")
 
 
 def _is_chosen(args: argparse.Namespace, account_id: str) -> bool:
@@ -7501,7 +7742,7 @@ def _find_instance(
         regions = args.region or sorted({target.region for target in known})
         if not regions:
             raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
-        yield from _describe_instance(args, regions, known)
+        yield from _describe_instance(args, policy, regions, known)
         return
     here = {
         target: finding
@@ -7527,11 +7768,11 @@ def _find_instance(
 
 
 def _describe_instance(
-    args: argparse.Namespace, regions: Sequence[str], known: Mapping[Target, Finding]
+    args: argparse.Namespace, policy: Policy, regions: Sequence[str], known: Mapping[Target, Finding]
 ) -> Iterator[tuple[Target, Instance, Finding | None]]:
     """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
     aws = Aws(args.profile, workers=1)
-    account_id, *_ = describe_caller(aws.client("sts", aws.session.region_name or home_region(regions)))
+    _, account_id, *_ = _identify(aws, policy, regions)
     for region in regions:
         try:
             for instance in itertools.chain.from_iterable(
@@ -7647,18 +7888,29 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
     rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
-    if not given:
+    if not args.plan:
         with _reading(args, policy.name) as db:
             is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
-            rows = list(plan(fetch_history(db, is_open), policy, args.min_confidence))
+            rows = (
+                check_undo(db, args.state, policy.name, rows)
+                if args.undo
+                else list(plan(fetch_history(db, is_open), policy, args.min_confidence))
+            )
     in_scope = [
         row
         for row in sorted(rows, key=lambda row: (row.target, row.instance_id))
         if (not args.region or row.target.region in args.region)
         and (not args.account or row.target.account_id in args.account)
     ]
-    outcomes = [Outcome(row, Result.PLANNED if row.writes else Result.NOT_ASKED) for row in in_scope]
+    outcomes = [
+        Outcome(row, Result.PLANNED, warning=row.warning) if row.writes else Outcome(row, Result.NOT_ASKED)
+        for row in in_scope
+    ]
     writing = [row for row in in_scope if row.writes]
+    next_command = functools.partial(_next_command, args, len(writing))
+    plans = [output for output in outputs if output.format == "csv"]
+    for output in plans:
+        check_plan_goal(output)
     undo_file = ""
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(staged_outputs(outputs))
@@ -7667,23 +7919,44 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             beside = state.path.parent if isinstance(state, LocalState) else Path()
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
+            stack.enter_context(_telling_the_way_back(undo, next_command))
             decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}
             outcomes = [decided.get(outcome.row, outcome) for outcome in outcomes]
             undo_file = os.path.relpath(undo.path) if undo.rows else ""
         well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
         code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
         done = Remediation(policy, args.apply, outcomes, undo_file, code)
-        writers: dict[str, Callable[[TextIOBase], None]] = {
-            "csv": lambda file: write_plan(file, in_scope),
-            "json": lambda file: write_remediation_json(file, done),
-        }
-        stage_report(staged, lambda output, file: writers[output.format](file))
+
+        def write(output: Output, file: TextIOBase) -> None:
+            if output in plans:
+                file.write(plan_text(in_scope))
+            else:
+                write_remediation_json(file, done)
+
+        stage_report(staged, write)
+        for output in plans:  # again, as applying takes its time
+            check_plan_goal(output)
         publish_report(staged, emit)
-    if not args.quiet:
-        lines = remediation_lines(done, args.csv, functools.partial(_next_command, args, len(writing)))
-        talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-        emit("".join(f"{printable(line)}\n" for line in lines), talk)
+        if not args.quiet:
+            lines = remediation_lines(done, args.csv, next_command)
+            talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+            emit("".join(f"{printable(line)}\n" for line in lines), talk)
     return code
+
+
+@contextlib.contextmanager
+def _telling_the_way_back(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
+    """Print the command that reverts a run on stderr if the run ends before it has printed it itself."""
+    try:
+        yield
+    except BaseException as error:  # even a bug must not leave tags written and nobody told
+        if undo.rows:
+            line = f"To take it back: {command('--undo', os.path.relpath(undo.path), '--apply')}"
+            emit(f"{printable(line)}\n", sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            done = "what was written is recorded, and the same command goes on from there"
+            raise KeyboardInterrupt(done if undo.rows else "nothing was written") from None
+        raise
 
 
 def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
@@ -7693,8 +7966,13 @@ def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
         if (value := getattr(args, name)) not in (None, OPTIONS[f"--{name}"].get("default")):
             words += [f"--{name}", value]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
-    if "--undo" not in more and (path := args.undo or args.plan or args.csv) != "-":
-        words += ["--undo" if args.undo else "--plan", path]
+    if "--undo" not in more:
+        for name in ("region", "account"):  # a plan that was given may have rows of others
+            words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+        if (path := args.undo or args.plan or args.csv) != "-":
+            words += ["--undo" if args.undo else "--plan", path]
+        elif args.min_confidence != MIN_CONFIDENCE:
+            words += ["--min-confidence", str(args.min_confidence)]
     return shlex.join([*words, *more])
 
 
@@ -7715,23 +7993,25 @@ def _apply(
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     home, caller, partition, who = _identify(aws, policy, sorted({row.target.region for row in rows}))
+    states = _account_states(policy, aws, caller, home)
+    unfit = [row for row in rows if states.get(row.target.account_id) != "ACTIVE"]
+    refuse_rows([(row, _account_complaint(row.target.account_id, policy, states, caller)) for row in unfit])
     changes: dict[PlanRow, Change] = {}
     run = uuid.uuid4().hex
     for row in rows:
         account_id, region = row.target.account_id, row.target.region
-        if policy.accounts is None and account_id != caller:
-            raise UsageError(
-                f"{row.place or row}: {account_id} is not the account of the credentials, {caller}"
-            )
         changes[row] = Change(
             *(f"{run}/{len(changes)}", policy.name, account_id, region, row.instance_id, row.tag_key),
-            *(row.current or None, None if row.action is Action.DELETE else row.value),
+            # To add is to write where nothing is, or blanks: which of them is known when the tag is read.
+            *(None if row.action is Action.ADD else row.current or None,),
+            *(None if row.action is Action.DELETE else row.value,),
             *(row.why, who, utc_text(now)),
             status="intended",
         )
     record_changes(state, ((change, Result.PLANNED) for change in changes.values()))
     outcomes: list[Outcome] = []
     settled: list[tuple[Change, Result]] = []
+    refused: list[PlanRow] = []  # by AWS, after they were kept in the undo file
 
     def enter(account_id: str) -> None:
         if policy.accounts is None or account_id == caller:
@@ -7746,21 +8026,31 @@ def _apply(
                 outcomes += batch
                 at = utc_text(now + timedelta(seconds=time.monotonic() - begun))
                 for outcome in batch:
+                    if outcome.row in undo.rows and outcome.result not in (Result.WRITTEN, Result.UNKNOWN):
+                        refused.append(outcome.row)
+                        continue
                     change = replace(changes[outcome.row], former=outcome.former, changed_at=at)
                     settled.append((replace(change, status="written"), outcome.result))
                 if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
                     record_changes(state, settled)
                     settled.clear()
             LOG.info("%s: %s so far", target, counted(len(outcomes), "row"))
-    except KeyboardInterrupt:
-        where = f"; to take it back: --undo {undo.path}" if undo.rows else ""
-        raise KeyboardInterrupt(
-            f"what was written is recorded, and the same command goes on from there{where}"
-        ) from None
     finally:
         untouched = changes.keys() - undo.rows - {outcome.row for outcome in outcomes}
         record_changes(state, [*settled, *((changes[row], Result.FAILED) for row in untouched)])
+        # First the file: a row of it without its record would be refused.
+        if refused:
+            undo.drop(refused)
+            record_changes(state, ((changes[row], Result.FAILED) for row in refused))
     return outcomes
+
+
+def _account_complaint(account_id: str, policy: Policy, states: Mapping[str, str], caller: str) -> str:
+    """Return why nothing is written in an account that is not active, or not in the policy's scope."""
+    if policy.accounts is None:
+        return f"{account_id} is not the account of the credentials, {caller}"
+    how = f"is {states[account_id]}" if account_id in states else "is not there"
+    return f"in the organization the account {account_id} {how}: take the row out, or choose others with --account"
 
 
 def _apply_to_target(
@@ -7819,7 +8109,10 @@ def _apply_batch(
         with contextlib.suppress(TargetError):
             found = describe_tags(client, sorted({row.instance_id for row in refused}))
     for row, value in former.items():
-        outcomes.append(_outcome(row, value, refused.get(row), found))
+        outcome = _outcome(row, value, refused.get(row), found)
+        if row.action in PLAN_ACTIONS and outcome.result is Result.WRITTEN:
+            outcome = replace(outcome, warning=revert_warning(cause_of(tag_groups(tags[row.instance_id]))))
+        outcomes.append(outcome)
     return outcomes, failure
 
 

@@ -891,6 +891,17 @@ def test_live_in_the_second_of_two_regions(
     assert OTHER_REGION in tagcheck(*live, *regions, env=aws.env, check=0).out
 
 
+def test_live_with_the_credentials_of_another_account_than_the_policy_expects(
+    aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk
+) -> None:
+    [wrong] = aws.launch(REGION, {"Owner": "x"})
+    org.write_policy(expected_account="210987654321")
+    live = ["explain", wrong, "--policy", "policy.yaml", "--live", "--region", REGION]
+    result = tagcheck(*live, env=aws.env, check=5)
+    assert "the policy expects 210987654321" in result.err
+    assert {request.action for request in aws.requests} == {"GetCallerIdentity"}
+
+
 def test_live_without_permission(aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk) -> None:
     [wrong] = aws.launch(REGION)
     aws.fault("error", action="DescribeInstances", status=403, code="UnauthorizedOperation", message="No.")

@@ -143,9 +143,9 @@ def test_only_the_required_tags_may_be_written(printed: Print) -> None:
         }
     }
     documents = printed(own | ORGANIZATION, "--state", STATE)
-    assert allowed(documents["remediate"]) == INSTANCES | dict.fromkeys(
-        ("ec2:CreateTags", "ec2:DeleteTags"), "arn:*:ec2:*:*:instance/*"
-    )
+    writing = dict.fromkeys(("ec2:CreateTags", "ec2:DeleteTags"), "arn:*:ec2:*:*:instance/*")
+    assert allowed(documents["remediate"]) == INSTANCES | writing | {"organizations:ListAccounts": "*"}
+    assert allowed(printed(own)["remediate"]) == INSTANCES | writing
     condition = documents["remediate"]["Statement"][-1]["Condition"]
     assert condition == {"ForAllValues:StringEquals": {"aws:TagKeys": ["Cost", "Owner", "Team"]}}
     writes = [

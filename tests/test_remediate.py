@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import resource
+import shlex
+import shutil
 import signal
 import sqlite3
 import stat
@@ -12,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from aws_server import ACCOUNT_ID, numbered
@@ -36,14 +39,14 @@ COLUMNS = script.PLAN_COLUMNS
 # ---- What is planned ---------------------------------------------------------------------------------------
 
 
-def finding(tags, *suggestions, region=REGION, policy=POLICY):
+def finding(tags, *suggestions, region=REGION, policy=POLICY, cause=None, id_="i-00000001"):
     """Make an open finding of an instance with these tags, as a scan would."""
     rules = policy.rules(region)
     violations = script.evaluate(tags, rules, policy.placeholder_values)
     times = ("2026-02-24T10:30:45Z",) * 2
     return script.Finding(
-        *(ACCOUNT_ID, region, "i-00000001", "running", times[0], tags, violations, script.Status.NEW),
-        *(*times, 1, 0, None, None, None, suggestions, None, None, None, None),
+        *(ACCOUNT_ID, region, id_, "running", times[0], tags, violations, script.Status.NEW),
+        *(*times, 1, 0, None, None, None, suggestions, None, cause, None, None),
     )
 
 
@@ -82,7 +85,9 @@ def test_plan_of_a_tag(tags, suggestions, expected):
     ("tags", "confidence", "expected"),
     [
         pytest.param({}, 0, ("dev", "add", ""), id="nothing better is known"),
-        pytest.param({}, 0.9, ("dev", "add", ""), id="nothing sure is known"),
+        pytest.param({}, 0.9, ("dev", "review", ""), id="a suggestion contradicts it"),
+        pytest.param({}, 0.5, ("dev", "review", ""), id="a weak suggestion contradicts it"),
+        pytest.param({}, 0.49, ("dev", "add", ""), id="a guess contradicts it"),
         pytest.param({}, 0.96, ("prod", "add", ""), id="a suggestion is better"),
         pytest.param({"Environment": "prd"}, 0.9, ("prod", "review", "prd"), id="wrong value"),
         pytest.param({"Environment": "prd"}, 0, None, id="wrong value, nothing known"),
@@ -97,7 +102,44 @@ def test_plan_of_a_tag_with_a_default(tags, confidence, expected):
 def test_default_is_planned_with_what_contradicts_it():
     case = finding({"Owner": "ann"}, suggestion("prod", 0.9, "Environment"))
     [row] = script.plan([case], POLICY, 0.95)
+    assert not row.writes
     assert row.why == "the policy's default (policy.yaml:1); but prod is 9 of 9 in web"
+
+
+@pytest.mark.parametrize(
+    ("tags", "warning"),
+    [
+        pytest.param(
+            {"aws:autoscaling:groupName": "web"},
+            "Auto Scaling group web: the tag is lost when an instance is replaced; set it on web with propagation",
+            id="Auto Scaling",
+        ),
+        pytest.param(
+            {"aws:cloudformation:stack-name": "shop", "aws:cloudformation:logical-id": "Web"},
+            "CloudFormation stack shop: the next stack update may revert the tag; set it on the stack shop",
+            id="CloudFormation",
+        ),
+        pytest.param(
+            {"eks:cluster-name": "c", "eks:nodegroup-name": "n", "aws:autoscaling:groupName": "eks-n"},
+            "EKS node group c/n: the tag is lost when an instance is replaced; set it in the launch template of c/n",
+            id="EKS",
+        ),
+        pytest.param(
+            {"karpenter.k8s.aws/ec2nodeclass": "default", "aws:ec2launchtemplate:id": "lt-1"},
+            "Karpenter node class default: the tag is lost when an instance is replaced; set it in spec.tags of the "
+            "EC2NodeClass default",
+            id="Karpenter",
+        ),
+        pytest.param({"Name": "web-1"}, "", id="nothing"),
+    ],
+)
+def test_plan_warns_where_the_source_of_an_instance_undoes_a_tag(tags, warning):
+    instance = script.Instance("i-00000001", "running", script.datetime.now(script.UTC), tags)
+    case = finding(
+        {"Environment": "dev"}, suggestion("ann", 1), cause=script.cause_of(script.groups_of(instance))
+    )
+    [row] = script.plan([case], POLICY, 0.95)
+    assert row.warning == warning
 
 
 def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
@@ -171,6 +213,10 @@ GOOD = row()
         pytest.param([row(Account="12345678901")], 2, "cut its zeros", id="account without its zero"),
         pytest.param([row(Account="1.23457E+11")], 2, "cut its zeros", id="account as a number"),
         pytest.param([row(Region="eu-west-3")], 2, "does not cover the region", id="region outside"),
+        pytest.param(
+            [GOOD, row(tag="Owner\u200b")], 3, "does not ask for Owner", id="key with what nobody sees"
+        ),
+        pytest.param([row(value="a\0")], 2, "nobody can see", id="NUL"),
         pytest.param([row(tag="Team")], 2, "does not ask for Team in us-east-1", id="key of another region"),
         pytest.param([row(tag="aws:x")], 2, "AWS's own", id="key of AWS"),
         pytest.param([row(tag="AWS:x")], 2, "AWS's own", id="key of AWS in capitals"),
@@ -195,6 +241,7 @@ def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint
     [
         pytest.param(b"", "1:1: empty", id="nothing"),
         pytest.param(b"\xef\xbb\xbf\n\n", "1:1: empty", id="blank lines"),
+        pytest.param(b"\n,,,\n,,,\n", "1:1: empty", id="blank cells"),
         pytest.param("Account,Tag\n1,2\n".encode("utf-16"), "UTF-16", id="UTF-16"),
         pytest.param(b"Account\xe9,", "not UTF-8", id="Latin-1"),
         pytest.param(b"Account,Region,Tag,Value,Action\n", "needs InstanceId", id="column left out"),
@@ -205,6 +252,11 @@ def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint
         ),
         pytest.param(",".join(script.PLAN_NEEDED).encode() + b'\n"a', "not CSV", id="quote left open"),
         pytest.param(b"PK\x03\x04\x00\x00", "needs Account", id="Excel's own format"),
+        pytest.param(b"\0" * 3_000_000, "1:1: longer than", id="line without an end"),
+        pytest.param(b"Account," + b"x" * 200_000, "field larger than field limit", id="endless cell"),
+        pytest.param(
+            b"\n\n" + ",".join(script.PLAN_NEEDED).encode() + b"\na\xff", ":4:1: not UTF-8", id="late"
+        ),
     ],
 )
 def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
@@ -212,6 +264,88 @@ def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
     path.write_bytes(content)
     with pytest.raises(script.UsageError, match=re.escape(complaint)):
         read(path)
+
+
+def test_region_that_aws_does_not_have_is_refused_where_the_policy_covers_every_region(tmp_path):
+    policy = script.check_policy(json.dumps(KEYS | {"regions": {"*": {}}}).encode(), "every.yaml")
+    path = save_plan(tmp_path / "plan.csv", row(), row(Region="us-east-1.example.com"))
+    with pytest.raises(script.PolicyError, match=r":3:1: .* does not cover the region us-east-1.example.com"):
+        script.read_plan(str(path), policy, script.PLAN_ACTIONS)
+
+
+def test_plan_of_another_kind_is_not_complained_of_for_ever(tmp_path):
+    path = save_plan(tmp_path / "plan.csv", *[row("i-1")] * 1500)
+    with pytest.raises(script.PolicyError) as raised:
+        read(path)
+    assert len(raised.value.problems) == script.MAX_PLAN_PROBLEMS
+
+
+def test_large_file_costs_no_memory(tmp_path):
+    path = tmp_path / "plan.csv"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (600_000_000,) * 2)\n"
+        f"sys.path.insert(0, {str(TAGCHECK.parent)!r}); import tagcheck; raise SystemExit(tagcheck.main())"
+    )
+    (tmp_path / "limited.py").write_text(limit)
+    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
+    command = ("remediate", "--policy", "policy.yaml", "--plan", "plan.csv")
+    err = run_tagcheck(*command, cwd=tmp_path, script=tmp_path / "limited.py", check=2).err
+    assert "plan.csv:1:1: longer than 1,048,576 bytes" in err
+
+
+# ---- What becomes of a plan that was edited ----------------------------------------------------------------
+
+
+def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, tmp_path):
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    plan = tmp_path / "remediate-plan.csv"
+    run("remediate")
+    first = plan.read_bytes()
+    run("remediate")
+    assert plan.read_bytes() == first
+    aws.launch(REGION, {"owner": "bob", "Environment": "dev"})
+    run("scan", check=3)
+    run("remediate", "--csv", "remediate-plan.csv")
+    second = plan.read_bytes()
+    assert second.count(b"\n") == first.count(b"\n") + 1
+
+    lines = second.splitlines(keepends=True)
+    for edited in (
+        second.replace(b"ann,add", b"eve,add"),
+        lines[0] + lines[2],
+        b"".join(lines[:2]),
+        second + b"\n",
+        second.replace(b"\n", b"\r\n"),
+        b"",
+        "Büro".encode("latin-1"),
+    ):
+        plan.write_bytes(edited)
+        for args in ((), ("--csv", "remediate-plan.csv")):
+            err = run("remediate", *args, check=5).err
+            assert "remediate-plan.csv exists" in err
+            assert all(words in err for words in ("--plan remediate-plan.csv", "--csv FILE"))
+            assert plan.read_bytes() == edited
+    assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == [plan.name]
+    run("remediate", "--csv", "other.csv")
+    assert (tmp_path / "other.csv").read_bytes() == second
+
+
+def test_plan_edited_while_it_was_applied_is_left_alone(aws, run, tmp_path):
+    [id_] = aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+
+    def edit(request):
+        (tmp_path / "late.csv").write_text("edited")
+        return False
+
+    aws.fault("drop", action="CreateTags", when=edit)
+    result = run("remediate", "--apply", "--csv", "late.csv", check=5)
+    assert (tmp_path / "late.csv").read_text() == "edited"
+    assert tags_of(aws, [id_])[0]["Owner"] == "ann"
+    assert "To take it back: tagcheck.py remediate --policy policy.yaml --undo remediate-undo-" in result.err
 
 
 def test_value_is_replaced_only_with_its_current_one_at_hand(tmp_path):
@@ -230,7 +364,8 @@ def run(aws, tmp_path):
     script.check_state(tmp_path / "instance_state.db")
 
     def run(command, *args, check=0, **options):
-        named = [command, "--policy", "policy.yaml", *args]
+        policy = () if "--policy" in args else ("--policy", "policy.yaml")
+        named = [command, *policy, *args]
         return run_tagcheck(*named, cwd=tmp_path, env=aws.env, check=check, **options)
 
     return run
@@ -387,6 +522,35 @@ def test_limit_of_tags_is_seen_before_the_call(aws, apply):
     assert len(writes(aws)) == 2
 
 
+def test_what_undoes_a_tag_is_said_once_for_each_source(aws, run, tmp_path):
+    web = aws.launch(REGION, {"owner": "ann", "aws:autoscaling:groupName": "web"}, count=3)
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    sentence = (
+        "Warning: 3 instances of Auto Scaling group web: the tag is lost when an instance is replaced; "
+        "set it on web with propagation\n"
+    )
+    general = "Terraform and other infrastructure as code may revert these tags"
+    for command in (("--json", "out.json"), ("--plan", "remediate-plan.csv", "--json", "out.json")):
+        planned = run("remediate", *command)
+        assert (planned.out.count(sentence), planned.out.count(general)) == (1, 1)
+        [warning] = planned.json("out.json")["warnings"]
+        assert (warning["account_id"], warning["region"], warning["instances"]) == (ACCOUNT_ID, REGION, 3)
+        assert f"Warning: {warning['message']}\n" == sentence
+    cells = {line["InstanceId"]: line["Warning"] for line in planned.csv("remediate-plan.csv")}
+    assert {id_ for id_, warning in cells.items() if warning} == set(web)
+
+    # A plan of the first edition has no such column; the tags that are read before they are written tell it.
+    old = tmp_path / "old.csv"
+    save_plan(old, *planned.csv("remediate-plan.csv"), columns=COLUMNS[:10])
+    assert "Auto Scaling" not in old.read_text()
+    done = run("remediate", "--plan", "old.csv", "--apply", "--json", "out.json")
+    assert done.out.count(sentence) == 1
+    assert [entry["instances"] for entry in done.json("out.json")["warnings"]] == [3]
+    undo = re.search(r"--undo (\S+) --apply", done.out)[1]
+    assert "Warning" not in run("remediate", "--undo", undo, "--apply").out
+
+
 def deny(aws, *ids):
     return aws.fault(
         *("error",),
@@ -407,12 +571,60 @@ def test_one_that_is_denied_costs_the_others_nothing(aws, apply):
     assert f"failed  {HERE} {ids[3]} Owner: UnauthorizedOperation" in result.out
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "UnsupportedOperation"),
+        (403, "OperationNotPermitted"),
+        (400, "TagPolicyViolation"),
+        (400, "IncorrectState"),
+    ],
+)
+def test_refusal_of_one_instance_is_its_own(aws, apply, status, code):
+    ids = sorted(aws.launch(REGION, count=4))
+    aws.fault(
+        *("error",),
+        status=status,
+        code=code,
+        message="The instance is managed by another service.",
+        action="CreateTags",
+        when=lambda request: ids[1] in numbered(request.params, "ResourceId"),
+    )
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["written", "failed", "written", "written"]
+    assert f"failed  {HERE} {ids[1]} Owner: {code}: " in result.out
+    assert "managed by another service" in result.out
+    [undo] = result.cwd.glob("remediate-undo-*.csv")
+    assert [line["InstanceId"] for line in csv.DictReader(undo.open())] == [ids[0], *ids[2:]]
+    assert stat.S_IMODE(undo.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("code", "of_instance"),
+    [
+        *(
+            (code, False)
+            for code in ("RequestLimitExceeded", "AuthFailure", "ExpiredToken", "InternalError", "503")
+        ),
+        *((code, False) for code in ("SSLError", "ConnectionError", "HTTPClientError", "ForeignAnswer")),
+        *(
+            (code, True)
+            for code in ("UnauthorizedOperation", "InvalidParameterValue", "OperationNotPermitted")
+        ),
+        *((code, True) for code in ("IncorrectInstanceState", "TagLimitExceeded", "WhateverComesNext")),
+    ],
+)
+def test_what_any_call_meets_ends_the_target(code, of_instance):
+    assert script.is_of_instance(script.TargetError(code, "")) == of_instance
+
+
 def test_all_denied_costs_few_calls(aws, apply, tmp_path):
     ids = aws.launch(REGION, count=8)
     deny(aws)
     _, became = apply(*map(row, ids), check=4, script=script_with(tmp_path, MAX_SPLITS=2))
     assert became == ["failed"] * 8
     assert len(writes(aws)) == 5
+    assert list(tmp_path.glob("remediate-undo-*.csv")) == []
     assert changes(tmp_path / "instance_state.db") == []
 
 
@@ -494,7 +706,7 @@ def test_bad_rows_are_all_named_by_line(run, tmp_path, aws):
 def test_row_of_another_account_is_refused(aws, run, tmp_path):
     save_plan(tmp_path / "plan.csv", row(Account=MEMBER))
     err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
-    assert f"plan.csv:2: {MEMBER} is not the account of the credentials" in err
+    assert f"plan.csv:2:1: {MEMBER} is not the account of the credentials" in err
     assert aws.calls(service="ec2") == []
 
 
@@ -514,7 +726,7 @@ def test_undo_file_that_cannot_grow_stays_readable(tmp_path):
             undo.add({rows[1]: None})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert undo.rows == {rows[0]}
+    assert set(undo.rows) == {rows[0]}
     [left] = read(undo.path, script.UNDO_ACTIONS)
     assert (left.action, left.value, left.current) == ("restore", "bob", "ann")
 
@@ -528,6 +740,247 @@ def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, 
     assert "no room" in run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full).err
     assert writes(aws) == []
     assert changes(tmp_path / "instance_state.db") == []
+
+
+# ---- What an undo file may take back -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def undo(aws, apply, run, tmp_path):
+    """Write Owner on two instances, and give their ids and the undo file of it."""
+    ids = sorted([*aws.launch(REGION), *aws.launch(REGION, {"Owner": "bob"})])
+    before = [tags.get("Owner") for tags in tags_of(aws, ids)]
+    rows = [
+        row(id_, action="replace" if former else "add", Current=former or "")
+        for id_, former in zip(ids, before, strict=True)
+    ]
+    apply(*rows)
+    [path] = tmp_path.glob("remediate-undo-*.csv")
+    return ids, path.rename(tmp_path / "undo.csv")
+
+
+@pytest.mark.parametrize("args", [pytest.param((), id="plan"), pytest.param(("--apply",), id="apply")])
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pytest.param({"InstanceId": "i-0123456789abcdef0", "Action": "delete", "Value": ""}, id="instance"),
+        pytest.param({"Region": OTHER_REGION}, id="region"),
+        pytest.param({"Account": MEMBER}, id="account"),
+        pytest.param({"Tag": "Environment"}, id="tag"),
+        pytest.param({"Tag": "Name"}, id="tag that the policy does not ask for"),
+        pytest.param({"Tag": "owner"}, id="tag in another spelling"),
+        pytest.param({"Tag": "Owner\u200b"}, id="tag with what nobody sees"),
+        pytest.param({"Value": "eve", "Action": "restore"}, id="value"),
+        pytest.param({"Value": "bob\u200b", "Action": "restore"}, id="value with what nobody sees"),
+        pytest.param({"Current": "eve"}, id="current value"),
+        pytest.param({"Current": ""}, id="no current value"),
+    ],
+)
+def test_undo_of_what_is_not_on_record_is_refused(aws, run, undo, cells, args):
+    ids, path = undo
+    with path.open(newline="") as file:
+        good, other = csv.DictReader(file)
+    save_plan(path, good, other | cells)
+    aws.tag(REGION, ids, {"Name": "ann", "owner": "ann"})
+    before = len(aws.requests)
+    err = run("remediate", "--undo", "undo.csv", *args, check=2).err
+    assert re.match(r"undo\.csv:3:1: .*the state instance_state\.db has no record that", err), err
+    assert err.endswith("1 problem; nothing was written\n")
+    assert len(aws.requests) == before
+
+
+def test_undo_needs_the_state_of_its_run(aws, run, undo, tmp_path):
+    calls = len(aws.requests)
+    for args in ((), ("--apply",)):
+        err = run("remediate", "--undo", "undo.csv", "--state", "other.db", *args, check=5).err
+        assert "no state" in err
+        assert not (tmp_path / "other.db").exists()
+    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS | {"name": "other"}))
+    err = run("remediate", "--undo", "undo.csv", "--apply", check=2).err
+    assert err.count("has no record that tagcheck set it to 'ann' under the policy other") == 2
+    assert len(aws.requests) == calls
+
+
+def test_undo_is_taken_back_and_repeated(aws, run, undo, tmp_path):
+    ids, _ = undo
+
+    def owners():
+        return [tags.get("Owner") for tags in tags_of(aws, ids)]
+
+    def revert(name):
+        return run("remediate", "--undo", name, "--apply", "--json", "out.json").json("out.json")
+
+    first = revert("undo.csv")
+    formers = owners()
+    assert sorted(map(str, formers)) == ["None", "bob"]
+    # Again: the state knows that it is done, and nothing is called.
+    calls = len(aws.requests)
+    again = revert("undo.csv")
+    assert (results(again), again["changed"]) == (["not_asked"] * 2, False)
+    assert len(aws.requests) == calls
+    # The undo of the undo, and of that.
+    second = revert(first["undo_file"])
+    assert owners() == ["ann", "ann"]
+    revert(second["undo_file"])
+    assert owners() == formers
+    # What a person sets afterwards is not the tool's, though it is the same value.
+    aws.tag(REGION, ids, {"Owner": "ann"})
+    calls = len(writes(aws))
+    revert("undo.csv")
+    assert (owners(), len(writes(aws))) == (["ann", "ann"], calls)
+
+
+def test_undo_of_a_run_that_was_killed(aws, run, tmp_path):
+    """What the undo file and the state have of it was kept before the call; an empty tag counts as missing."""
+    ids = [aws.launch(REGION, tags)[0] for tags in ({}, {"Owner": ""}, {"Owner": "  "}, {"Owner": "bob"})]
+    rows = [row(id_) for id_ in ids[:3]] + [row(ids[3], action="replace", Current="bob")]
+    save_plan(tmp_path / "plan.csv", *rows)
+    run("scan", check=3)
+    fault = aws.fault("slow", seconds=30, action="CreateTags")
+    process = start(aws, tmp_path)
+    wait_for_writes(aws, 1)
+    process.kill()
+    process.communicate(timeout=30)
+    aws.clear_faults()
+    assert fault.hits == 1
+    assert {change[-1] for change in changes(tmp_path / "instance_state.db")} == {"intended"}
+    aws.tag(REGION, ids, {"Owner": "ann"})  # as if it had been carried out
+    [undo] = tmp_path.glob("remediate-undo-*.csv")
+    for _ in range(2):
+        run("remediate", "--undo", undo.name, "--apply")
+        assert [tags.get("Owner") for tags in tags_of(aws, ids)] == [None, "", "  ", "bob"]
+
+
+def test_undo_of_values_that_look_like_formulas_and_escapes(aws, apply, run, tmp_path):
+    formers = ["=1+1", "'=1", r"\x1b[31m", 'a"b,c;d', " x "]
+    ids = [aws.launch(REGION, {"Owner": former})[0] for former in formers]
+    rows = [
+        row(id_, action="replace", value="-ann", Current=script.csv_cell(former))
+        for id_, former in zip(ids, formers, strict=True)
+    ]
+    _, became = apply(*[line | {"Value": script.csv_cell("-ann")} for line in rows])
+    assert became == ["written"] * 5
+    [undo] = tmp_path.glob("remediate-undo-*.csv")
+    run("remediate", "--undo", undo.name, "--apply")
+    assert [tags["Owner"] for tags in tags_of(aws, ids)] == formers
+
+
+def test_undo_file_of_a_run_with_refusals_has_only_what_was_written(aws, apply, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=3))
+    deny(aws, ids[1])
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["written", "failed", "written"]
+    aws.clear_faults()
+    undo = result.json("out.json")["undo_file"]
+    assert [line["InstanceId"] for line in result.csv(undo)] == [ids[0], ids[2]]
+    run("remediate", "--undo", undo, "--apply")
+    assert tags_of(aws, ids) == [{}] * 3
+
+
+# ---- The way back is told, however it ends -----------------------------------------------------------------
+
+
+def way_back(err):
+    """Find the undo command that was printed."""
+    [line] = re.findall(r"^To take it back: tagcheck\.py (.*)$", err, re.MULTILINE)
+    command = shlex.split(line)
+    assert command[0] == "remediate"
+    assert command[-1] == "--apply"
+    return command
+
+
+@pytest.mark.parametrize("args", [(), ("--quiet",)])
+def test_reports_that_cannot_be_written_do_not_hide_the_way_back(aws, run, tmp_path, args):
+    [id_] = aws.launch(REGION)
+    (tmp_path / "a b").mkdir()
+    run("scan", "--state", "a b/state.db", check=3)
+    save_plan(tmp_path / "plan.csv", row(id_))
+    (tmp_path / "reports").mkdir()
+
+    def remove(request):
+        shutil.rmtree(tmp_path / "reports", ignore_errors=True)
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    command = ("--plan", "plan.csv", "--apply", "--state", "a b/state.db", "--json", "reports/out.json")
+    result = run("remediate", *command, *args, check=5)
+    assert "--json reports/out.json cannot be written" in result.err
+    assert tags_of(aws, [id_]) == [{"Owner": "ann"}]
+    aws.clear_faults()
+    back = way_back(result.err)
+    run(*back)
+    assert tags_of(aws, [id_]) == [{}]
+
+
+def test_full_standard_output_does_not_hide_the_way_back(aws, run, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    [id_] = aws.launch(REGION)
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", row(id_))
+    command = [
+        sys.executable,
+        TAGCHECK,
+        "remediate",
+        "--policy",
+        "policy.yaml",
+        "--plan",
+        "plan.csv",
+        "--apply",
+    ]
+    with open("/dev/full", "w") as full:
+        env = clean_environment(tmp_path) | aws.env
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 5
+    run(*way_back(done.stderr))
+    assert tags_of(aws, [id_]) == [{}]
+
+
+def test_undo_file_that_vanishes_ends_the_run_and_the_rest_is_not_written(aws, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=4))
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+
+    def remove(request):
+        for path in tmp_path.glob("remediate-undo-*.csv"):
+            path.unlink()
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    small = script_with(tmp_path, READ_BATCH=2)
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=5, script=small).err
+    assert "cannot be written: No such file" in err
+    assert [tags.get("Owner") for tags in tags_of(aws, ids)] == ["ann", "ann", None, None]
+    assert len(changes(tmp_path / "instance_state.db")) == 2
+
+
+def test_state_that_vanishes_ends_the_run_with_the_way_back(aws, run, tmp_path):
+    ids = sorted(aws.launch(REGION, count=4))
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", *map(row, ids))
+
+    def remove(request):
+        (tmp_path / "instance_state.db").unlink(missing_ok=True)
+        return False
+
+    aws.fault("drop", action="CreateTags", when=remove)
+    small = script_with(tmp_path, READ_BATCH=2)
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=5, script=small).err
+    assert "instance_state.db" in err
+    way_back(err)
+    assert [tags.get("Owner") for tags in tags_of(aws, ids)] == ["ann", "ann", None, None]
+
+
+def test_next_command_keeps_the_scope_of_this_one(aws, run, tmp_path):
+    [here], [there] = aws.launch(REGION), aws.launch(OTHER_REGION)
+    run("scan", check=3)
+    save_plan(tmp_path / "plan.csv", row(here), row(there, tag="Team", value="a", Region=OTHER_REGION))
+    planned = run("remediate", "--plan", "plan.csv", "--region", REGION)
+    [command] = re.findall(r"to write it: tagcheck\.py (.*)", planned.out)
+    run(*shlex.split(command))
+    assert [len(tags_of(aws, [here])[0]), len(tags_of(aws, [there], OTHER_REGION)[0])] == [1, 0]
 
 
 # ---- Interrupted, and started again ------------------------------------------------------------------------
@@ -567,6 +1020,8 @@ def test_stopped_in_the_middle_and_started_again(aws, apply, tmp_path, run, numb
     _, err = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
     assert ("what was written is recorded" in err) == (number == signal.SIGTERM)
+    if number == signal.SIGTERM:
+        assert way_back(err)[:4] == ["remediate", "--policy", "policy.yaml", "--undo"]
     aws.clear_faults()
     # Of the batch that was under way nothing is known; what was not begun is known not to be written.
     left = ["written"] * 2 + ["intended"] * (2 if number == signal.SIGTERM else 4)
@@ -623,6 +1078,28 @@ def test_role_for_writing_and_account_that_is_denied(aws, run, tmp_path):
         *("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
     ]
     assert {request.params["RoleArn"].rpartition("/")[2] for request in aws.calls("AssumeRole")} == {"writer"}
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "PENDING_CLOSURE", None])
+def test_account_that_is_not_active_in_the_organization_is_refused_before_a_role_is_assumed(
+    aws, run, tmp_path, state
+):
+    keys = KEYS | {"accounts": {"organization": True, "role_name": "reader"}}
+    (tmp_path / "policy.yaml").write_text(json.dumps(keys))
+    accounts = [{"Id": ACCOUNT_ID, "State": "ACTIVE"}, {"Id": "111122223333", "State": "ACTIVE"}]
+    accounts += [{"Id": MEMBER, "State": state}] if state else []
+    body = json.dumps({"Accounts": accounts}).encode()
+    aws.fault("body", body=body, content_type="application/x-amz-json-1.1", action="ListAccounts")
+    [mine] = aws.launch(REGION)
+    save_plan(tmp_path / "plan.csv", row(mine), row(Account=MEMBER), row(Account="111122223333"))
+    err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
+    how = f"is {state}" if state else "is not there"
+    assert err.startswith(f"plan.csv:3:1: in the organization the account {MEMBER} {how}: ")
+    assert err.endswith("1 problem; nothing was written\n")
+    assert {request.action for request in aws.requests} == {"GetCallerIdentity", "ListAccounts"}
+    only = ("--account", ACCOUNT_ID, "--account", "111122223333", "--json", "out.json")
+    done = run("remediate", "--plan", "plan.csv", "--apply", *only, check=4)
+    assert sorted(results(done.json("out.json"))) == ["gone", "written"]
 
 
 def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
