@@ -2452,6 +2452,7 @@ def failure_of(error: Exception) -> Failure:
             exceptions.IncompleteReadError()
             | exceptions.ResponseStreamingError()
             | exceptions.FlexibleChecksumError()
+            | botocore.parsers.ResponseParserError()  # whose text repeats the answer, perhaps with credentials
         ):
             return Failure("IncompleteAnswer", "", passes=True)
         case exceptions.ConnectionError() | exceptions.HTTPClientError():
@@ -2472,7 +2473,7 @@ def failure_of(error: Exception) -> Failure:
         case TimeoutError():
             return Failure("CallTimeout", "the answer did not come to its end")
         # From here on these are Python's own, which botocore's parsers raise for answers of another form.
-        case botocore.parsers.ResponseParserError() | ValueError() | RecursionError():
+        case ValueError() | RecursionError():
             return Failure("IncompleteAnswer", f"{code}: {error}", passes=True)
         case KeyError():
             return Failure("ForeignAnswer", f"no {error}")
@@ -2485,7 +2486,7 @@ def failure_of(error: Exception) -> Failure:
 
 def next_token(page: Mapping[str, Any], operation: str) -> str:
     """Return the token of the next page, "" after the last; raises TargetError."""
-    token = page.get("NextToken") or ""
+    token = page.get("NextToken", "")
     if not isinstance(token, str):
         raise target_error("ForeignAnswer", f"a NextToken that is {type(token).__name__}", operation)
     return token
@@ -2741,7 +2742,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     except OverflowError as error:
         raise ValueError(f"no time of this world: {launch_time}") from error
     if launched.year < 1970:
-        raise ValueError(f"launched before EC2: {launch_time}")
+        raise ValueError(f"launched before 1970: {launch_time}")
     return Instance(instance_id, state, launched, tags, *more)
 
 
@@ -3034,10 +3035,10 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
                 place = f"Reservations[{index}].Instances[{number}]"
                 target = Target(owner, zone_region(_text(item, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
-        place = "the end of the list"
+        place = "NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
-            raise ValueError(f"{_shown(misspelt[0])} stands where NextToken should")
+            raise ValueError(f"the key {_shown(misspelt[0])} in place of NextToken")
         complete = answer.get("NextToken") is None or not _text(answer, "NextToken")
     except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -3128,16 +3129,16 @@ def _text(value: Any, *path: str) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raises ValueError for a key that stands twice in it."""
+    """Return a JSON object; raises ValueError for a key that appears twice in it."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_shown(key)} stands twice in one object")
+        raise ValueError(f"the key {_shown(key)} appears twice in one object")
     return found
 
 
 def _constant(name: str) -> NoReturn:
-    """Refuse what Python takes for JSON and nobody else does: NaN and Infinity."""
+    """Refuse NaN and Infinity, which only Python reads as JSON; raises ValueError."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -7523,7 +7524,10 @@ def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> 
     targets = {Target(account_id, region) for account_id in accounts for region in named}
     if not args.region:
         targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
+    more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
     if in_scope and not accounts and args.shard != (1, 1):
+        if cut:
+            raise UsageError(more)
         notices.append(_empty_share(args))
     elif not targets:
         raise UsageError(
@@ -7541,8 +7545,7 @@ def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> 
         if target in instances:
             yield target, instances[target]
         if cut:  # what follows may be of any account and region
-            message = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
-            yield target, TargetError("Truncated", message)
+            yield target, TargetError("Truncated", more)
         elif target not in instances and not args.region:
             message = "no instance of this region is in the files; if there is none, say so with --region"
             yield target, TargetError("NotInFiles", message)

@@ -416,6 +416,7 @@ LISTINGS = {
         answers({"Accounts": [{"Id": MEMBER, "State": ["ACTIVE"]}]}), (), (MEMBER,)
     ),
     "token that is a number": Listing(answers({"Accounts": [account(MEMBER)], "NextToken": 7}), ()),
+    "token that is false": Listing(answers({"Accounts": [account(MEMBER)], "NextToken": False}), ()),
     "all of them suspended": Listing(
         answers([account(MEMBER, "SUSPENDED"), account(OWN, "CLOSED")]),
         (),
@@ -506,17 +507,19 @@ def test_account_in_a_state_that_is_new_is_unread_and_keeps_its_findings(
     assert entered(aws.requests) == [MEMBER]
 
 
+SAVED = {
+    "InstanceId": "i-0a",
+    "State": {"Name": "running"},
+    "Placement": {"AvailabilityZone": "us-east-1a"},
+    "LaunchTime": "2026-02-24T10:30:45+00:00",
+}
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
 def test_share_without_an_account_says_so_and_writes_every_output(
     aws: AwsServer, scan: Scan, tmp_path: Path, saved: bool
 ) -> None:
-    instance = {
-        "InstanceId": "i-0a",
-        "State": {"Name": "running"},
-        "Placement": {"AvailabilityZone": "us-east-1a"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-    }
-    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [instance]}]}
+    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}]}
     (tmp_path / "fleet.json").write_text(json.dumps(fleet))
     args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
     result = scan(None, args=args, check=0)
@@ -529,6 +532,13 @@ def test_share_without_an_account_says_so_and_writes_every_output(
     assert ET.parse(tmp_path / "out.xml").getroot().tag == "testsuites"
     with closing(sqlite3.connect(tmp_path / STATE)) as db:
         assert db.execute("SELECT count(*) FROM scans").fetchone() == (1,)
+
+
+def test_share_of_a_file_that_is_cut_is_not_empty(tagcheck: Callable[..., Result], tmp_path: Path) -> None:
+    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}], "NextToken": "t"}
+    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    args = ("--policy", write_policy(tmp_path, None, REGION), "--instances", "fleet.json", "--shard", "1/4")
+    assert "fleet.json has a NextToken, so more follows" in tagcheck("scan", *args, check=2).err
 
 
 def test_share_whose_accounts_are_all_suspended_is_empty(aws: AwsServer, scan: Scan) -> None:
@@ -724,6 +734,15 @@ def expiring(minutes: int, **when: int) -> dict[str, Any]:
     return {"kind": "edit", "edit": edit} | when
 
 
+MARKER = "MARKERmarker0123"
+
+
+def edited(name: str, text: str) -> dict[str, Any]:
+    """Give the fault of an answer in which an element has another text."""
+    pattern, made = re.compile(f"<{name}>[^<]*".encode()), f"<{name}>{text}".encode()
+    return {"kind": "edit", "edit": lambda body: pattern.sub(made, body)}
+
+
 @dataclass(frozen=True)
 class Role:
     """What a member's role answers: the error, the regions that show it, and how often it is assumed at most.
@@ -765,6 +784,19 @@ ROLES = {
     "not renewed yet, but still good": Role(
         (expiring(14, times=1), refuses(403, "AccessDenied", skip=1)), assumed=4
     ),
+    "expiry that is no time": lost(
+        "IncompleteAnswer", edited("Expiration", "soon"), says="cut short", assumed=2
+    ),
+    "expiry after all time": lost("ForeignAnswer", edited("Expiration", "9999-12-31T23:59:59Z"), says="9999"),
+    "no access key": lost("ForeignAnswer", edited("AccessKeyId", ""), says="no AccessKeyId"),
+    "cut short within the credentials": lost(
+        "IncompleteAnswer",
+        {"kind": "body", "body": f"<x><SecretAccessKey>{MARKER}</SecretAccessKey><y".encode()},
+        assumed=2,
+    ),
+    "token with a line break": Role(
+        (edited("SessionToken", f"{MARKER}&#10;b"),), "InvalidHeader", says="copy it again"
+    ),
     "expired when they come": Role((expiring(-60),), "Any", where=(), assumed=4),
 }
 
@@ -801,6 +833,12 @@ def test_role_that_fails_costs_its_account_alone(assumed: Listed, why: str) -> N
     assert len(said) == len(codes)
     assert all(role.says in line for line in said)
     assert 1 <= entered(assumed.requests).count(account_id) <= role.assumed
+
+
+def test_no_credentials_of_a_role_are_printed(assumed: Listed) -> None:
+    result = assumed.result
+    texts = [result.out, result.err, *(file.read_text("latin-1") for file in result.cwd.iterdir())]
+    assert not [text for text in texts if MARKER in text]
 
 
 def test_roles_that_fail_cost_no_other_account(assumed: Listed) -> None:

@@ -897,7 +897,9 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
         ),
         pytest.param(in_root("<a>" * 600 + "</a>" * 600), "nested too deeply", id="nested too deeply"),
         pytest.param(
-            with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")), "before EC2", id="launched in 1969"
+            with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")),
+            "before 1970",
+            id="launched in 1969",
         ),
     ],
 )
@@ -1254,11 +1256,11 @@ SECOND = "Reservations[0].Instances[1]: "
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", InstanceId=7)), SECOND, id="a number as id"),
         pytest.param(
-            b'{"Reservations": [], "Reservations": []}', "'Reservations' stands twice", id="a key twice"
+            b'{"Reservations": [], "Reservations": []}', "'Reservations' appears twice", id="a key twice"
         ),
         pytest.param(
             json.dumps(saved(item("i-0a"))).replace("{", '{"Tags": [], "Tags": [],', 3).encode(),
-            "'Tags' stands twice",
+            "'Tags' appears twice",
             id="a key twice in an instance",
         ),
         pytest.param(b'{"Reservations": [], "x": NaN}', "NaN is not JSON", id="NaN"),
@@ -1266,7 +1268,7 @@ SECOND = "Reservations[0].Instances[1]: "
             saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
         ),
         pytest.param(
-            saved(item("i-0a"), nextToken="a"), "'nextToken' stands where NextToken", id="small token"
+            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' in place", id="small token"
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
         pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),

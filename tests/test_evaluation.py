@@ -134,6 +134,7 @@ def test_violations_come_in_the_order_of_the_rules():
         pytest.param(timedelta(hours=2), False, id="over at the very end"),
         pytest.param(timedelta(hours=3), False, id="after"),
         pytest.param(timedelta(hours=-1), True, id="launched in the future by a clock that is behind"),
+        pytest.param(timedelta(days=-2), False, id="launched in the future by no clock"),
     ],
 )
 def test_grace_period(age, young):
