@@ -192,6 +192,7 @@ HOSTILE_SCHEMAS = {
         "CREATE VIEW flagged_instances AS SELECT instance_id, first_seen, 1 AS is_active FROM findings",
         "it has a view 'flagged_instances'",
     ),
+    "a view of nothing": ("CREATE VIEW flagged_instances AS SELECT * FROM missing", "no such table"),
     "a lower version": ("PRAGMA user_version = 1", "that tagcheck did not make"),
     "no version": ("PRAGMA user_version = 0", "that tagcheck did not make"),
     "a negative version": ("PRAGMA user_version = -1", "its version is -1"),
@@ -231,11 +232,15 @@ OLDER = (
         ),
         ("CREATE VIEW foo AS SELECT * FROM flagged_instances", "it has a view 'foo'"),
         ("CREATE TABLE foo (x)", "it has a table 'foo'"),
+        (
+            "INSERT INTO sqlite_master VALUES ('index', 'foo', 'flagged_instances', 2, 'CREATE INDEX foo ON x (y)')",
+            "restore it from a backup",
+        ),
     ],
-    ids=["an index", "a trigger", "a view", "another table"],
+    ids=["an index", "a trigger", "a view", "another table", "what only says that it is an index"],
 )
 def test_older_tools_table_comes_with_nothing_but_indexes(desk: Desk, more: str, message: str) -> None:
-    use(OLDER, more)
+    use(OLDER, "PRAGMA writable_schema = ON", more)
     run = desk.scan()
     assert run.code == (FAILED if message else VIOLATIONS)
     assert message in run.err
