@@ -392,7 +392,8 @@ CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only pas
 
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Not strftime: its %Y writes the year 1 as "1" on Linux.
+    return f"{moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat()}Z"
 
 
 def counted(number: int, word: str) -> str:
@@ -3524,9 +3525,6 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
     )
 
 
-# ---- What a state holds is data that anyone may have changed: a row leaves it only through _checked.
-
-
 def _is_text(value: Any) -> bool:
     """Return whether a value is text."""
     return type(value) is str
@@ -3544,7 +3542,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_amount(value: Any) -> bool:
     """Return whether a value is an amount of money."""
-    return type(value) in (int, float) and 0 <= value < MAX_COUNT
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _is_time(value: Any) -> bool:
@@ -3571,9 +3569,10 @@ def _is_absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 MAX_COUNT = 2**53  # as far as JSON's readers count exactly
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _COUNT_COLUMNS = (
-    "instances compliant findings exempted new repeat reopened resolved open targets targets_unread times_seen "
+    "instances compliant findings exempted new reopened resolved open targets targets_unread times_seen "
     "times_reopened number"
 ).split()
+# What columns and JSON keys hold. A state is data that anyone may have changed: no row is used unchecked.
 _COLUMNS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNT_COLUMNS, _is_count),
     **dict.fromkeys(("at", "first_seen", "last_seen", "launch_time", "changed_at", "started_at"), _is_time),
@@ -3584,7 +3583,7 @@ _COLUMNS: dict[str, Callable[[Any], bool]] = {
         ("policy", "account_id", "region", "instance_id", "state", "tag_key", "message"), _is_text
     ),
     **dict.fromkeys(("change_id", "why", "who", "subject", "channels", "evidence"), _is_text),
-    **dict.fromkeys(("value", "found_key", "owner", "cause"), _is_text_or_none),
+    **dict.fromkeys(("value", "found_key", "cause"), _is_text_or_none),
     "resolved_at": _is_absent_or(_is_time),
     "status": _is_one_of(*Status),
     "resolution": _is_one_of(None, *Resolution),
@@ -4197,7 +4196,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         SELECT id FROM temp.open WHERE typeof(account_id) <> 'text' OR typeof(region) <> 'text'
             OR typeof(instance_id) <> 'text' OR typeof(first_seen) <> 'text' OR typeof(tag_keys) <> 'text'
             OR typeof(created_by) NOT IN ('text', 'null') OR typeof(owner) NOT IN ('text', 'null')
-            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null') OR monthly_cost NOT BETWEEN 0 AND {MAX_COUNT}
+            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null') OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
             OR first_seen NOT GLOB '????-??-??T??:??:??Z'
         LIMIT 1
         """
@@ -6943,7 +6942,7 @@ def _find_instance(
     except MissingStateError as error:
         if not elsewhere:
             raise
-        LOG.warning("The history of %s is not known: %s", args.instance, printable(str(error)))
+        LOG.warning("%s", printable(f"The history of {args.instance} is not known: {error}"))
     if args.instances:
         for path in args.instances:
             for target, instances in load_instances(path)[0].items():

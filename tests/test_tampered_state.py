@@ -390,6 +390,16 @@ def test_a_finding_that_was_not_kept_fails_the_scan(
     assert not Path("violators.csv").exists()
 
 
+def test_what_a_scan_writes_can_be_read_again(desk: Desk) -> None:
+    def age(number: int, instance: dict[str, Any]) -> None:
+        instance["LaunchTime"] = "0001-01-01T00:00:00+00:00"
+
+    save_fleet(age)
+    assert desk.scan().code == VIOLATIONS
+    for name, command in commands().items():
+        assert (name, desk.run(*command).code) == (name, 0)
+
+
 # ---- A state that is not there -----------------------------------------------------------------------------
 
 
