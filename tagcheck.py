@@ -473,7 +473,8 @@ CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only pas
 
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Not strftime: its %Y writes the year 1 as "1" on Linux.
+    return f"{moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat()}Z"
 
 
 def counted(number: int, word: str) -> str:
@@ -3299,7 +3300,7 @@ class _BadRowError(sqlite3.DatabaseError):
 
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
-    """Turn what SQLite and the rows of a state can fail with into StateErrors, but for bugs in a query."""
+    """Turn what SQLite and the rows of a state can fail with into StateErrors, but for bugs of ours."""
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
@@ -3316,20 +3317,13 @@ def _state_errors(name: Path | str) -> Iterator[None]:
     }
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise
     except sqlite3.Error as error:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        is_bug = isinstance(error, sqlite3.ProgrammingError) or _QUERY_BUG.search(str(error))
-        if is_bug and code in ("", "SQLITE_ERROR"):
-            raise
-        # SQLITE_ERROR also means that a value cannot be worked with: "malformed JSON", "integer overflow".
+        # SQLITE_ERROR is of a value that cannot be worked with ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
-    except UnicodeDecodeError as error:  # of SQLite's own message, where it quotes a name from the file
-        raise StateError(f"the state {name} is damaged or was changed ({error.reason}): {WAY_OUT}") from error
-
-
-# What SQLite says of a query that does not fit the tables. They are compared before any is used.
-_QUERY_BUG = re.compile("^no such |syntax error|^near |has no column|^ambiguous ")
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
@@ -3384,7 +3378,7 @@ def resolve_state(name: str) -> Path:
     # Whoever may write the link would else choose where a new state is put.
     if os.path.islink(name) and not os.path.lexists(path):
         raise StateError(
-            f"the state {printable(name)} is a link to {path}, which does not exist: put the state there, or "
+            f"the state {name} is a link to {path}, which does not exist: put the state there, or "
             "name its file with --state"
         )
     return path
@@ -3527,7 +3521,10 @@ SchemaRow = tuple[str, str, str, str]
 
 def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[SchemaRow]:
     """Return what a database consists of: type, name, table and SQL, its white space made alike."""
-    rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master")
+    try:
+        rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master").fetchall()
+    except UnicodeDecodeError as error:  # sqlite3 fails to decode SQLite's message, which quotes a name
+        raise _BadRowError("a name in its schema is not UTF-8") from error
     return Counter((*row, re.sub(r"\s*([(),])\s*", r"\1", " ".join(str(sql).split()))) for *row, sql in rows)
 
 
@@ -3543,14 +3540,18 @@ def _expected_schema(version: int) -> Counter[SchemaRow]:
 def _is_of_older_tool(row: SchemaRow) -> bool:
     """Return whether a part of a schema is the older tool's table, or an index of it."""
     kind, name, table, sql = row
-    if (kind, name) == ("table", OLDER_TABLE):
-        return str(sql).startswith("CREATE TABLE")  # and not CREATE VIRTUAL TABLE
-    of_autoincrement = (kind, name, sql) == (
-        "table",
-        "sqlite_sequence",
-        "CREATE TABLE sqlite_sequence(name,seq)",
+    if kind == "table" and name == "sqlite_sequence":  # of AUTOINCREMENT
+        return sql == "CREATE TABLE sqlite_sequence(name,seq)"
+    if table != OLDER_TABLE:
+        return False
+    of_key = kind == "index" and sql == "None"
+    # What the SQL says is what SQLite makes, whatever the other columns say. A virtual table is other code's.
+    return of_key or bool(
+        re.match(rf"""CREATE TABLE ["`\[]?{OLDER_TABLE}\b|{_OLDER_INDEX}""", sql, re.IGNORECASE)
     )
-    return (kind, table) == ("index", OLDER_TABLE) or of_autoincrement
+
+
+_OLDER_INDEX = rf"""CREATE( UNIQUE)? INDEX ["`\[]?\w+["`\]]? ON ["`\[]?{OLDER_TABLE}\b"""
 
 
 class LocalState:
@@ -3935,9 +3936,6 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
     )
 
 
-# ---- What a state holds is data that anyone may have changed: a row leaves it only through _checked.
-
-
 def _is_text(value: Any) -> bool:
     """Return whether a value is text."""
     return type(value) is str
@@ -3955,7 +3953,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_amount(value: Any) -> bool:
     """Return whether a value is an amount of money."""
-    return type(value) in (int, float) and 0 <= value < MAX_COUNT
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _is_time(value: Any) -> bool:
@@ -3982,9 +3980,10 @@ def _is_absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 MAX_COUNT = 2**53  # as far as JSON's readers count exactly
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _COUNT_COLUMNS = (
-    "instances compliant findings exempted new repeat reopened resolved open targets targets_unread times_seen "
+    "instances compliant findings exempted new reopened resolved open targets targets_unread times_seen "
     "times_reopened number"
 ).split()
+# What columns and JSON keys hold. A state is data that anyone may have changed: no row is used unchecked.
 _COLUMNS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNT_COLUMNS, _is_count),
     **dict.fromkeys(("at", "first_seen", "last_seen", "launch_time", "changed_at", "started_at"), _is_time),
@@ -3996,7 +3995,7 @@ _COLUMNS: dict[str, Callable[[Any], bool]] = {
         ("policy", "account_id", "region", "instance_id", "state", "tag_key", "message"), _is_text
     ),
     **dict.fromkeys(("change_id", "why", "who", "subject", "channels", "evidence"), _is_text),
-    **dict.fromkeys(("value", "found_key", "owner", "cause"), _is_text_or_none),
+    **dict.fromkeys(("value", "found_key", "cause"), _is_text_or_none),
     "resolved_at": _is_absent_or(_is_time),
     "status": _is_one_of(*Status),
     "resolution": _is_one_of(None, *Resolution),
@@ -4639,17 +4638,15 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         """,
         names,
     )
-    # The same checks as those of _checked, in SQL: what follows is counted there.
+    # What _checked does with the rows that are loaded, in SQL, as these are only counted.
     bad = db.execute(
         f"""
-        SELECT id FROM temp.open WHERE NOT coalesce(
-            typeof(account_id) || typeof(region) || typeof(instance_id) || typeof(first_seen) || typeof(tag_keys)
-                = 'texttexttexttexttext'
-            AND first_seen GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T[0-9][0-9]:[0-9][0-9]:[0-9][0-9]Z'
-            AND typeof(created_by) IN ('text', 'null') AND typeof(owner) IN ('text', 'null')
-            AND typeof(managed_by) IN ('text', 'null')
-            AND (monthly_cost IS NULL
-                OR typeof(monthly_cost) IN ('real', 'integer') AND monthly_cost BETWEEN 0 AND {MAX_COUNT}), 0)
+        SELECT id FROM temp.open WHERE typeof(account_id) <> 'text' OR typeof(region) <> 'text'
+            OR typeof(instance_id) <> 'text' OR typeof(first_seen) <> 'text' OR typeof(tag_keys) <> 'text'
+            OR typeof(created_by) NOT IN ('text', 'null') OR typeof(owner) NOT IN ('text', 'null')
+            OR typeof(managed_by) NOT IN ('text', 'null')
+            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null') OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
+            OR first_seen NOT GLOB '????-??-??T??:??:??Z'
         LIMIT 1
         """
     ).fetchone()
@@ -7731,7 +7728,7 @@ def _find_instance(
     except MissingStateError as error:
         if not elsewhere:
             raise
-        LOG.warning("The history of %s is not known: %s", args.instance, printable(str(error)))
+        LOG.warning("%s", printable(f"The history of {args.instance} is not known: {error}"))
     if args.instances:
         for target, instances in load_fleet(args.instances)[0].items():
             for instance in instances:

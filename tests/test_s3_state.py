@@ -148,6 +148,14 @@ def database(*statements: str) -> bytes:
         return db.serialize()
 
 
+def tampered(recorded: bytes, statement: str) -> bytes:
+    """Change a state as somebody else would."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.deserialize(recorded)
+        db.execute(statement)
+        return db.serialize()
+
+
 def statuses(result: Result) -> list[str]:
     """Read what became of the findings."""
     return [finding["status"] for finding in result.json("out.json")["findings"]]
@@ -192,6 +200,32 @@ def test_explain_reads_the_history(state: State, recorded: bytes) -> None:
     state.stored = recorded
     assert "History: NEW, found 1 time" in run_tagcheck(*args, cwd=cwd, env=env, check=0).out
     assert not state.calls("PutObject")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("history", "--policy", "policy.yaml"),
+        ("report", "--policy", "policy.yaml", "--html", "page.html"),
+        ("remediate", "--policy", "policy.yaml"),
+        ("remediate", "--policy", "policy.yaml", "--plan", "plan.csv", "--apply"),
+        ("prune", "--days", "3"),
+        ("prune", "--days", "3", "--dry-run"),
+        ("scan", "--policy", "policy.yaml", "--require-state"),
+        ("scan", "--policy", "policy.yaml", "--require-state", "--dry-run"),
+    ],
+    ids=lambda args: " ".join(word for word in args if "." not in word),
+)
+def test_only_a_scan_begins_a_state(state: State, args: tuple[str, ...]) -> None:
+    cwd = state.new_agent()
+    plan = f"Account,Region,InstanceId,Tag,Value,Action\n{ACCOUNT_ID},{REGION},i-00000001,Owner,ann,add\n"
+    (cwd / "plan.csv").write_text(plan)
+    before = {file.name for file in cwd.iterdir()}
+    result = run_tagcheck(*args, "--state", state.location, cwd=cwd, env=state.aws.env, check=5)
+    assert f"there is no state {state.location}: run a scan first" in result.err
+    assert (state.stored, state.calls("PutObject"), result.out) == (None, [], "")
+    assert {file.name for file in cwd.iterdir()} == before
+    assert not [request for request in state.aws.requests if request.service == "ec2"]
 
 
 def test_key_may_have_any_signs(state: State, recorded: bytes) -> None:
@@ -366,6 +400,11 @@ REFUSALS: dict[str, Refusal] = {
     "garbage": (lambda _: b"not a database" * 400, None, "is not a SQLite database"),
     "of another program": (lambda _: OTHER_PROGRAMS, None, "another program's database"),
     "of a newer version": (lambda _: NEWER, None, "written by a newer tagcheck"),
+    "with a trigger": (
+        lambda recorded: tampered(recorded, "CREATE TRIGGER foo AFTER INSERT ON scans BEGIN SELECT 1; END"),
+        None,
+        "it has a trigger 'foo' on 'scans' that tagcheck did not make",
+    ),
     "cut short": (lambda recorded: recorded[:-4096], None, "is damaged"),
 }
 

@@ -201,6 +201,7 @@ HOSTILE_SCHEMAS = {
         "CREATE VIEW flagged_instances AS SELECT instance_id, first_seen, 1 AS is_active FROM findings",
         "it has a view 'flagged_instances'",
     ),
+    "a view of nothing": ("CREATE VIEW flagged_instances AS SELECT * FROM missing", "no such table"),
     "a lower version": ("PRAGMA user_version = 1", "that tagcheck did not make"),
     "no version": ("PRAGMA user_version = 0", "that tagcheck did not make"),
     "a negative version": ("PRAGMA user_version = -1", "its version is -1"),
@@ -240,11 +241,15 @@ OLDER = (
         ),
         ("CREATE VIEW foo AS SELECT * FROM flagged_instances", "it has a view 'foo'"),
         ("CREATE TABLE foo (x)", "it has a table 'foo'"),
+        (
+            "INSERT INTO sqlite_master VALUES ('index', 'foo', 'flagged_instances', 2, 'CREATE INDEX foo ON x (y)')",
+            "restore it from a backup",
+        ),
     ],
-    ids=["an index", "a trigger", "a view", "another table"],
+    ids=["an index", "a trigger", "a view", "another table", "what only says that it is an index"],
 )
 def test_older_tools_table_comes_with_nothing_but_indexes(desk: Desk, more: str, message: str) -> None:
-    use(OLDER, more)
+    use(OLDER, "PRAGMA writable_schema = ON", more)
     run = desk.scan()
     assert run.code == (FAILED if message else VIOLATIONS)
     assert message in run.err
@@ -392,6 +397,16 @@ def test_a_finding_that_was_not_kept_fails_the_scan(
     assert run.code == FAILED
     assert "it did not keep all findings" in run.err
     assert not Path("violators.csv").exists()
+
+
+def test_what_a_scan_writes_can_be_read_again(desk: Desk) -> None:
+    def age(number: int, instance: dict[str, Any]) -> None:
+        instance["LaunchTime"] = "0001-01-01T00:00:00+00:00"
+
+    save_fleet(age)
+    assert desk.scan().code == VIOLATIONS
+    for name, command in commands().items():
+        assert (name, desk.run(*command).code) == (name, 0)
 
 
 # ---- A state that is not there -----------------------------------------------------------------------------
