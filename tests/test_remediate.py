@@ -298,7 +298,7 @@ def test_large_file_costs_no_memory(tmp_path):
 # ---- What becomes of a plan that was edited ----------------------------------------------------------------
 
 
-def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, tmp_path):
+def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, remediate, tmp_path):
     aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
     run("scan", check=3)
     plan = tmp_path / "remediate-plan.csv"
@@ -324,8 +324,8 @@ def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, tmp_path)
     ):
         plan.write_bytes(edited)
         for args in ((), ("--csv", "remediate-plan.csv")):
-            err = run("remediate", *args, check=5).err
-            assert "remediate-plan.csv exists" in err
+            code, err = remediate(*args)
+            assert (code, "remediate-plan.csv exists" in err) == (5, True)
             assert all(words in err for words in ("--plan remediate-plan.csv", "--csv FILE"))
             assert plan.read_bytes() == edited
     assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == [plan.name]
@@ -369,6 +369,21 @@ def run(aws, tmp_path):
         return run_tagcheck(*named, cwd=tmp_path, env=aws.env, check=check, **options)
 
     return run
+
+
+@pytest.fixture
+def remediate(aws, run, tmp_path, monkeypatch, capsys):
+    """Run `remediate` in this process, and give its exit code and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in aws.env.items():
+        monkeypatch.setenv(name, value)
+
+    def remediate(*args):
+        capsys.readouterr()
+        code = script.main(["remediate", "--policy", "policy.yaml", *args])
+        return code, capsys.readouterr().err
+
+    return remediate
 
 
 @pytest.fixture
@@ -746,7 +761,7 @@ def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, 
 
 
 @pytest.fixture
-def undo(aws, apply, run, tmp_path):
+def undo(aws, run, remediate, tmp_path):
     """Write Owner on two instances, and give their ids and the undo file of it."""
     ids = sorted([*aws.launch(REGION), *aws.launch(REGION, {"Owner": "bob"})])
     before = [tags.get("Owner") for tags in tags_of(aws, ids)]
@@ -754,7 +769,9 @@ def undo(aws, apply, run, tmp_path):
         row(id_, action="replace" if former else "add", Current=former or "")
         for id_, former in zip(ids, before, strict=True)
     ]
-    apply(*rows)
+    script.main(["scan", "--policy", "policy.yaml", "--quiet"])
+    save_plan(tmp_path / "plan.csv", *rows)
+    assert remediate("--plan", "plan.csv", "--apply")[0] == 0
     [path] = tmp_path.glob("remediate-undo-*.csv")
     return ids, path.rename(tmp_path / "undo.csv")
 
@@ -776,14 +793,15 @@ def undo(aws, apply, run, tmp_path):
         pytest.param({"Current": ""}, id="no current value"),
     ],
 )
-def test_undo_of_what_is_not_on_record_is_refused(aws, run, undo, cells, args):
+def test_undo_of_what_is_not_on_record_is_refused(aws, remediate, undo, cells, args):
     ids, path = undo
     with path.open(newline="") as file:
         good, other = csv.DictReader(file)
     save_plan(path, good, other | cells)
     aws.tag(REGION, ids, {"Name": "ann", "owner": "ann"})
     before = len(aws.requests)
-    err = run("remediate", "--undo", "undo.csv", *args, check=2).err
+    code, err = remediate("--undo", "undo.csv", *args)
+    assert code == 2
     assert re.match(r"undo\.csv:3:1: .*the state instance_state\.db has no record that", err), err
     assert err.endswith("1 problem; nothing was written\n")
     assert len(aws.requests) == before
