@@ -628,8 +628,12 @@ PATTERN_SECONDS, PATTERN_WAIT = 0.5, 3.0
 # A pattern that was stopped on so many values, or took so long on slow ones, is not tried on others.
 MAX_STOPPED, MAX_SLOW_SECONDS = 3, 10.0
 PATTERN_START = 60.0  # a Python process starts in 15 milliseconds
-MAX_PATTERN_STEPS = 2_000_000  # about 10 milliseconds
+MAX_PATTERN_STEPS = (
+    2_000_000  # an upper bound by the text alone: the slowest that was found took 2 milliseconds
+)
 MAX_PATTERN_LENGTH = 10_000
+# For all patterns of a policy together: after the first they are only compiled, after the second refused.
+MAX_TRY_SECONDS, MAX_CHECK_SECONDS = 1.0, 3.0
 
 # Reads lines of JSON (pattern, value, limit), and answers each with a line (matches or error, seconds).
 # Nobody handles SIGPROF, so that it ends the process even within `re`, and even when tagcheck was killed.
@@ -651,7 +655,7 @@ for line in sys.stdin:
     began = time.process_time()
     try:
         answer = re.fullmatch(pattern, value) is not None
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         answer = str(error)
     took = time.process_time() - began
     limit(0)
@@ -686,10 +690,10 @@ class _Matcher:
 
     def _ask(self, request: bytes) -> tuple[bytes | None, int | None]:
         """Return the child's answer; where there is none, the code that it ended with."""
-        if self._process is None:
-            self._start()
         answer = exit_code = None
         try:
+            if self._process is None:
+                self._start()
             with contextlib.suppress(OSError, queue.Empty):
                 self._process.stdin.write(request)
                 self._process.stdin.flush()
@@ -1387,6 +1391,7 @@ class _PatternCheck:
 
     def __init__(self) -> None:
         self._known: dict[str, str | None] = {}
+        self._patterns: dict[str, ValuePattern] = {}
         self._seconds = 0.0
 
     def complaint(self, pattern: str) -> str | None:
@@ -1395,7 +1400,21 @@ class _PatternCheck:
             self._known[pattern] = self._complaint(pattern)
         return self._known[pattern]
 
+    def allows(self, rule: RequiredTag, value: str) -> bool:
+        """Return whether a rule allows a value."""
+        began = time.monotonic()
+        allowed = rule.allows(value)
+        self._seconds += time.monotonic() - began
+        return allowed
+
+    def usable(self, pattern: str) -> ValuePattern:
+        """Return a pattern without a complaint; the same text is one pattern, with one limit."""
+        if pattern not in self._patterns:
+            self._patterns[pattern] = ValuePattern(pattern)
+        return self._patterns[pattern]
+
     def _complaint(self, pattern: str) -> str | None:
+        """Compile a pattern, and try it on a few long values."""
         if len(pattern) > MAX_PATTERN_LENGTH:
             return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
         if is_quick(pattern):
@@ -1414,7 +1433,7 @@ class _PatternCheck:
             for character in characters
         ]
         for value in ("", *values):
-            limit = MAX_TRY_SECONDS if value else MAX_COMPILE_SECONDS
+            limit = MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS
             if self._seconds >= limit:
                 # Untried is no risk, as every value has its limit; what may not compile cannot be used.
                 return None if value else "was not checked: the patterns before it took too long"
@@ -1430,14 +1449,10 @@ class _PatternCheck:
         return None
 
 
-# For all patterns of a policy together.
-MAX_TRY_SECONDS, MAX_COMPILE_SECONDS = 1.0, 10.0
-
-
 def _not_a_pattern(error: str) -> str:
     """Return what to say of a pattern that `re` does not take."""
     hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
-    return f"is not a regular expression: {error}{hint}"
+    return f"is not a regular expression: {_cut(error, 200)}{hint}"
 
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
@@ -1515,8 +1530,8 @@ def _tag_mistakes(path: KeyPath, entry: Any, patterns: _PatternCheck) -> Iterato
         if complaint := patterns.complaint(pattern):
             yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
             continue
-        checked = RequiredTag(key, tuple(values), ValuePattern(pattern) if pattern else None)
-        if default and not checked.allows(default):
+        checked = RequiredTag(key, tuple(values), patterns.usable(pattern) if pattern else None)
+        if default and not patterns.allows(checked, default):
             message = f"{_shown(default)} is not {_cut(checked.wanted, 500)}, as the rule itself asks"
             yield Mistake((*rule_path, "default"), message, near=(default, checked.values))
 

@@ -292,6 +292,8 @@ def load(*patterns: str) -> list[str]:
         ("(?i)" + r"[\u0000-\U0010ffff]" * 450, "takes too much time or memory to compile"),
         ("a" * 10_001, "has more than 10,000 characters"),
         ("(" * 3000 + ")" * 3000, "is not a regular expression"),
+        ("(a{" + "9" * 5000 + "})", "is not a regular expression: Exceeds the limit"),
+        (f"(?P={'a' * 5000})", "is not a regular expression: unknown group name 'aaa"),
         ("(?P<a", "is not a regular expression: missing >, unterminated name"),
         ("(*-prod)", "nothing to repeat at position 1 (any text is .* in a pattern)"),
     ],
@@ -306,10 +308,10 @@ def test_compiling_has_a_limit(pattern: str, message: str | None) -> None:
 @pytest.mark.usefixtures("main")
 def test_tries_of_one_policy_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "MAX_TRY_SECONDS", 0.3)
-    monkeypatch.setattr(script, "MAX_COMPILE_SECONDS", 30)
+    monkeypatch.setattr(script, "MAX_CHECK_SECONDS", 30)
     found = load(*(f"(a|a)*{number}" for number in range(200)))
     assert 1 <= len(found) <= 5
-    monkeypatch.setattr(script, "MAX_COMPILE_SECONDS", 0.3)
+    monkeypatch.setattr(script, "MAX_CHECK_SECONDS", 0.3)
     found = load(*(f"(a|a)*{number}" for number in range(200)))
     assert len(found) == 200
     assert "was not checked: the patterns before it took too long" in found[-1]

@@ -780,6 +780,8 @@ LIST_OF_VALUES = (
         pytest.param("{a: " * 249_000, id="mappings in mappings"),
         pytest.param("a: &a [x]\nb: [" + "*a, " * 249_000 + "]", id="aliases"),
         pytest.param(many(20_000, before=OWNER.replace("[Owner]", ""), item="  - {{key: a{}, pattern: 'a{}(b|c)*'}}\n".replace("a{}(", "a(")), id="20,000 patterns"),
+        pytest.param(many(4000, before=OWNER.replace("[Owner]", ""), item="  - {{key: a{0}, pattern: '[a]z({0}?|b|bb)*!', default: az" + "b" * 150 + "}}\n", after="regions: {us-east-1: }\n"), id="4,000 slow defaults"),
+        pytest.param(many(4000, before=OWNER.replace("[Owner]", ""), item="  - {{key: a{0}, pattern: '[a]z(b|bb)*!', default: az{0}" + "b" * 150 + "}}\n", after="regions: {us-east-1: }\n"), id="4,000 slow defaults of a pattern"),
         pytest.param(many(5000, before=OWNER.replace("[Owner]", ""), item="  - {{key: a{0}, pattern: 'a{0}(b|c)*'}}\n", after="regions: {us-east-1: }\n"), id="5,000 patterns"),
         pytest.param(many(5000, before=OWNER.replace("[Owner]", ""), item="  - {{key: a{0}, pattern: '{0}?(b|b)*'}}\n", after="regions: {us-east-1: }\n"), id="5,000 slow patterns"),
         pytest.param(many(20_000, item="a: 1\n"), id="20,000 times a key"),
