@@ -21,6 +21,7 @@ The file reads downward; a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import contextlib
 import contextvars
@@ -57,7 +58,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future
 from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
-from enum import IntEnum, StrEnum, unique
+from enum import Enum, IntEnum, StrEnum, unique
 from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,12 +169,22 @@ class Problem:
         return printable(f"{self.file}:{self.line}:{self.column}: {severity}{where}{self.message}")
 
 
+MAX_PROBLEMS = 100
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each of the first problems of a file, and one that counts the others."""
+    more = len(problems) - MAX_PROBLEMS
+    rest = [f"… and {counted(more, 'more problem')}"] if more > 0 else []
+    return [*map(str, problems[:MAX_PROBLEMS]), *rest]
+
+
 class PolicyError(UsageError):
     """A policy file, or an edited plan, is wrong; holds every problem that was found in it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__("\n".join(problem_lines(self.problems)))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -673,7 +684,7 @@ POLICY_SCHEMA = _mapping(
 )  # fmt: skip
 
 # Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
-MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 100_000
+MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 30_000
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
 # the installed botocore's data, so that a region younger than this file needs only a newer boto3.
@@ -687,16 +698,231 @@ AWS_REGIONS = frozenset("""
     """.split())  # fmt: skip
 
 
-@functools.cache
 def is_region(name: str) -> bool:
     """Return whether AWS has a region of this name, as far as this file or the installed botocore knows."""
-    if name in AWS_REGIONS:
-        return True
+    return name in AWS_REGIONS or name in _botocore_regions()
+
+
+@functools.cache
+def _botocore_regions() -> frozenset[str]:
+    """Return the regions that the installed botocore knows; none where it is not installed."""
     try:
         partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
     except (ModuleNotFoundError, OSError):
+        return frozenset()
+    return frozenset(
+        region for partition in json.loads(partitions)["partitions"] for region in partition["regions"]
+    )
+
+
+# The processor time that a pattern may take on one value, and how long to wait for it on a busy machine.
+PATTERN_SECONDS, PATTERN_WAIT = 0.5, 3.0
+# A pattern that was stopped on so many values, or took so long on slow ones, is not tried on others.
+MAX_STOPPED, MAX_SLOW_SECONDS = 3, 10.0
+PATTERN_START = 60.0  # a Python process starts in 15 milliseconds
+MAX_PATTERN_STEPS = (
+    2_000_000  # an upper bound by the text alone: the slowest that was found took 2 milliseconds
+)
+MAX_PATTERN_LENGTH = 10_000
+# For all patterns of a policy together: after the first they are only compiled, after the second refused.
+MAX_TRY_SECONDS, MAX_CHECK_SECONDS = 1.0, 2.0
+TRY_SECONDS = 0.0001  # what asking the child costs; not measured, so that a busy machine changes no verdict
+
+# Reads lines of JSON (pattern, value, limit), and answers each with a line (matches or error, seconds).
+# Nobody handles SIGPROF, so that it ends the process even within `re`, and even when tagcheck was killed.
+_MATCHER_CODE = """
+import json, re, signal, sys, time
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+except (ImportError, ValueError, OSError):
+    pass
+def limit(seconds):
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+print("ready", flush=True)
+for line in sys.stdin:
+    pattern, value, seconds = json.loads(line)
+    limit(seconds)
+    began = time.process_time()
+    try:
+        answer = re.fullmatch(pattern, value) is not None
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        answer = str(error)
+    took = time.process_time() - began
+    limit(0)
+    print(json.dumps([answer, took]), flush=True)
+"""
+
+
+class _Matcher:
+    """Matches patterns in a child process, which is started when needed and ended when a match takes too long.
+
+    `re` holds the interpreter lock, and only a signal in the main thread of POSIX could interrupt it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
+
+    def match(self, pattern: str, value: str) -> tuple[bool | str, float] | None:
+        """Return whether a pattern matches, or why it is not one, and the seconds; None where it was stopped."""
+        request = json.dumps([pattern, value, PATTERN_SECONDS]).encode() + b"\n"
+        with self._lock:
+            for _ in range(2):  # a busy machine or too little memory can stop a harmless match
+                answer, exit_code = self._ask(request)
+                if answer is not None:
+                    matches, seconds = json.loads(answer)
+                    return matches, seconds
+                if exit_code == -getattr(signal, "SIGPROF", 0):
+                    break
+        return None
+
+    def _ask(self, request: bytes) -> tuple[bytes | None, int | None]:
+        """Return the child's answer; where there is none, the code that it ended with."""
+        answer = exit_code = None
+        try:
+            if self._process is None:
+                self._start()
+            with contextlib.suppress(OSError, queue.Empty):
+                self._process.stdin.write(request)
+                self._process.stdin.flush()
+                answer = self._answers.get(timeout=PATTERN_WAIT)
+        finally:
+            if answer is None:  # also on Ctrl-C: the answer to this must not become that to the next
+                exit_code = self.stop()
+        return answer, exit_code
+
+    def _start(self) -> None:
+        """Start the child, in a session of its own so that Ctrl-C does not reach it; raises TagcheckError."""
+        import subprocess  # most policies do not need it
+
+        try:
+            self._process = process = subprocess.Popen(
+                [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+            self._answers = queue.SimpleQueue()
+            self._reader = threading.Thread(
+                target=_read_lines, args=(process.stdout, self._answers), daemon=True
+            )
+            self._reader.start()
+            if self._answers.get(timeout=PATTERN_START) is None:
+                raise OSError("it ended at once")
+        except (OSError, RuntimeError, queue.Empty) as error:  # RuntimeError: no new thread
+            self.stop()
+            why = str(error) or f"no answer within {PATTERN_START:.0f} s"
+            advice = "allow one more process, or list the values in the policy instead of a pattern"
+            message = f"cannot start a Python process to check a pattern in: {why}; {advice}"
+            raise TagcheckError(message) from error
+
+    def stop(self) -> int | None:
+        """End the child if there is one; returns its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        process.kill()
+        with contextlib.suppress(OSError):  # what could not be written
+            process.stdin.close()
+        exit_code: int = process.wait()
+        if self._reader is not None and self._reader.ident is not None:
+            self._reader.join()
+        return exit_code
+
+
+def _read_lines(file: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    """Put the lines of a file into a queue, and None at its end: the queue can be waited on with a limit."""
+    with file:
+        for line in file:
+            lines.put(line)
+    lines.put(None)
+
+
+_MATCHER = _Matcher()
+# A thread that still reads when Python ends would crash it.
+atexit.register(_MATCHER.stop)
+
+
+def is_quick(pattern: str) -> bool:
+    """Return whether a pattern cannot take long on any value that AWS allows.
+
+    Each quantifier and each alternative multiplies the ways to match a value. Without a repeated group, a
+    back-reference or anything else that is special, their product bounds the time.
+    """
+    text = re.sub(r"^\(\?[aims]+\)", "", pattern)
+    if not text.isascii() or re.search(r"\(\?(?!:)|\)[*+?{]|[*+?}]\+|\\(?![dDsSwW])[0-9A-Za-z]", text):
         return False
-    return any(name in partition["regions"] for partition in json.loads(partitions)["partitions"])
+    ways, width = 1, len(text)
+    for sign, low, comma, high in re.findall(r"([*+?]|\{([0-9]*)(,?)([0-9]*)\})", text):
+        if len(low + high) > 8:
+            return False
+        least = int(low or 0)
+        most = int(high or _MOST_CHARACTERS) if comma else least
+        width += min(most, _MOST_CHARACTERS)
+        ways *= {"*": _MOST_CHARACTERS, "+": _MOST_CHARACTERS, "?": 2}.get(sign, max(1, most - least + 1))
+        if ways > MAX_PATTERN_STEPS:
+            return False
+    alternatives, groups = text.count("|"), text.count("(") + 1
+    return groups < 100 and ways * width * (1 + alternatives / groups) ** groups <= MAX_PATTERN_STEPS
+
+
+_MOST_CHARACTERS: int = _TAG_VALUE["maxLength"]
+
+
+class Verdict(Enum):
+    """What a rule says about a value."""
+
+    ALLOWED = 1
+    REFUSED = 2
+    STOPPED = 3  # its pattern took too long on this value, or failed: `re` has bugs
+    NOT_CHECKED = 4  # its pattern took too long on other values
+
+
+class ValuePattern:
+    """A regular expression for whole tag values, which strangers write: no value can keep it busy for long."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._quick = re.compile(text) if is_quick(text) else None
+        self._verdicts: dict[str, Verdict] = {}
+        self.slow_seconds = 0.0
+        self.stopped = 0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it took so long that no other value is checked."""
+        return self.stopped >= MAX_STOPPED or self.slow_seconds >= MAX_SLOW_SECONDS
+
+    def judge(self, value: str) -> Verdict:
+        """Return whether the whole value matches, where that can be said in time."""
+        if self._quick and len(value) <= _MOST_CHARACTERS:
+            return Verdict.ALLOWED if self._quick.fullmatch(value) else Verdict.REFUSED
+        if value not in self._verdicts:
+            if self.given_up:
+                return Verdict.NOT_CHECKED
+            # Only a saved file can hold longer values than AWS allows, of any length.
+            if len(self._verdicts) >= 2000 or len(value) > _MOST_CHARACTERS:
+                self._verdicts.clear()
+            self._verdicts[value] = self._ask(value)
+        return self._verdicts[value]
+
+    def _ask(self, value: str) -> Verdict:
+        """Let the child process match a value."""
+        answer = _MATCHER.match(self.text, value)
+        if answer is None:
+            self.stopped += 1
+            self.slow_seconds += PATTERN_SECONDS
+            return Verdict.STOPPED
+        matches, seconds = answer
+        self.slow_seconds += seconds if seconds > 0.001 else 0
+        return Verdict.ALLOWED if matches is True else Verdict.REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -705,20 +931,25 @@ class RequiredTag:
 
     key: str
     values: tuple[str, ...] = ()
-    pattern: re.Pattern[str] | None = None
+    pattern: ValuePattern | None = None
     default: str | None = None
     line: int = 0
 
     def allows(self, value: str) -> bool:
         """Return whether the rule holds for a value that is not empty."""
-        in_list = not self.values or value in self.values
-        return in_list and (self.pattern is None or self.pattern.fullmatch(value) is not None)
+        return self.judge(value) is Verdict.ALLOWED
+
+    def judge(self, value: str) -> Verdict:
+        """Return what the rule says about a value that is not empty."""
+        if self.values and value not in self.values:
+            return Verdict.REFUSED
+        return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
     @property
     def wanted(self) -> str:
         """What the value should have been, for messages."""
         values = f"one of {', '.join(self.values)}" if self.values else ""
-        pattern = f"a match of {self.pattern.pattern}" if self.pattern else ""
+        pattern = f"a match of {self.pattern.text}" if self.pattern else ""
         return " and ".join(filter(None, (values, pattern)))
 
 
@@ -890,6 +1121,7 @@ class Mistake(NamedTuple):
     path: KeyPath
     message: str
     at_key: bool = False
+    near: tuple[Any, tuple[str, ...]] | None = None  # a word, and the ones of which it may be a misspelling
 
 
 class YamlError(Exception):
@@ -919,6 +1151,15 @@ class YamlDocument:
             message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
             raise YamlError(_mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
+        compose, nodes = loader.compose_node, itertools.count(1)
+
+        def compose_node(parent: Any, index: Any) -> Any:
+            if next(nodes) > MAX_POLICY_NODES:
+                message = f"more than {MAX_POLICY_NODES:,} keys and values: this is no policy"
+                raise YamlError(loader.peek_event().start_mark, message)
+            return compose(parent, index)
+
+        loader.compose_node = compose_node  # PyYAML takes up to 10 seconds for all of a megabyte
         start = loader.get_mark()
         try:
             root = loader.get_single_node() or yaml.ScalarNode("", "", start, start)
@@ -927,7 +1168,7 @@ class YamlDocument:
             raise _yaml_error(text, error) from error
         except RecursionError as error:
             raise YamlError(loader, "nested too deep") from error
-        except ValueError as error:  # PyYAML's own, of numbers in escapes and directives
+        except (ValueError, OverflowError) as error:  # PyYAML's own, of numbers in escapes and directives
             raise YamlError(loader, "a number in an escape or a directive is too large") from error
 
     def place(self, path: KeyPath, *, at_key: bool = False) -> tuple[int, int]:
@@ -1085,10 +1326,15 @@ def check_policy(content: bytes, file: str) -> Policy:
         # Told only when nothing else is wrong, as that may be the cause.
         advice = "asks for no tag: name one, or take the region out"
         mistakes = [Mistake(("regions", region), f"{region} {advice}", at_key=True) for region in idle]
-    problems = []
-    for path, message, at_key in dict.fromkeys(mistakes):
+    places = {
+        mistake[:3]: (document.place(mistake.path, at_key=mistake.at_key), mistake) for mistake in mistakes
+    }
+    problems: list[Problem] = []
+    for place, (path, message, at_key, near) in sorted(places.values(), key=lambda placed: placed[0]):
+        # Only a problem that is shown is worth the search.
+        hint = _did_you_mean(*near) if near and len(problems) < MAX_PROBLEMS else ""
         where = _where(path[:-1] if at_key else path)
-        problems.append(Problem(file, *document.place(path, at_key=at_key), where, message))
+        problems.append(Problem(file, *place, where, message + hint))
     raise PolicyError(problems)
 
 
@@ -1130,14 +1376,15 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
         match error.validator:
             case "additionalProperties":
                 for key in unknown:
-                    hint = _did_you_mean(key, known)
+                    hint = ""
+                    near: tuple[Any, tuple[str, ...]] | None = (key, tuple(known))
                     if colon:
-                        hint = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}"
+                        hint, near = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}", None
                     elif not path and is_region(key):
-                        hint = ": it is a region; indent it by two spaces, under regions:"
+                        hint, near = ": it is a region; indent it by two spaces, under regions:", None
                     elif path[-1:] == ("slack",):
-                        hint += ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
-                    yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", at_key=True)
+                        hint = ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
+                    yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", True, near)
             case "required":
                 missing = [] if colon else [key for key in wanted if key not in found]
                 yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
@@ -1147,7 +1394,9 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
             case "enum":
                 texts = list(dict.fromkeys(map(str, wanted)))
                 choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
-                yield Mistake(path, f"{_shown(found)} is not {choice}{_did_you_mean(found, texts)}")
+                yield Mistake(path, f"{_shown(found)} is not {choice}", near=(found, tuple(texts)))
+            case "oneOf" if not isinstance(found, dict):
+                pass  # its type is told
             case other:
                 message = _SCHEMA_MESSAGES[other]
                 yield Mistake(path, message.format(_shown(found), len(found), wanted, error.schema))
@@ -1209,6 +1458,8 @@ _SYNONYMS = {
 
 def _did_you_mean(word: Any, known: Sequence[str]) -> str:
     """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    if len(known) > 1000:
+        return ""  # takes too long
     words = {synonym: key for key in known for synonym in _SYNONYMS.get(key, "").split()}
     words |= {key.casefold(): key for key in known}
     word = word[:100].casefold() if isinstance(word, str) else ""
@@ -1250,22 +1501,92 @@ def _rules(entry: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             yield index, rule
 
 
+class _PatternCheck:
+    """Says why a policy cannot use a pattern. The tries for all patterns of a policy share a limit."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | None] = {}
+        self._patterns: dict[str, ValuePattern] = {}
+        self._seconds = 0.0
+
+    def complaint(self, pattern: str) -> str | None:
+        """Return why a policy cannot use a pattern; None where it can."""
+        if pattern not in self._known:
+            self._known[pattern] = self._complaint(pattern)
+        return self._known[pattern]
+
+    def allows(self, rule: RequiredTag, value: str) -> bool:
+        """Return whether a rule allows a value."""
+        before = rule.pattern.slow_seconds if rule.pattern else 0
+        allowed = rule.allows(value)
+        self._seconds += rule.pattern.slow_seconds - before if rule.pattern else 0
+        return allowed
+
+    def usable(self, pattern: str) -> ValuePattern:
+        """Return a pattern without a complaint; the same text is one pattern, with one limit."""
+        if pattern not in self._patterns:
+            self._patterns[pattern] = ValuePattern(pattern)
+        return self._patterns[pattern]
+
+    def _complaint(self, pattern: str) -> str | None:
+        """Compile a pattern, and try it on a few long values."""
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
+        if is_quick(pattern):
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError) as error:
+                return _not_a_pattern(str(error))
+            return None
+        # Long values of one character each, and the same behind the text that the pattern begins with.
+        begun = re.match(r"[^\\.^$*+?{}\[\]|()]*", pattern)
+        before = ["", begun[0]] if begun and begun[0] else [""]
+        characters = dict.fromkeys([*"aA0 ", *pattern])
+        values = [
+            f"{(text + character * _MOST_CHARACTERS)[: _MOST_CHARACTERS - 1]}\0"
+            for text in before
+            for character in characters
+        ]
+        for value in ("", *values):
+            limit = MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS
+            if self._seconds >= limit:
+                # Untried is no risk, as every value has its limit; what may not compile cannot be used.
+                return None if value else "was not checked: the patterns before it took too long"
+            answer = _MATCHER.match(pattern, value)
+            self._seconds += TRY_SECONDS + (answer[1] if answer else PATTERN_SECONDS)
+            if answer is None and not value:
+                return "takes too much time or memory to compile: shorten it, or list the values"
+            if answer is None:
+                return "can run forever on long values: repeat no part that holds a repetition, or list the values"
+            if isinstance(answer[0], str):
+                return _not_a_pattern(answer[0])
+        return None
+
+
+def _not_a_pattern(error: str) -> str:
+    """Return what to say of a pattern that `re` does not take."""
+    hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
+    return f"is not a regular expression: {_cut(error, 200)}{hint}"
+
+
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
     """Yield what a schema cannot say; what the schema has found wrong is passed over."""
-    yield from _tag_mistakes((), value)
+    patterns = _PatternCheck()
+    yield from _tag_mistakes((), value, patterns)
     asked = {rule["key"] for _, rule in _rules(value)}
     for region, entry in _given(value, "regions", dict).items():
         if region != "*":
             yield from _region_mistakes(("regions", region), region, at_key=True)
-        yield from _tag_mistakes(("regions", region), entry)
+        yield from _tag_mistakes(("regions", region), entry, patterns)
         asked |= {rule["key"] for _, rule in _rules(entry)}
+    known = tuple(sorted(asked))
     for number, entry in enumerate(_given(value, "exemptions", list)):
         for index, region in _texts(entry, "regions").items():
             yield from _region_mistakes(("exemptions", number, "regions", index), region)
         for index, key in _texts(entry, "required_tags").items():
             if key not in asked:
-                message = f"the policy does not ask for {_shown(key)}{_did_you_mean(key, sorted(asked))}"
-                yield Mistake(("exemptions", number, "required_tags", index), message)
+                message = f"the policy does not ask for {_shown(key)}"
+                yield Mistake(("exemptions", number, "required_tags", index), message, near=(key, known))
         expires = _given(entry, "expires", str)
         if re.match(_DATE["pattern"], expires):
             try:
@@ -1296,11 +1617,11 @@ def _notify_mistakes(notify: Mapping[str, Any]) -> Iterator[Mistake]:
 def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
     """Yield what is wrong with the name of a region."""
     if not is_region(region):
-        near = _did_you_mean(region, sorted(AWS_REGIONS))
-        yield Mistake(path, f"AWS has no region {_shown(region)}{near}", at_key)
+        near = (region, tuple(sorted(AWS_REGIONS)))
+        yield Mistake(path, f"AWS has no region {_shown(region)}", at_key, near)
 
 
-def _tag_mistakes(path: KeyPath, entry: Any) -> Iterator[Mistake]:
+def _tag_mistakes(path: KeyPath, entry: Any, patterns: _PatternCheck) -> Iterator[Mistake]:
     """Yield what is wrong with the rules of one required_tags list."""
     seen: set[str] = set()
     for index, rule in _rules(entry):
@@ -1314,102 +1635,39 @@ def _tag_mistakes(path: KeyPath, entry: Any) -> Iterator[Mistake]:
             yield Mistake(key_path, message)
         if key != key.strip():
             yield Mistake(key_path, f"{_shown(key)} begins or ends with a space: take it out")
-        values: list[str] = []
+        values: dict[str, None] = {}
         for number, text in _texts(rule, "values").items():
             if text in values:
                 yield Mistake((*rule_path, "values", number), f"{_shown(text)} stands in the list twice")
-            values.append(text)
+            values[text] = None
         pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-        if complaint := pattern_complaint(pattern):
+        if complaint := patterns.complaint(pattern):
             yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
             continue
-        checked = RequiredTag(key, tuple(values), re.compile(pattern) if pattern else None)
-        if default and not checked.allows(default):
-            message = f"{_shown(default)} is not {checked.wanted}, as the rule itself asks"
-            yield Mistake((*rule_path, "default"), message + _did_you_mean(default, checked.values))
+        checked = RequiredTag(key, tuple(values), patterns.usable(pattern) if pattern else None)
+        if default and not patterns.allows(checked, default):
+            message = f"{_shown(default)} is not {_cut(checked.wanted, 500)}, as the rule itself asks"
+            yield Mistake((*rule_path, "default"), message, near=(default, checked.values))
 
 
-def pattern_complaint(pattern: str) -> str | None:
-    """Return why a policy cannot use a pattern; None where it can.
-
-    Tag values are written by strangers: a pattern must not take for ever on any of the 256 characters that a
-    value may have. It is tried on values made from its own repetitions, each of which fails at the end.
-    """
-    try:
-        compiled = re.compile(pattern)
-        with time_limit(PATTERN_SECONDS):
-            _samples(re._parser.parse(pattern), compiled.fullmatch)  # type: ignore[attr-defined]
-    except (re.error, OverflowError, RecursionError) as error:
-        hint = " (any text is .* in a pattern)" if "nothing to repeat" in str(error) else ""
-        return f"is not a regular expression: {error}{hint}"
-    except TimeoutError:
-        return "can take for ever on a long value: repeat no part that holds a repetition, or list the values"
-    return None
+def check_patterns(policy: Policy) -> Iterator[str]:
+    """Yield a notice for each rule whose pattern took too long on values."""
+    for rule in dict.fromkeys(itertools.chain.from_iterable(policy.regions.values())):
+        if rule.pattern is None or not (rule.pattern.stopped or rule.pattern.given_up):
+            continue
+        what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
+        if rule.pattern.given_up:
+            what = "takes too long on some tag values, so others were not checked and count as not matching"
+        advice = "list the values, or repeat no part that holds a repetition"
+        yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
 
 
-PATTERN_SECONDS = 0.25
 MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
-PAGE_SECONDS = 20  # a thousand instances take 10 milliseconds
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the body when it takes longer; without effect where there is no such timer.
-
-    `re` can be interrupted by a signal alone: in the main thread, and not on Windows.
-    """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expire(*_: object) -> None:
-        raise TimeoutError
-
-    former = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-
-
-def _samples(tokens: Any, attempt: Callable[[str], object], before: str = "") -> list[str]:
-    """Return short texts that a parsed pattern matches, by and large: one for each of its alternatives.
-
-    On the way, attempt values of 256 characters that match up to a repetition, go on in it, and fail at the end.
-    """
-    samples = [""]
-    for token in tokens:
-        name, argument, ahead = str(token[0]), token[1], before + samples[0]
-        if name == "LITERAL":
-            found = [chr(argument)]
-        elif name in ("ANY", "IN", "NOT_LITERAL"):
-            one = re._compiler.compile(re._parser.SubPattern(tokens.state, [token]))  # type: ignore[attr-defined]
-            candidates = itertools.chain(",a0 -_", map(chr, range(32, 0xFFFF)))
-            found = [next(filter(one.fullmatch, candidates), "~")]
-        else:
-            found = [text for part in _parts(argument) for text in _samples(part, attempt, ahead)] or [""]
-        if "REPEAT" in name:
-            for text in (*found, "".join(found)):
-                attempt((ahead + text * 256)[:255] + "\0")
-            found = [found[0] * min(max(1, argument[0]), 256)]
-        elif name.startswith("ASSERT"):
-            found = [""]
-        samples = [text[:256] for text in found] if len(tokens) == 1 else [(samples[0] + found[0])[:256]]
-    return samples
-
-
-def _parts(argument: Any) -> list[Any]:
-    """Return the patterns within a token of a parsed pattern."""
-    if isinstance(argument, list | tuple):
-        return [part for inner in argument for part in _parts(inner)]
-    return [argument] if isinstance(argument, re._parser.SubPattern) else []  # type: ignore[attr-defined]
 
 
 # How the values of some keys become fields.
 _READ: dict[str, Callable[[Any], Any]] = {
-    "pattern": re.compile,
+    "pattern": ValuePattern,
     "expires": date.fromisoformat,
     "tags": lambda tags: tuple(tags.items()),
     "slack": lambda entry: Slack(**_fields(entry)),
@@ -1617,9 +1875,11 @@ def check_tag(
     if text.casefold() in placeholder_values:
         message = f"{rule.key} is {value!r}, a placeholder"
         return Violation(rule.key, ViolationType.EMPTY, value, None, message)
-    if rule.allows(value):
+    verdict = rule.judge(value)
+    if verdict is Verdict.ALLOWED:
         return None
-    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, _value_message(rule, value))
+    message = _value_message(rule, value, verdict)
+    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, message)
 
 
 def exempt(
@@ -1643,8 +1903,14 @@ def exempt(
 
 
 @functools.lru_cache(maxsize=4096)
-def _value_message(rule: RequiredTag, value: str) -> str:
+def _value_message(rule: RequiredTag, value: str, verdict: Verdict) -> str:
     """Say what the value should have been, and which allowed one is nearest."""
+    if verdict is Verdict.STOPPED:
+        why = f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s"
+        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
+    if verdict is Verdict.NOT_CHECKED:
+        why = "not checked, as its pattern took too long on other values"
+        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
     return f"{rule.key} is {value!r}, not {rule.wanted}{_did_you_mean(value, rule.values)}"
 
 
@@ -7117,7 +7383,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
             nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
                 begun_anew = filter(None, [fetch_notice(db, scan, args.state)])
-                more = _exemption_notices(args, scan, used)
+                more = (*_exemption_notices(args, scan, used), *check_patterns(policy))
                 report = _report(args, db, scan, finished_at, [*begun_anew, *notices, *more])
                 if policy.notify:
                     owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
@@ -7571,12 +7837,11 @@ def _collect(
         if target not in numbers:
             numbers[target] = add_target(db, target)
         if isinstance(reading, list):
-            with _pattern_guard(target):
-                seen = [
-                    judge(target, instance, policy, scan.started_at)
-                    for instance in reading
-                    if policy.includes(instance.state)
-                ]
+            seen = [
+                judge(target, instance, policy, scan.started_at)
+                for instance in reading
+                if policy.includes(instance.state)
+            ]
             new_states.update(
                 state
                 for state in {sighting.instance.state for sighting in seen} - new_states
@@ -7604,19 +7869,6 @@ def _collect(
 
 
 MAX_NEW_STATES = 10  # to name in notices
-
-
-@contextlib.contextmanager
-def _pattern_guard(target: Target) -> Iterator[None]:
-    """End the scan where a pattern that looked harmless meets a tag value on which it takes for ever."""
-    try:
-        with time_limit(PAGE_SECONDS):
-            yield
-    except TimeoutError as error:
-        message = (
-            f"a pattern of the policy takes for ever on a tag value in {target}: list the values instead"
-        )
-        raise UsageError(message) from error
 
 
 def _exemption_notices(args: argparse.Namespace, scan: Scan, used: Iterable[Exemption]) -> Iterator[str]:
@@ -7647,7 +7899,7 @@ def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
         errors = sum(problem.severity == "error" for problem in problems)
         also = f", {counted(len(problems) - errors, 'warning')}" if errors < len(problems) else ""
         verdict = f"{path}: {counted(errors, 'error') if errors else 'valid'}{also}"
-        lines += [*map(str, problems), printable(verdict)]
+        lines += [*problem_lines(problems), printable(verdict)]
     if args.json:
         output = Output("json", args.json)
         check_output(output)
@@ -7668,8 +7920,9 @@ def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) 
             "valid": all(problem.severity == "warning" for problem in problems),
             "problems": [
                 {key: getattr(problem, key) for key in ("line", "column", "severity", "where", "message")}
-                for problem in problems
+                for problem in problems[:MAX_PROBLEMS]
             ],
+            "problem_count": len(problems),
         }
         for path, problems in results.items()
     ]

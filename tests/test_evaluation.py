@@ -1,6 +1,5 @@
 """Section 3: an instance's tags and its rules give its violations."""
 
-import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,8 +10,8 @@ from tagcheck import RequiredTag, Resolution, ViolationType
 PLACEHOLDERS = frozenset({"tbd", "n/a", "none"})
 OWNER = RequiredTag("Owner")
 ENVIRONMENT = RequiredTag("Environment", values=("dev", "test", "prod"))
-COST_CENTER = RequiredTag("CostCenter", pattern=re.compile("CC-[0-9]{4}"))
-BOTH = RequiredTag("Tier", values=("a1", "b2", "cc"), pattern=re.compile("[a-z][0-9]"))
+COST_CENTER = RequiredTag("CostCenter", pattern=tagcheck.ValuePattern("CC-[0-9]{4}"))
+BOTH = RequiredTag("Tier", values=("a1", "b2", "cc"), pattern=tagcheck.ValuePattern("[a-z][0-9]"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from tagcheck import (
     Reliability,
     RequiredTag,
     Target,
+    ValuePattern,
     agreements,
     cause_lines,
     cause_of,
@@ -32,7 +32,7 @@ from tagcheck import (
 
 PLACEHOLDERS = frozenset({"tbd", "n/a"})
 OWNER = RequiredTag("Owner")
-COST_CENTER = RequiredTag("CostCenter", pattern=re.compile("CC-[0-9]{4}"))
+COST_CENTER = RequiredTag("CostCenter", pattern=ValuePattern("CC-[0-9]{4}"))
 ENVIRONMENT = RequiredTag("Environment", values=("dev", "test", "prod"))
 ASG, PROFILE, VPC = (
     Group("autoscaling_group", "web-asg"),
@@ -243,7 +243,7 @@ def test_a_suggestion_is_always_allowed():
         OWNER,
         COST_CENTER,
         ENVIRONMENT,
-        RequiredTag("Stage", pattern=re.compile("[a-z]+"), values=("dev", "Prod-1")),
+        RequiredTag("Stage", pattern=ValuePattern("[a-z]+"), values=("dev", "Prod-1")),
     )
     rng = random.Random(1)
     tried = 0
