@@ -1083,6 +1083,19 @@ def test_hostile_answer_about_the_caller_or_the_accounts_ends_the_run(
         aws.clear_faults()
 
 
+def test_instance_that_moved_to_a_later_page_counts_as_it_was_seen_last(aws: AwsServer, scan: Scan) -> None:
+    first = with_items(ITEM.format("i-0a", TAG.format("ann")), after="<nextToken>next</nextToken>")
+    pages = {None: first, "next": with_items(ITEM.format("i-0a", ""))}
+    aws.fault(
+        "answer",
+        action="DescribeInstances",
+        answer=lambda r: (200, {"Content-Type": "text/xml"}, pages[r.params.get("NextToken")]),
+    )
+    result = scan(REGION, check=3)
+    assert found(result) == {REGION: ["i-0a"]}
+    assert result.json("out.json")["summary"]["instances"] == 1
+
+
 # ---- Saved instances ---------------------------------------------------------------------------------------
 
 

@@ -423,7 +423,7 @@ def test_quiet_still_says_errors(aws: AwsServer, tagcheck: Tagcheck, policy: Pat
 def test_verbose_says_each_retry(aws: AwsServer, tagcheck: Tagcheck, policy: Path) -> None:
     aws.fault("truncate", action="DescribeInstances", region=REGION, times=1)
     result = tagcheck("scan", "--policy", policy, "-v", env=aws.env, check=0)
-    assert "ec2:DescribeInstances: ResponseParserError; trying again" in result.err
+    assert "ec2:DescribeInstances: IncompleteAnswer; trying again" in result.err
 
 
 def test_progress_is_a_line_a_target_where_there_is_no_terminal(
