@@ -3821,7 +3821,7 @@ _OLDER_INDEX = rf"""CREATE( UNIQUE)? INDEX ["`\[]?\w+["`\]]? ON ["`\[]?{OLDER_TA
 
 
 class LocalState:
-    """A state in a file of this machine; where there is none and `create` is false, MissingStateError is raised."""
+    """A state in a file of this machine; without `create` a missing one is a MissingStateError."""
 
     def __init__(self, path: Path, name: str | None = None, *, create: bool = True) -> None:
         self.path, self.name, self._create = path, name or str(path), create
@@ -3858,7 +3858,7 @@ class _PassingError(Exception):
 class S3State:
     """A state in S3, recorded into a copy that takes its place only if nobody else was faster.
 
-    Where there is none and `create` is false, MissingStateError is raised.
+    Without `create` a missing one is a MissingStateError.
     """
 
     def __init__(
@@ -4224,10 +4224,14 @@ def _is_amount(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     """Return whether a value is a time as utc_text() writes it."""
-    if type(value) is not str or not _TIME.fullmatch(value):
-        return False
+    return type(value) is str and _TIME.fullmatch(value) is not None and _is_moment(value)
+
+
+@functools.lru_cache(10_000)
+def _is_moment(text: str) -> bool:
+    """Return whether a time is on a day that there is; the findings of a scan have few different ones."""
     try:
-        datetime.fromisoformat(value)
+        datetime.fromisoformat(text)
     except ValueError:
         return False
     return True
@@ -4295,7 +4299,7 @@ def _load_json(column: str, text: Any, kind: type) -> Any:
 
 
 def _load_records(column: str, text: Any, keys: Mapping[str, str]) -> list[Sequence[Any]]:
-    """Return the values of a column's JSON objects; each key has the name of its check. Raises _BadRowError."""
+    """Return the values of a column's JSON objects, whose keys name their checks; raises _BadRowError."""
     rows = []
     for record in _load_json(column, text, list):
         if type(record) is not dict or record.keys() != keys.keys():
@@ -4585,8 +4589,8 @@ def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
         """,
         names,
     )
-    # Of too young instances those are findings that were open before. All others are findings by what this scan
-    # saw alone, whatever the state holds.
+    # A too young instance is a finding only where it was open before. All others are findings by what this
+    # scan saw alone, whatever the state holds.
     differing = db.execute(
         """
         SELECT target.account_id, target.region FROM target
@@ -4596,7 +4600,8 @@ def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
             SELECT target, count(*) AS violating, sum(NOT too_young) AS sure FROM sighting
             WHERE violations IS NOT NULL GROUP BY target
         ) ON target = target.id
-        WHERE findings <> new + repeat + reopened OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
+        WHERE findings <> new + repeat + reopened
+            OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
         """,
         names,
     ).fetchone()
@@ -4615,7 +4620,7 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
 
 
 def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str) -> str:
-    """Return why every finding of the scan that is being recorded is NEW; nothing where earlier ones are known."""
+    """Return why every finding of the scan being recorded is NEW; nothing where earlier ones are known."""
     rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
     policies = {policy for (policy,) in rows}
     known = any(target.repeat or target.reopened for target in fetch_coverage(db, scan))  # to the older tool
@@ -4631,8 +4636,8 @@ def require_scans(path: Path, name: str) -> None:
     with _opened_state(path, name) as db:
         if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
             raise StateError(
-                f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, or run "
-                "once without --require-state"
+                f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, "
+                "or run once without --require-state"
             )
 
 
@@ -4911,7 +4916,8 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
             OR typeof(instance_id) <> 'text' OR typeof(first_seen) <> 'text' OR typeof(tag_keys) <> 'text'
             OR typeof(created_by) NOT IN ('text', 'null') OR typeof(owner) NOT IN ('text', 'null')
             OR typeof(managed_by) NOT IN ('text', 'null')
-            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null') OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
+            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null')
+            OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
             OR first_seen NOT GLOB '????-??-??T??:??:??Z'
         LIMIT 1
         """
@@ -7597,9 +7603,9 @@ def open_state(
 
 @contextlib.contextmanager
 def _reading(args: argparse.Namespace, policy: str | None) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading the state that was named, which must have a scan of a policy if one is given.
+    """Yield a connection for reading the state that was named; raises UsageError, StateError.
 
-    Raises UsageError, StateError.
+    Where a policy is given, the state must have a scan of it.
     """
     with contextlib.ExitStack() as stack:
         state = open_state(args, stack)
