@@ -5546,6 +5546,8 @@ class UndoFile:
         try:
             if self._file is None:
                 self._file = open(self.path, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
+            elif not os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
+                raise OSError(errno.ESTALE, "another process replaced it")
             size = os.fstat(self._file.fileno()).st_size
             with open(self._file.fileno(), "wb", closefd=False) as file:
                 file.write(text.getvalue().encode())
@@ -8148,7 +8150,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
     rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
     if not args.plan:
-        with _reading(args, policy.name) as db:
+        with _reading(args, None if args.undo else policy.name) as db:
             is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
             rows = (
                 check_undo(db, args.state, policy.name, rows)

@@ -523,10 +523,9 @@ def test_share_without_an_account_says_so_and_writes_every_output(
     (tmp_path / "fleet.json").write_text(json.dumps(fleet))
     args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
     result = scan(None, args=args, check=0)
-    assert result.json("out.json")["notices"] == [
-        "--shard 1/4 has no account to scan: nothing was read in this run"
-    ]
-    assert result.json("out.json")["notices"][0] in result.out
+    notice = "--shard 1/4 has no account to scan: nothing was read in this run"
+    assert result.json("out.json")["notices"][1:] == [notice]
+    assert notice in result.out
     assert coverage(result) == {}
     assert result.csv("out.csv") == []
     assert ET.parse(tmp_path / "out.xml").getroot().tag == "testsuites"
@@ -545,7 +544,7 @@ def test_share_whose_accounts_are_all_suspended_is_empty(aws: AwsServer, scan: S
     make_organization(aws, members=0)
     aws.fault(**answers([account(OWN, "SUSPENDED")]), action="ListAccounts")
     result = scan({"organization": True}, args=("--shard", "3/4"), check=0)
-    assert [notice.split(":")[0] for notice in result.json("out.json")["notices"]] == [
+    assert [notice.split(":")[0] for notice in result.json("out.json")["notices"][1:]] == [
         f"Account {OWN} is SUSPENDED",
         "--shard 3/4 has no account to scan",
     ]

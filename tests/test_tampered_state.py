@@ -401,7 +401,7 @@ def test_a_finding_that_was_not_kept_fails_the_scan(
 
 def test_what_a_scan_writes_can_be_read_again(desk: Desk) -> None:
     def age(number: int, instance: dict[str, Any]) -> None:
-        instance["LaunchTime"] = "0001-01-01T00:00:00+00:00"
+        instance["LaunchTime"] = "1970-01-01T00:00:00+00:00"
 
     save_fleet(age)
     assert desk.scan().code == VIOLATIONS
