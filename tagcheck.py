@@ -2882,12 +2882,13 @@ def _read_instances_of(client: Any) -> None:
 
 
 PARSED = "tagcheck.instances"
-_RESERVATIONS = "/DescribeInstancesResponse/reservationSet"
-_ITEM = f"{_RESERVATIONS}/item/instancesSet/item"
-_TAG = f"{_ITEM}/tagSet/item"
 _ROOT = "/DescribeInstancesResponse"
 _TOKEN = f"{_ROOT}/nextToken"
-MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
+_RESERVATIONS = f"{_ROOT}/reservationSet"
+_RESERVATION = f"{_RESERVATIONS}/item"
+_SET = f"{_RESERVATION}/instancesSet"
+_ITEM = f"{_SET}/item"
+_TAG = f"{_ITEM}/tagSet/item"
 _LEAVES = frozenset(
     (
         *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
@@ -2895,6 +2896,8 @@ _LEAVES = frozenset(
         *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
     )
 )
+_PLACES = _LEAVES | {_RESERVATIONS, _RESERVATION, _SET, _ITEM, _TAG}
+MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
 
 
 def _parse_instances(
@@ -2928,62 +2931,81 @@ def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
     parser = expat.ParserCreate()
     parser.buffer_text = True
     instances: list[Instance] | None = None
-    path, token = "", None
+    path, token, has_set = "", None, False
     texts: list[str] = []
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
     known: dict[str, Instance] = {}
-    longest, under_root = MAX_PATH, len(_ROOT) + 1
 
     def refuse(what: str) -> NoReturn:
         raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
 
     def start(name: str, _: object) -> None:
-        nonlocal path, instances
+        nonlocal path, instances, has_set
         path += f"/{name}"
-        if path in _LEAVES:
-            texts.clear()
-            parser.CharacterDataHandler = texts.append
-        elif path == _RESERVATIONS:
-            if instances is not None:
-                refuse("a second reservationSet")
-            instances = []
-        elif (length := len(path)) > longest:
+        if path in _PLACES:
+            if path in _LEAVES:
+                texts.clear()
+                parser.CharacterDataHandler = texts.append
+                parser.StartElementHandler = start_within_text
+            elif path == _RESERVATIONS:
+                if instances is not None:
+                    refuse("a second reservationSet")
+                instances = []
+            elif path == _SET:
+                if has_set:
+                    refuse("a second instancesSet in a reservation")
+                has_set = True
+        elif len(path) > MAX_PATH:
             refuse("elements nested too deeply")
-        elif length - len(name) == under_root and "token" in name.lower():
-            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
+
+    def start_within_text(name: str, _: object) -> None:
+        refuse(f"<{name}> within the text of {path}")
 
     def end(name: str) -> None:
-        nonlocal path, token, found, tags
-        if path == _TOKEN:
-            if token is not None:
-                refuse("a second nextToken")
-            token = "".join(texts)
-        elif path in _LEAVES:
-            if name in found:
-                refuse(f"a second {name} in an instance or a tag")
-            found[name] = "".join(texts)
-        elif path == _TAG:
-            key = found.pop("key", "")
-            if not key or key in tags:
-                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
-            tags[sys.intern(key)] = found.pop("value", "")
-        elif path == _ITEM and instances is not None:
-            try:
-                instance = _instance(
-                    *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
-                    *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
-                    _operator(found.get("managed") == "true", found.get("principal")),
-                )
-            except (TypeError, ValueError) as error:
-                refuse(f"an instance in the answer is not whole: {error}")
-            if known.setdefault(instance.instance_id, instance) is instance:
-                instances.append(instance)
-            elif known[instance.instance_id] != instance:
-                refuse(f"the instance {instance.instance_id} twice, and not the same")
-            found, tags = {}, {}
-        parser.CharacterDataHandler = None
+        nonlocal path, token, has_set, found, tags
+        if path in _PLACES:
+            if path in _LEAVES:
+                parser.CharacterDataHandler = None
+                parser.StartElementHandler = start
+                if path != _TOKEN:
+                    if name in found:
+                        refuse(f"a second {name} in an instance or a tag")
+                    found[name] = "".join(texts)
+                elif token is not None:
+                    refuse("a second nextToken")
+                else:
+                    token = "".join(texts)
+            elif path == _TAG:
+                key = found.pop("key", "")
+                if not key or key in tags:
+                    refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+                tags[sys.intern(key)] = found.pop("value", "")
+            elif path == _ITEM:
+                end_instance()
+                found, tags = {}, {}
+            elif path == _RESERVATION:
+                if not has_set:
+                    refuse("a reservation without instancesSet")
+                has_set = False
         path = path[: -len(name) - 1]
+        if path == _ROOT and "token" in name.lower() and name != "nextToken":
+            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
+
+    def end_instance() -> None:
+        assert instances is not None
+        try:
+            instance = _instance(
+                *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
+                *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
+                _operator(found.get("managed") == "true", found.get("principal")),
+            )
+        except (TypeError, ValueError) as error:
+            refuse(f"an instance in the answer is not whole: {error}")
+        if known.setdefault(instance.instance_id, instance) is instance:
+            instances.append(instance)
+        elif known[instance.instance_id] != instance:
+            refuse(f"the instance {instance.instance_id} twice, and not the same")
 
     parser.StartDoctypeDeclHandler = lambda *_: refuse("a DOCTYPE, as HTML has")
     parser.StartElementHandler = start

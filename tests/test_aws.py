@@ -895,6 +895,19 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             "i-0a twice",
             id="instance twice, with other tags",
         ),
+        pytest.param(
+            in_root("<reservationSet><item><instanceSet/></item></reservationSet>"),
+            "a reservation without instancesSet",
+            id="instances in a list of another name",
+        ),
+        pytest.param(
+            in_root(f"<reservationSet><item>{'<instancesSet/>' * 2}</item></reservationSet>"),
+            "a second instancesSet",
+            id="two lists of instances",
+        ),
+        pytest.param(
+            with_items(ITEM.format("i-0a<b>7</b>", "")), "<b> within the text", id="an element within a text"
+        ),
         pytest.param(in_root("<a>" * 600 + "</a>" * 600), "nested too deeply", id="nested too deeply"),
         pytest.param(
             with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")),
