@@ -293,7 +293,7 @@ class Finding:
     instance_type: str | None
     cause: Group | None
     monthly_cost: float | None
-    managed_by: str | None
+    managed_by: str | None  # "" where no AWS service does, None where the first edition recorded it
 
     @property
     def target(self) -> Target:
@@ -488,9 +488,9 @@ def utc_text(moment: datetime) -> str:
     return f"{moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat()}Z"
 
 
-def counted(number: int, word: str) -> str:
+def counted(number: int, word: str, plural: str = "") -> str:
     """Return "1 finding", "2 findings", "12,000 instances"."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+    return f"{number:,} {word if number == 1 else plural or f'{word}s'}"
 
 
 def _cut(text: str, width: int) -> str:
@@ -696,6 +696,9 @@ AWS_REGIONS = frozenset("""
     us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
     us-isof-south-1 us-west-1 us-west-2
     """.split())  # fmt: skip
+
+
+REGION_NAME = "[a-z]+(?:-[a-z]+)+-[0-9]+"
 
 
 def is_region(name: str) -> bool:
@@ -1667,7 +1670,6 @@ MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 
 # How the values of some keys become fields.
 _READ: dict[str, Callable[[Any], Any]] = {
-    "pattern": ValuePattern,
     "expires": date.fromisoformat,
     "tags": lambda tags: tuple(tags.items()),
     "slack": lambda entry: Slack(**_fields(entry)),
@@ -1688,11 +1690,16 @@ def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
     """Build the Policy of a document in which no mistake was found."""
     value = document.value
+    pattern = functools.cache(ValuePattern)  # what a value costs is counted once for all rules of a pattern
 
     def required_tags(entry: Any, *path: str) -> dict[str, RequiredTag]:
         """Return the rules of the required_tags at a path, by their keys."""
         lines = {index: document.place((*path, "required_tags", index))[0] for index, _ in _rules(entry)}
-        return {rule["key"]: RequiredTag(**_fields(rule), line=lines[index]) for index, rule in _rules(entry)}
+        rules = {}
+        for index, rule in _rules(entry):
+            fields = _fields(rule) | ({"pattern": pattern(rule["pattern"])} if "pattern" in rule else {})
+            rules[rule["key"]] = RequiredTag(**fields, line=lines[index])
+        return rules
 
     shared = required_tags(value)
     regions = {}
@@ -2021,7 +2028,7 @@ def explain(
 def _history(finding: Finding | None) -> str:
     """Return what the state knows of a finding, in one line."""
     if finding is None:
-        return "  History: none (no scan in the state found it in violation)"
+        return "  History: none known"
     seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
     again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
     ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
@@ -2453,7 +2460,9 @@ def _plan_row(
 
 def row_complaint(row: PlanRow, policy: Policy) -> str | None:
     """Return why a row may not be carried out under a policy; None where it may."""
-    if not policy.covers(row.target.region) or not is_region(row.target.region):
+    if not re.fullmatch(REGION_NAME, row.target.region):  # it becomes part of a host's name
+        return f"{row.target.region!r} is not a region"
+    if not policy.covers(row.target.region):
         return f"{policy.file} does not cover the region {row.target.region}"
     if policy.accounts and not policy.accounts.covers(row.target.account_id):
         return f"{policy.file} does not cover the account {row.target.account_id}"
@@ -2522,7 +2531,6 @@ NETWORK_PAUSES = (3.0,)
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 WRITE_ACTIONS = ("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
 CREATOR_ACTIONS = ("cloudtrail:LookupEvents",)
-REGION_NAME = "[a-z]+(?:-[a-z]+)+-[0-9]+"
 
 # Of one call with all that the SDK tries: five time-outs of a minute, and the pauses between them.
 CALL_SECONDS = 400.0
@@ -2554,8 +2562,22 @@ def within(seconds: float, function: Callable[[], Returned]) -> Returned:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        message = "cannot start a thread: use fewer --workers, or allow more processes (ulimit -u)"
+        raise TagcheckError(message) from error
     return future.result(seconds)
+
+
+def public_text(error: Exception) -> str:
+    """Return an exception's text without the user and password of a URL, and without what a program printed."""
+    import botocore.exceptions
+
+    if isinstance(error, botocore.exceptions.CredentialRetrievalError):
+        return f"{error.kwargs.get('provider')} did not give any: run it by hand to see why"
+    return re.sub(r"//[^/\s]*@", "//", str(error))
 
 
 class Aws:
@@ -2602,7 +2624,7 @@ class Aws:
                     client = self.session.client(service, region_name=region, config=self._config)
                 except (botocore.exceptions.BotoCoreError, ValueError) as error:
                     raise CredentialsError(
-                        f"cannot call AWS: {error}; check the AWS configuration"
+                        f"cannot call AWS: {public_text(error)}; check the AWS configuration"
                     ) from error
                 if service in ("ec2", "cloudtrail"):
                     client.meta.events.register(f"before-sign.{service}", self._sign)
@@ -2724,7 +2746,7 @@ def failure_of(error: Exception) -> Failure:
             return Failure("IncompleteAnswer", "", passes=True)
         case exceptions.ConnectionError() | exceptions.HTTPClientError():
             if code in NO_CONNECTION or code == "SSLError":
-                return Failure(code, str(error), passes=True)
+                return Failure(code, public_text(error), passes=True)
             # Its text may repeat a header, and with it the session token: only its kind may be printed.
             cause = type(error.kwargs.get("error"))
             if cause in (ValueError, UnicodeEncodeError):  # of http.client, before anything is sent
@@ -2736,7 +2758,7 @@ def failure_of(error: Exception) -> Failure:
                 "the machine a role"
             ) from error
         case exceptions.BotoCoreError():
-            raise CredentialsError(f"the AWS credentials cannot be used: {error}") from error
+            raise CredentialsError(f"the AWS credentials cannot be used: {public_text(error)}") from error
         case TimeoutError():
             return Failure("CallTimeout", "the answer did not come to its end")
         # From here on these are Python's own, which botocore's parsers raise for answers of another form.
@@ -3609,9 +3631,15 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         raise
     except sqlite3.Error as error:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+        if code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error)):
+            raise
         # SQLITE_ERROR is of a value that cannot be worked with ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
+
+
+# What SQLite says of a query that does not fit the tables, which are ours where any is asked.
+_QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
@@ -3621,12 +3649,25 @@ def check_state(path: Path, name: Path | str | None = None, *, create: bool = Tr
     StateError, which says `name` where `path` is a copy.
     """
     name = name or path
-    if not os.path.lexists(path):
+    if not _exists(path):
         if not create:
             raise _missing(name)
         _create_state(path)
     with _checked_state(path, name) as db:
         _migrate(db, name)
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is anything of this name; raises StateError where nobody can tell."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StateError(
+            f"the state {path} cannot be read: {error.strerror}; name another file with --state"
+        ) from error
+    return True
 
 
 def _missing(name: Path | str) -> MissingStateError:
@@ -3852,9 +3893,12 @@ class LocalState:
         """Find out before the scan whether it can be used; raises StateError."""
         check_state(self.path, create=self._create)
 
-    def attempts(self, scan_id: str) -> Iterator[Path]:
+    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
         """Yield the file to record into, once: a transaction that ends stands."""
         yield self.path
+
+    def release_signals(self) -> None:
+        """Do nothing: no signal is held back."""
 
     def copy(self, copy: Path) -> None:
         """Copy it, where there is one; raises StateError."""
@@ -3864,7 +3908,8 @@ class LocalState:
 
 
 S3_TRIES = 40
-S3_DAMAGED_DOWNLOADS = 2  # that may be the network's fault; then it is the state that is damaged
+S3_DAMAGED = 2  # answers that may be the network's fault; then it is the state that is damaged
+S3_TIME_OUTS = 2  # each may take S3_SECONDS
 S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
@@ -3875,6 +3920,10 @@ class _DamagedError(StateError):
 
 class _PassingError(Exception):
     """S3 refused or failed in a way that may pass."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class S3State:
@@ -3895,52 +3944,52 @@ class S3State:
     ) -> None:
         self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
         self._create = create
+        self._release: Callable[[], None] | None = None
         self.path, self.name = path, f"s3://{bucket}/{key}"
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
-        next(self.attempts(""))
+        next(self.attempts())
 
     def copy(self, copy: Path) -> None:
         """Copy it, where there is one; raises StateError."""
         self.check()
         copy_state(self.path, copy)
 
-    def attempts(self, scan_id: str) -> Iterator[Path]:
+    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
         """Yield a fresh copy to record into, as often as it takes until one stands; raises StateError.
 
         A put whose answer was lost is repeated by the SDK, and then refused because of itself: only the scan's
         id in the state tells that it was not another's.
         """
-        failure = ""
+        failure, time_outs, damaged, recorded = "", 0, 0, False
         for number in range(S3_TRIES):
             if number:
                 LOG.debug("%s: %s; trying again", self.name, failure)
                 time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
             try:
                 etag = self._download()
-            except _PassingError as error:
-                failure = str(error)
-                continue
-            except _DamagedError:
-                if number >= S3_DAMAGED_DOWNLOADS:
-                    raise
-                failure = "the download is damaged"
-                continue
-            if etag and has_scan(self.path, scan_id):
-                return
-            yield self.path
-            release = self._hold_signals()  # a put that is cut off may have been carried out
-            try:
+                if etag and scan_id is not None and has_scan(self.path, scan_id):
+                    return
+                yield self.path
+                recorded = True
                 self._upload(etag)
-            except _PassingError as error:
-                release()
-                failure = str(error)
-            else:
                 return
+            except _PassingError as error:
+                failure = str(error)
+                time_outs += error.timed_out
+                if time_outs >= S3_TIME_OUTS:
+                    break
+            except _DamagedError as error:
+                failure = str(error)
+                damaged += 1
+                if damaged > S3_DAMAGED and not recorded:
+                    raise
+                if damaged > S3_DAMAGED:
+                    break
         raise UploadError(
-            f"the state {self.name}: given up after {S3_TRIES} tries, the last of which ended in {failure}; the "
-            "scan is not recorded, run again"
+            f"the state {self.name}: given up after {counted(number + 1, 'try', 'tries')}, the last of which ended in "
+            f"{failure}; the scan is not recorded, run again"
         )
 
     def _download(self) -> str | None:
@@ -3949,7 +3998,7 @@ class S3State:
         new.unlink(missing_ok=True)
         answer = self._call("get_object")
         if answer and "ETag" not in answer:
-            raise _PassingError("the answer is not S3's: check the network and the proxy")
+            raise self._foreign_answer()
         if answer:
             with new.open("wb") as file:
                 self._call(lambda: shutil.copyfileobj(answer["Body"], file))
@@ -3960,15 +4009,32 @@ class S3State:
         return str(answer["ETag"]) if answer else None
 
     def _upload(self, etag: str | None) -> None:
-        """Put the copy in the place of what it was made from, or of nothing."""
+        """Put the copy in the place of what it was made from, or of nothing; signals wait for the end of it."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        with self.path.open("rb") as body:
-            answer = self._call("put_object", Body=body, **condition)
-        if answer is None:
-            raise _PassingError("the state was deleted meanwhile")
-        if "ETag" not in answer:
-            raise _PassingError("the answer is not S3's: check the network and the proxy")
+        self._release = self._hold_signals()  # a put that is cut off may have been carried out
+        try:
+            with self.path.open("rb") as body:
+                answer = self._call("put_object", Body=body, **condition)
+            if answer is None:
+                raise _PassingError("the state was deleted meanwhile")
+            if "ETag" not in answer:
+                raise self._foreign_answer()
+        except (_PassingError, StateError):
+            self.release_signals()
+            raise
+
+    def release_signals(self) -> None:
+        """Let signals come again that were held back since a put that stands."""
+        release, self._release = self._release, None
+        if release:
+            release()
+
+    def _foreign_answer(self) -> _DamagedError:
+        """Return the error of an answer that is not S3's."""
+        return _DamagedError(
+            f"the state {self.name}: the answer is not S3's: check the network and the proxy"
+        )
 
     def _check(self, path: Path) -> None:
         """Check a copy of the state; raises _DamagedError."""
@@ -4007,8 +4073,9 @@ class S3State:
                 code, message, passes = failure_of(error)
             except CredentialsError as unusable:
                 raise StateError(f"the state {self.name}: {unusable}") from error
-            if passes:
-                raise _PassingError(f"{code}: {message}" if message else code) from error
+            if passes or code == "CallTimeout":
+                message = f"{code}: {message}" if message else code
+                raise _PassingError(message, timed_out=code == "CallTimeout") from error
             advice = ADVICE.get(code, "check --state")
             raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
 
@@ -4065,15 +4132,14 @@ def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tu
     launch_time, tags = utc_text(instance.launch_time), _to_json(instance.tags)
     row = (target, instance.instance_id, instance.state, launch_time, tags)
     exempted = _to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
-    managed_by = instance.managed_by or None
     if not seen.violations:
-        return (*row, None, exempted, seen.too_young, *(None,) * 6, managed_by, None, None)
+        return (*row, None, exempted, seen.too_young, *(None,) * 6, instance.managed_by, None, None)
     violations = _to_json([violation_record(violation) for violation in seen.violations])
     groups = groups_of(instance)
     kind, name = cause_of(groups) or (None, None)
     keys = _to_json([violation.tag_key for violation in seen.violations])
-    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys, managed_by, None, None)
-    return (*row, violations, exempted, seen.too_young, *found)
+    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys)
+    return (*row, violations, exempted, seen.too_young, *found, instance.managed_by, None, None)
 
 
 # How many instances of a target have these values of the required tags in a group. In a group that is no cause,
@@ -4117,7 +4183,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     def suggestions(target: int, violations: str, groups: str) -> str | None:
         members = [Group(*group) for group in json.loads(groups)]
         found = []
-        for violation in _load_violations(violations):
+        for violation in map(_load_violation, json.loads(violations)):  # this scan's own
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
@@ -4397,7 +4463,16 @@ def record_scan(
 
 def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:
     """Bring scans, findings and coverage of the attached state up to date."""
-    db.create_function("resolution", 3, _resolution, deterministic=True)
+    raised: list[BaseException] = []
+
+    def resolution_of(*row: Any) -> str | None:
+        try:
+            return _resolution(*row)
+        except BaseException as error:  # sqlite3 tells only that there was one, also of Ctrl-C
+            raised.append(error)
+            raise
+
+    db.create_function("resolution", 3, resolution_of, deterministic=True)
     cursor = db.execute(
         "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
         "VALUES (?, ?, ?, ?, ?, ?)",
@@ -4407,11 +4482,11 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
     if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
         raise _BadRowError("it has counts of a scan that was not yet made")
     db.execute("DELETE FROM resolved")
-    if scan.may_hide_managed:
-        _fail_hiding_targets(db, names)
-    # Only a target that was read in full resolves anything.
-    db.execute(
-        """
+    # Only a target that was read in full resolves anything. Without --include-managed-resources
+    # `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
+    # In a state of the first edition managed_by is NULL, as it did not know.
+    names["may_hide"] = scan.may_hide_managed
+    resolve = """
         INSERT INTO resolved
         SELECT finding.id,
             resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
@@ -4420,9 +4495,14 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
             AND finding.account_id = target.account_id AND finding.region = target.region
         LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
         WHERE target.error_code IS NULL AND finding.resolved_at IS NULL AND sighting.violations IS NULL
-        """,
-        names,
-    )
+            AND (sighting.instance_id IS NOT NULL OR NOT :may_hide OR finding.managed_by IS '')
+        """
+    try:
+        db.execute(resolve, names)
+    except sqlite3.OperationalError:
+        if raised:
+            raise raised[0] from None
+        raise
     db.execute(
         """
         INSERT INTO state.events (finding, at, event, before, resolution)
@@ -4494,34 +4574,6 @@ def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> N
         "WHERE finding.status = 'REOPENED'",
         names,
     )
-
-
-def _fail_hiding_targets(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Count a target as unread where managed instances have open findings, and none was in the saved files.
-
-    Without --include-managed-resources `aws ec2 describe-instances` leaves them out where the account hides
-    them (EC2 API reference): they are not gone.
-    """
-    rows = db.execute(
-        """
-        SELECT target.id, count(*) FROM target
-        JOIN state.findings AS finding ON finding.policy = :policy
-            AND finding.account_id = target.account_id AND finding.region = target.region
-            AND finding.resolved_at IS NULL AND finding.managed_by IS NOT NULL
-        WHERE target.error_code IS NULL AND NOT EXISTS (
-            SELECT 1 FROM sighting WHERE sighting.target = target.id AND sighting.managed_by IS NOT NULL
-        )
-        GROUP BY target.id
-        """,
-        names,
-    )
-    for target, number in rows.fetchall():
-        message = (
-            f"the files may lack instances that AWS services operate, such as those of {counted(number, 'finding')} "
-            "here: save them with `aws ec2 describe-instances --include-managed-resources`, then add "
-            "--include-managed-resources to this command as well"
-        )
-        fail_target(db, target, TargetError("ManagedInstancesMissing", message))
 
 
 def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
@@ -4641,7 +4693,7 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
 
 
-def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str) -> str:
+def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str, *, dry_run: bool) -> str:
     """Return why every finding of the scan being recorded is NEW; nothing where earlier ones are known."""
     rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
     policies = {policy for (policy,) in rows}
@@ -4650,7 +4702,28 @@ def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str) -> str:
         return ""
     if policies or _has_table(db, "state", OLDER_TABLE):
         return f"No earlier scan of the policy {scan.policy.name} in the state {name}: every finding is NEW"
+    if dry_run:
+        return f"There is no state {name} yet: every finding would be NEW"
     return f"New state {name}: every finding is NEW"
+
+
+def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
+    """Return how many open findings of each target the scan being recorded neither saw nor resolved.
+
+    Those of targets that it names as unread are left out.
+    """
+    rows = db.execute(
+        """
+        SELECT finding.account_id, finding.region, count(*) FROM state.findings AS finding
+        LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
+        WHERE finding.policy = :policy AND finding.resolved_at IS NULL AND finding.last_scan <> :scan
+            AND target.error_code IS NULL
+        GROUP BY 1, 2 ORDER BY 1, 2
+        """,
+        _names(db, scan),
+    )
+    checked = (_checked(("account_id", "region", "number"), row) for row in rows)
+    return [(Target(account_id, region), number) for account_id, region, number in checked]
 
 
 def require_scans(path: Path, name: str) -> None:
@@ -4699,7 +4772,7 @@ def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
 
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
-    query = f"SELECT finding.managed_by, count(*) {_SEEN} WHERE finding.managed_by IS NOT NULL GROUP BY 1"
+    query = f"SELECT finding.managed_by, count(*) {_SEEN} WHERE finding.managed_by <> '' GROUP BY 1"
     return db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)).fetchall()
 
 
@@ -4758,7 +4831,7 @@ def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
     path = state.path
     if isinstance(state, S3State):
         state.check()
-    elif not os.path.lexists(path):
+    elif not _exists(path):
         raise _missing(path)
     else:
         with _opened_state(path, state.name) as db:
@@ -4980,7 +5053,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
         cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
-        by_operator=counts("managed_by", "managed_by IS NOT NULL"),
+        by_operator=counts("managed_by", "managed_by <> ''"),
     )
 
 
@@ -5182,12 +5255,13 @@ def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> No
     written where the tag is found as it was to be, and never was where it is written now.
     """
     changes = list(changes)
-    for path in state.attempts("") if changes else ():
+    for path in state.attempts() if changes else ():
         with _opened_state(path, state.name) as db:
             db.execute("PRAGMA synchronous = FULL")
             with _writing(db, state.name):
                 for change, result in changes:
                     _record_change(db, change, result)
+    state.release_signals()
 
 
 def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
@@ -5210,12 +5284,15 @@ def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> No
         db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", names)
 
 
-def fetch_changes(db: sqlite3.Connection, policy_name: str, instance_id: str) -> list[Change]:
-    """Return what `remediate` wrote on an instance, in whatever account and region, the oldest first."""
-    rows = db.execute(
-        f"SELECT {_CHANGE} FROM changes WHERE policy = ? AND instance_id = ? ORDER BY id",
-        (policy_name, instance_id),
-    )
+def fetch_changes(
+    db: sqlite3.Connection, policy_name: str, instance_id: str, target: Target | None = None
+) -> list[Change]:
+    """Return what `remediate` wrote on an instance, in a target or in all, the oldest first."""
+    where, values = "policy = ? AND instance_id = ?", [policy_name, instance_id]
+    if target:
+        where += " AND account_id = ? AND region = ?"
+        values += astuple(target)
+    rows = db.execute(f"SELECT {_CHANGE} FROM changes WHERE {where} ORDER BY id", values)
     columns = _CHANGE.replace("status", "change_status").split(", ")
     return [Change(*_checked(columns, row)) for row in rows]
 
@@ -5226,13 +5303,9 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterab
     Each row must revert a change that the state has on record: anybody can write or edit an undo file.
     """
     checked, complaints = [], []
-    query = (
-        f"SELECT {_CHANGE} FROM changes WHERE policy = ? AND account_id = ? AND region = ? AND instance_id = ? "
-        "AND tag_key = ? ORDER BY id"
-    )
     for row in rows:
-        names = (policy_name, *astuple(row.target), row.instance_id, row.tag_key)
-        changes = [Change(*columns) for columns in db.execute(query, names)]
+        found = fetch_changes(db, policy_name, row.instance_id, row.target)
+        changes = [change for change in found if change.tag_key == row.tag_key]
         written = [change for change in changes if change.status == "written"]
         # A person may have set the same value again since: that one is not the tool's to take away.
         if written and (written[-1].former or "", written[-1].value) == (row.current, _restored(row)):
@@ -5368,6 +5441,7 @@ def _csv_time(text: str) -> str:
 # A spreadsheet that separates by another character than a comma sees no quotes in the middle of its cells: it
 # splits ours there, whatever is quoted, and what follows may be a formula to it.
 _SPLIT, _FORMULA = "(^|[;|\t])", "[ \"']*[=+\\-@＝＋－＠]"
+_MAY_SPLIT = re.compile(f"[;|\t]|^{_FORMULA}")  # a fast look: few cells have any of these
 _FORMULA_PLACE = re.compile(f"{_SPLIT}(?={_FORMULA})")
 _ESCAPED_PLACE = re.compile(f"{_SPLIT}'(?={_FORMULA})")
 _QUOTED = re.compile('[,;|\t"\r\n]')
@@ -5376,7 +5450,8 @@ _QUOTED = re.compile('[,;|\t"\r\n]')
 def csv_cell(text: str) -> str:
     """Return text that no spreadsheet takes for a formula (OWASP, CSV injection; ASVS 1.2.10)."""
     # A text that has such a ' itself gets another, so that csv_text tells them apart.
-    return _FORMULA_PLACE.sub(r"\1'", printable(text))
+    shown = printable(text)
+    return _FORMULA_PLACE.sub(r"\1'", shown) if _MAY_SPLIT.search(shown) else shown
 
 
 def csv_text(cell: str) -> str:
@@ -5417,17 +5492,15 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
     write_plan(file, rows)
     text = file.getvalue()
     head, _, body = text.partition("\n")
+    body = body or "," * (len(PLAN_COLUMNS) - 1) + "\n"  # a plan without rows has a checksum as well
     first, end, rest = body.partition("\n")
-    checksum = hashlib.sha256(text.encode()).hexdigest()[:16] if first else ""
+    checksum = hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()[:16]
     return f"{head}\n{first}{checksum}{end}{rest}"
 
 
 def is_unedited_plan(file: IO[bytes]) -> bool:
-    """Return whether a file is a plan as plan_text made it, with nothing that a person could miss."""
+    """Return whether a file is a plan as plan_text made it; none of the first edition is."""
     head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
-    if not first:
-        # No rows. The first edition had ten columns.
-        return head.startswith(",".join(PLAN_COLUMNS[:10]).encode())
     cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
     digest = hashlib.sha256(head + cells + comma + b"\n")
     while piece := file.read(CHUNK_SIZE):
@@ -5496,7 +5569,9 @@ def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
                             path, line, f"{counts}: is a comma not in quotes, or the file cut short?"
                         )
                     else:
-                        yield line, dict(zip(columns, map(csv_text, cells), strict=True))
+                        row = dict(zip(columns, map(csv_text, cells), strict=True))
+                        if any(text.strip() for name, text in row.items() if name != "Checksum"):
+                            yield line, row
             except csv.Error as problem:
                 raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
     except OSError as problem:
@@ -5555,6 +5630,14 @@ class UndoFile:
         self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
         self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
 
+    @property
+    def shown(self) -> str:
+        """Its path for a command line, short where it can be."""
+        try:
+            return os.path.relpath(self.path)
+        except (OSError, ValueError):  # no current directory; another drive
+            return str(self.path)
+
     def close(self) -> None:
         """Close the file, if any row was added."""
         if self._file:
@@ -5564,7 +5647,7 @@ class UndoFile:
         """Keep what the tags of rows are before they are written; raises OutputError."""
         text = StringIO()
         write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
-        size = 0
+        size: int | None = None
         try:
             if self._file is None:
                 self._file = open(self.path, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
@@ -5578,7 +5661,7 @@ class UndoFile:
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
-            if self._file:
+            if self._file and size is not None:
                 with contextlib.suppress(OSError):
                     self._file.truncate(size)  # half a row could not be read back
                     self._file.seek(size)
@@ -5599,10 +5682,10 @@ class UndoFile:
             if not self.rows:
                 self.path.unlink()
                 return
-            self._file = open(new, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
-            with open(self._file.fileno(), "w", encoding="utf-8", closefd=False) as file:
+            with open(new, "x", encoding="utf-8", opener=_open_private) as file:
                 write_plan(file, itertools.starmap(_undoing, self.rows.items()))
-            os.fsync(self._file.fileno())
+                file.flush()
+                os.fsync(file.fileno())
             new.replace(self.path)
         except OSError as error:
             new.unlink(missing_ok=True)
@@ -5839,7 +5922,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "times_reopened": finding.times_reopened,
         "instance_type": finding.instance_type,
         "monthly_cost": finding.monthly_cost,
-        "managed_by": finding.managed_by,
+        "managed_by": finding.managed_by or None,
         "created_by": finding.created_by,
         "cause": finding.cause and finding.cause._asdict(),
         "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
@@ -6196,12 +6279,15 @@ class Output:
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
-    if path.is_dir():
-        raise OutputError(f"--{output.format} {path} is a directory: name a file in it")
-    if output.replaceable and not path.parent.is_dir():
-        raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
-    if output.replaceable and not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
+    try:
+        if path.is_dir():
+            raise OutputError(f"--{output.format} {path} is a directory: name a file in it")
+        if output.replaceable and not path.parent.is_dir():
+            raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
+        if output.replaceable and not os.access(path.parent, os.W_OK):
+            raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise _output_error(output, error) from error
 
 
 def check_plan_goal(output: Output) -> None:
@@ -7216,6 +7302,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _days(text: str) -> int:
+    """Return a number of days that no time is before the calendar's begin for, for argparse."""
+    days = _positive(text)
+    if days > 9999:
+        raise argparse.ArgumentTypeError(f"{days} is more than 9999 days")
+    return days
+
+
 def _probability(text: str) -> float:
     """Return a number from 0 to 1, for argparse."""
     number = float(text)
@@ -7288,7 +7382,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--tag": _many("KEY", "only those that lack this tag"),
     "--older-than": _one("TIME", "only those first seen longer ago, such as 30d", type=duration),
     "--html": _one("FILE", "the dashboard, - for stdout", required=True),
-    "--days": _one("N", "how many days to keep", type=_positive, required=True),
+    "--days": _one("N", "how many days to keep, at most 9999", type=_days, required=True),
     "prune --dry-run": _flag("only say what would go"),
     "remediate --csv": _one(
         "FILE", "the plan (default: remediate-plan.csv), - for stdout; one that was edited is never replaced"
@@ -7412,8 +7506,12 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         def record(path: Path) -> None:
             nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
-                begun_anew = filter(None, [fetch_notice(db, scan, args.state)])
-                more = (*_exemption_notices(args, scan, used), *check_patterns(policy))
+                begun_anew = filter(None, [fetch_notice(db, scan, args.state, dry_run=args.dry_run)])
+                more = (
+                    *_unseen_notices(args, scan, fetch_unseen(db, scan), fetch_coverage(db, scan)),
+                    *_exemption_notices(args, scan, used),
+                    *check_patterns(policy),
+                )
                 report = _report(args, db, scan, finished_at, [*begun_anew, *notices, *more])
                 if policy.notify:
                     owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
@@ -7492,7 +7590,7 @@ def _notify(
             finally:
                 _ignore_signals()
         try:
-            for path in state.attempts("") if told else ():
+            for path in state.attempts() if told else ():
                 record_told(path, scan.policy.name, channel, told, told_at)
         except StateError as error:
             LOG.debug("%s", error)
@@ -7811,12 +7909,14 @@ def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> 
     """
     instances, cut = load_fleet(args.instances)
     covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
-    in_scope = {a for a in {*args.account, *(t.account_id for t in instances)} if covered(a)}
+    listed = policy.accounts.ids if policy.accounts and not args.account else ()
+    in_scope = {a for a in {*args.account, *listed, *(t.account_id for t in instances)} if covered(a)}
     accounts = {a for a in in_scope if _is_chosen(args, a)}
     named = set(args.region) or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in accounts for region in named}
     if not args.region:
         targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
+        targets |= {Target(account_id, "*") for account_id in accounts - {t.account_id for t in targets}}
     more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
     if in_scope and not accounts and args.shard != (1, 1):
         if cut:
@@ -7840,7 +7940,8 @@ def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> 
         if cut:  # what follows may be of any account and region
             yield target, TargetError("Truncated", more)
         elif target not in instances and not args.region:
-            message = "no instance of this region is in the files; if there is none, say so with --region"
+            what = "account" if target.region == "*" else "region"
+            message = f"no instance of this {what} is in the files; if there is none, say so with --region"
             yield target, TargetError("NotInFiles", message)
         else:
             yield target, None
@@ -7899,6 +8000,29 @@ def _collect(
 
 
 MAX_NEW_STATES = 10  # to name in notices
+
+
+def _unseen_notices(
+    args: argparse.Namespace,
+    scan: Scan,
+    unseen: Iterable[tuple[Target, int]],
+    coverage: Iterable[Coverage],
+) -> Iterator[str]:
+    """Yield a notice for each target in scope with open findings that a scan neither saw nor resolved."""
+    policy, read = scan.policy, {target.target for target in coverage}
+    narrowed = bool(args.region or args.account) or args.shard != (1, 1)
+    for target, number in unseen:
+        where = f"{counted(number, 'open finding')} in {target}"
+        if target in read:
+            yield (
+                f"{where} may be of instances that AWS hides, and which the files lack; they stay open. Save the files "
+                "with `aws ec2 describe-instances --include-managed-resources`, then add --include-managed-resources here"
+            )
+            continue
+        known = {each.account_id for each in read} if policy.accounts is None else ()
+        covered = policy.accounts.covers if policy.accounts else known.__contains__
+        if not narrowed and policy.covers(target.region) and covered(target.account_id):
+            yield f"{where} were not looked at, as this scan was told of no such region or account; they stay open"
 
 
 def _exemption_notices(args: argparse.Namespace, scan: Scan, used: Iterable[Exemption]) -> Iterator[str]:
@@ -8171,7 +8295,10 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
     rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
-    if not args.plan:
+    if args.plan:
+        with _reading(args, None):  # a plan comes from a state, and what is written is kept there
+            pass
+    else:
         with _reading(args, None if args.undo else policy.name) as db:
             is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
             rows = (
@@ -8205,7 +8332,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             stack.enter_context(_telling_the_way_back(undo, next_command))
             decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}
             outcomes = [decided.get(outcome.row, outcome) for outcome in outcomes]
-            undo_file = os.path.relpath(undo.path) if undo.rows else ""
+            undo_file = undo.shown if undo.rows else ""
         well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
         code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
         done = Remediation(policy, args.apply, outcomes, undo_file, code)
@@ -8234,7 +8361,7 @@ def _telling_the_way_back(undo: UndoFile, command: Callable[..., str]) -> Iterat
         yield
     except BaseException as error:  # even a bug must not leave tags written and nobody told
         if undo.rows:
-            line = f"To take it back: {command('--undo', os.path.relpath(undo.path), '--apply')}"
+            line = f"To take it back: {command('--undo', undo.shown, '--apply')}"
             emit(f"{printable(line)}\n", sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             done = "what was written is recorded, and the same command goes on from there"
@@ -8504,23 +8631,39 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _check_directory() -> None:
+    """Raise UsageError where the current directory is gone, as then no relative name leads anywhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current directory cannot be used: {error.strerror}; change to another"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
     _heed_signals()
     warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
     # A stream that the caller has closed is None.
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for text in sys.argv[1:] if argv is None else argv:
+        if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
+            parser.error(f"the argument {text!r} is not UTF-8")
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
     LOG.setLevel(level)
     # What botocore has to say comes as an exception; its log holds tracebacks, and may hold secrets.
     logging.getLogger("botocore").addHandler(logging.NullHandler())
     try:
+        _check_directory()
         return int(args.run(args, now or datetime.now(UTC)))
     except PolicyError as error:
         number_of = counted(len(error.problems), "problem")

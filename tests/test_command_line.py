@@ -550,3 +550,99 @@ def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path,
     shutil.rmtree(home / "policies")
     without = run()
     assert (without.returncode, "of a scan: --policy FILE" in without.stderr) == (2, True)
+
+
+# ---- Arguments, files and environments that nobody expects -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        pytest.param(["prune", "--days", "10000000"], 2, "more than 9999 days", id="days before all time"),
+        pytest.param(["history", "--tag", "\udcff"], 2, "is not UTF-8", id="not UTF-8"),
+        pytest.param(["scan", "--csv", "x" * 300], 5, "File name too long", id="a name too long"),
+    ],
+)
+def test_argument_that_cannot_be_used(
+    tagcheck: Tagcheck, tmp_path: Path, policy: Path, args: list[str], code: int, says: str
+) -> None:
+    fleet = save(tmp_path / "fleet.json", ("i-0a", {}))
+    more = ["--policy", policy] if args[0] != "prune" else []
+    more += ["--instances", fleet] if args[0] == "scan" else []
+    assert says in tagcheck(*args, *more, check=code).err
+
+
+def test_closed_standard_input_holds_no_instances(tmp_path: Path, policy: Path) -> None:
+    command = [sys.executable, TAGCHECK, "scan", "--policy", policy, "--instances", "-"]
+    run = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, "standard input is not what" in run.stderr) == (2, True), run.stderr
+
+
+def test_a_directory_that_is_gone_is_told(tmp_path: Path, policy: Path) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    command = [sys.executable, TAGCHECK, "validate", policy]
+    run = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command],
+        cwd=gone,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, "the current directory cannot be used" in run.stderr) == (2, True), run.stderr
+
+
+def test_no_password_of_an_endpoint_or_of_a_program_is_printed(
+    tagcheck: Tagcheck, tmp_path: Path, policy: Path
+) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    config = tmp_path / "config"
+    config.write_text("[default]\ncredential_process = sh -c 'echo hunter2 >&2; exit 1'\n")
+    for env in (
+        keys | {"AWS_ENDPOINT_URL": "http://user:hunter2@127.0.0.1:1"},
+        {"AWS_CONFIG_FILE": str(config), "AWS_EC2_METADATA_DISABLED": "true"},
+    ):
+        run = tagcheck("scan", "--policy", policy, env=env, check=5)
+        assert "hunter2" not in run.out + run.err
+
+
+def test_a_listed_account_that_the_files_lack_is_unread(
+    tagcheck: Tagcheck, tmp_path: Path, policy: Path
+) -> None:
+    fleet = save(tmp_path / "fleet.json", ("i-0a", {"Owner": "ann", "CostCenter": "CC-1"}))
+    keys = json.loads(policy.read_text())
+    accounts = {"ids": [ACCOUNT_ID, "210987654321"], "role_name": "r"}
+    for regions, region in (({REGION: None}, REGION), ({"*": None}, "*")):
+        policy.write_text(json.dumps(keys | {"accounts": accounts, "regions": regions}))
+        args = ("scan", "--policy", policy, "--instances", fleet, *JSON_OUTPUT)
+        run = tagcheck(*args, check=4)
+        unread = [target for target in run.json("out.json")["coverage"] if target["status"] == "unread"]
+        assert [(u["account_id"], u["region"], u["error"]["code"]) for u in unread] == [
+            ("210987654321", region, "NotInFiles")
+        ]
+        tagcheck(*args, "--account", ACCOUNT_ID, check=0)
+
+
+def test_an_open_finding_in_a_region_that_no_answer_names_is_told(
+    tagcheck: Tagcheck, tmp_path: Path, policy: Path
+) -> None:
+    policy.write_text(json.dumps(json.loads(policy.read_text()) | {"regions": {"*": None}}))
+    elsewhere = json.loads(save(tmp_path / "fleet.json", ("i-0a", {})).read_text())
+    elsewhere["Reservations"][0]["Instances"][0]["Placement"]["AvailabilityZone"] = f"{OTHER_REGION}a"
+    (tmp_path / "other.json").write_text(json.dumps(elsewhere))
+    tagcheck("scan", "--policy", policy, "--instances", "other.json", check=3)
+    save(tmp_path / "fleet.json", ("i-0b", {"Owner": "ann", "CostCenter": "CC-1"}))
+    run = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", *JSON_OUTPUT, check=0)
+    notice = f"1 open finding in {ACCOUNT_ID} {OTHER_REGION} were not looked at"
+    assert any(notice in line for line in run.json("out.json")["notices"])
+    narrow = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", "--region", REGION, check=0)
+    assert "not looked at" not in narrow.out

@@ -512,3 +512,10 @@ def test_pattern_that_is_matched_in_process_is_never_slow() -> None:
 )
 def test_what_is_matched_in_process(pattern: str, quick: Any) -> None:
     assert script.is_quick(pattern) is quick
+
+
+def test_the_rules_of_all_regions_share_a_pattern_and_its_limit() -> None:
+    rule = {"required_tags": [{"key": "CostCenter", "pattern": "CC-[0-9]{4}"}]}
+    policy = {"version": 1, "name": "test", "regions": {"us-east-1": rule, "eu-west-1": rule}}
+    regions = script.check_policy(json.dumps(policy).encode(), "p.yaml").regions
+    assert regions["us-east-1"][0].pattern is regions["eu-west-1"][0].pattern

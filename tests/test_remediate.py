@@ -1,6 +1,7 @@
 """`remediate`: what is planned, what is written and what is left alone, and that it can be taken back."""
 
 import csv
+import io
 import json
 import re
 import resource
@@ -269,7 +270,7 @@ def test_file_that_is_no_plan_is_refused(tmp_path, content, complaint):
 def test_region_that_aws_does_not_have_is_refused_where_the_policy_covers_every_region(tmp_path):
     policy = script.check_policy(json.dumps(KEYS | {"regions": {"*": {}}}).encode(), "every.yaml")
     path = save_plan(tmp_path / "plan.csv", row(), row(Region="us-east-1.example.com"))
-    with pytest.raises(script.PolicyError, match=r":3:1: .* does not cover the region us-east-1.example.com"):
+    with pytest.raises(script.PolicyError, match=r":3:1: 'us-east-1.example.com' is not a region"):
         script.read_plan(str(path), policy, script.PLAN_ACTIONS)
 
 
@@ -479,10 +480,31 @@ def test_undo_file_that_another_replaces_by_a_link_harms_nobody(tmp_path):
         undo.add({first: None})
         (tmp_path / "undo.csv").rename(tmp_path / "moved.csv")
         (tmp_path / "undo.csv").symlink_to("victim")
-        undo.add({second: None})
+        with pytest.raises(script.OutputError, match="another process replaced it"):
+            undo.add({second: None})
     assert (tmp_path / "victim").read_text() == "precious"
     undone = read(tmp_path / "moved.csv", script.UNDO_ACTIONS)
-    assert [each.instance_id for each in undone] == ["i-00000001", "i-00000002"]
+    assert [each.instance_id for each in undone] == ["i-00000001"]
+
+
+def test_a_plan_whose_rows_were_deleted_is_not_replaced(tmp_path):
+    empty, plan = script.plan_text([]), tmp_path / "plan.csv"
+    plan.write_text(empty)
+    assert read(plan) == []
+    assert script.is_unedited_plan(io.BytesIO(empty.encode()))
+    head = script.plan_text(
+        [script.PlanRow(HERE, "i-0000000a", "", "Owner", "ann", script.Action.ADD, "", "", "")]
+    )
+    assert not script.is_unedited_plan(io.BytesIO(head.partition("\n")[0].encode() + b"\n"))
+    assert not script.is_unedited_plan(io.BytesIO(empty.encode().replace(b",,", b",x,", 1)))
+
+
+def test_a_region_younger_than_the_script_can_be_planned(tmp_path):
+    policy = script.check_policy(json.dumps(KEYS | {"regions": {"*": {}}}).encode(), "every.yaml")
+    rows = list(
+        script.plan([finding({}, suggestion("ann", 1), region="xx-new-9", policy=policy)], policy, 0.95)
+    )
+    assert {str(each.target) for each in rows} == {f"{ACCOUNT_ID} xx-new-9"}
 
 
 def test_nothing_is_overwritten_unless_asked_for(aws, apply):

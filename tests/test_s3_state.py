@@ -451,24 +451,52 @@ def test_without_credentials_there_is_no_state(state: State) -> None:
     assert "credentials" in state.scan(env=env, code=5).err
 
 
-@pytest.mark.parametrize(
-    ("action", "in_headers"),
-    [
-        pytest.param("GetObject", False, id="download"),
-        pytest.param("GetObject", True, id="headers of the download"),
-        pytest.param("PutObject", True, id="headers of the upload"),
-    ],
-)
-def test_state_that_trickles_ends_the_scan(
-    state: State, recorded: bytes, tmp_path: Path, action: str, in_headers: bool
+@pytest.mark.parametrize("in_headers", [False, True], ids=["in the body", "in the headers"])
+def test_download_that_trickles_ends_the_scan(
+    state: State, recorded: bytes, tmp_path: Path, in_headers: bool
 ) -> None:
     state.stored = recorded
-    state.fault("trickle", action=action, seconds=0.2, in_headers=in_headers)
-    impatient = script_with(tmp_path, S3_SECONDS=1.0)
-    result = state.scan(script=impatient, code=5, timeout=60)
-    assert f"tagcheck: the state {state.location}: CallTimeout: " in result.err
-    assert "check the network" in result.err
-    assert state.stored == recorded or action == "PutObject"
+    state.fault("trickle", action="GetObject", seconds=0.2, in_headers=in_headers)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=5, timeout=60)
+    assert f"tagcheck: the state {state.location}: given up after 2 tries" in result.err
+    assert "CallTimeout" in result.err
+    assert state.stored == recorded
+
+
+def test_upload_whose_answer_trickles_is_found_to_stand(
+    state: State, recorded: bytes, tmp_path: Path
+) -> None:
+    state.stored = recorded
+    state.fault("trickle", action="PutObject", seconds=0.2, in_headers=True, times=1)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=3, timeout=60)
+    assert [finding["times_seen"] for finding in result.json("out.json")["findings"]] == [2]
+
+
+def test_upload_that_never_ends_still_leaves_the_csv(state: State, recorded: bytes, tmp_path: Path) -> None:
+    state.stored = recorded
+    state.fault("slow", action="PutObject", seconds=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=0.5), code=5, timeout=60)
+    assert "given up after 2 tries" in result.err
+    assert len(result.csv("out.csv")) == 1
+    assert state.stored == recorded
+
+
+def test_a_page_in_place_of_the_state_is_told_soon(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    fault = state.fault("body", action="GetObject", body=b"<html>Log in</html>")
+    assert "the answer is not S3's" in state.scan(code=5).err
+    assert fault.hits == 3
+
+
+def test_state_with_a_scan_that_has_no_id_is_used_like_any_other(
+    state: State, recorded: bytes, tmp_path: Path
+) -> None:
+    (path := tmp_path / "tampered.db").write_bytes(recorded)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE scans SET scan_id = ''")
+        db.commit()
+    state.stored = path.read_bytes()
+    assert state.scan(code=3).json("out.json")["findings"][0]["status"] == "REPEAT"
 
 
 def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, recorded: bytes) -> None:

@@ -1061,3 +1061,41 @@ def test_full_temporary_directory_costs_nothing(fleet):
     assert re.search("space|room", err)
     assert query("SELECT * FROM scans", fleet / STATE) == query("SELECT * FROM findings", fleet / STATE) == []
     assert leftovers(fleet) == set()
+
+
+# ---- What is not the state's fault -------------------------------------------------------------------------
+
+
+def test_a_mistake_in_a_query_is_not_told_as_damage(tmp_path):
+    state = tmp_path / "state.db"
+    script.check_state(state)
+    with (
+        pytest.raises(sqlite3.OperationalError),
+        script.sighting_errors(),
+        closing(sqlite3.connect(state)) as db,
+    ):
+        db.execute("SELECT nothing FROM scans")
+
+
+STOPPED_WHILE_RESOLVING = """import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import tagcheck
+resolution = tagcheck.resolution
+def stopped(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return resolution(*args)
+tagcheck.resolution = stopped
+raise SystemExit(tagcheck.main())"""
+
+
+def test_ctrl_c_while_findings_are_resolved_is_an_interruption(scan, tmp_path):
+    scan(instance(1), BYSTANDER)
+    (tmp_path / "stopped.py").write_text(STOPPED_WHILE_RESOLVING)
+    save(tmp_path / "none.json", BYSTANDER)
+    before = query("SELECT status FROM findings")
+    run = subprocess.run(
+        [sys.executable, "stopped.py", TAGCHECK.parent, "scan", "--policy", "policy.yaml", "--instances", "none.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (run.returncode, "interrupted" in run.stderr) == (130, True), run.stderr
+    assert query("SELECT status FROM findings") == before

@@ -429,6 +429,7 @@ def test_only_a_scan_begins_a_state(desk: Desk) -> None:
 def test_explain_of_saved_instances_does_without_a_state_and_says_so(desk: Desk) -> None:
     run = desk.run(*commands()["explain saved"])
     assert run.code == 0
+    assert "History: none known" in run.out
     assert "The history of i-0005e1f3a7b9c2d40 is not known: there is no state" in run.err
     assert not Path(STATE).exists()
 
@@ -449,11 +450,14 @@ def test_state_without_a_scan_of_the_policy_names_those_that_it_has(desk: Desk, 
 
 
 def test_scan_says_that_it_begins_a_state(desk: Desk) -> None:
-    notice = f"New state {STATE}: every finding is NEW"
-    for options in (["--dry-run"], []):
+    planned, notice = (
+        "There is no state {} yet: every finding would be NEW",
+        "New state {}: every finding is NEW",
+    )
+    for options, told in ((["--dry-run"], planned.format(STATE)), ([], notice.format(STATE))):
         run = desk.scan("--json", "out.json", *options)
-        assert notice in run.out
-        assert notice in json.loads(Path("out.json").read_text())["notices"]
+        assert told in run.out
+        assert told in json.loads(Path("out.json").read_text())["notices"]
     assert "every finding is NEW" not in desk.scan().out
 
 
