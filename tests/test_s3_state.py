@@ -21,6 +21,8 @@ import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
 from conftest import TAGCHECK, Result, at_once, clean_environment, run_tagcheck, script_with
 
+import tagcheck as script
+
 REGION = "us-east-1"
 BUCKET, KEY = "fleet-state", "org/tagcheck.db"
 SHARED = "i-00000000000000000"
@@ -506,6 +508,21 @@ def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, record
     assert DENIED in result.err
     assert state.stored == recorded
     assert not (result.cwd / "out.json").exists()
+
+
+def test_signals_come_again_once_changes_are_recorded(state: State, recorded: bytes, tmp_path: Path) -> None:
+    state.stored = recorded
+    before = signal.getsignal(signal.SIGINT)
+    s3_state = script.S3State(
+        state.aws.client("s3", REGION), BUCKET, KEY, tmp_path / "state.db", script._hold_signals
+    )
+    change = script.Change(
+        *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
+        *("2026-02-24T10:30:45Z", "intended"),
+    )
+    script.record_changes(s3_state, [(change, script.Result.PLANNED)])
+    assert signal.getsignal(signal.SIGINT) == before
+    assert state.stored != recorded
 
 
 ENDLESS = {
