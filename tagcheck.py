@@ -2878,7 +2878,8 @@ def _read_instances_of(client: Any) -> None:
     """Have a client of EC2 read its instances by parse_instances."""
     # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
     client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
+    parse = functools.partial(_parse_instances, client.meta.region_name)
+    client.meta.events.register("before-parse.ec2.DescribeInstances", parse)
 
 
 PARSED = "tagcheck.instances"
@@ -2886,22 +2887,36 @@ _ROOT = "/DescribeInstancesResponse"
 _TOKEN = f"{_ROOT}/nextToken"
 _RESERVATIONS = f"{_ROOT}/reservationSet"
 _RESERVATION = f"{_RESERVATIONS}/item"
+_OWNER = f"{_RESERVATION}/ownerId"
 _SET = f"{_RESERVATION}/instancesSet"
 _ITEM = f"{_SET}/item"
-_TAG = f"{_ITEM}/tagSet/item"
+_TAGS = f"{_ITEM}/tagSet"
+_TAG = f"{_TAGS}/item"
 _LEAVES = frozenset(
     (
-        *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
+        *(
+            _TOKEN,
+            _OWNER,
+            f"{_TAG}/key",
+            f"{_TAG}/value",
+            f"{_ITEM}/instanceId",
+            f"{_ITEM}/instanceState/name",
+        ),
         *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
         *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
+        f"{_ITEM}/placement/availabilityZone",
     )
 )
-_PLACES = _LEAVES | {_RESERVATIONS, _RESERVATION, _SET, _ITEM, _TAG}
-MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
+# AWS adds members to reservations and instances, but not to these, which hold nothing but what is named here.
+_CLOSED = frozenset((_ROOT, _RESERVATIONS, _SET, _TAGS, _TAG))
+_PLACES = _LEAVES | _CLOSED | {f"{_ROOT}/requestId"} | {leaf.rpartition("/")[0] for leaf in _LEAVES}
+# No other member of EC2's answer has such a name: elsewhere it is a list that would not be read.
+_ONLY_IN_PLACE = frozenset(("nextToken", "reservationSet", "instancesSet", "tagSet", "key"))
+MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 def _parse_instances(
-    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+    region: str, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
     """Read the instances of an answer of DescribeInstances in place of botocore.
 
@@ -2914,7 +2929,8 @@ def _parse_instances(
         return
     body = response_dict["body"]
     try:
-        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""))
+        account_id, _ = _ENTERED.get()
+        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id, region)
     except expat.ExpatError as error:
         raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
     response_dict["body"] = b"<DescribeInstancesResponse/>"
@@ -2922,83 +2938,125 @@ def _parse_instances(
         customized_response_dict.update({PARSED: instances, "NextToken": token})
 
 
-def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
+def parse_instances(
+    body: Iterable[bytes], account_id: str = "", region: str = ""
+) -> tuple[list[Instance] | None, str]:
     """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
 
     Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer.
+    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
+    or has an instance of another account or region than the ones that are given.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
     instances: list[Instance] | None = None
-    path, token, has_set = "", None, False
+    path, token, owner, has_set = "", None, None, False
+    unread = 0  # how deep the parser is in an element that is not read
     texts: list[str] = []
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
     known: dict[str, Instance] = {}
+    zones = {""}  # that are in the region
 
     def refuse(what: str) -> NoReturn:
         raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
 
-    def start(name: str, _: object) -> None:
-        nonlocal path, instances, has_set
-        path += f"/{name}"
-        if path in _PLACES:
-            if path in _LEAVES:
-                texts.clear()
-                parser.CharacterDataHandler = texts.append
-                parser.StartElementHandler = start_within_text
-            elif path == _RESERVATIONS:
-                if instances is not None:
-                    refuse("a second reservationSet")
-                instances = []
-            elif path == _SET:
-                if has_set:
-                    refuse("a second instancesSet in a reservation")
-                has_set = True
-        elif len(path) > MAX_PATH:
-            refuse("elements nested too deeply")
+    def no_text(text: str) -> None:
+        if not text.isspace():
+            refuse(f"the text {text[:50]!r} in {path}")
+
+    def start(name: str, attributes: Mapping[str, str]) -> None:
+        nonlocal path, instances, has_set, unread
+        if unread:
+            unread += 1
+            if name in _ONLY_IN_PLACE or unread > MAX_DEPTH:
+                refuse(f"<{name}> out of place" if unread <= MAX_DEPTH else "elements nested too deeply")
+            return
+        place = f"{path}/{name}"
+        if place not in _PLACES:
+            if path in _CLOSED or name in _ONLY_IN_PLACE:
+                refuse(f"an unknown <{name}> in {path or 'the answer'}")
+            unread = 1
+            return
+        if attributes and (place != _ROOT or attributes.keys() != {"xmlns"}):
+            refuse(f"an attribute in <{name}>")
+        path = place
+        if path in _LEAVES:
+            texts.clear()
+            parser.CharacterDataHandler = texts.append
+            parser.StartElementHandler = start_within_text
+            return
+        parser.CharacterDataHandler = no_text if path in _CLOSED else None
+        if path == _RESERVATIONS:
+            if instances is not None:
+                refuse("a second reservationSet")
+            instances = []
+        elif path == _SET:
+            if has_set:
+                refuse("a second instancesSet in a reservation")
+            has_set = True
+        elif path == _TAGS:
+            if name in found:
+                refuse("a second tagSet in an instance")
+            found[name] = ""
 
     def start_within_text(name: str, _: object) -> None:
         refuse(f"<{name}> within the text of {path}")
 
     def end(name: str) -> None:
-        nonlocal path, token, has_set, found, tags
-        if path in _PLACES:
-            if path in _LEAVES:
-                parser.CharacterDataHandler = None
-                parser.StartElementHandler = start
-                if path != _TOKEN:
-                    if name in found:
-                        refuse(f"a second {name} in an instance or a tag")
-                    found[name] = "".join(texts)
-                elif token is not None:
+        nonlocal path, token, owner, has_set, found, tags, unread
+        if unread:
+            unread -= 1
+            return
+        if path in _LEAVES:
+            parser.StartElementHandler = start
+            text = "".join(texts)
+            if path == _TOKEN:
+                if token is not None:
                     refuse("a second nextToken")
-                else:
-                    token = "".join(texts)
-            elif path == _TAG:
-                key = found.pop("key", "")
-                if not key or key in tags:
-                    refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
-                tags[sys.intern(key)] = found.pop("value", "")
-            elif path == _ITEM:
-                end_instance()
-                found, tags = {}, {}
-            elif path == _RESERVATION:
-                if not has_set:
-                    refuse("a reservation without instancesSet")
-                has_set = False
+                token = text
+            elif path == _OWNER:
+                if owner is not None:
+                    refuse("a second ownerId in a reservation")
+                owner = text
+            elif name in found:
+                refuse(f"a second {name} in an instance or a tag")
+            else:
+                found[name] = text
+        elif path == _TAG:
+            key, value = found.pop("key", ""), found.pop("value", None)
+            if not key or key in tags:
+                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+            if value is None:
+                refuse(f"the tag {key!r} without a value")
+            tags[sys.intern(key)] = value
+        elif path == _ITEM:
+            end_instance()
+            found, tags = {}, {}
+        elif path == _RESERVATION:
+            if not has_set:
+                refuse("a reservation without instancesSet")
+            if not owner or owner != (account_id or owner):
+                refuse(f"instances of the account {owner!r}" if owner else "a reservation without ownerId")
+            owner, has_set = None, False
         path = path[: -len(name) - 1]
-        if path == _ROOT and "token" in name.lower() and name != "nextToken":
-            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
+        parser.CharacterDataHandler = no_text if path in _CLOSED else None
 
     def end_instance() -> None:
         assert instances is not None
         try:
+            zone = found.get("availabilityZone", "")
+            if zone not in zones:
+                if region and zone_region(zone) != region:
+                    raise ValueError(f"it is in the zone {zone}")
+                zones.add(zone)
+            managed = found.get("managed", "false")
+            if managed not in ("true", "false"):
+                raise ValueError(f"its managed is {managed!r}, not true or false")
             instance = _instance(
                 *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
                 *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
-                _operator(found.get("managed") == "true", found.get("principal")),
+                _operator(managed == "true", found.get("principal")),
             )
         except (TypeError, ValueError) as error:
             refuse(f"an instance in the answer is not whole: {error}")
@@ -3025,6 +3083,8 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
+    if not re.fullmatch("i-[0-9a-f]+", instance_id):
+        raise ValueError(f"{_shown(instance_id)} is no instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
@@ -3385,8 +3445,6 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     tags: dict[str, str] = {}
     instance_id = _text(item, "InstanceId")
-    if not re.fullmatch("i-[0-9a-f]+", instance_id):
-        raise ValueError(f"{_shown(instance_id)} is no instance id")
     for tag in _listed(item.get("Tags", [])):
         key = _text(tag, "Key")
         if not key or key in tags:
