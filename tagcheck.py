@@ -2607,7 +2607,7 @@ class Aws:
                 if service in ("ec2", "cloudtrail"):
                     client.meta.events.register(f"before-sign.{service}", self._sign)
                 if service == "ec2":
-                    _read_instances_of(client)
+                    _read_answers_of(client)
                 self._clients[service, region] = client
             return self._clients[service, region]
 
@@ -2655,7 +2655,8 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            credentials = call_aws(sts, "AssumeRole", **arguments).get("Credentials", {})
+            answer = call_aws(sts, "AssumeRole", **arguments)
+            credentials = answer.get("Credentials", {})
             names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
             for name in names:
                 if not credentials.get(name):
@@ -2663,6 +2664,10 @@ class Aws:
             access_key, secret_key, token, expires = (credentials[name] for name in names)
             if not expires.tzinfo or not 1970 < expires.year < 9999:
                 raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
+            arn = answer.get("AssumedRoleUser", {}).get("Arn", "")
+            if arn.split(":")[4:5] != [account_id]:
+                message = f"credentials of {arn or 'nobody'}, not of the account {account_id}"
+                raise target_error("ForeignAnswer", message, "sts:AssumeRole")
             keys = {"access_key": access_key, "secret_key": secret_key, "token": token}
             return keys | {"expiry_time": expires.isoformat()}
 
@@ -2670,10 +2675,11 @@ class Aws:
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
-def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
+def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
     """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
 
-    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here.
+    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here. It ends
+    at a deadline of the monotonic clock with CallTimeout.
     """
     import botocore
 
@@ -2681,12 +2687,12 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
     name = f"{client.meta.service_model.service_name}:{operation}"
     for pause in (*NETWORK_PAUSES, None):
         try:
-            return within(CALL_SECONDS, lambda: method(**arguments))
+            return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
         except TagcheckError:
             raise
         except Exception as error:
             failure = failure_of(error)
-            if not failure.passes or pause is None:
+            if not failure.passes or pause is None or time.monotonic() + pause > deadline:
                 raise target_error(failure.code, failure.message, name) from error
             LOG.debug("%s: %s; trying again in %.0f s", name, failure.code, pause)
             time.sleep(pause)
@@ -2857,12 +2863,17 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
+    asked = frozenset(scope.get("InstanceIds", ()))
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
         page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
         if PARSED not in page:
             # A captive portal's "200 OK" would otherwise be a region without instances.
             raise TargetError("ForeignAnswer", "the answer is not EC2's: check the network and the proxy")
+        for instance in page[PARSED] if asked else ():
+            if instance.instance_id not in asked:
+                message = f"{instance.instance_id}, which was not asked for"
+                raise target_error("ForeignAnswer", message, "ec2:DescribeInstances")
         yield page[PARSED]
         token = page.get("NextToken", "")
         empty_pages = 0 if page[PARSED] else empty_pages + 1
@@ -2874,15 +2885,18 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
     raise TargetError("EndlessPages", "EC2 went on announcing a next page: run again, and tell AWS")
 
 
-def _read_instances_of(client: Any) -> None:
-    """Have a client of EC2 read its instances by parse_instances."""
+def _read_answers_of(client: Any) -> None:
+    """Have a client of EC2 read instances by parse_instances, and whether tags were written."""
     # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
     client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
     parse = functools.partial(_parse_instances, client.meta.region_name)
     client.meta.events.register("before-parse.ec2.DescribeInstances", parse)
+    for operation in ("CreateTags", "DeleteTags"):
+        client.meta.events.register(f"before-parse.ec2.{operation}", _parse_written)
 
 
 PARSED = "tagcheck.instances"
+WRITTEN = "tagcheck.written"
 _ROOT = "/DescribeInstancesResponse"
 _TOKEN = f"{_ROOT}/nextToken"
 _RESERVATIONS = f"{_ROOT}/reservationSet"
@@ -2894,17 +2908,10 @@ _TAGS = f"{_ITEM}/tagSet"
 _TAG = f"{_TAGS}/item"
 _LEAVES = frozenset(
     (
-        *(
-            _TOKEN,
-            _OWNER,
-            f"{_TAG}/key",
-            f"{_TAG}/value",
-            f"{_ITEM}/instanceId",
-            f"{_ITEM}/instanceState/name",
-        ),
+        *(_TOKEN, _OWNER, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId"),
+        *(f"{_ITEM}/instanceState/name", f"{_ITEM}/placement/availabilityZone"),
         *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
         *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
-        f"{_ITEM}/placement/availabilityZone",
     )
 )
 # AWS adds members to reservations and instances, but not to these, which hold nothing but what is named here.
@@ -2936,6 +2943,21 @@ def _parse_instances(
     response_dict["body"] = b"<DescribeInstancesResponse/>"
     if instances is not None:
         customized_response_dict.update({PARSED: instances, "NextToken": token})
+
+
+def _parse_written(
+    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Add to an answer of CreateTags or DeleteTags that EC2 says it is done, which botocore does not read."""
+    if response_dict["status_code"] >= 300:
+        return
+    try:
+        root = ElementTree.fromstring(response_dict["body"])
+    except ElementTree.ParseError:
+        return  # botocore reads it next, and raises its own error
+    returned = [element.text for element in root if element.tag.rpartition("}")[2] == "return"]
+    if root.tag.rpartition("}")[2] == f"{operation_model.name}Response" and returned == ["true"]:
+        customized_response_dict[WRITTEN] = True
 
 
 def parse_instances(
@@ -3125,7 +3147,14 @@ def describe_creators(
                 if next_call > deadline:
                     return
                 by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
-                page = call_aws(client, "LookupEvents", LookupAttributes=by_id, **window, **token)
+                try:
+                    page = call_aws(
+                        client, "LookupEvents", deadline, LookupAttributes=by_id, **window, **token
+                    )
+                except TargetError:
+                    if time.monotonic() < deadline:
+                        raise
+                    return
                 if "Events" not in page:
                     raise target_error("ForeignAnswer", "no Events", "cloudtrail:LookupEvents")
                 made = [pair for event in page["Events"] for pair in creators_of(event)]
@@ -3253,8 +3282,9 @@ def write_tags(
         batch = batches.pop()
         try:
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
-            if "RequestId" not in answer["ResponseMetadata"]:  # as in a captive portal's "200 OK"
-                raise target_error("ForeignAnswer", "no requestId", f"ec2:{operation}")
+            if WRITTEN not in answer:  # as in a captive portal's "200 OK"
+                message = "the answer does not say that it is done"
+                raise target_error("ForeignAnswer", message, f"ec2:{operation}")
         except TargetError as error:
             named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
             gone = named if error.code.startswith("InvalidInstanceID") else set()
@@ -8114,11 +8144,17 @@ def _describe_instance(
     """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
+    if args.account and account_id not in args.account:
+        raise UsageError(
+            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or choose "
+            f"credentials of {' or '.join(args.account)} with --profile"
+        )
+    aws.enter_own(account_id)
     for region in regions:
         try:
-            for instance in itertools.chain.from_iterable(
-                describe_instances(aws.client("ec2", region), InstanceIds=[args.instance])
-            ):
+            with aws.account(account_id):
+                pages = list(describe_instances(aws.client("ec2", region), InstanceIds=[args.instance]))
+            for instance in itertools.chain.from_iterable(pages):
                 yield Target(account_id, region), instance, known.get(Target(account_id, region))
                 return
         except TargetError as error:

@@ -217,7 +217,8 @@ TAGS: dict[str, dict[str, str]] = defaultdict(dict)
 TAG_CALLS: list[tuple[float, str, str, list[str]]] = []
 TAGGED_INSTANCE = (
     "<item><ownerId>{account}</ownerId><instancesSet><item><instanceId>{id}</instanceId>"
-    "<instanceState><name>running</name></instanceState><launchTime>2026-02-24T10:30:45.000Z</launchTime><tagSet>{tags}</tagSet></item></instancesSet></item>"
+    "<instanceState><name>running</name></instanceState><launchTime>2026-02-24T10:30:45.000Z</launchTime>"
+    "<tagSet>{tags}</tagSet></item></instancesSet></item>"
 )
 TAG = "<item><key>{}</key><value>{}</value></item>"
 

@@ -102,14 +102,16 @@ def remembered(directory: Path, region: str = "%") -> list[tuple[Any, ...]]:
 OWNER = f"<ownerId>{ACCOUNT_ID}</ownerId>"
 
 
-def page_of(*ids: str, token: str = "") -> tuple[int, dict[str, str], bytes]:
+def page_of(*ids: str, token: str = "", owner: str = ACCOUNT_ID) -> tuple[int, dict[str, str], bytes]:
     """Write a page of DescribeInstances."""
     items = "".join(
         f"<item><instanceId>{i}</instanceId><instanceState><name>running</name></instanceState>"
         "<launchTime>2026-02-24T10:30:45.000Z</launchTime></item>"
         for i in ids
     )
-    reservation = f"<item>{OWNER}<instancesSet>{items}</instancesSet></item>" if ids else ""
+    reservation = (
+        f"<item><ownerId>{owner}</ownerId><instancesSet>{items}</instancesSet></item>" if ids else ""
+    )
     xml = f"<reservationSet>{reservation}</reservationSet>" + (
         f"<nextToken>{token}</nextToken>" if token else ""
     )
@@ -1163,7 +1165,9 @@ def test_account_with_a_hostile_answer_is_unread_and_keeps_its_findings(
     for name in [name for _, name in aws.disabled]:
         aws.disabled.add((None, name))
     keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
-    shown = aws.fault("answer", action="DescribeInstances", answer=lambda _: page_of("i-0a"))
+    shown = aws.fault(
+        "answer", action="DescribeInstances", answer=lambda request: page_of("i-0a", owner=request.account_id)
+    )
     hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,))
     scan(*regions, keys=keys, check=3, script=hasty)
     before = remembered(tmp_path)
@@ -1184,9 +1188,13 @@ def test_hostile_answers_of_cloudtrail_cost_only_the_creators(
     aws: AwsServer, scan: Scan, hostile: Hostile, tmp_path: Path
 ) -> None:
     keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
-    status, headers, page = page_of("i-0a")
-    page = page.replace(b"2026-02-24", (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode())
-    aws.fault("answer", action="DescribeInstances", answer=lambda _: (status, headers, page))
+    yesterday = (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode()
+
+    def launched_yesterday(request: Request) -> tuple[int, dict[str, str], bytes]:
+        status, headers, page = page_of("i-0a", owner=request.account_id)
+        return status, headers, page.replace(b"2026-02-24", yesterday)
+
+    aws.fault("answer", action="DescribeInstances", answer=launched_yesterday)
     aws.fault(**hostile.fault(account_signed_for), action="LookupEvents")
     hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,), LOOKUP_PAUSE=0.01)
     result = scan(REGION, keys=keys, args=("--creators",), check=3, script=hasty)
