@@ -2629,7 +2629,7 @@ class Aws:
                 if service in ("ec2", "cloudtrail"):
                     client.meta.events.register(f"before-sign.{service}", self._sign)
                 if service == "ec2":
-                    _read_instances_of(client)
+                    _read_answers_of(client)
                 self._clients[service, region] = client
             return self._clients[service, region]
 
@@ -2677,7 +2677,8 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            credentials = call_aws(sts, "AssumeRole", **arguments).get("Credentials", {})
+            answer = call_aws(sts, "AssumeRole", **arguments)
+            credentials = answer.get("Credentials", {})
             names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
             for name in names:
                 if not credentials.get(name):
@@ -2685,6 +2686,10 @@ class Aws:
             access_key, secret_key, token, expires = (credentials[name] for name in names)
             if not expires.tzinfo or not 1970 < expires.year < 9999:
                 raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
+            arn = answer.get("AssumedRoleUser", {}).get("Arn", "")
+            if arn.split(":")[4:5] != [account_id]:
+                message = f"credentials of {arn or 'nobody'}, not of the account {account_id}"
+                raise target_error("ForeignAnswer", message, "sts:AssumeRole")
             keys = {"access_key": access_key, "secret_key": secret_key, "token": token}
             return keys | {"expiry_time": expires.isoformat()}
 
@@ -2692,10 +2697,11 @@ class Aws:
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
-def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
+def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
     """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
 
-    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here.
+    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here. It ends
+    at a deadline of the monotonic clock with CallTimeout.
     """
     import botocore
 
@@ -2703,12 +2709,12 @@ def call_aws(client: Any, operation: str, **arguments: Any) -> Any:
     name = f"{client.meta.service_model.service_name}:{operation}"
     for pause in (*NETWORK_PAUSES, None):
         try:
-            return within(CALL_SECONDS, lambda: method(**arguments))
+            return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
         except TagcheckError:
             raise
         except Exception as error:
             failure = failure_of(error)
-            if not failure.passes or pause is None:
+            if not failure.passes or pause is None or time.monotonic() + pause > deadline:
                 raise target_error(failure.code, failure.message, name) from error
             LOG.debug("%s: %s; trying again in %.0f s", name, failure.code, pause)
             time.sleep(pause)
@@ -2879,12 +2885,17 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
+    asked = frozenset(scope.get("InstanceIds", ()))
     token, tokens, empty_pages = "", set(), 0
     for _ in range(MAX_PAGES):
         page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
         if PARSED not in page:
             # A captive portal's "200 OK" would otherwise be a region without instances.
             raise TargetError("ForeignAnswer", "the answer is not EC2's: check the network and the proxy")
+        for instance in page[PARSED] if asked else ():
+            if instance.instance_id not in asked:
+                message = f"{instance.instance_id}, which was not asked for"
+                raise target_error("ForeignAnswer", message, "ec2:DescribeInstances")
         yield page[PARSED]
         token = page.get("NextToken", "")
         empty_pages = 0 if page[PARSED] else empty_pages + 1
@@ -2896,34 +2907,45 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
     raise TargetError("EndlessPages", "EC2 went on announcing a next page: run again, and tell AWS")
 
 
-def _read_instances_of(client: Any) -> None:
-    """Have a client of EC2 read its instances by parse_instances."""
+def _read_answers_of(client: Any) -> None:
+    """Have a client of EC2 read instances by parse_instances, and whether tags were written."""
     # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
     client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
+    parse = functools.partial(_parse_instances, client.meta.region_name)
+    client.meta.events.register("before-parse.ec2.DescribeInstances", parse)
+    for operation in ("CreateTags", "DeleteTags"):
+        client.meta.events.register(f"before-parse.ec2.{operation}", _parse_written)
 
 
 PARSED = "tagcheck.instances"
+WRITTEN = "tagcheck.written"
 _ROOT = "/DescribeInstancesResponse"
 _TOKEN = f"{_ROOT}/nextToken"
 _RESERVATIONS = f"{_ROOT}/reservationSet"
 _RESERVATION = f"{_RESERVATIONS}/item"
+_OWNER = f"{_RESERVATION}/ownerId"
 _SET = f"{_RESERVATION}/instancesSet"
 _ITEM = f"{_SET}/item"
-_TAG = f"{_ITEM}/tagSet/item"
+_TAGS = f"{_ITEM}/tagSet"
+_TAG = f"{_TAGS}/item"
 _LEAVES = frozenset(
     (
-        *(_TOKEN, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId", f"{_ITEM}/instanceState/name"),
+        *(_TOKEN, _OWNER, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId"),
+        *(f"{_ITEM}/instanceState/name", f"{_ITEM}/placement/availabilityZone"),
         *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
         *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
     )
 )
-_PLACES = _LEAVES | {_RESERVATIONS, _RESERVATION, _SET, _ITEM, _TAG}
-MAX_PATH = 1000  # characters; EC2's longest path of element names has some 150
+# AWS adds members to reservations and instances, but not to these, which hold nothing but what is named here.
+_CLOSED = frozenset((_ROOT, _RESERVATIONS, _SET, _TAGS, _TAG))
+_PLACES = _LEAVES | _CLOSED | {f"{_ROOT}/requestId"} | {leaf.rpartition("/")[0] for leaf in _LEAVES}
+# No other member of EC2's answer has such a name: elsewhere it is a list that would not be read.
+_ONLY_IN_PLACE = frozenset(("nextToken", "reservationSet", "instancesSet", "tagSet", "key"))
+MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 def _parse_instances(
-    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+    region: str, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
     """Read the instances of an answer of DescribeInstances in place of botocore.
 
@@ -2936,7 +2958,8 @@ def _parse_instances(
         return
     body = response_dict["body"]
     try:
-        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""))
+        account_id, _ = _ENTERED.get()
+        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id, region)
     except expat.ExpatError as error:
         raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
     response_dict["body"] = b"<DescribeInstancesResponse/>"
@@ -2944,83 +2967,140 @@ def _parse_instances(
         customized_response_dict.update({PARSED: instances, "NextToken": token})
 
 
-def parse_instances(body: Iterable[bytes]) -> tuple[list[Instance] | None, str]:
+def _parse_written(
+    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Add to an answer of CreateTags or DeleteTags that EC2 says it is done, which botocore does not read."""
+    if response_dict["status_code"] >= 300:
+        return
+    try:
+        root = ElementTree.fromstring(response_dict["body"])
+    except ElementTree.ParseError:
+        return  # botocore reads it next, and raises its own error
+    returned = [element.text for element in root if element.tag.rpartition("}")[2] == "return"]
+    if root.tag.rpartition("}")[2] == f"{operation_model.name}Response" and returned == ["true"]:
+        customized_response_dict[WRITTEN] = True
+
+
+def parse_instances(
+    body: Iterable[bytes], account_id: str = "", region: str = ""
+) -> tuple[list[Instance] | None, str]:
     """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
 
     Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer.
+    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
+    or has an instance of another account or region than the ones that are given.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
     instances: list[Instance] | None = None
-    path, token, has_set = "", None, False
+    path, token, owner, has_set = "", None, None, False
+    unread = 0  # how deep the parser is in an element that is not read
     texts: list[str] = []
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
     known: dict[str, Instance] = {}
+    zones = {""}  # that are in the region
 
     def refuse(what: str) -> NoReturn:
         raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
 
-    def start(name: str, _: object) -> None:
-        nonlocal path, instances, has_set
-        path += f"/{name}"
-        if path in _PLACES:
-            if path in _LEAVES:
-                texts.clear()
-                parser.CharacterDataHandler = texts.append
-                parser.StartElementHandler = start_within_text
-            elif path == _RESERVATIONS:
-                if instances is not None:
-                    refuse("a second reservationSet")
-                instances = []
-            elif path == _SET:
-                if has_set:
-                    refuse("a second instancesSet in a reservation")
-                has_set = True
-        elif len(path) > MAX_PATH:
-            refuse("elements nested too deeply")
+    def no_text(text: str) -> None:
+        if not text.isspace():
+            refuse(f"the text {text[:50]!r} in {path}")
+
+    def start(name: str, attributes: Mapping[str, str]) -> None:
+        nonlocal path, instances, has_set, unread
+        if unread:
+            unread += 1
+            if name in _ONLY_IN_PLACE or unread > MAX_DEPTH:
+                refuse(f"<{name}> out of place" if unread <= MAX_DEPTH else "elements nested too deeply")
+            return
+        place = f"{path}/{name}"
+        if place not in _PLACES:
+            if path in _CLOSED or name in _ONLY_IN_PLACE:
+                refuse(f"an unknown <{name}> in {path or 'the answer'}")
+            unread = 1
+            return
+        if attributes and (place != _ROOT or attributes.keys() != {"xmlns"}):
+            refuse(f"an attribute in <{name}>")
+        path = place
+        if path in _LEAVES:
+            texts.clear()
+            parser.CharacterDataHandler = texts.append
+            parser.StartElementHandler = start_within_text
+            return
+        parser.CharacterDataHandler = no_text if path in _CLOSED else None
+        if path == _RESERVATIONS:
+            if instances is not None:
+                refuse("a second reservationSet")
+            instances = []
+        elif path == _SET:
+            if has_set:
+                refuse("a second instancesSet in a reservation")
+            has_set = True
+        elif path == _TAGS:
+            if name in found:
+                refuse("a second tagSet in an instance")
+            found[name] = ""
 
     def start_within_text(name: str, _: object) -> None:
         refuse(f"<{name}> within the text of {path}")
 
     def end(name: str) -> None:
-        nonlocal path, token, has_set, found, tags
-        if path in _PLACES:
-            if path in _LEAVES:
-                parser.CharacterDataHandler = None
-                parser.StartElementHandler = start
-                if path != _TOKEN:
-                    if name in found:
-                        refuse(f"a second {name} in an instance or a tag")
-                    found[name] = "".join(texts)
-                elif token is not None:
+        nonlocal path, token, owner, has_set, found, tags, unread
+        if unread:
+            unread -= 1
+            return
+        if path in _LEAVES:
+            parser.StartElementHandler = start
+            text = "".join(texts)
+            if path == _TOKEN:
+                if token is not None:
                     refuse("a second nextToken")
-                else:
-                    token = "".join(texts)
-            elif path == _TAG:
-                key = found.pop("key", "")
-                if not key or key in tags:
-                    refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
-                tags[sys.intern(key)] = found.pop("value", "")
-            elif path == _ITEM:
-                end_instance()
-                found, tags = {}, {}
-            elif path == _RESERVATION:
-                if not has_set:
-                    refuse("a reservation without instancesSet")
-                has_set = False
+                token = text
+            elif path == _OWNER:
+                if owner is not None:
+                    refuse("a second ownerId in a reservation")
+                owner = text
+            elif name in found:
+                refuse(f"a second {name} in an instance or a tag")
+            else:
+                found[name] = text
+        elif path == _TAG:
+            key, value = found.pop("key", ""), found.pop("value", None)
+            if not key or key in tags:
+                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+            if value is None:
+                refuse(f"the tag {key!r} without a value")
+            tags[sys.intern(key)] = value
+        elif path == _ITEM:
+            end_instance()
+            found, tags = {}, {}
+        elif path == _RESERVATION:
+            if not has_set:
+                refuse("a reservation without instancesSet")
+            if not owner or owner != (account_id or owner):
+                refuse(f"instances of the account {owner!r}" if owner else "a reservation without ownerId")
+            owner, has_set = None, False
         path = path[: -len(name) - 1]
-        if path == _ROOT and "token" in name.lower() and name != "nextToken":
-            refuse(f"<{name}> in place of <nextToken>")  # not read, it would end the list too soon
+        parser.CharacterDataHandler = no_text if path in _CLOSED else None
 
     def end_instance() -> None:
         assert instances is not None
         try:
+            zone = found.get("availabilityZone", "")
+            if zone not in zones:
+                if region and zone_region(zone) != region:
+                    raise ValueError(f"it is in the zone {zone}")
+                zones.add(zone)
+            managed = found.get("managed", "false")
+            if managed not in ("true", "false"):
+                raise ValueError(f"its managed is {managed!r}, not true or false")
             instance = _instance(
                 *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
                 *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
-                _operator(found.get("managed") == "true", found.get("principal")),
+                _operator(managed == "true", found.get("principal")),
             )
         except (TypeError, ValueError) as error:
             refuse(f"an instance in the answer is not whole: {error}")
@@ -3047,6 +3127,8 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
+    if not re.fullmatch("i-[0-9a-f]+", instance_id):
+        raise ValueError(f"{_shown(instance_id)} is no instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
@@ -3087,7 +3169,14 @@ def describe_creators(
                 if next_call > deadline:
                     return
                 by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
-                page = call_aws(client, "LookupEvents", LookupAttributes=by_id, **window, **token)
+                try:
+                    page = call_aws(
+                        client, "LookupEvents", deadline, LookupAttributes=by_id, **window, **token
+                    )
+                except TargetError:
+                    if time.monotonic() < deadline:
+                        raise
+                    return
                 if "Events" not in page:
                     raise target_error("ForeignAnswer", "no Events", "cloudtrail:LookupEvents")
                 made = [pair for event in page["Events"] for pair in creators_of(event)]
@@ -3215,8 +3304,9 @@ def write_tags(
         batch = batches.pop()
         try:
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
-            if "RequestId" not in answer["ResponseMetadata"]:  # as in a captive portal's "200 OK"
-                raise target_error("ForeignAnswer", "no requestId", f"ec2:{operation}")
+            if WRITTEN not in answer:  # as in a captive portal's "200 OK"
+                message = "the answer does not say that it is done"
+                raise target_error("ForeignAnswer", message, f"ec2:{operation}")
         except TargetError as error:
             named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
             gone = named if error.code.startswith("InvalidInstanceID") else set()
@@ -3407,8 +3497,6 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     tags: dict[str, str] = {}
     instance_id = _text(item, "InstanceId")
-    if not re.fullmatch("i-[0-9a-f]+", instance_id):
-        raise ValueError(f"{_shown(instance_id)} is no instance id")
     for tag in _listed(item.get("Tags", [])):
         key = _text(tag, "Key")
         if not key or key in tags:
@@ -8180,11 +8268,17 @@ def _describe_instance(
     """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
+    if args.account and account_id not in args.account:
+        raise UsageError(
+            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or choose "
+            f"credentials of {' or '.join(args.account)} with --profile"
+        )
+    aws.enter_own(account_id)
     for region in regions:
         try:
-            for instance in itertools.chain.from_iterable(
-                describe_instances(aws.client("ec2", region), InstanceIds=[args.instance])
-            ):
+            with aws.account(account_id):
+                pages = list(describe_instances(aws.client("ec2", region), InstanceIds=[args.instance]))
+            for instance in itertools.chain.from_iterable(pages):
                 yield Target(account_id, region), instance, known.get(Target(account_id, region))
                 return
         except TargetError as error:

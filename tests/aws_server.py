@@ -369,6 +369,14 @@ def count_user_tags(*tags: Mapping[str, str]) -> int:
     return len({key for key in itertools.chain(*tags) if not key.lower().startswith("aws:")})
 
 
+def done(request: Request) -> Answer:
+    """Answer that EC2 has done what was asked for."""
+    answer = ET.Element(f"{{{EC2_NAMESPACE}}}{request.action}Response")
+    ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}requestId").text = "r"
+    ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}return").text = "true"
+    return Answer(200, {"Content-Type": "text/xml;charset=UTF-8"}, to_xml(answer))
+
+
 def instance_ids(answer: ET.Element) -> list[str]:
     """List the instances of a DescribeInstances answer in its order."""
     return [
@@ -824,6 +832,8 @@ class AwsServer:
             given = self._moto_answer(request, environ) if self.checks_permissions else None
             return given if given and given.status != 200 else self._create_tags(request)
         given = self._moto_answer(request, environ)
+        if request.fits(service="ec2", action="DeleteTags") and given.status == 200:
+            return done(request)  # moto leaves out `return`
         if self.checks_permissions and request.action == "GetObject" and given.status == 404:
             return missing_object_refusal(request) or given
         return given
@@ -859,10 +869,7 @@ class AwsServer:
             ec2 = ec2_backends[request.account_id][request.region]
             for resource in numbered(request.params, "ResourceId"):
                 ec2.tags[resource].update(tags_of(request.params))
-        answer = ET.Element(f"{{{EC2_NAMESPACE}}}CreateTagsResponse")
-        ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}requestId").text = "r"
-        ET.SubElement(answer, f"{{{EC2_NAMESPACE}}}return").text = "true"
-        return Answer(200, {"Content-Type": "text/xml;charset=UTF-8"}, to_xml(answer))
+        return done(request)
 
     def _describe_regions(self, request: Request, environ: dict[str, Any]) -> Answer:
         """Answer DescribeRegions with what was asked for."""

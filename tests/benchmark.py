@@ -191,6 +191,7 @@ SHORT_ANSWERS = {
     "AssumeRole": "<AssumeRoleResponse><AssumeRoleResult><Credentials>"
     "<AccessKeyId>ASIA{role_account}</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"
     "<SessionToken>token</SessionToken><Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>"
+    "<AssumedRoleUser><Arn>arn:aws:sts::{role_account}:assumed-role/benchmark/tagcheck</Arn></AssumedRoleUser>"
     "</AssumeRoleResult></AssumeRoleResponse>",
     "ListAccounts": '{{"Accounts": [{accounts}]}}',
 }
@@ -215,8 +216,9 @@ def describe_instances(fleet: Fleet, account: str, region: str, form: dict[str, 
 TAGS: dict[str, dict[str, str]] = defaultdict(dict)
 TAG_CALLS: list[tuple[float, str, str, list[str]]] = []
 TAGGED_INSTANCE = (
-    "<item><instancesSet><item><instanceId>{id}</instanceId><instanceState><name>running</name></instanceState>"
-    "<launchTime>2026-02-24T10:30:45.000Z</launchTime><tagSet>{tags}</tagSet></item></instancesSet></item>"
+    "<item><ownerId>{account}</ownerId><instancesSet><item><instanceId>{id}</instanceId>"
+    "<instanceState><name>running</name></instanceState><launchTime>2026-02-24T10:30:45.000Z</launchTime>"
+    "<tagSet>{tags}</tagSet></item></instancesSet></item>"
 )
 TAG = "<item><key>{}</key><value>{}</value></item>"
 
@@ -233,7 +235,9 @@ def answer_remediation(action: str, account: str, region: str, form: dict[str, s
             TAGS[instance_id][form["Tag.1.Key"]] = form["Tag.1.Value"]
         return b"<CreateTagsResponse><requestId>r</requestId><return>true</return></CreateTagsResponse>"
     items = "".join(
-        TAGGED_INSTANCE.format(id=id_, tags="".join(TAG.format(*tag) for tag in TAGS[id_].items()))
+        TAGGED_INSTANCE.format(
+            account=account, id=id_, tags="".join(TAG.format(*tag) for tag in TAGS[id_].items())
+        )
         for id_ in ids
     )
     return PAGE % (0, items.encode(), b"")

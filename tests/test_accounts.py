@@ -796,6 +796,15 @@ ROLES = {
     "token with a line break": Role(
         (edited("SessionToken", f"{MARKER}&#10;b"),), "InvalidHeader", says="copy it again"
     ),
+    "credentials of another account": lost(
+        "ForeignAnswer", edited("Arn", f"arn:aws:sts::{OTHER}:assumed-role/r/s"), says="not of the account"
+    ),
+    "credentials of nobody": lost("ForeignAnswer", edited("Arn", ""), says="credentials of nobody"),
+    "renewed with those of another account": Role(
+        (expiring(1, times=1), edited("Arn", f"arn:aws:sts::{OTHER}:assumed-role/r/s") | {"skip": 1}),
+        "ForeignAnswer",
+        assumed=4,
+    ),
     "expired when they come": Role((expiring(-60),), "Any", where=(), assumed=4),
 }
 

@@ -99,14 +99,19 @@ def remembered(directory: Path, region: str = "%") -> list[tuple[Any, ...]]:
         return db.execute(query, (region,)).fetchall()
 
 
-def page_of(*ids: str, token: str = "") -> tuple[int, dict[str, str], bytes]:
+OWNER = f"<ownerId>{ACCOUNT_ID}</ownerId>"
+
+
+def page_of(*ids: str, token: str = "", owner: str = ACCOUNT_ID) -> tuple[int, dict[str, str], bytes]:
     """Write a page of DescribeInstances."""
     items = "".join(
         f"<item><instanceId>{i}</instanceId><instanceState><name>running</name></instanceState>"
         "<launchTime>2026-02-24T10:30:45.000Z</launchTime></item>"
         for i in ids
     )
-    reservation = f"<item><instancesSet>{items}</instancesSet></item>" if ids else ""
+    reservation = (
+        f"<item><ownerId>{owner}</ownerId><instancesSet>{items}</instancesSet></item>" if ids else ""
+    )
     xml = f"<reservationSet>{reservation}</reservationSet>" + (
         f"<nextToken>{token}</nextToken>" if token else ""
     )
@@ -846,14 +851,13 @@ TAG = "<item><key>Owner</key><value>{}</value></item>"
 
 def with_items(*items: str, after: str = "") -> bytes:
     """Write a page of DescribeInstances with these instances, and something after them."""
-    return in_root(
-        f"<reservationSet><item><instancesSet>{''.join(items)}</instancesSet></item></reservationSet>{after}"
-    )
+    instances = f"<instancesSet>{''.join(items)}</instancesSet>"
+    return in_root(f"<reservationSet><item>{OWNER}{instances}</item></reservationSet>{after}")
 
 
 def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
     """Read an answer as a scan does."""
-    return script.parse_instances([xml])
+    return script.parse_instances([xml], ACCOUNT_ID, REGION)
 
 
 @pytest.mark.parametrize(
@@ -869,13 +873,15 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             with_items(after="<nextToken>a</nextToken><nextToken/>"), "a second nextToken", id="two tokens"
         ),
         pytest.param(
-            with_items(after="<NextToken>a</NextToken>"), "<NextToken> in place of", id="capital token"
+            with_items(after="<NextToken>a</NextToken>"), "an unknown <NextToken>", id="capital token"
         ),
         pytest.param(
-            with_items(after="<nexttoken>a</nexttoken>"), "<nexttoken> in place of", id="small token"
+            with_items(after="<nexttoken>a</nexttoken>"), "an unknown <nexttoken>", id="small token"
         ),
         pytest.param(
-            with_items(after="<x:nextToken>a</x:nextToken>"), "<x:nextToken> in", id="token of a namespace"
+            with_items(after="<x:nextToken>a</x:nextToken>"),
+            "an unknown <x:nextToken>",
+            id="token of a namespace",
         ),
         pytest.param(
             with_items(ITEM.format("i-0a", TAG.format("a") + "<item><value>b</value></item>")),
@@ -908,7 +914,11 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
         pytest.param(
             with_items(ITEM.format("i-0a<b>7</b>", "")), "<b> within the text", id="an element within a text"
         ),
-        pytest.param(in_root("<a>" * 600 + "</a>" * 600), "nested too deeply", id="nested too deeply"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", "")[:-7] + "<a>" * 600 + "</a>" * 600 + "</item>"),
+            "nested too deeply",
+            id="nested too deeply",
+        ),
         pytest.param(
             with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")),
             "before 1970",
@@ -921,6 +931,128 @@ def test_answer_that_cannot_be_ec2s_is_refused(xml: bytes, says: str) -> None:
         parse(xml)
     assert caught.value.code == "ForeignAnswer"
     assert "check the network and the proxy" in caught.value.message
+
+
+WHOLE = with_items(ITEM.format("i-0a", TAG.format("a"))).decode()
+
+
+def swapped(old: str, new: str) -> bytes:
+    """Write a whole answer of one instance in which one text is another."""
+    assert old in WHOLE
+    return WHOLE.replace(old, new).encode()
+
+
+@pytest.mark.parametrize(
+    ("xml", "says"),
+    [
+        pytest.param(
+            in_root("<reservationSet><html/></reservationSet>"), "unknown <html>", id="HTML in the list"
+        ),
+        pytest.param(
+            in_root("<reservationSet>Log in</reservationSet>"), "text 'Log in'", id="text in the list"
+        ),
+        pytest.param(in_root("Log in<reservationSet/>"), "text 'Log in'", id="text in the root"),
+        pytest.param(in_root("<Errors/><reservationSet/>"), "unknown <Errors>", id="errors and a list"),
+        pytest.param(
+            in_root("<reservationSet><member/></reservationSet>"),
+            "unknown <member>",
+            id="no item in the list",
+        ),
+        pytest.param(with_items("<member/>"), "unknown <member>", id="no item in a reservation"),
+        pytest.param(
+            with_items(ITEM.format("i-0a", "<member/>")), "unknown <member>", id="no item in the tags"
+        ),
+        pytest.param(swapped("<value>a</value>", ""), "'Owner' without a value", id="tag without a value"),
+        pytest.param(swapped("tagSet", "tags"), "<key> out of place", id="tags of another name"),
+        pytest.param(swapped("</tagSet>", "</tagSet><tagSet/>"), "a second tagSet", id="tags twice"),
+        *(
+            pytest.param(in_root(f"{before}<reservationSet/>{after}"), "an unknown", id=f"end told by {id_}")
+            for id_, before, after in (
+                ("metadata", "", "<responseMetadata><nextToken>a</nextToken></responseMetadata>"),
+                ("a marker", "<marker>a</marker>", ""),
+                ("next", "", "<next>a</next>"),
+                ("isTruncated", "", "<isTruncated>true</isTruncated>"),
+            )
+        ),
+        pytest.param(
+            in_root("<reservationSet><nextToken>a</nextToken></reservationSet>"),
+            "unknown <nextToken>",
+            id="token in the list",
+        ),
+        pytest.param(
+            swapped("</tagSet>", "</tagSet><nextToken>a</nextToken>"),
+            "unknown <nextToken>",
+            id="token in an instance",
+        ),
+        pytest.param(
+            swapped("</tagSet>", "</tagSet><more><nextToken>a</nextToken></more>"),
+            "<nextToken> out of place",
+            id="token in a member that is not read",
+        ),
+        pytest.param(
+            in_root('<reservationSet nextToken="abc"/>'), "an attribute in <reservationSet>", id="attribute"
+        ),
+        pytest.param(
+            swapped(ACCOUNT_ID, OTHER_ACCOUNT), f"account '{OTHER_ACCOUNT}'", id="another account's instance"
+        ),
+        pytest.param(swapped(OWNER, ""), "without ownerId", id="nobody's instance"),
+        pytest.param(swapped(OWNER, OWNER * 2), "a second ownerId", id="owner twice"),
+        pytest.param(
+            swapped(
+                "<tagSet>", "<placement><availabilityZone>eu-west-1a</availabilityZone></placement><tagSet>"
+            ),
+            "in the zone eu-west-1a",
+            id="another region's instance",
+        ),
+        pytest.param(
+            swapped("<tagSet>", "<placement><availabilityZone>here</availabilityZone></placement><tagSet>"),
+            "no availability zone",
+            id="zone that is none",
+        ),
+        pytest.param(swapped("i-0a", "../../x"), "no instance id", id="id that is a path"),
+        pytest.param(swapped("i-0a", " i-0a "), "no instance id", id="id with blanks"),
+        pytest.param(
+            swapped("<tagSet>", "<operator><managed>TRUE</managed></operator><tagSet>"),
+            "'TRUE', not true or false",
+            id="operator that is neither there nor not",
+        ),
+    ],
+)
+def test_list_of_another_grammar_is_refused(xml: bytes, says: str) -> None:
+    with pytest.raises(script.TargetError, match=says) as caught:
+        parse(xml)
+    assert caught.value.code == "ForeignAnswer"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param(
+            "<tagSet>", "<newSet><item><a>x</a><name>y</name></item></newSet><tagSet>", id="instance"
+        ),
+        pytest.param("<instancesSet>", "<new at='1'>x<item/></new><instancesSet>", id="reservation"),
+        pytest.param("><", ">\n  <", id="white space"),
+        pytest.param(
+            "<tagSet>",
+            "<placement><availabilityZone>us-east-1-bos-1a</availabilityZone></placement><tagSet>",
+            id="local zone",
+        ),
+    ],
+)
+def test_members_that_aws_may_add_change_nothing(old: str, new: str) -> None:
+    assert parse(swapped(old, new)) == parse(WHOLE.encode())
+
+
+def test_scan_keeps_the_findings_of_a_region_whose_answer_is_anothers(aws: AwsServer, scan: Scan) -> None:
+    aws.launch(REGION)
+    scan(REGION, check=3)
+    for old, new in ((ACCOUNT_ID, OTHER_ACCOUNT), (REGION, "eu-west-1"), ("item>", "member>")):
+        aws.clear_faults()
+        pair = old.encode(), new.encode()
+        aws.fault("edit", action="DescribeInstances", edit=lambda xml, pair=pair: xml.replace(*pair))
+        result = scan(REGION, check=4)
+        assert errors(result) == {REGION: "ForeignAnswer"}
+        assert result.json("out.json")["summary"]["resolved"] == 0
 
 
 def test_instance_twice_in_one_answer_with_the_same_tags_is_one() -> None:
@@ -1033,7 +1165,9 @@ def test_account_with_a_hostile_answer_is_unread_and_keeps_its_findings(
     for name in [name for _, name in aws.disabled]:
         aws.disabled.add((None, name))
     keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
-    shown = aws.fault("answer", action="DescribeInstances", answer=lambda _: page_of("i-0a"))
+    shown = aws.fault(
+        "answer", action="DescribeInstances", answer=lambda request: page_of("i-0a", owner=request.account_id)
+    )
     hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,))
     scan(*regions, keys=keys, check=3, script=hasty)
     before = remembered(tmp_path)
@@ -1054,9 +1188,13 @@ def test_hostile_answers_of_cloudtrail_cost_only_the_creators(
     aws: AwsServer, scan: Scan, hostile: Hostile, tmp_path: Path
 ) -> None:
     keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
-    status, headers, page = page_of("i-0a")
-    page = page.replace(b"2026-02-24", (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode())
-    aws.fault("answer", action="DescribeInstances", answer=lambda _: (status, headers, page))
+    yesterday = (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode()
+
+    def launched_yesterday(request: Request) -> tuple[int, dict[str, str], bytes]:
+        status, headers, page = page_of("i-0a", owner=request.account_id)
+        return status, headers, page.replace(b"2026-02-24", yesterday)
+
+    aws.fault("answer", action="DescribeInstances", answer=launched_yesterday)
     aws.fault(**hostile.fault(account_signed_for), action="LookupEvents")
     hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,), LOOKUP_PAUSE=0.01)
     result = scan(REGION, keys=keys, args=("--creators",), check=3, script=hasty)

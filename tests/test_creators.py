@@ -262,6 +262,17 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
     assert min(b - a for a, b in itertools.pairwise(times)) > 0.45
 
 
+def test_the_budget_ends_an_answer_that_trickles(aws, scan):
+    aws.launch(REGION)
+    aws.fault("trickle", action="LookupEvents", seconds=5)
+    begun = time.monotonic()
+    result = scan("--creators-budget", "1s", check=3)
+    assert time.monotonic() - begun < 20
+    assert (
+        "1 instance was not looked up within --creators-budget 1s" in result.json("out.json")["notices"][-1]
+    )
+
+
 def test_each_account_is_asked_with_its_own_credentials(aws, scan, hasty):
     (own,), (other,) = aws.launch(REGION), aws.launch(REGION, account_id=MEMBER)
     remember(aws, [own], user("ann"))

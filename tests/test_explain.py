@@ -902,6 +902,29 @@ def test_live_with_the_credentials_of_another_account_than_the_policy_expects(
     assert {request.action for request in aws.requests} == {"GetCallerIdentity"}
 
 
+def test_live_looks_into_no_other_account(
+    aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk
+) -> None:
+    [wrong] = aws.launch(REGION, {"Owner": "x"})
+    live = ["explain", wrong, "--policy", "policy.yaml", "--live", "--region", REGION, "--account"]
+    result = tagcheck(*live, "210987654321", env=aws.env, check=2)
+    assert result.out == ""
+    assert f"--live looks only into the account of the credentials, {ACCOUNT}" in result.err
+    assert tagcheck(*live, ACCOUNT, env=aws.env, check=0).out.startswith(wrong)
+
+
+def test_live_refuses_an_instance_that_was_not_asked_for(
+    aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk
+) -> None:
+    [wrong] = aws.launch(REGION, {"Owner": "x"})
+    other = b"i-0ffffffffffffffff"
+    aws.fault("edit", action="DescribeInstances", edit=lambda xml: xml.replace(wrong.encode(), other))
+    live = ["explain", wrong, "--policy", "policy.yaml", "--live", "--region", REGION]
+    result = tagcheck(*live, env=aws.env)
+    assert (result.code in (4, 5), result.out) == (True, "")
+    assert "i-0ffffffffffffffff, which was not asked for" in result.err
+
+
 def test_live_without_permission(aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk) -> None:
     [wrong] = aws.launch(REGION)
     aws.fault("error", action="DescribeInstances", status=403, code="UnauthorizedOperation", message="No.")

@@ -700,6 +700,51 @@ def test_answer_of_another_is_none(aws, apply):
     assert "ForeignAnswer" in result.out
 
 
+ANSWER = (
+    '<{0}Response xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><requestId>r</requestId>{1}</{0}Response>'
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(ANSWER.format("CreateTags", "<return>false</return>"), id="it says false"),
+        pytest.param(ANSWER.format("CreateTags", ""), id="it does not say"),
+        pytest.param(ANSWER.format("CreateTags", "<x><return>true</return></x>"), id="it says so elsewhere"),
+        pytest.param(ANSWER.format("CreateTags", "<return>true</return>" * 2), id="it says so twice"),
+        pytest.param(ANSWER.format("DescribeTags", "<return>true</return>"), id="another operation"),
+        pytest.param("<html><requestId>r</requestId><return>true</return></html>", id="HTML"),
+        pytest.param("<CreateTagsResponse><return>true</return>", id="cut short"),
+    ],
+)
+def test_answer_that_does_not_say_it_is_done_writes_nothing(aws, apply, tmp_path, body):
+    ids = aws.launch(REGION, count=2)
+    aws.fault("body", body=body.encode(), action="CreateTags")
+    impatient = script_with(tmp_path, NETWORK_PAUSES=())
+    result, became = apply(*map(row, ids), check=4, script=impatient)
+    assert became == ["failed"] * 2
+    assert "Answer: " in result.out
+    assert changes(tmp_path / "instance_state.db") == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("tagSet", "tags", id="tags in a list of another name"),
+        pytest.param("value>", "val>", id="tags without a value"),
+        pytest.param("<instanceId>i-", "<instanceId>i-0", id="another instance"),
+    ],
+)
+def test_value_that_an_answer_hides_is_not_overwritten(aws, apply, old, new):
+    ids = aws.launch(REGION, {"Owner": "precious"}, count=1)
+    pair = old.encode(), new.encode()
+    aws.fault("edit", action="DescribeInstances", edit=lambda xml: xml.replace(*pair))
+    result, became = apply(*map(row, ids), check=4)
+    assert became == ["failed"]
+    assert "ForeignAnswer" in result.out
+    assert writes(aws) == []
+
+
 def test_what_is_not_known_is_said_to_be_so(aws, apply, run, tmp_path):
     ids = aws.launch(REGION, count=2)
     aws.fault("lost", action="CreateTags")
