@@ -660,8 +660,13 @@ def tag_calls(port: int) -> list[tuple[float, str, str, list[str]]]:
 
 def measure_remediation(fleet: Fleet, changes: int, latency_ms: int) -> None:
     """Apply a plan, and apply it again to another server while it is killed now and then; print both."""
+    sys.path.insert(0, str(TAGCHECK.parent))
+    import tagcheck
+
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-benchmark-")))
+        for name in ("whole.db", "killed.db"):  # a plan is not applied without a state
+            tagcheck.check_state(root / name)
         (root / "policy.yaml").write_text(policy_text(fleet), encoding="utf-8")
         write_remediation_plan(root / "plan.csv", fleet, changes)
         command = [sys.executable, str(TAGCHECK), "remediate", "-q", "--policy", "policy.yaml", "--apply"]

@@ -627,7 +627,7 @@ def test_instance_that_passes(org: Desk) -> None:
     assert run.lines[0] == f"{ident(1)} (web-1) in {ACCOUNT} {REGION}, running:"
     assert [line.split()[0] for line in run.lines[1:4]] == ["passes"] * 3
     assert has(run, "passes", "CostCenter", "'CC-1042'", "policy.yaml:5")
-    assert has(run, "History", "no scan")
+    assert has(run, "History", "none known")
 
 
 def test_instance_that_fails_says_the_rule_the_near_miss_and_the_nearest_value(org: Desk) -> None:
@@ -717,7 +717,7 @@ def test_history_of_an_instance(desk: Desk) -> None:
         desk.write_fleet(*reservations, BYSTANDER)
         return desk.explain(ident(1), "--instances", "fleet.json").lines[-1]
 
-    assert history(instance(1)).strip() == "History: none (no scan in the state found it in violation)"
+    assert history(instance(1)).strip() == "History: none known"
     desk.scan(instance(1))
     assert all(word in history(instance(1)) for word in ("NEW", "1 time ", "2026-11-23T12:00:00Z"))
     desk.scan(instance(1), now=NOW + DAY)
