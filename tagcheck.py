@@ -2686,7 +2686,7 @@ class Aws:
             access_key, secret_key, token, expires = (credentials[name] for name in names)
             if not expires.tzinfo or not 1970 < expires.year < 9999:
                 raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
-            arn = answer.get("AssumedRoleUser", {}).get("Arn", "")
+            arn = answer.get("AssumedRoleUser", {"Arn": arguments["RoleArn"]}).get("Arn", "")
             if arn.split(":")[4:5] != [account_id]:
                 message = f"credentials of {arn or 'nobody'}, not of the account {account_id}"
                 raise target_error("ForeignAnswer", message, "sts:AssumeRole")
@@ -2911,8 +2911,7 @@ def _read_answers_of(client: Any) -> None:
     """Have a client of EC2 read instances by parse_instances, and whether tags were written."""
     # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
     client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    parse = functools.partial(_parse_instances, client.meta.region_name)
-    client.meta.events.register("before-parse.ec2.DescribeInstances", parse)
+    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
     for operation in ("CreateTags", "DeleteTags"):
         client.meta.events.register(f"before-parse.ec2.{operation}", _parse_written)
 
@@ -2931,8 +2930,12 @@ _TAG = f"{_TAGS}/item"
 _LEAVES = frozenset(
     (
         *(_TOKEN, _OWNER, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId"),
-        *(f"{_ITEM}/instanceState/name", f"{_ITEM}/placement/availabilityZone"),
-        *(f"{_ITEM}/launchTime", f"{_ITEM}/instanceType", f"{_ITEM}/iamInstanceProfile/arn"),
+        *(
+            f"{_ITEM}/instanceState/name",
+            f"{_ITEM}/launchTime",
+            f"{_ITEM}/instanceType",
+            f"{_ITEM}/iamInstanceProfile/arn",
+        ),
         *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
     )
 )
@@ -2945,7 +2948,7 @@ MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 def _parse_instances(
-    region: str, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
     """Read the instances of an answer of DescribeInstances in place of botocore.
 
@@ -2959,7 +2962,7 @@ def _parse_instances(
     body = response_dict["body"]
     try:
         account_id, _ = _ENTERED.get()
-        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id, region)
+        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
     except expat.ExpatError as error:
         raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
     response_dict["body"] = b"<DescribeInstancesResponse/>"
@@ -2977,19 +2980,19 @@ def _parse_written(
         root = ElementTree.fromstring(response_dict["body"])
     except ElementTree.ParseError:
         return  # botocore reads it next, and raises its own error
-    returned = [element.text for element in root if element.tag.rpartition("}")[2] == "return"]
-    if root.tag.rpartition("}")[2] == f"{operation_model.name}Response" and returned == ["true"]:
+    members = [(element.tag.rpartition("}")[2], element.text) for element in root]
+    is_answer = root.tag.rpartition("}")[2] == f"{operation_model.name}Response"
+    returned = [text for name, text in members if name == "return"]
+    if is_answer and "requestId" in dict(members) and returned in ([], ["true"]):
         customized_response_dict[WRITTEN] = True
 
 
-def parse_instances(
-    body: Iterable[bytes], account_id: str = "", region: str = ""
-) -> tuple[list[Instance] | None, str]:
+def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance] | None, str]:
     """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
 
     Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
     tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
-    or has an instance of another account or region than the ones that are given.
+    or has instances of another account than the one that is given.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -3000,7 +3003,6 @@ def parse_instances(
     found: dict[str, str] = {}
     tags: dict[str, str] = {}
     known: dict[str, Instance] = {}
-    zones = {""}  # that are in the region
 
     def refuse(what: str) -> NoReturn:
         raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
@@ -3080,8 +3082,8 @@ def parse_instances(
         elif path == _RESERVATION:
             if not has_set:
                 refuse("a reservation without instancesSet")
-            if not owner or owner != (account_id or owner):
-                refuse(f"instances of the account {owner!r}" if owner else "a reservation without ownerId")
+            if owner is not None and account_id and owner != account_id:
+                refuse(f"instances of the account {owner!r}")
             owner, has_set = None, False
         path = path[: -len(name) - 1]
         parser.CharacterDataHandler = no_text if path in _CLOSED else None
@@ -3089,11 +3091,6 @@ def parse_instances(
     def end_instance() -> None:
         assert instances is not None
         try:
-            zone = found.get("availabilityZone", "")
-            if zone not in zones:
-                if region and zone_region(zone) != region:
-                    raise ValueError(f"it is in the zone {zone}")
-                zones.add(zone)
             managed = found.get("managed", "false")
             if managed not in ("true", "false"):
                 raise ValueError(f"its managed is {managed!r}, not true or false")
