@@ -7483,7 +7483,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--undo": _one("FILE", "the undo file of an earlier run, to take back what is still as it was written"),
     "--role": _one("NAME", "the role to assume for writing (default: the policy's role_name)"),
     "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
-    "--require-state": _flag("fail where there is no state yet, in place of beginning a new one"),
+    "--require-state": _flag("fail where there is no state yet, instead of starting a new one"),
     "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
     "--quiet": _flag("no summary and no progress, only errors"),
     "--verbose": _flag("say each retry as well"),
