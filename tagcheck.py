@@ -2383,6 +2383,11 @@ class PlanRow:
         return f"{self.target} {self.instance_id} {self.tag_key}"
 
     @property
+    def value_after(self) -> str | None:
+        """The value that the tag has once the row is carried out; None where it is deleted."""
+        return None if self.action is Action.DELETE else self.value
+
+    @property
     def writes(self) -> bool:
         """True where the row changes something, unless the instance has changed."""
         return self.action not in (Action.REVIEW, Action.SKIP)
@@ -2503,7 +2508,7 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
     if tags is None:
         return Outcome(row, Result.GONE, "the instance is gone")
     now = tags.get(row.tag_key)
-    if now == (None if row.action is Action.DELETE else row.value):
+    if now == row.value_after:
         return Outcome(row, Result.ALREADY_THERE, former=now)
     expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
     if expected:
@@ -2930,13 +2935,9 @@ _TAG = f"{_TAGS}/item"
 _LEAVES = frozenset(
     (
         *(_TOKEN, _OWNER, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId"),
-        *(
-            f"{_ITEM}/instanceState/name",
-            f"{_ITEM}/launchTime",
-            f"{_ITEM}/instanceType",
-            f"{_ITEM}/iamInstanceProfile/arn",
-        ),
-        *(f"{_ITEM}/subnetId", f"{_ITEM}/vpcId", f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
+        *(f"{_ITEM}/instanceState/name", f"{_ITEM}/launchTime", f"{_ITEM}/instanceType"),
+        *(f"{_ITEM}/iamInstanceProfile/arn", f"{_ITEM}/subnetId", f"{_ITEM}/vpcId"),
+        *(f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
     )
 )
 # AWS adds members to reservations and instances, but not to these, which hold nothing but what is named here.
@@ -3781,7 +3782,7 @@ def has_scan(path: Path, scan_id: str) -> bool:
 
 def copy_state(path: Path, copy: Path) -> None:
     """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
-    if os.path.lexists(path):
+    if _exists(path):
         with _checked_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
             source.backup(target)
 
@@ -3987,7 +3988,7 @@ class LocalState:
 
     def copy(self, copy: Path) -> None:
         """Copy it, where there is one; raises StateError."""
-        if not (self._create or os.path.lexists(self.path)):
+        if not (self._create or _exists(self.path)):
             raise _missing(self.name)
         copy_state(self.path, copy)
 
@@ -4778,11 +4779,13 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
 
 
-def fetch_notice(db: sqlite3.Connection, scan: Scan, name: str, *, dry_run: bool) -> str:
+def fetch_notice(
+    db: sqlite3.Connection, scan: Scan, name: str, coverage: Iterable[Coverage], *, dry_run: bool
+) -> str:
     """Return why every finding of the scan being recorded is NEW; nothing where earlier ones are known."""
     rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
     policies = {policy for (policy,) in rows}
-    known = any(target.repeat or target.reopened for target in fetch_coverage(db, scan))  # to the older tool
+    known = any(target.repeat or target.reopened for target in coverage)  # to the older tool
     if scan.policy.name in policies or known:
         return ""
     if policies or _has_table(db, "state", OLDER_TABLE):
@@ -5393,7 +5396,7 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterab
         changes = [change for change in found if change.tag_key == row.tag_key]
         written = [change for change in changes if change.status == "written"]
         # A person may have set the same value again since: that one is not the tool's to take away.
-        if written and (written[-1].former or "", written[-1].value) == (row.current, _restored(row)):
+        if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
             why = f"reverted already, at {written[-1].changed_at}"
             checked.append(replace(row, action=Action.SKIP, why=why))
         elif any(_reverts(row, change) for change in changes):
@@ -5410,17 +5413,12 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterab
     return checked
 
 
-def _restored(row: PlanRow) -> str | None:
-    """Return the value that a tag has after a row of an undo file."""
-    return None if row.action is Action.DELETE else row.value
-
-
 def _reverts(row: PlanRow, change: Change) -> bool:
     """Return whether a row of an undo file reverts just this change.
 
     What is not printable is never written over, and so not in an undo file: nothing is unescaped.
     """
-    former, restored = change.former, _restored(row)
+    former, restored = change.former, row.value_after
     if is_blank(former or "") and is_blank(restored or ""):
         former = restored  # of a run that was killed the record says "missing" for an empty tag as well
     return (change.value or "") == row.current and former == restored
@@ -5473,8 +5471,7 @@ class ScanReport:
 
 CSV_COLUMNS = (
     "InstanceId", "MissingTags", "LaunchTime", "InvalidTags", "Status", "FirstSeen", "LastSeen", "TimesSeen",
-    "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error",
-    "ManagedBy",
+    "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error", "ManagedBy",
 )  # fmt: skip
 
 
@@ -5782,10 +5779,11 @@ class UndoFile:
 def _undoing(row: PlanRow, former: str | None) -> PlanRow:
     """Return the row that takes another one back."""
     action = Action.DELETE if former is None else Action.RESTORE
-    written = "" if row.action is Action.DELETE else row.value
+    written = row.value_after or ""
     why = f"undo of: {row.why.removeprefix('undo of: ')}"
-    undoing = replace(row, action=action, value=former or "", current=written, confidence="", why=why)
-    return replace(undoing, warning="")
+    return replace(
+        row, action=action, value=former or "", current=written, confidence="", why=why, warning=""
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -5854,7 +5852,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
         "instance_id": row.instance_id,
         "name": row.name,
         "tag_key": row.tag_key,
-        "value": None if row.action is Action.DELETE else row.value,
+        "value": row.value_after,
         "action": row.action,
         "why": row.why,
         "result": outcome.result,
@@ -7591,13 +7589,16 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         def record(path: Path) -> None:
             nonlocal report, summary, digests
             with record_scan(db, path, scan, finished_at, state.name):
-                begun_anew = filter(None, [fetch_notice(db, scan, args.state, dry_run=args.dry_run)])
+                coverage = fetch_coverage(db, scan)
+                begun_anew = filter(
+                    None, [fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)]
+                )
                 more = (
-                    *_unseen_notices(args, scan, fetch_unseen(db, scan), fetch_coverage(db, scan)),
+                    *_unseen_notices(args, scan, fetch_unseen(db, scan), coverage),
                     *_exemption_notices(args, scan, used),
                     *check_patterns(policy),
                 )
-                report = _report(args, db, scan, finished_at, [*begun_anew, *notices, *more])
+                report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
                 if policy.notify:
                     owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
                     digests = write_digests(report, fetch_owed(db, policy.name))
@@ -7693,10 +7694,10 @@ def _report(
     db: sqlite3.Connection,
     scan: Scan,
     finished_at: datetime,
+    coverage: Sequence[Coverage],
     notices: Sequence[str],
 ) -> ScanReport:
     """Return what the reports print of the scan that is being recorded."""
-    coverage = fetch_coverage(db, scan)
     costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
         scan,
@@ -8505,7 +8506,7 @@ def _apply(
             *(f"{run}/{len(changes)}", policy.name, account_id, region, row.instance_id, row.tag_key),
             # To add is to write where nothing is, or blanks: which of them is known when the tag is read.
             *(None if row.action is Action.ADD else row.current or None,),
-            *(None if row.action is Action.DELETE else row.value,),
+            row.value_after,
             *(row.why, who, utc_text(now)),
             status="intended",
         )

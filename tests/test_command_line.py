@@ -572,32 +572,29 @@ def test_argument_that_cannot_be_used(
     assert says in tagcheck(*args, *more, check=code).err
 
 
-def test_closed_standard_input_holds_no_instances(tmp_path: Path, policy: Path) -> None:
-    command = [sys.executable, TAGCHECK, "scan", "--policy", policy, "--instances", "-"]
-    run = subprocess.run(
-        ["sh", "-c", 'exec "$@" <&-', "sh", *command],
-        cwd=tmp_path,
-        env=clean_environment(tmp_path),
+def by_shell(line: str, *args: str | Path, home: Path, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run the script by a line of a shell, in which "$@" is its command."""
+    return subprocess.run(
+        ["sh", "-c", line, "sh", sys.executable, TAGCHECK, *args],
+        cwd=cwd,
+        env=clean_environment(home),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
+    )
+
+
+def test_closed_standard_input_holds_no_instances(tmp_path: Path, policy: Path) -> None:
+    run = by_shell(
+        'exec "$@" <&-', "scan", "--policy", policy, "--instances", "-", home=tmp_path, cwd=tmp_path
     )
     assert (run.returncode, "standard input is not what" in run.stderr) == (2, True), run.stderr
 
 
 def test_a_directory_that_is_gone_is_told(tmp_path: Path, policy: Path) -> None:
     (gone := tmp_path / "gone").mkdir()
-    command = [sys.executable, TAGCHECK, "validate", policy]
-    run = subprocess.run(
-        ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command],
-        cwd=gone,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    run = by_shell('rmdir "$PWD" && exec "$@"', "validate", policy, home=tmp_path, cwd=gone)
     assert (run.returncode, "the current directory cannot be used" in run.stderr) == (2, True), run.stderr
 
 
