@@ -10,12 +10,14 @@ The file reads downward; a section uses only what stands above it:
  1 Words           exit codes, errors, records
  2 Policy          the YAML file, checked, as a Policy
  3 Evaluation      an instance's tags and its rules -> violations
- 4 Suggestions     the tags of its siblings -> what a missing value probably is
+ 4 Suggestions     the tags of its siblings -> the likely value of a missing tag
  5 AWS             accounts, regions and instances, live or saved
  6 State           what is remembered between scans, in SQLite
- 7 Reports         summary, CSV, JSON, JUnit, HTML
- 8 Notifications   digests for Slack, SNS and e-mail, and for owners
- 9 Command line    the commands; the only place with print, the clock and threads
+ 7 Reports         summary, CSV, JSON, JUnit
+ 8 Dashboard       the HTML page
+ 9 Notifications   digests for Slack, SNS and email
+10 Remediation     plans, undo files, and the calls that write tags
+11 Command line    the commands; the only place with print, the clock and threads
 """
 
 from __future__ import annotations
@@ -320,6 +322,35 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One tag that `remediate` wrote, or was about to write when it was last heard of."""
+
+    change_id: str
+    policy: str
+    account_id: str
+    region: str
+    instance_id: str
+    tag_key: str
+    former: str | None
+    value: str | None
+    why: str
+    who: str
+    changed_at: str
+    status: Literal["intended", "written"]
+
+    @property
+    def target(self) -> Target:
+        """Where the instance is."""
+        return Target(self.account_id, self.region)
+
+    def __str__(self) -> str:
+        done = "deleted" if self.value is None else f"set to {self.value!r}"
+        before = "missing" if self.former is None else repr(self.former)
+        unknown = "" if self.status == "written" else "; whether it was carried out is not known"
+        return f"{self.changed_at} {self.tag_key} {done} (it was {before}) by {self.who}: {self.why}{unknown}"
+
+
+@dataclass(frozen=True, slots=True)
 class Coverage:
     """How far one target was read in a scan, and what was found there."""
 
@@ -455,7 +486,7 @@ def is_blank(text: str) -> bool:
     return not stripped(text)
 
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def violation_record(violation: Violation) -> dict[str, str | None]:
@@ -493,7 +524,7 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or f'{word}s'}"
 
 
-def _cut(text: str, width: int) -> str:
+def cut_text(text: str, width: int) -> str:
     """Return text of at most this width, its end cut off visibly."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
@@ -558,7 +589,7 @@ def _mapping(
 # tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
 _TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
 # EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
-_TAG_KEY, _TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
+TAG_KEY, TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
 _DATE = _form("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", "is no date: write year-month-day, such as 2027-01-31")
 _DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h or d, such as 2h")
 _ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
@@ -584,11 +615,11 @@ _STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "termin
 _REQUIRED_TAGS = _list(_mapping(
     "key",
     {"description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-     **_TAG_KEY, "type": ["string", "number", "object"]},
-    key=("The tag key, in exactly this spelling.", "CostCenter", _TAG_KEY),
-    values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(_TAG_VALUE)),
+     **TAG_KEY, "type": ["string", "number", "object"]},
+    key=("The tag key, in exactly this spelling.", "CostCenter", TAG_KEY),
+    values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(TAG_VALUE)),
     pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
-    default=("What remediate may write where nothing better is known.", "dev", _TAG_VALUE),
+    default=("What remediate may write where nothing better is known.", "dev", TAG_VALUE),
 ))  # fmt: skip
 _REGION = _mapping(
     "",
@@ -614,13 +645,13 @@ _EXEMPTION = _mapping(
     reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
     tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
           {"eks:cluster-name": "*"},
-          {"type": "object", "minProperties": 1, "additionalProperties": _TAG_VALUE | {"minLength": 0}}),
+          {"type": "object", "minProperties": 1, "additionalProperties": TAG_VALUE | {"minLength": 0}}),
     instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
     accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
     regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
     managed_by=("Instances that this AWS service operates; * and ? as in tags, so \"*\" is any service.",
                 "eks.amazonaws.com", _TEXT),
-    required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(_TAG_KEY)),
+    required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(TAG_KEY)),
     expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
     approved_by=("Who agreed.", "head of platform", _TEXT),
     ticket=("Where it was agreed.", "OPS-1234", _TEXT),
@@ -642,7 +673,7 @@ _EMAIL = _mapping(
 _OWNERS = _mapping(
     "",
     {"description": "To send each owner a digest of what is theirs."},
-    tag=("The tag that names the owner. Left out: Owner.", "Owner", _TAG_KEY),
+    tag=("The tag that names the owner. Left out: Owner.", "Owner", TAG_KEY),
     mapping=("For a value of that tag, or a creator, the address or the Slack member's id.",
              {"team-web": "web@example.com", "alice": "U012ABCDEF"},
              {"type": "object", "minProperties": 1, "additionalProperties": _RECIPIENT}),
@@ -667,7 +698,7 @@ POLICY_SCHEMA = _mapping(
     version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
     name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
     required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
-    placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(_TAG_VALUE)),
+    placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(TAG_VALUE)),
     states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
             ["running", "stopped"], _list({"enum": _STATES})),
     grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
@@ -876,7 +907,7 @@ def is_quick(pattern: str) -> bool:
     return groups < 100 and ways * width * (1 + alternatives / groups) ** groups <= MAX_PATTERN_STEPS
 
 
-_MOST_CHARACTERS: int = _TAG_VALUE["maxLength"]
+_MOST_CHARACTERS: int = TAG_VALUE["maxLength"]
 
 
 class Verdict(Enum):
@@ -1215,7 +1246,7 @@ class YamlDocument:
             self._key_marks[key_path] = key.start_mark
             self._check_text(key, key_path, at_key=True)
             if name in lines:
-                message = f"{_shown(name)} appears twice (first in line {lines[name]})"
+                message = f"{shown_value(name)} appears twice (first in line {lines[name]})"
                 self.mistakes.append(Mistake(key_path, message, at_key=True))
             lines.setdefault(name, key.start_mark.line + 1)
             mapping[name] = self._build(value, key_path)
@@ -1226,7 +1257,7 @@ class YamlDocument:
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
         odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
         if plain and not prose and node.start_mark.line != node.end_mark.line:
-            message = f"goes on in the next line, so that both are one text, {_shown(node.value)}"
+            message = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
             self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
         elif found := _find_odd(node.value, odd):
             self.mistakes.append(Mistake(path, found[1], at_key))
@@ -1261,7 +1292,7 @@ def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | No
     """Return where in a text the first of such characters stands, and what to say of it."""
     for characters, message in odd:
         if found := re.search(characters, text):
-            return found.start(), message.format(ord(found[0]), text=_shown(text))
+            return found.start(), message.format(ord(found[0]), text=shown_value(text))
     return None
 
 
@@ -1335,7 +1366,7 @@ def check_policy(content: bytes, file: str) -> Policy:
     problems: list[Problem] = []
     for place, (path, message, at_key, near) in sorted(places.values(), key=lambda placed: placed[0]):
         # Only a problem that is shown is worth the search.
-        hint = _did_you_mean(*near) if near and len(problems) < MAX_PROBLEMS else ""
+        hint = did_you_mean(*near) if near and len(problems) < MAX_PROBLEMS else ""
         where = _where(path[:-1] if at_key else path)
         problems.append(Problem(file, *place, where, message + hint))
     raise PolicyError(problems)
@@ -1387,22 +1418,22 @@ def _schema_mistakes(value: Any) -> Iterator[Mistake]:
                         hint, near = ": it is a region; indent it by two spaces, under regions:", None
                     elif path[-1:] == ("slack",):
                         hint = ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
-                    yield Mistake((*path, key), f"unknown key {_shown(key)}{hint}", True, near)
+                    yield Mistake((*path, key), f"unknown key {shown_value(key)}{hint}", True, near)
             case "required":
                 missing = [] if colon else [key for key in wanted if key not in found]
                 yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
             case "type":
                 kinds = " or ".join(_KINDS[kind] for kind in _KINDS if kind in wanted)
-                yield Mistake(path, f"must be {kinds}, not {_shown(found)}{_type_hint(path, found)}")
+                yield Mistake(path, f"must be {kinds}, not {shown_value(found)}{_type_hint(path, found)}")
             case "enum":
                 texts = list(dict.fromkeys(map(str, wanted)))
                 choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
-                yield Mistake(path, f"{_shown(found)} is not {choice}", near=(found, tuple(texts)))
+                yield Mistake(path, f"{shown_value(found)} is not {choice}", near=(found, tuple(texts)))
             case "oneOf" if not isinstance(found, dict):
                 pass  # its type is told
             case other:
                 message = _SCHEMA_MESSAGES[other]
-                yield Mistake(path, message.format(_shown(found), len(found), wanted, error.schema))
+                yield Mistake(path, message.format(shown_value(found), len(found), wanted, error.schema))
 
 
 _KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
@@ -1459,7 +1490,7 @@ _SYNONYMS = {
 }
 
 
-def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+def did_you_mean(word: Any, known: Sequence[str]) -> str:
     """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
     if len(known) > 1000:
         return ""  # takes too long
@@ -1472,7 +1503,7 @@ def _did_you_mean(word: Any, known: Sequence[str]) -> str:
     return f" (did you mean {words[near[0]]!r}?)" if near else ""
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """Return a value of a policy for a message: short, whatever is in it."""
     if isinstance(value, str):
         value = re.sub(
@@ -1569,7 +1600,7 @@ class _PatternCheck:
 def _not_a_pattern(error: str) -> str:
     """Return what to say of a pattern that `re` does not take."""
     hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
-    return f"is not a regular expression: {_cut(error, 200)}{hint}"
+    return f"is not a regular expression: {cut_text(error, 200)}{hint}"
 
 
 def _rule_mistakes(value: Any) -> Iterator[Mistake]:
@@ -1588,7 +1619,7 @@ def _rule_mistakes(value: Any) -> Iterator[Mistake]:
             yield from _region_mistakes(("exemptions", number, "regions", index), region)
         for index, key in _texts(entry, "required_tags").items():
             if key not in asked:
-                message = f"the policy does not ask for {_shown(key)}"
+                message = f"the policy does not ask for {shown_value(key)}"
                 yield Mistake(("exemptions", number, "required_tags", index), message, near=(key, known))
         expires = _given(entry, "expires", str)
         if re.match(_DATE["pattern"], expires):
@@ -1621,7 +1652,7 @@ def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Ite
     """Yield what is wrong with the name of a region."""
     if not is_region(region):
         near = (region, tuple(sorted(AWS_REGIONS)))
-        yield Mistake(path, f"AWS has no region {_shown(region)}", at_key, near)
+        yield Mistake(path, f"AWS has no region {shown_value(region)}", at_key, near)
 
 
 def _tag_mistakes(path: KeyPath, entry: Any, patterns: _PatternCheck) -> Iterator[Mistake]:
@@ -1631,25 +1662,27 @@ def _tag_mistakes(path: KeyPath, entry: Any, patterns: _PatternCheck) -> Iterato
         key, rule_path = rule["key"], (*path, "required_tags", index)
         key_path = rule_path if entry["required_tags"][index] == key else (*rule_path, "key")
         if key in seen:
-            yield Mistake(key_path, f"{_shown(key)} is asked for twice")
+            yield Mistake(key_path, f"{shown_value(key)} is asked for twice")
         seen.add(key)
         if key.lower().startswith("aws:"):
-            message = f"{_shown(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
+            message = f"{shown_value(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
             yield Mistake(key_path, message)
         if key != key.strip():
-            yield Mistake(key_path, f"{_shown(key)} begins or ends with a space: take it out")
+            yield Mistake(key_path, f"{shown_value(key)} begins or ends with a space: take it out")
         values: dict[str, None] = {}
         for number, text in _texts(rule, "values").items():
             if text in values:
-                yield Mistake((*rule_path, "values", number), f"{_shown(text)} stands in the list twice")
+                yield Mistake((*rule_path, "values", number), f"{shown_value(text)} stands in the list twice")
             values[text] = None
         pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
         if complaint := patterns.complaint(pattern):
-            yield Mistake((*rule_path, "pattern"), f"{_shown(pattern)} {complaint}")
+            yield Mistake((*rule_path, "pattern"), f"{shown_value(pattern)} {complaint}")
             continue
         checked = RequiredTag(key, tuple(values), patterns.usable(pattern) if pattern else None)
         if default and not patterns.allows(checked, default):
-            message = f"{_shown(default)} is not {_cut(checked.wanted, 500)}, as the rule itself asks"
+            message = (
+                f"{shown_value(default)} is not {cut_text(checked.wanted, 500)}, as the rule itself asks"
+            )
             yield Mistake((*rule_path, "default"), message, near=(default, checked.values))
 
 
@@ -1821,24 +1854,6 @@ class Scan:
     may_hide_managed: bool = False  # whether what is read may lack instances that AWS services operate
 
 
-HOURS_A_MONTH = 730  # as AWS's own calculator has it
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What an hour of an instance costs, by instance type and region."""
-
-    hourly: Mapping[tuple[str, str], float]
-
-    def monthly_cost(self, instance: Instance, region: str) -> float | None:
-        """Return what an instance costs in a month as it is now; None where its price is not known."""
-        hourly = self.hourly.get((instance.instance_type, region))
-        if hourly is None:
-            return None
-        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
-        return hourly * HOURS_A_MONTH if runs else 0.0
-
-
 def new_state_notice(state: str) -> str:
     """Return the notice about an instance state that this version does not know."""
     return f"The instance state {state[:64]!r} is new to tagcheck, and judged like running"
@@ -1918,17 +1933,17 @@ def _value_message(rule: RequiredTag, value: str, verdict: Verdict) -> str:
     if verdict is Verdict.NOT_CHECKED:
         why = "not checked, as its pattern took too long on other values"
         return f"{rule.key} is {value!r}: {why}; it counts as not matching"
-    return f"{rule.key} is {value!r}, not {rule.wanted}{_did_you_mean(value, rule.values)}"
+    return f"{rule.key} is {value!r}, not {rule.wanted}{did_you_mean(value, rule.values)}"
 
 
 def near_miss(tags: Iterable[str], wanted: str) -> str | None:
     """Return the key that differs from the wanted one only in case, spaces, `_` or `-`."""
-    bare = _bare_key(wanted)
-    return min((key for key in tags if _bare_key(key) == bare), default=None)
+    bare = bare_key(wanted)
+    return min((key for key in tags if bare_key(key) == bare), default=None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _bare_key(key: str) -> str:
+def bare_key(key: str) -> str:
     """Return a key without case, spaces, `_` and `-`."""
     return re.sub(r"[\s_-]", "", key).casefold()
 
@@ -1967,87 +1982,6 @@ def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
     return is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value)
 
 
-def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
-    """Yield the rules in force in a region, each with the policy's line that it comes from."""
-    here = "every region that is not named" if region == "*" else region
-    yield f"Policy {policy.name} in {here}:"
-    for rule in policy.rules(region):
-        yield f"  {rule.key}: {rule.wanted or 'any value but an empty one'} ({policy.file}:{rule.line})"
-    if policy.placeholder_values:
-        yield f"  These count as empty: {', '.join(sorted(policy.placeholder_values))}"
-    yield f"  Looked at: instances that are {', '.join(sorted(policy.states))}"
-    if policy.grace_period:
-        yield f"  Not judged within {policy.grace_period} of their launch"
-    for exemption in policy.exemptions:
-        if exemption.holds(today) and (region == "*" or not exemption.regions or region in exemption.regions):
-            until = f" until {exemption.expires}" if exemption.expires else ""
-            which = ", ".join(exemption.required_tags) or "all tags"
-            yield f"  Exempted{until} from {which}: {exemption.reason} ({policy.file}:{exemption.line})"
-
-
-def explain(
-    policy: Policy, target: Target, instance: Instance, finding: Finding | None, now: datetime
-) -> Iterator[str]:
-    """Yield, rule by rule, why an instance passes or fails, and then its history."""
-    name = instance.tags.get("Name")
-    # The state keeps an instance as it was when it was last found in violation.
-    then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
-    managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
-    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{managed}{then}:"
-    sighting = judge(target, instance, policy, now)
-    failing = {violation.tag_key: violation for violation in sighting.violations}
-    exempted = {case.violation.tag_key: case for case in sighting.exempted}
-    for rule in policy.rules(target.region):
-        line = f"({policy.file}:{rule.line})"
-        if rule.key in failing:
-            yield f"  FAILS     {failing[rule.key].message} {line}"
-        elif rule.key in exempted:
-            case = exempted[rule.key]
-            yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
-        else:
-            yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
-    for exemption in policy.exemptions if failing else ():
-        if exemption.required_tags and not failing.keys() & exemption.required_tags:
-            continue
-        reasons = [*exemption.mismatches(target, instance)]
-        reasons += [] if exemption.holds(now.date()) else [f"it ended on {exemption.expires}"]
-        # Of one condition that is not met nothing is near, unless the instance has the tag with another value.
-        near = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
-        if len(reasons) == 1 and (near or not exemption.holds(now.date())):
-            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
-            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
-    if is_new_state(instance.state):
-        yield f"  {new_state_notice(instance.state)}"
-    if not policy.includes(instance.state):
-        yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
-    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
-        yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
-    yield _history(finding)
-
-
-def _history(finding: Finding | None) -> str:
-    """Return what the state knows of a finding, in one line."""
-    if finding is None:
-        return "  History: none known"
-    seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
-    again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
-    ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
-    return f"  History: {finding.status}, {seen}{again}{ended}"
-
-
-def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
-    """Yield what became of an instance's finding, a line an event."""
-    name = f" ({finding.name})" if finding.name else ""
-    yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
-    for event in events:
-        how = event.resolution or ", ".join(violation.message for violation in event.violations)
-        yield f"  {event.at}  {event.event:<8}  {how}"
-    yield _history(finding)
-    yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
-    if finding.created_by:
-        yield f"  Created by: {finding.created_by}"
-
-
 FailOn = Literal["any", "new", "never"]
 
 
@@ -2064,7 +1998,7 @@ def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest; a plan: plan, row_complaint, refuse_rows, decide
+# 4 Suggestions: groups_of, cause_of, agreement, suggest
 ########################################################################################################
 
 
@@ -2283,8 +2217,8 @@ def _own_value(
     value = stripped(violation.value or "")
     if not value or value.casefold() in placeholder_values:
         return None
-    written = f"{violation.found_key or violation.tag_key}={_cut(value, 40)}"
-    alike = [allowed for allowed in rule.values if _bare_key(allowed) == _bare_key(value)]
+    written = f"{violation.found_key or violation.tag_key}={cut_text(value, 40)}"
+    alike = [allowed for allowed in rule.values if bare_key(allowed) == bare_key(value)]
     for spelling in (value, value.upper(), value.lower(), *alike):
         if rule.allows(spelling):
             return Suggestion(rule.key, spelling, OWN_CONFIDENCE, f"it has {written}")
@@ -2328,196 +2262,6 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
         lack = "instance lacks" if instances == 1 else "instances lack"
         remedy = GROUP_KINDS[kind].remedy.format(names=", ".join(names) + more)
         yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
-
-
-@dataclass(frozen=True, slots=True)
-class OpenFindings:
-    """The open findings of a policy, counted in several ways; each list has the greatest first."""
-
-    total: int
-    by_tag: Sequence[tuple[str, int]]
-    by_age: Sequence[tuple[str, int]]
-    by_creator: Sequence[tuple[str, int]]
-    by_owner: Sequence[tuple[str, int]]
-    causes: Sequence[Cause]
-    oldest: Sequence[Finding]
-    priced: int
-    cost_by_tag: Sequence[tuple[str, float]]
-    by_operator: Sequence[tuple[str, int]]
-
-
-@unique
-class Action(StrEnum):
-    """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
-
-    ADD = "add"  # where the tag is missing or empty
-    REPLACE = "replace"  # a value that is there: only a person asks for it
-    REVIEW = "review"  # a value that is there, and probably wrong; nothing is written
-    SKIP = "skip"
-    RESTORE = "restore"
-    DELETE = "delete"
-
-
-PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
-UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
-MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One tag of one instance that is to be written; `current` is its value as the plan was made, as a file shows it."""
-
-    target: Target
-    instance_id: str
-    name: str
-    tag_key: str
-    value: str
-    action: Action
-    current: str
-    confidence: str
-    why: str
-    place: str = ""  # the file and line that it was read from
-    warning: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.target} {self.instance_id} {self.tag_key}"
-
-    @property
-    def value_after(self) -> str | None:
-        """The value that the tag has once the row is carried out; None where it is deleted."""
-        return None if self.action is Action.DELETE else self.value
-
-    @property
-    def writes(self) -> bool:
-        """True where the row changes something, unless the instance has changed."""
-        return self.action not in (Action.REVIEW, Action.SKIP)
-
-
-@unique
-class Result(StrEnum):
-    """What became of a row of a plan."""
-
-    PLANNED = "planned"
-    NOT_ASKED = "not_asked"  # review and skip
-    WRITTEN = "written"
-    ALREADY_THERE = "already_there"
-    CHANGED_SINCE = "changed_since"
-    GONE = "gone"
-    FAILED = "failed"
-    UNKNOWN = "unknown"  # the answer was lost, and the tags could not be read again
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a row, why, and the value that the tag had before."""
-
-    row: PlanRow
-    result: Result
-    message: str = ""
-    former: str | None = None
-    warning: str = ""
-
-
-def revert_warning(cause: Group | None) -> str:
-    """Return what would undo a tag that is set on one instance of a group, and where to set it instead."""
-    if not cause:
-        return ""
-    kind = GROUP_KINDS[cause.kind]
-    return f"{kind.word} {cause.name}: {kind.risk}; {kind.remedy.format(names=cause.name)}"
-
-
-def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
-    """Yield what would put findings right: suggestions that are sure enough, or else the policy's default.
-
-    What the policy no longer asks for is left out, and so is what it would not accept.
-    """
-    for finding in findings:
-        rules = policy.rules(finding.region) if policy.covers(finding.region) else ()
-        suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
-        for violation in finding.violations:
-            for rule in rules:
-                if rule.key == violation.tag_key:
-                    row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
-                    if row and not row_complaint(row, policy):
-                        yield row
-
-
-def _plan_row(
-    finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
-) -> PlanRow | None:
-    """Return what to write for one violation; None where nothing is known."""
-    current = finding.tags.get(rule.key, "")
-    action = Action.ADD if is_blank(current) else Action.REVIEW
-    if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
-        value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
-    elif rule.default is not None and action is Action.ADD:
-        value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
-        if suggestion and suggestion.value != value:
-            why += f"; but {suggestion.value} is {suggestion.evidence}"
-            if suggestion.confidence >= MIN_SHOWN:
-                action = Action.REVIEW
-    else:
-        return None
-    place = (finding.target, finding.instance_id, finding.name)
-    warning = revert_warning(finding.cause)
-    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why, warning=warning)
-
-
-def row_complaint(row: PlanRow, policy: Policy) -> str | None:
-    """Return why a row may not be carried out under a policy; None where it may."""
-    if not re.fullmatch(REGION_NAME, row.target.region):  # it becomes part of a host's name
-        return f"{row.target.region!r} is not a region"
-    if not policy.covers(row.target.region):
-        return f"{policy.file} does not cover the region {row.target.region}"
-    if policy.accounts and not policy.accounts.covers(row.target.account_id):
-        return f"{policy.file} does not cover the account {row.target.account_id}"
-    if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= _TAG_KEY["maxLength"]:
-        return f"{row.tag_key!r} is no key that can be written: it is AWS's own, or too long"
-    if len(row.value) > _TAG_VALUE["maxLength"]:
-        return f"the value has {len(row.value)} characters; EC2 allows {_TAG_VALUE['maxLength']}"
-    if row.action in UNDO_ACTIONS:
-        return None
-    rule = next((rule for rule in policy.rules(row.target.region) if rule.key == row.tag_key), None)
-    if rule is None:
-        return f"{policy.file} does not ask for {row.tag_key} in {row.target.region}"
-    if not row.writes:
-        return None
-    if not is_printable(row.value):
-        return "the value has characters that nobody can see"
-    violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
-    return violation.message if violation else None
-
-
-def refuse_rows(complaints: Sequence[tuple[PlanRow, str]]) -> None:
-    """Raise PolicyError with every complaint by its line, or UsageError if the rows were not read from a file."""
-    problems = []
-    for row, complaint in complaints:
-        file, _, line = row.place.rpartition(":")
-        if not file:
-            raise UsageError(f"{row}: {complaint}")
-        problems.append(Problem(file, int(line), 1, "", complaint))
-    if problems:
-        raise PolicyError(problems)
-
-
-def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
-    """Return what becomes of a row without a call, seen the instance's tags as they are now; None: it is written.
-
-    No value is overwritten but the one that the row was made for, and an empty one.
-    """
-    if tags is None:
-        return Outcome(row, Result.GONE, "the instance is gone")
-    now = tags.get(row.tag_key)
-    if now == row.value_after:
-        return Outcome(row, Result.ALREADY_THERE, former=now)
-    expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
-    if expected:
-        new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
-        if now is None and len(new) > MAX_TAGS:
-            return Outcome(row, Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
-        if is_printable(now or ""):
-            return None
-    return Outcome(row, Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
 
 
 ########################################################################################################
@@ -2583,6 +2327,16 @@ def public_text(error: Exception) -> str:
     if isinstance(error, botocore.exceptions.CredentialRetrievalError):
         return f"{error.kwargs.get('provider')} did not give any: run it by hand to see why"
     return re.sub(r"//[^/\s]*@", "//", str(error))
+
+
+def policy_document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return an IAM policy document."""
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def allow_statement(actions: Sequence[str], resource: str | list[str], **more: Any) -> dict[str, Any]:
+    """Return a statement that allows actions."""
+    return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **more}
 
 
 class Aws:
@@ -2676,7 +2430,7 @@ class Aws:
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
             "DurationSeconds": 3600,
-            "Policy": _to_json(_document([_allow(self._actions, "*")])),
+            "Policy": to_json(policy_document([allow_statement(self._actions, "*")])),
         }
         if accounts.external_id:
             arguments["ExternalId"] = accounts.external_id
@@ -2847,7 +2601,9 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
             for account in page["Accounts"]:
                 id_, state = _account_id(account["Id"]), account.get("State") or account["Status"]
                 if not isinstance(state, str) or states.setdefault(id_, state) != state:
-                    raise ValueError(f"{id_} has the state {_shown(state)}, and {_shown(states.get(id_))}")
+                    raise ValueError(
+                        f"{id_} has the state {shown_value(state)}, and {shown_value(states.get(id_))}"
+                    )
             token = next_token(page, "organizations:ListAccounts")
             if not token and not states:
                 raise KeyError("account")
@@ -3126,7 +2882,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
     if not re.fullmatch("i-[0-9a-f]+", instance_id):
-        raise ValueError(f"{_shown(instance_id)} is no instance id")
+        raise ValueError(f"{shown_value(instance_id)} is no instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
@@ -3233,171 +2989,6 @@ def text_at(value: Any, *path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
-# takes 200 values.
-READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
-# Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
-# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
-CALL_INTERVAL = 0.11
-MAX_CHANGES = 50  # of a run when nothing else is said
-MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
-
-
-def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
-    """Return the tags of those of at most READ_BATCH instances that are still there; raises TargetError."""
-    try:
-        pages = list(describe_instances(client, InstanceIds=instance_ids))
-    except TargetError as error:
-        if not error.code.startswith("InvalidInstanceID"):
-            raise
-        # One is gone. A filter does not mind, but it takes several calls.
-        scopes = (instance_ids[n : n + FILTER_VALUES] for n in range(0, len(instance_ids), FILTER_VALUES))
-        filters = ([{"Name": "instance-id", "Values": scope}] for scope in scopes)
-        pages = [page for each in filters for page in describe_instances(client, Filters=each)]
-    return {
-        instance.instance_id: instance.tags
-        for instance in itertools.chain.from_iterable(pages)
-        if instance.state not in ("shutting-down", "terminated")
-    }
-
-
-def batches(rows: Iterable[PlanRow]) -> Iterator[list[PlanRow]]:
-    """Yield the rows of a target by batches of instances, those that get the same tags beside each other."""
-    by_instance: dict[str, list[PlanRow]] = {}
-    for row in sorted(rows, key=lambda row: (row.tag_key, row.value)):
-        by_instance.setdefault(row.instance_id, []).append(row)
-    alike = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
-    for start in range(0, len(alike), READ_BATCH):
-        yield [*itertools.chain.from_iterable(alike[start : start + READ_BATCH])]
-
-
-def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]]:
-    """Return the calls that carry rows out: operation and tags, and the rows of the instances that get just these.
-
-    DeleteTags is told the value as well: it deletes no other (EC2 API reference).
-    """
-    by_instance: dict[tuple[str, str], list[PlanRow]] = {}
-    for row in rows:
-        operation = "DeleteTags" if row.action is Action.DELETE else "CreateTags"
-        by_instance.setdefault((operation, row.instance_id), []).append(row)
-    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]] = {}
-    for (operation, _), group in by_instance.items():
-        pairs = ((row.tag_key, row.current if row.action is Action.DELETE else row.value) for row in group)
-        calls.setdefault((operation, tuple(sorted(pairs))), []).extend(group)
-    return calls
-
-
-def write_tags(
-    client: Any, operation: str, instance_ids: Sequence[str], tags: Mapping[str, str], splits: Iterator[int]
-) -> dict[str, TargetError]:
-    """Create or delete the same tags on instances; returns those that were refused, each with the reason.
-
-    EC2 refuses a whole batch for the sake of one instance. Those that are gone it names; to find others the
-    batch is halved, as often as there are `splits`.
-    """
-    refused: dict[str, TargetError] = {}
-    batches = [list(instance_ids[n : n + WRITE_BATCH]) for n in range(0, len(instance_ids), WRITE_BATCH)]
-    pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
-    while batches:
-        batch = batches.pop()
-        try:
-            answer = call_aws(client, operation, Resources=batch, Tags=pairs)
-            if WRITTEN not in answer:  # as in a captive portal's "200 OK"
-                message = "the answer does not say that it is done"
-                raise target_error("ForeignAnswer", message, f"ec2:{operation}")
-        except TargetError as error:
-            named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
-            gone = named if error.code.startswith("InvalidInstanceID") else set()
-            if gone:
-                refused |= dict.fromkeys(gone, error)
-                batches += [rest] if (rest := [id_ for id_ in batch if id_ not in gone]) else []
-            elif is_of_instance(error) and len(batch) > 1 and next(splits, None) is not None:
-                middle = len(batch) // 2
-                batches += [batch[middle:], batch[:middle]]
-            else:
-                refused |= dict.fromkeys(batch, error)
-                if not is_of_instance(error):
-                    refused |= dict.fromkeys(itertools.chain.from_iterable(batches), error)
-                    break
-    return refused
-
-
-# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So these
-# are listed: what any other call meets as well (EC2 API reference, Common client errors and Server errors).
-_DENIED = frozenset("UnauthorizedOperation AccessDenied AccessDeniedException".split())
-_OF_TARGET = (ADVICE.keys() - _DENIED) | frozenset(
-    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken IncompleteSignature "
-    "ThrottledException RequestThrottled RequestThrottledException BandwidthLimitExceeded SlowDown 505 "
-    "ServiceUnavailableException RequestTimeout RequestTimeoutException".split()
-)
-
-
-def is_of_instance(error: TargetError) -> bool:
-    """Return whether an error may be of some instances only; else nothing more will come of the target."""
-    # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
-    return error.code not in _OF_TARGET and not error.code.endswith("Error")
-
-
-def _document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return an IAM policy document."""
-    return {"Version": "2012-10-17", "Statement": list(statements)}
-
-
-def _allow(actions: Sequence[str], resource: str | list[str], **more: Any) -> dict[str, Any]:
-    """Return a statement that allows actions."""
-    return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **more}
-
-
-def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
-
-    `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
-    policy's; `remediate` is for whoever writes tags, and should be another role.
-    """
-    describing = _allow(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
-    reading = [describing, *([_allow(CREATOR_ACTIONS, "*")] if creators else [])]
-    scan, documents = [*reading], {}
-    accounts = policy.accounts
-    if accounts:
-        members = ["*"] if accounts.organization else accounts.ids
-        roles = [f"arn:*:iam::{account_id}:role/{accounts.role_name}" for account_id in members]
-        scan.append(_allow(["sts:AssumeRole"], roles))
-        if accounts.organization:
-            scan.append(_allow(["organizations:ListAccounts"], "*"))
-        trust = {
-            "Effect": "Allow",
-            "Principal": {"AWS": f"arn:aws:iam::{policy.expected_account or 'CALLER-ACCOUNT-ID'}:root"},
-            "Action": "sts:AssumeRole",
-        }
-        if accounts.external_id:
-            trust["Condition"] = {"StringEquals": {"sts:ExternalId": accounts.external_id}}
-        documents = {"member": _document(reading), "member_trust": _document([trust])}
-    if state.startswith("s3://"):
-        bucket, key = split_s3(state)
-        scan.append(_allow(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
-        # Without it S3 answers 403 for a state that is not there yet, as for one that may not be read.
-        scan.append(
-            _allow(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}})
-        )
-    if policy.notify and policy.notify.sns:
-        scan.append(_allow(["sns:Publish"], policy.notify.sns))
-    if policy.notify and policy.notify.email:
-        sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
-        scan.append(_allow(["ses:SendEmail"], "*", Condition=sender))
-    keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
-    writing = _allow(
-        [action for action in WRITE_ACTIONS if action not in READ_ACTIONS],
-        "arn:*:ec2:*:*:instance/*",
-        Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
-    )
-    listing = [_allow(["organizations:ListAccounts"], "*")] if accounts and accounts.organization else []
-    return {
-        "scan": _document(scan),
-        **documents,
-        "remediate": _document([_allow(READ_ACTIONS[:1], "*"), *listing, writing]),
-    }
-
-
 def split_s3(location: str) -> tuple[str, str]:
     """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
     bucket, _, key = location.removeprefix("s3://").partition("/")
@@ -3437,7 +3028,7 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
         place = "NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
-            raise ValueError(f"the key {_shown(misspelt[0])} in place of NextToken")
+            raise ValueError(f"the key {shown_value(misspelt[0])} in place of NextToken")
         complete = answer.get("NextToken") is None or not _text(answer, "NextToken")
     except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -3468,6 +3059,24 @@ def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]
 PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
 
 
+HOURS_A_MONTH = 730  # as AWS's own calculator has it
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What an hour of an instance costs, by instance type and region."""
+
+    hourly: Mapping[tuple[str, str], float]
+
+    def monthly_cost(self, instance: Instance, region: str) -> float | None:
+        """Return what an instance costs in a month as it is now; None where its price is not known."""
+        hourly = self.hourly.get((instance.instance_type, region))
+        if hourly is None:
+            return None
+        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
+        return hourly * HOURS_A_MONTH if runs else 0.0
+
+
 def load_prices(path: str) -> Prices:
     """Read a CSV of instance type, region and hourly price, with a line that names the columns; raises UsageError."""
     hourly: dict[tuple[str, str], float] = {}
@@ -3479,10 +3088,10 @@ def load_prices(path: str) -> Prices:
             for row in table:
                 kind, region, price = (str(row[column] or "").strip() for column in PRICE_COLUMNS)
                 if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", price):
-                    message = f"{path}:{table.line_num}: {_shown(price)} is no price: write it as 0.0832"
+                    message = f"{path}:{table.line_num}: {shown_value(price)} is no price: write it as 0.0832"
                     raise UsageError(message)
                 if not is_region(region):
-                    raise UsageError(f"{path}:{table.line_num}: AWS has no region {_shown(region)}")
+                    raise UsageError(f"{path}:{table.line_num}: AWS has no region {shown_value(region)}")
                 hourly[kind, region] = float(price)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
@@ -3499,7 +3108,7 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
         key = _text(tag, "Key")
         if not key or key in tags:
             raise ValueError(
-                f"it has the tag key {_shown(key)} twice" if key else "it has a tag without a key"
+                f"it has the tag key {shown_value(key)} twice" if key else "it has a tag without a key"
             )
         tags[key] = _text(tag, "Value")
     more = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
@@ -3516,12 +3125,12 @@ def _text(value: Any, *path: str) -> str:
     """Return the text at a path of a saved answer; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
-            raise TypeError(f"{_shown(value)} stands where an object with {key} should")
+            raise TypeError(f"{shown_value(value)} stands where an object with {key} should")
         value = value[key]
     if not isinstance(value, str):
-        raise TypeError(f"its {path[-1]} is {_shown(value)}, not text")
+        raise TypeError(f"its {path[-1]} is {shown_value(value)}, not text")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"its {path[-1]} {_shown(value)} holds half a character (a lone surrogate)")
+        raise ValueError(f"its {path[-1]} {shown_value(value)} holds half a character (a lone surrogate)")
     return value
 
 
@@ -3530,7 +3139,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_shown(key)} appears twice in one object")
+        raise ValueError(f"the key {shown_value(key)} appears twice in one object")
     return found
 
 
@@ -3542,14 +3151,14 @@ def _constant(name: str) -> NoReturn:
 def _listed(value: Any) -> list[Any]:
     """Return a list if the value is one; raises TypeError."""
     if not isinstance(value, list):
-        raise TypeError(f"{_shown(value)} stands where a list should")
+        raise TypeError(f"{shown_value(value)} stands where a list should")
     return value
 
 
 def _account_id(text: Any) -> str:
     """Return an account id if the text is one; raises ValueError."""
     if not isinstance(text, str) or not re.fullmatch("[0-9]{12}", text):
-        raise ValueError(f"{_shown(text)} is no account id")
+        raise ValueError(f"{shown_value(text)} is no account id")
     return text
 
 
@@ -3557,7 +3166,7 @@ def zone_region(zone: str) -> str:
     """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
     match = re.match(REGION_NAME, zone)
     if not match:
-        raise ValueError(f"{_shown(zone)} is no availability zone")
+        raise ValueError(f"{shown_value(zone)} is no availability zone")
     return match[0]
 
 
@@ -3766,7 +3375,7 @@ def _missing(name: Path | str) -> MissingStateError:
 @contextlib.contextmanager
 def _checked_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a state that is there, found to be ours and whole; raises StateError."""
-    with _opened_state(path, name) as db:
+    with opened_state(path, name) as db:
         # count(*) does not notice flipped bits, and quick_check none in an index.
         damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if damage != "ok":
@@ -3776,7 +3385,7 @@ def _checked_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]
 
 def has_scan(path: Path, scan_id: str) -> bool:
     """Return whether a scan is in a state already; raises StateError."""
-    with _opened_state(path, path) as db:
+    with opened_state(path, path) as db:
         return db.execute("SELECT 1 FROM scans WHERE scan_id = ?", (scan_id,)).fetchone() is not None
 
 
@@ -3846,7 +3455,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def _opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to a state whose schema is ours; raises StateError."""
     _refuse_unlike_state(path, name)
     with _state_errors(name), contextlib.closing(_connect(path)) as db:
@@ -3868,7 +3477,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
+def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
     """Write to a state of the present version in one transaction, which an exception in the body undoes.
 
     The schema is compared again: another process may have changed the file since it was opened.
@@ -4215,16 +3824,16 @@ def add_sightings(
 def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
     """Return a row of `sighting`."""
     instance = seen.instance
-    launch_time, tags = utc_text(instance.launch_time), _to_json(instance.tags)
+    launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
     row = (target, instance.instance_id, instance.state, launch_time, tags)
-    exempted = _to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
+    exempted = to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
     if not seen.violations:
         return (*row, None, exempted, seen.too_young, *(None,) * 6, instance.managed_by, None, None)
-    violations = _to_json([violation_record(violation) for violation in seen.violations])
+    violations = to_json([violation_record(violation) for violation in seen.violations])
     groups = groups_of(instance)
     kind, name = cause_of(groups) or (None, None)
-    keys = _to_json([violation.tag_key for violation in seen.violations])
-    found = (instance.instance_type, monthly_cost, _to_json(groups), kind, name, keys)
+    keys = to_json([violation.tag_key for violation in seen.violations])
+    found = (instance.instance_type, monthly_cost, to_json(groups), kind, name, keys)
     return (*row, violations, exempted, seen.too_young, *found, instance.managed_by, None, None)
 
 
@@ -4248,7 +3857,7 @@ def count_usage(usage: Usage, target: int, seen: Sighting, rules: Iterable[Requi
 
 def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
     """Keep what was counted so far of the groups' tags; a group can come again."""
-    rows = ((*group, _to_json(values), count) for (*group, values), count in usage.items())
+    rows = ((*group, to_json(values), count) for (*group, values), count in usage.items())
     db.execute("BEGIN")
     db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
     db.execute("COMMIT")
@@ -4274,7 +3883,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
             rule = rules[target][violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
         records = [suggestion_record(suggestion) for suggestion in found if suggestion]
-        return _to_json(records) if records else None
+        return to_json(records) if records else None
 
     last = 0
     while True:
@@ -4308,7 +3917,7 @@ def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -
             values = ((load_values(row[3]), row[4]) for row in members)
             if target in keys and (found := agreements(values, keys[target])):
                 reliability.learn(kind, found)
-                yield target, kind, name, _to_json(found)
+                yield target, kind, name, to_json(found)
 
     db.execute("BEGIN")
     db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
@@ -4453,7 +4062,7 @@ _COLUMNS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _checked(columns: Sequence[str], row: Sequence[Any]) -> Sequence[Any]:
+def checked_row(columns: Sequence[str], row: Sequence[Any]) -> Sequence[Any]:
     """Return a row of the state, all of whose values are what their columns hold; raises _BadRowError."""
     for column, value in zip(columns, row, strict=True):
         if not _COLUMNS[column](value):
@@ -4478,7 +4087,7 @@ def _load_records(column: str, text: Any, keys: Mapping[str, str]) -> list[Seque
     for record in _load_json(column, text, list):
         if type(record) is not dict or record.keys() != keys.keys():
             raise _BadRowError(f"{column} is {text!r:.80}")
-        rows.append(_checked([*keys.values()], [record[key] for key in keys]))
+        rows.append(checked_row([*keys.values()], [record[key] for key in keys]))
     return rows
 
 
@@ -4540,7 +4149,7 @@ def record_scan(
         )
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
         db.execute("PRAGMA state.synchronous = FULL")
-        with _writing(db, name, "state"):
+        with writing_state(db, name, "state"):
             _record(db, scan, utc_text(scan.started_at), utc_text(finished_at))
             yield
         # After an exception queries of it may still be open, and only the end of the connection detaches it.
@@ -4810,13 +4419,13 @@ def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]
         """,
         _names(db, scan),
     )
-    checked = (_checked(("account_id", "region", "number"), row) for row in rows)
+    checked = (checked_row(("account_id", "region", "number"), row) for row in rows)
     return [(Target(account_id, region), number) for account_id, region, number in checked]
 
 
 def require_scans(path: Path, name: str) -> None:
     """Raise StateError for a state without a scan, of this or of the older tool."""
-    with _opened_state(path, name) as db:
+    with opened_state(path, name) as db:
         if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
             raise StateError(
                 f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, "
@@ -4906,7 +4515,7 @@ def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
     )
     columns = ("account_id", "region", "cause_kind", "cause", "tag_key", "number")
     return [
-        Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in (_checked(columns, r) for r in rows)
+        Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in (checked_row(columns, r) for r in rows)
     ]
 
 
@@ -4922,13 +4531,13 @@ def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
     elif not _exists(path):
         raise _missing(path)
     else:
-        with _opened_state(path, state.name) as db:
+        with opened_state(path, state.name) as db:
             version = _state_version(db, state.name)
         if version < len(MIGRATIONS):
             copy_state(path, copy)
             check_state(copy, state.name)
             path = copy
-    with _opened_state(path, state.name) as db:
+    with opened_state(path, state.name) as db:
         db.execute("BEGIN")
         _state_version(db, state.name)
         yield db
@@ -4948,7 +4557,7 @@ def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> Non
 def fetch_policies(db: sqlite3.Connection) -> list[str]:
     """Return the names of the policies that a state has scans of, sorted."""
     rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    return [_checked(("policy",), row)[0] for row in rows]
+    return [checked_row(("policy",), row)[0] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -5002,7 +4611,7 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
         (policy, finding.account_id, finding.region, finding.instance_id),
     ).fetchall()
     for row in rows:
-        _checked(("at", "event", "resolution"), (row[0], row[1], row[3]))
+        checked_row(("at", "event", "resolution"), (row[0], row[1], row[3]))
     befores = [_load_violations(row[2]) if row[2] is not None else () for row in rows]
     # An event keeps what was lacking before it; so what was lacking after it stands in the next one.
     afters = [*befores, finding.violations]
@@ -5021,7 +4630,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoin
         "SELECT at, open, new, reopened, resolved, targets, targets_unread FROM trend WHERE policy = ? ORDER BY at",
         (policy,),
     )
-    trend = [TrendPoint(*_checked(_TREND, row)) for row in rows]
+    trend = [TrendPoint(*checked_row(_TREND, row)) for row in rows]
     pruned_until = trend[-1].at if trend else ""
     standings: dict[Target, Standing] = {}
     total = 0
@@ -5034,7 +4643,9 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoin
     for at, targets in itertools.groupby(rows, key=lambda row: row[0]):
         counts: Counter[str] = Counter()
         for row in targets:
-            _, account_id, region, code, message, *numbers, new, reopened, resolved = _checked(_STANDING, row)
+            _, account_id, region, code, message, *numbers, new, reopened, resolved = checked_row(
+                _STANDING, row
+            )
             if sum(numbers[1:]) > numbers[0] or new + reopened > numbers[2]:
                 raise _BadRowError(f"the counts of {account_id} {region} at {at} contradict each other")
             target = Target(account_id, region)
@@ -5071,6 +4682,22 @@ OLDER = "over a year"
 OLDEST_FINDINGS = 25
 
 
+@dataclass(frozen=True, slots=True)
+class OpenFindings:
+    """The open findings of a policy, counted in several ways; each list has the greatest first."""
+
+    total: int
+    by_tag: Sequence[tuple[str, int]]
+    by_age: Sequence[tuple[str, int]]
+    by_creator: Sequence[tuple[str, int]]
+    by_owner: Sequence[tuple[str, int]]
+    causes: Sequence[Cause]
+    oldest: Sequence[Finding]
+    priced: int
+    cost_by_tag: Sequence[tuple[str, float]]
+    by_operator: Sequence[tuple[str, int]]
+
+
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that says whom to ask, or would."""
     names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
@@ -5092,7 +4719,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         """,
         names,
     )
-    # What _checked does with the rows that are loaded, in SQL, as these are only counted.
+    # What checked_row does with the rows that are loaded, in SQL, as these are only counted.
     bad = db.execute(
         f"""
         SELECT id FROM temp.open WHERE typeof(account_id) <> 'text' OR typeof(region) <> 'text'
@@ -5121,7 +4748,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
         """
     ).fetchall()
-    tags = [_checked(("tag_key", "number", "cost"), row) for row in tags]
+    tags = [checked_row(("tag_key", "number", "cost"), row) for row in tags]
     total, priced = db.execute("SELECT count(*), count(monthly_cost) FROM temp.open").fetchone()
     oldest = db.execute(
         f"""
@@ -5156,8 +4783,8 @@ class Pruned:
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
     """Delete from a state what is older than a time, and give back the room; raises StateError."""
-    with _opened_state(path, name) as db:
-        with _writing(db, name):
+    with opened_state(path, name) as db:
+        with writing_state(db, name):
             pruned = _prune(db, before)
         free, pages = (
             db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
@@ -5250,14 +4877,14 @@ def owe_notifications(
 def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
     """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
     query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    rows = (_checked(("subject", "channels"), row) for row in db.execute(query, (policy,)))
+    rows = (checked_row(("subject", "channels"), row) for row in db.execute(query, (policy,)))
     return {subject: channels.split(",") for subject, channels in rows}
 
 
 def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
     """Mark in a state what a channel was told; raises StateError."""
     query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
-    with _opened_state(path, path) as db, _writing(db, path):
+    with opened_state(path, path) as db, writing_state(db, path):
         db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
 
 
@@ -5274,7 +4901,7 @@ _FINDING = ", ".join(
 def _load_finding(row: Sequence[Any]) -> Finding:
     """Build a Finding from the columns of _FINDING; raises _BadRowError."""
     *columns, tags_text, violations, suggestions = row
-    values = dict(zip(_FINDING_COLUMNS, _checked(_FINDING_COLUMNS, columns), strict=True))
+    values = dict(zip(_FINDING_COLUMNS, checked_row(_FINDING_COLUMNS, columns), strict=True))
     status, ended, kind, cause = (values.pop(c) for c in ("status", "resolution", "cause_kind", "cause"))
     if len({status == Status.RESOLVED, ended is not None, values["resolved_at"] is not None}) > 1:
         raise _BadRowError(f"status is {status}, and resolved_at {values['resolved_at']}")
@@ -5296,132 +4923,6 @@ def _load_finding(row: Sequence[Any]) -> Finding:
 
 
 _SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confidence", "evidence": "evidence"}
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One tag that `remediate` wrote, or was about to write when it was last heard of."""
-
-    change_id: str
-    policy: str
-    account_id: str
-    region: str
-    instance_id: str
-    tag_key: str
-    former: str | None
-    value: str | None
-    why: str
-    who: str
-    changed_at: str
-    status: Literal["intended", "written"]
-
-    @property
-    def target(self) -> Target:
-        """Where the instance is."""
-        return Target(self.account_id, self.region)
-
-    def __str__(self) -> str:
-        done = "deleted" if self.value is None else f"set to {self.value!r}"
-        before = "missing" if self.former is None else repr(self.former)
-        unknown = "" if self.status == "written" else "; whether it was carried out is not known"
-        return f"{self.changed_at} {self.tag_key} {done} (it was {before}) by {self.who}: {self.why}{unknown}"
-
-
-_CHANGE = (
-    "change_id, policy, account_id, region, instance_id, tag_key, former, value, why, who, changed_at, status"
-)
-_SAME_TAG = (
-    "policy = :policy AND account_id = :account_id AND region = :region AND instance_id = :instance_id "
-    "AND tag_key = :tag_key AND change_id <> :change_id"
-)
-
-
-def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> None:
-    """Keep what is intended and what was written, and forget what came to nothing; raises StateError.
-
-    It may be repeated, as with a state in S3 it is. What an earlier run that was killed had intended is
-    written where the tag is found as it was to be, and never was where it is written now.
-    """
-    changes = list(changes)
-    for path in state.attempts() if changes else ():
-        with _opened_state(path, state.name) as db:
-            db.execute("PRAGMA synchronous = FULL")
-            with _writing(db, state.name):
-                for change, result in changes:
-                    _record_change(db, change, result)
-    state.release_signals()
-
-
-def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
-    """Keep one change as it stands now."""
-    names = {name: getattr(change, name) for name in _CHANGE.split(", ")}
-    if result in (Result.PLANNED, Result.WRITTEN):
-        db.execute(
-            f"INSERT INTO changes ({_CHANGE}) VALUES (:{_CHANGE.replace(', ', ', :')}) ON CONFLICT (change_id) "
-            "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status",
-            names,
-        )
-    elif result is not Result.UNKNOWN:
-        db.execute("DELETE FROM changes WHERE change_id = :change_id", names)
-    if result is Result.ALREADY_THERE:  # the last run that intended it found it undone, and so it did it
-        intended = (
-            f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS :value"
-        )
-        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", names)
-    if result in (Result.ALREADY_THERE, Result.WRITTEN):
-        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", names)
-
-
-def fetch_changes(
-    db: sqlite3.Connection, policy_name: str, instance_id: str, target: Target | None = None
-) -> list[Change]:
-    """Return what `remediate` wrote on an instance, in a target or in all, the oldest first."""
-    where, values = "policy = ? AND instance_id = ?", [policy_name, instance_id]
-    if target:
-        where += " AND account_id = ? AND region = ?"
-        values += astuple(target)
-    rows = db.execute(f"SELECT {_CHANGE} FROM changes WHERE {where} ORDER BY id", values)
-    columns = _CHANGE.replace("status", "change_status").split(", ")
-    return [Change(*_checked(columns, row)) for row in rows]
-
-
-def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterable[PlanRow]) -> list[PlanRow]:
-    """Return the rows of an undo file, with `skip` for what is reverted already; raises PolicyError.
-
-    Each row must revert a change that the state has on record: anybody can write or edit an undo file.
-    """
-    checked, complaints = [], []
-    for row in rows:
-        found = fetch_changes(db, policy_name, row.instance_id, row.target)
-        changes = [change for change in found if change.tag_key == row.tag_key]
-        written = [change for change in changes if change.status == "written"]
-        # A person may have set the same value again since: that one is not the tool's to take away.
-        if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
-            why = f"reverted already, at {written[-1].changed_at}"
-            checked.append(replace(row, action=Action.SKIP, why=why))
-        elif any(_reverts(row, change) for change in changes):
-            checked.append(row)
-        else:
-            done = f"set it to {row.current!r}" if row.current else "deleted it"
-            before = "missing" if row.action is Action.DELETE else repr(row.value)
-            complaint = (
-                f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the policy "
-                f"{policy_name} when it was {before}: take the row out, or name that run's state with --state"
-            )
-            complaints.append((row, complaint))
-    refuse_rows(complaints)
-    return checked
-
-
-def _reverts(row: PlanRow, change: Change) -> bool:
-    """Return whether a row of an undo file reverts just this change.
-
-    What is not printable is never written over, and so not in an undo file: nothing is unescaped.
-    """
-    former, restored = change.former, row.value_after
-    if is_blank(former or "") and is_blank(restored or ""):
-        former = restored  # of a run that was killed the record says "missing" for an empty tag as well
-    return (change.value or "") == row.current and former == restored
 
 
 ########################################################################################################
@@ -5551,373 +5052,6 @@ def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"'
 
 
-PLAN_COLUMNS = (
-    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why", "Warning",
-    "Checksum",
-)  # fmt: skip
-PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
-
-
-def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True) -> None:
-    """Write a plan, or the undo file of one, as CSV."""
-    if header:
-        file.write(csv_line(PLAN_COLUMNS))
-    for row in rows:
-        where = (row.target.account_id, row.target.region, row.instance_id, row.name)
-        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why, row.warning, "")
-        file.write(csv_line((*where, *what)))
-
-
-def plan_text(rows: Iterable[PlanRow]) -> str:
-    """Return a plan as CSV; the checksum in its first row tells later whether anybody has edited it."""
-    file = StringIO()
-    write_plan(file, rows)
-    text = file.getvalue()
-    head, _, body = text.partition("\n")
-    body = body or "," * (len(PLAN_COLUMNS) - 1) + "\n"  # a plan without rows has a checksum as well
-    first, end, rest = body.partition("\n")
-    checksum = hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()[:16]
-    return f"{head}\n{first}{checksum}{end}{rest}"
-
-
-def is_unedited_plan(file: IO[bytes]) -> bool:
-    """Return whether a file is a plan as plan_text made it; none of the first edition is."""
-    head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
-    cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
-    digest = hashlib.sha256(head + cells + comma + b"\n")
-    while piece := file.read(CHUNK_SIZE):
-        digest.update(piece)
-    return digest.hexdigest()[:16].encode() == checksum
-
-
-MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
-MAX_PLAN_LINE = 1_048_576  # bytes; EC2's longest key and value are some hundred
-
-
-def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
-    """Return the rows of a plan that a person may have edited, all of which may be carried out; raises PolicyError."""
-    rows: dict[tuple[Target, str, str], PlanRow] = {}
-    problems: list[Problem] = []
-    for line, cells in _plan_lines(path):
-        row = _read_row(cells, f"{path}:{line}")
-        complaint = row if isinstance(row, str) else None
-        if isinstance(row, PlanRow):
-            same = rows.setdefault((row.target, row.instance_id, row.tag_key), row)
-            if row.action not in actions:
-                complaint = f"a row to {row.action}: --plan takes a plan, --undo an undo file"
-            elif row.action is Action.REPLACE and "Current" not in cells:
-                complaint = "to replace a value takes the column Current: it may have changed since"
-            elif same is not row:
-                complaint = f"{same.place} has the same tag of the same instance: keep one of them"
-            else:
-                complaint = row_complaint(row, policy)
-        if complaint:
-            problems.append(Problem(path, line, 1, "", complaint))
-        if len(problems) == MAX_PLAN_PROBLEMS:
-            break
-    if problems:
-        raise PolicyError(problems)
-    return list(rows.values())
-
-
-def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each row of a plan that is not blank, by its header, and the line it ends on; raises PolicyError."""
-    columns: list[str] = []
-    blank = 0
-    try:
-        with Path(path).open("rb") as file:
-            lines = _decoded_lines(file, path)
-            head = ""
-            for head in lines:
-                if head.strip():
-                    break
-                blank += 1
-            # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
-            separator = max(",;\t", key=head.count)
-            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
-            try:
-                for cells in table:
-                    line = blank + table.line_num
-                    if not any(cell.strip() for cell in cells):
-                        continue
-                    if not columns:
-                        columns = [cell.strip() for cell in cells]
-                        lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
-                        if lacking:
-                            raise _plan_error(path, line, f"the header needs {', '.join(lacking)}, once each")
-                    elif len(cells) != len(columns):
-                        counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
-                        raise _plan_error(
-                            path, line, f"{counts}: is a comma not in quotes, or the file cut short?"
-                        )
-                    else:
-                        row = dict(zip(columns, map(csv_text, cells), strict=True))
-                        if any(text.strip() for name, text in row.items() if name != "Checksum"):
-                            yield line, row
-            except csv.Error as problem:
-                raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
-    except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
-    if not columns:
-        raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
-
-
-def _decoded_lines(file: BufferedReader, path: str) -> Iterator[str]:
-    """Yield the lines of a plan, of whatever size the file is; raises PolicyError."""
-    start = file.peek(2)[:2]
-    for number, line in enumerate(iter(lambda: file.readline(MAX_PLAN_LINE), b""), 1):
-        if len(line) == MAX_PLAN_LINE:
-            raise _plan_error(path, number, f"longer than {MAX_PLAN_LINE:,} bytes: this is not a plan")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as problem:
-            what = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
-            raise _plan_error(path, number, f'{what}: save it as "CSV UTF-8"') from problem
-        yield from StringIO(text, newline="")  # old programs end a line with a carriage return
-
-
-def _plan_error(path: str, line: int, message: str) -> PolicyError:
-    """Return the error of a file that cannot be read as a plan."""
-    return PolicyError([Problem(path, line, 1, "", message)])
-
-
-def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
-    """Return a row of a plan, or what is wrong with its cells."""
-    account_id, region, instance_id = (cells[name].strip() for name in PLAN_NEEDED[:3])
-    action = cells["Action"].strip().lower()
-    if not re.fullmatch("[0-9]{12}", account_id):
-        return f"{account_id!r} is no account id: it has 12 digits (a spreadsheet may have cut its zeros)"
-    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
-        return f"{instance_id!r} is no instance id: it looks like i-0123456789abcdef0"
-    if action not in list(Action):
-        return f"{action!r} is no action: write {', '.join(PLAN_ACTIONS[:-1])} or {PLAN_ACTIONS[-1]}"
-    name, current, confidence, why = (cells.get(key, "") for key in ("Name", "Current", "Confidence", "Why"))
-    return PlanRow(
-        *(Target(account_id, region), instance_id, name, cells["Tag"], cells["Value"], Action(action)),
-        *(current, confidence, why, place),
-        warning=cells.get("Warning", ""),
-    )
-
-
-def _open_private(path: str, flags: int) -> int:
-    """Open a file for its owner alone, and never through a symbolic link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)  # Windows has no such flag
-
-
-class UndoFile:
-    """What takes a run back, as a plan: every row is on the disk before its tag is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
-        self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
-
-    @property
-    def shown(self) -> str:
-        """Its path for a command line, short where it can be."""
-        try:
-            return os.path.relpath(self.path)
-        except (OSError, ValueError):  # no current directory; another drive
-            return str(self.path)
-
-    def close(self) -> None:
-        """Close the file, if any row was added."""
-        if self._file:
-            self._file.close()
-
-    def add(self, rows: Mapping[PlanRow, str | None]) -> None:
-        """Keep what the tags of rows are before they are written; raises OutputError."""
-        text = StringIO()
-        write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
-        size: int | None = None
-        try:
-            if self._file is None:
-                self._file = open(self.path, "xb", buffering=0, opener=_open_private)  # noqa: SIM115
-            elif not os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
-                raise OSError(errno.ESTALE, "another process replaced it")
-            size = os.fstat(self._file.fileno()).st_size
-            with open(self._file.fileno(), "wb", closefd=False) as file:
-                file.write(text.getvalue().encode())
-            os.fsync(self._file.fileno())
-        except FileExistsError:  # of another run in the same second
-            self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
-            self.add(rows)
-        except OSError as error:
-            if self._file and size is not None:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(size)  # half a row could not be read back
-                    self._file.seek(size)
-            raise OutputError(
-                f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
-                "make room and run again"
-            ) from error
-        self.rows.update(rows)
-
-    def drop(self, rows: Iterable[PlanRow]) -> None:
-        """Take out the rows whose tags were not written after all; raises OutputError."""
-        for row in rows:
-            del self.rows[row]
-        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        try:
-            self.close()
-            self._file = None
-            if not self.rows:
-                self.path.unlink()
-                return
-            with open(new, "x", encoding="utf-8", opener=_open_private) as file:
-                write_plan(file, itertools.starmap(_undoing, self.rows.items()))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.path)
-        except OSError as error:
-            new.unlink(missing_ok=True)
-            raise OutputError(
-                f"the undo file {self.path} cannot be shortened to what was written: {error.strerror}"
-            ) from error
-
-
-def _undoing(row: PlanRow, former: str | None) -> PlanRow:
-    """Return the row that takes another one back."""
-    action = Action.DELETE if former is None else Action.RESTORE
-    written = row.value_after or ""
-    why = f"undo of: {row.why.removeprefix('undo of: ')}"
-    return replace(
-        row, action=action, value=former or "", current=written, confidence="", why=why, warning=""
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Remediation:
-    """All that is to be said of a plan, carried out or not."""
-
-    policy: Policy
-    applied: bool
-    outcomes: Sequence[Outcome]
-    undo_file: str
-    exit_code: ExitCode
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """The number of rows with each result."""
-        return {str(result): sum(o.result is result for o in self.outcomes) for result in Result}
-
-    @property
-    def changed(self) -> bool:
-        """True where something in AWS is, or may be, no longer as it was."""
-        return bool(self.totals[Result.WRITTEN] or self.totals[Result.UNKNOWN])
-
-    @property
-    def warnings(self) -> list[tuple[Target, int, str]]:
-        """What would undo the tags that are written: where, on how many instances, and a sentence."""
-        warned = {(o.row.target, o.warning, o.row.instance_id) for o in self.outcomes if o.warning}
-        counts = Counter((target, warning) for target, warning, _ in warned)
-        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return [
-            (target, number, f"{counted(number, 'instance')} of {warning}")
-            for (target, warning), number in ordered
-        ]
-
-
-def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
-    """Write what became of a plan as one JSON object, a line a row; `changed` is Ansible's."""
-    head = {
-        "version": __version__,
-        "policy": {"name": done.policy.name, "file": done.policy.file, "digest": done.policy.digest},
-        "changed": done.changed,
-        "applied": done.applied,
-        "undo_file": done.undo_file or None,
-        "exit_code": int(done.exit_code),
-        "exit_name": done.exit_code.name,
-        "summary": done.totals,
-        "warnings": [
-            {
-                "account_id": target.account_id,
-                "region": target.region,
-                "instances": instances,
-                "message": message,
-            }
-            for target, instances, message in done.warnings
-        ],
-    }
-    _write_json_head(file, head)
-    _write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
-
-
-def _outcome_record(outcome: Outcome) -> dict[str, Any]:
-    """Return what became of a row as a JSON object."""
-    row = outcome.row
-    return {
-        "account_id": row.target.account_id,
-        "region": row.target.region,
-        "instance_id": row.instance_id,
-        "name": row.name,
-        "tag_key": row.tag_key,
-        "value": row.value_after,
-        "action": row.action,
-        "why": row.why,
-        "result": outcome.result,
-        "message": outcome.message or None,
-        "warning": outcome.warning or None,
-    }
-
-
-def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
-    """Yield the plan or what became of it, for people, and what to do next."""
-    rows = [outcome.row for outcome in done.outcomes]
-    writing = [row for row in rows if row.writes]
-    instances = len({(row.target, row.instance_id) for row in writing})
-    aside = Counter(row.action for row in rows if not row.writes)
-    others = "".join(f", {number:,} to {action}" for action, number in sorted(aside.items()))
-    yield (
-        f"Policy {done.policy.name} ({done.policy.file}): {counted(len(writing), 'tag')} to write on "
-        f"{counted(instances, 'instance')}{others}"
-    )
-    if done.applied:
-        yield from _result_lines(done)
-        yield from _warning_lines(done)
-        if done.totals[Result.WRITTEN] and writing[0].action in PLAN_ACTIONS:
-            yield "The findings stay open until the next scan, which resolves them as tagged"
-        if done.undo_file:
-            yield f"To take it back: {command('--undo', done.undo_file, '--apply')}"
-        return
-    if rows:
-        head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        shown = [
-            (
-                *(row.action, row.target.account_id, row.target.region, row.instance_id),
-                *(_cut(row.name, 24) or "-", _cut(row.tag_key, 40), _cut(row.value, 40) or "-", row.why),
-            )
-            for row in rows[:SUMMARY_FINDINGS]
-        ]
-        where = f" in {csv_path}" if csv_path not in ("", "-") else ""
-        yield from _with_rest(_in_columns([head, *shown]), len(rows) - len(shown), where)
-        yield ""
-    yield from _warning_lines(done)
-    if writing and writing[0].action in PLAN_ACTIONS:
-        yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
-    yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
-
-
-def _warning_lines(done: Remediation) -> Iterator[str]:
-    """Yield what would undo the tags, a line for each source."""
-    warnings = done.warnings
-    yield from (f"Warning: {message}" for _, _, message in warnings[:SUMMARY_FINDINGS])
-    if len(warnings) > SUMMARY_FINDINGS:
-        yield f"  … and {len(warnings) - SUMMARY_FINDINGS:,} more"
-
-
-def _result_lines(done: Remediation) -> Iterator[str]:
-    """Yield how many rows were carried out, and which were not and why."""
-    words = {Result.WRITTEN: "written", Result.ALREADY_THERE: "already there"}
-    named = [outcome for outcome in done.outcomes if outcome.row.writes and outcome.result not in words]
-    numbers = [f"{done.totals[result]:,} {word}" for result, word in words.items()]
-    yield f"{', '.join(numbers)}, {len(named):,} left out{':' if named else ''}"
-    for outcome in named[:SUMMARY_FINDINGS]:
-        yield f"  {outcome.result}  {outcome.row}: {outcome.message}"
-    if len(named) > SUMMARY_FINDINGS:
-        yield f"  … and {len(named) - SUMMARY_FINDINGS:,} more"
-
-
 def write_json(file: TextIOBase, report: ScanReport) -> None:
     """Write the report as one JSON object, a line a target and a finding."""
     scan = report.scan
@@ -5936,22 +5070,22 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
     }
     if report.dry_run:
         head["preview"] = preview(report)
-    _write_json_head(file, head)
-    _write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
-    _write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
-    _write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
-    _write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
-    _write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
+    write_json_head(file, head)
+    write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
+    write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
+    write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
+    write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
+    write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
 
 
-def _write_json_head(file: TextIOBase, head: Mapping[str, Any]) -> None:
+def write_json_head(file: TextIOBase, head: Mapping[str, Any]) -> None:
     """Begin an object whose lists follow."""
     file.write("{\n")
     for key, value in head.items():
         file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
 
 
-def _write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
+def write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
     """Write a key and its list of records, a record a line."""
     file.write(f"{json.dumps(key)}: [")
     for number, record in enumerate(records):
@@ -6155,7 +5289,7 @@ def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: b
     ]
     lines += _summary_table(report.findings(), totals["findings"], csv_path)
     if report.causes:
-        lines += _with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
+        lines += with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
     lines += _summary_operators(report)
     lines += _summary_costs(report)
     lines += _summary_resolved(report.resolved(), totals["resolved"])
@@ -6185,20 +5319,20 @@ def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> l
                 finding.account_id,
                 finding.region,
                 finding.instance_id,
-                _cut(finding.name, 24) or "-",
+                cut_text(finding.name, 24) or "-",
                 since,
-                ", ".join(_short(finding, violation) for violation in finding.violations),
+                ", ".join(short_violation(finding, violation) for violation in finding.violations),
             )
         )
     if len(rows) == 1:
         return []
-    lines = _in_columns(rows)
+    lines = in_columns(rows)
     more = number - len(rows) + 1
     where = "" if csv_path in ("", "-") else f" in {csv_path}"
-    return _with_rest(lines, more, where)
+    return with_rest(lines, more, where)
 
 
-def _in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line a row, with its cells below each other."""
     shown = [[*map(printable, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
@@ -6208,18 +5342,18 @@ def _in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
+def with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
     """Return a part of the summary: its lines, and how many more there are."""
     return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
 
 
-def _short(finding: Finding, violation: Violation) -> str:
+def short_violation(finding: Finding, violation: Violation) -> str:
     """Return a violation in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
     wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
-    what = f"={_cut(violation.value or '', 40)}" if wrong else f" {violation.type}"
-    notes = [f"has {_cut(violation.found_key, 40)}"] if violation.found_key else []
+    what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
+    notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
     notes += [
-        f"{_cut(suggestion.value, 40)}?"
+        f"{cut_text(suggestion.value, 40)}?"
         for suggestion in finding.suggestions
         if suggestion.tag_key == violation.tag_key and suggestion.confidence >= MIN_CONFIDENCE
     ]
@@ -6231,11 +5365,11 @@ def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
     if not number:
         return []
     lines = [
-        f"RESOLVED  {finding.account_id}  {finding.region}  {finding.instance_id}  {_cut(finding.name, 24) or '-'}  "
+        f"RESOLVED  {finding.account_id}  {finding.region}  {finding.instance_id}  {cut_text(finding.name, 24) or '-'}  "
         f"{finding.resolution}"
         for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
     ]
-    return _with_rest(lines, number - len(lines))
+    return with_rest(lines, number - len(lines))
 
 
 def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list[str]:
@@ -6243,11 +5377,11 @@ def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list
     if not number:
         return []
     lines = [
-        f"EXEMPTED  {case.account_id}  {case.region}  {case.instance_id}  {_cut(case.tags.get('Name', ''), 24) or '-'}  "
+        f"EXEMPTED  {case.account_id}  {case.region}  {case.instance_id}  {cut_text(case.tags.get('Name', ''), 24) or '-'}  "
         + "; ".join(dict.fromkeys(map(str, case.exempted)))
         for case in itertools.islice(exempted, SUMMARY_FINDINGS)
     ]
-    return _with_rest(lines, number - len(lines))
+    return with_rest(lines, number - len(lines))
 
 
 def _summary_operators(report: ScanReport) -> list[str]:
@@ -6315,7 +5449,7 @@ def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
         }
 
     file.write(f'{{\n"version": {json.dumps(__version__)},\n"policy": {json.dumps(report.policy)},\n')
-    _write_json_list(file, "findings", map(record, report.findings()), end="\n}\n")
+    write_json_list(file, "findings", map(record, report.findings()), end="\n}\n")
 
 
 def _event_record(event: Event) -> dict[str, Any]:
@@ -6327,6 +5461,87 @@ def _event_record(event: Event) -> dict[str, Any]:
 HISTORY_WRITERS = {"csv": write_history_csv, "json": write_history_json}
 
 
+def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
+    """Yield the rules in force in a region, each with the policy's line that it comes from."""
+    here = "every region that is not named" if region == "*" else region
+    yield f"Policy {policy.name} in {here}:"
+    for rule in policy.rules(region):
+        yield f"  {rule.key}: {rule.wanted or 'any value but an empty one'} ({policy.file}:{rule.line})"
+    if policy.placeholder_values:
+        yield f"  These count as empty: {', '.join(sorted(policy.placeholder_values))}"
+    yield f"  Looked at: instances that are {', '.join(sorted(policy.states))}"
+    if policy.grace_period:
+        yield f"  Not judged within {policy.grace_period} of their launch"
+    for exemption in policy.exemptions:
+        if exemption.holds(today) and (region == "*" or not exemption.regions or region in exemption.regions):
+            until = f" until {exemption.expires}" if exemption.expires else ""
+            which = ", ".join(exemption.required_tags) or "all tags"
+            yield f"  Exempted{until} from {which}: {exemption.reason} ({policy.file}:{exemption.line})"
+
+
+def explain(
+    policy: Policy, target: Target, instance: Instance, finding: Finding | None, now: datetime
+) -> Iterator[str]:
+    """Yield, rule by rule, why an instance passes or fails, and then its history."""
+    name = instance.tags.get("Name")
+    # The state keeps an instance as it was when it was last found in violation.
+    then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
+    managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
+    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{managed}{then}:"
+    sighting = judge(target, instance, policy, now)
+    failing = {violation.tag_key: violation for violation in sighting.violations}
+    exempted = {case.violation.tag_key: case for case in sighting.exempted}
+    for rule in policy.rules(target.region):
+        line = f"({policy.file}:{rule.line})"
+        if rule.key in failing:
+            yield f"  FAILS     {failing[rule.key].message} {line}"
+        elif rule.key in exempted:
+            case = exempted[rule.key]
+            yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
+        else:
+            yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
+    for exemption in policy.exemptions if failing else ():
+        if exemption.required_tags and not failing.keys() & exemption.required_tags:
+            continue
+        reasons = [*exemption.mismatches(target, instance)]
+        reasons += [] if exemption.holds(now.date()) else [f"it ended on {exemption.expires}"]
+        # Of one condition that is not met nothing is near, unless the instance has the tag with another value.
+        near = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        if len(reasons) == 1 and (near or not exemption.holds(now.date())):
+            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
+            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+    if is_new_state(instance.state):
+        yield f"  {new_state_notice(instance.state)}"
+    if not policy.includes(instance.state):
+        yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
+    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
+        yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
+    yield _history(finding)
+
+
+def _history(finding: Finding | None) -> str:
+    """Return what the state knows of a finding, in one line."""
+    if finding is None:
+        return "  History: none known"
+    seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
+    again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
+    ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
+    return f"  History: {finding.status}, {seen}{again}{ended}"
+
+
+def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
+    """Yield what became of an instance's finding, a line an event."""
+    name = f" ({finding.name})" if finding.name else ""
+    yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
+    for event in events:
+        how = event.resolution or ", ".join(violation.message for violation in event.violations)
+        yield f"  {event.at}  {event.event:<8}  {how}"
+    yield _history(finding)
+    yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
+    if finding.created_by:
+        yield f"  Created by: {finding.created_by}"
+
+
 def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
     """Yield a table of findings, a line each; the columns are as wide as what AWS gives them."""
     shape = "{:<8}  {:<12}  {:<14}  {:<19}  {:<24}  {:<10}  {:>5}  {}"
@@ -6335,8 +5550,8 @@ def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
         ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
         yield shape.format(
             *(finding.status, finding.account_id, finding.region, finding.instance_id),
-            *(printable(_cut(finding.name, 24)) or "-", finding.first_seen[:10], finding.times_seen),
-            ended or ", ".join(_short(finding, violation) for violation in finding.violations),
+            *(printable(cut_text(finding.name, 24)) or "-", finding.first_seen[:10], finding.times_seen),
+            ended or ", ".join(short_violation(finding, violation) for violation in finding.violations),
         ).rstrip()
 
 
@@ -6373,27 +5588,6 @@ def check_output(output: Output) -> None:
         raise _output_error(output, error) from error
 
 
-def check_plan_goal(output: Output) -> None:
-    """Refuse to replace a file that may be a plan that a person has edited; raises OutputError."""
-    if not output.replaceable:
-        return
-    try:
-        with Path(output.path).open("rb") as file:
-            unedited = is_unedited_plan(file)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(
-            f"--csv {output.path} cannot be read: {error.strerror}; name another file"
-        ) from error
-    if not unedited:
-        raise OutputError(
-            f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that somebody has edited, and "
-            f"was left alone. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or "
-            "delete it"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Staged:
     """A new file that holds a report until it is published: open, private, and never opened again by its name."""
@@ -6402,6 +5596,11 @@ class Staged:
     file: IO[bytes]
     path: Path | None  # beside the goal, to be moved there; None: it has no name, and is copied
     mode: int  # that it gets when it is published
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file for its owner alone, and never through a symbolic link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)  # Windows has no such flag
 
 
 @contextlib.contextmanager
@@ -6416,7 +5615,7 @@ def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[Staged]]:
                 if output.replaceable:
                     path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}"
                     stack.callback(_remove, path)
-                    file: IO[bytes] = open(path, "x+b", buffering=0, opener=_open_private)  # noqa: SIM115
+                    file: IO[bytes] = open(path, "x+b", buffering=0, opener=open_private)  # noqa: SIM115
                     staged.append(Staged(output, stack.enter_context(file), path, 0o666 & ~mask))
                 else:
                     file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
@@ -6523,6 +5722,11 @@ def _open_device(output: Output) -> int:
     return descriptor
 
 
+########################################################################################################
+# 8 Dashboard: write_html
+########################################################################################################
+
+
 @dataclass(frozen=True, slots=True)
 class Dashboard:
     """All that the dashboard shows; `trend` and `standings` are of every scan and target that the state has."""
@@ -6623,7 +5827,7 @@ def _say(parent: Element, bold: str, text: str, look: str = "") -> Element:
 
 def _brief(text: str, width: int = 60) -> str:
     """Return text as the page shows it: printable, and cut where it is long."""
-    return _cut(printable(text), width)
+    return cut_text(printable(text), width)
 
 
 def _minute(moment: str) -> str:
@@ -7075,7 +6279,10 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
         _brief(finding.name, 40),
         *(finding.account_id, finding.region),
         f"{finding.first_seen[:10]}, {counted(days, 'day')}",
-        _brief(", ".join(_brief(_short(finding, violation), 80) for violation in finding.violations), 240),
+        _brief(
+            ", ".join(_brief(short_violation(finding, violation), 80) for violation in finding.violations),
+            240,
+        ),
         _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
         _brief(finding.created_by or ""),
         "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
@@ -7083,7 +6290,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 
 
 ########################################################################################################
-# 8 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+# 9 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
 ########################################################################################################
 
 DIGEST_LINES, OWNER_LINES = 10, 100  # findings named in a digest of everything, and in an owner's
@@ -7191,14 +6398,14 @@ def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> lis
 
 def _digest(policy: Policy, channel: str, to: str | None, title: str, sections: Iterable[Section], told: Sequence[str]) -> Digest:  # fmt: skip
     """Return a digest of the sections that are not empty."""
-    title = printable(f"tagcheck {_cut(policy.name, 40)}: {title}")
+    title = printable(f"tagcheck {cut_text(policy.name, 40)}: {title}")
     return Digest(channel, to, title, [section for section in sections if section.number], told)
 
 
 def _section(title: str, lines: Iterable[str]) -> Section:
     """Return a section that names the first of these lines."""
     every = list(lines)
-    return Section(title, [_cut(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
+    return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
 
 
 def _count_lines(report: ScanReport) -> list[str]:
@@ -7224,16 +6431,16 @@ def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container
 
 def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
     """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
-    name = f" ({_cut(finding.name, 40)})" if finding.name else ""
-    what = ", ".join(_short(finding, violation) for violation in finding.violations)
-    who = [f"{role} {_cut(name, 60)}" for role, name in known.items()]
+    name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
+    what = ", ".join(short_violation(finding, violation) for violation in finding.violations)
+    who = [f"{role} {cut_text(name, 60)}" for role, name in known.items()]
     # The surer ones stand with what is missing already.
     unsure = [
-        f"{s.tag_key}={_cut(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
+        f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
     ]
     probably = [f"perhaps {', '.join(unsure)}"] if unsure else []
     line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join([what, *who, *probably])}"
-    return _cut(printable(line), 400)
+    return cut_text(printable(line), 400)
 
 
 def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
@@ -7367,7 +6574,776 @@ def send_email(client: Any, email: Email, digest: Digest) -> None:
 
 
 ########################################################################################################
-# 9 Command line: build_parser, run_scan, main
+# 10 Remediation: plan, PlanRow, UndoFile
+########################################################################################################
+
+
+@unique
+class Action(StrEnum):
+    """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
+
+    ADD = "add"  # where the tag is missing or empty
+    REPLACE = "replace"  # a value that is there: only a person asks for it
+    REVIEW = "review"  # a value that is there, and probably wrong; nothing is written
+    SKIP = "skip"
+    RESTORE = "restore"
+    DELETE = "delete"
+
+
+PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
+UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
+MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One tag of one instance that is to be written; `current` is its value as the plan was made, as a file shows it."""
+
+    target: Target
+    instance_id: str
+    name: str
+    tag_key: str
+    value: str
+    action: Action
+    current: str
+    confidence: str
+    why: str
+    place: str = ""  # the file and line that it was read from
+    warning: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.instance_id} {self.tag_key}"
+
+    @property
+    def value_after(self) -> str | None:
+        """The value that the tag has once the row is carried out; None where it is deleted."""
+        return None if self.action is Action.DELETE else self.value
+
+    @property
+    def writes(self) -> bool:
+        """True where the row changes something, unless the instance has changed."""
+        return self.action not in (Action.REVIEW, Action.SKIP)
+
+
+@unique
+class Result(StrEnum):
+    """What became of a row of a plan."""
+
+    PLANNED = "planned"
+    NOT_ASKED = "not_asked"  # review and skip
+    WRITTEN = "written"
+    ALREADY_THERE = "already_there"
+    CHANGED_SINCE = "changed_since"
+    GONE = "gone"
+    FAILED = "failed"
+    UNKNOWN = "unknown"  # the answer was lost, and the tags could not be read again
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row, why, and the value that the tag had before."""
+
+    row: PlanRow
+    result: Result
+    message: str = ""
+    former: str | None = None
+    warning: str = ""
+
+
+def revert_warning(cause: Group | None) -> str:
+    """Return what would undo a tag that is set on one instance of a group, and where to set it instead."""
+    if not cause:
+        return ""
+    kind = GROUP_KINDS[cause.kind]
+    return f"{kind.word} {cause.name}: {kind.risk}; {kind.remedy.format(names=cause.name)}"
+
+
+def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
+    """Yield what would put findings right: suggestions that are sure enough, or else the policy's default.
+
+    What the policy no longer asks for is left out, and so is what it would not accept.
+    """
+    for finding in findings:
+        rules = policy.rules(finding.region) if policy.covers(finding.region) else ()
+        suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
+        for violation in finding.violations:
+            for rule in rules:
+                if rule.key == violation.tag_key:
+                    row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
+                    if row and not row_complaint(row, policy):
+                        yield row
+
+
+def _plan_row(
+    finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
+) -> PlanRow | None:
+    """Return what to write for one violation; None where nothing is known."""
+    current = finding.tags.get(rule.key, "")
+    action = Action.ADD if is_blank(current) else Action.REVIEW
+    if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
+        value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
+    elif rule.default is not None and action is Action.ADD:
+        value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
+        if suggestion and suggestion.value != value:
+            why += f"; but {suggestion.value} is {suggestion.evidence}"
+            if suggestion.confidence >= MIN_SHOWN:
+                action = Action.REVIEW
+    else:
+        return None
+    place = (finding.target, finding.instance_id, finding.name)
+    warning = revert_warning(finding.cause)
+    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why, warning=warning)
+
+
+def row_complaint(row: PlanRow, policy: Policy) -> str | None:
+    """Return why a row may not be carried out under a policy; None where it may."""
+    if not re.fullmatch(REGION_NAME, row.target.region):  # it becomes part of a host's name
+        return f"{row.target.region!r} is not a region"
+    if not policy.covers(row.target.region):
+        return f"{policy.file} does not cover the region {row.target.region}"
+    if policy.accounts and not policy.accounts.covers(row.target.account_id):
+        return f"{policy.file} does not cover the account {row.target.account_id}"
+    if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= TAG_KEY["maxLength"]:
+        return f"{row.tag_key!r} is no key that can be written: it is AWS's own, or too long"
+    if len(row.value) > TAG_VALUE["maxLength"]:
+        return f"the value has {len(row.value)} characters; EC2 allows {TAG_VALUE['maxLength']}"
+    if row.action in UNDO_ACTIONS:
+        return None
+    rule = next((rule for rule in policy.rules(row.target.region) if rule.key == row.tag_key), None)
+    if rule is None:
+        return f"{policy.file} does not ask for {row.tag_key} in {row.target.region}"
+    if not row.writes:
+        return None
+    if not is_printable(row.value):
+        return "the value has characters that nobody can see"
+    violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
+    return violation.message if violation else None
+
+
+def refuse_rows(complaints: Sequence[tuple[PlanRow, str]]) -> None:
+    """Raise PolicyError with every complaint by its line, or UsageError if the rows were not read from a file."""
+    problems = []
+    for row, complaint in complaints:
+        file, _, line = row.place.rpartition(":")
+        if not file:
+            raise UsageError(f"{row}: {complaint}")
+        problems.append(Problem(file, int(line), 1, "", complaint))
+    if problems:
+        raise PolicyError(problems)
+
+
+def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
+    """Return what becomes of a row without a call, seen the instance's tags as they are now; None: it is written.
+
+    No value is overwritten but the one that the row was made for, and an empty one.
+    """
+    if tags is None:
+        return Outcome(row, Result.GONE, "the instance is gone")
+    now = tags.get(row.tag_key)
+    if now == row.value_after:
+        return Outcome(row, Result.ALREADY_THERE, former=now)
+    expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
+    if expected:
+        new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
+        if now is None and len(new) > MAX_TAGS:
+            return Outcome(row, Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
+        if is_printable(now or ""):
+            return None
+    return Outcome(row, Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
+
+
+# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
+# takes 200 values.
+READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
+# Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
+# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
+CALL_INTERVAL = 0.11
+MAX_CHANGES = 50  # of a run when nothing else is said
+MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
+
+
+def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
+    """Return the tags of those of at most READ_BATCH instances that are still there; raises TargetError."""
+    try:
+        pages = list(describe_instances(client, InstanceIds=instance_ids))
+    except TargetError as error:
+        if not error.code.startswith("InvalidInstanceID"):
+            raise
+        # One is gone. A filter does not mind, but it takes several calls.
+        scopes = (instance_ids[n : n + FILTER_VALUES] for n in range(0, len(instance_ids), FILTER_VALUES))
+        filters = ([{"Name": "instance-id", "Values": scope}] for scope in scopes)
+        pages = [page for each in filters for page in describe_instances(client, Filters=each)]
+    return {
+        instance.instance_id: instance.tags
+        for instance in itertools.chain.from_iterable(pages)
+        if instance.state not in ("shutting-down", "terminated")
+    }
+
+
+def batches(rows: Iterable[PlanRow]) -> Iterator[list[PlanRow]]:
+    """Yield the rows of a target by batches of instances, those that get the same tags beside each other."""
+    by_instance: dict[str, list[PlanRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.tag_key, row.value)):
+        by_instance.setdefault(row.instance_id, []).append(row)
+    alike = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
+    for start in range(0, len(alike), READ_BATCH):
+        yield [*itertools.chain.from_iterable(alike[start : start + READ_BATCH])]
+
+
+def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]]:
+    """Return the calls that carry rows out: operation and tags, and the rows of the instances that get just these.
+
+    DeleteTags is told the value as well: it deletes no other (EC2 API reference).
+    """
+    by_instance: dict[tuple[str, str], list[PlanRow]] = {}
+    for row in rows:
+        operation = "DeleteTags" if row.action is Action.DELETE else "CreateTags"
+        by_instance.setdefault((operation, row.instance_id), []).append(row)
+    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]] = {}
+    for (operation, _), group in by_instance.items():
+        pairs = ((row.tag_key, row.current if row.action is Action.DELETE else row.value) for row in group)
+        calls.setdefault((operation, tuple(sorted(pairs))), []).extend(group)
+    return calls
+
+
+def write_tags(
+    client: Any, operation: str, instance_ids: Sequence[str], tags: Mapping[str, str], splits: Iterator[int]
+) -> dict[str, TargetError]:
+    """Create or delete the same tags on instances; returns those that were refused, each with the reason.
+
+    EC2 refuses a whole batch for the sake of one instance. Those that are gone it names; to find others the
+    batch is halved, as often as there are `splits`.
+    """
+    refused: dict[str, TargetError] = {}
+    batches = [list(instance_ids[n : n + WRITE_BATCH]) for n in range(0, len(instance_ids), WRITE_BATCH)]
+    pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
+    while batches:
+        batch = batches.pop()
+        try:
+            answer = call_aws(client, operation, Resources=batch, Tags=pairs)
+            if WRITTEN not in answer:  # as in a captive portal's "200 OK"
+                message = "the answer does not say that it is done"
+                raise target_error("ForeignAnswer", message, f"ec2:{operation}")
+        except TargetError as error:
+            named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
+            gone = named if error.code.startswith("InvalidInstanceID") else set()
+            if gone:
+                refused |= dict.fromkeys(gone, error)
+                batches += [rest] if (rest := [id_ for id_ in batch if id_ not in gone]) else []
+            elif is_of_instance(error) and len(batch) > 1 and next(splits, None) is not None:
+                middle = len(batch) // 2
+                batches += [batch[middle:], batch[:middle]]
+            else:
+                refused |= dict.fromkeys(batch, error)
+                if not is_of_instance(error):
+                    refused |= dict.fromkeys(itertools.chain.from_iterable(batches), error)
+                    break
+    return refused
+
+
+# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So these
+# are listed: what any other call meets as well (EC2 API reference, Common client errors and Server errors).
+_DENIED = frozenset("UnauthorizedOperation AccessDenied AccessDeniedException".split())
+_OF_TARGET = (ADVICE.keys() - _DENIED) | frozenset(
+    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken IncompleteSignature "
+    "ThrottledException RequestThrottled RequestThrottledException BandwidthLimitExceeded SlowDown 505 "
+    "ServiceUnavailableException RequestTimeout RequestTimeoutException".split()
+)
+
+
+def is_of_instance(error: TargetError) -> bool:
+    """Return whether an error may be of some instances only; else nothing more will come of the target."""
+    # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
+    return error.code not in _OF_TARGET and not error.code.endswith("Error")
+
+
+_CHANGE = (
+    "change_id, policy, account_id, region, instance_id, tag_key, former, value, why, who, changed_at, status"
+)
+_SAME_TAG = (
+    "policy = :policy AND account_id = :account_id AND region = :region AND instance_id = :instance_id "
+    "AND tag_key = :tag_key AND change_id <> :change_id"
+)
+
+
+def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> None:
+    """Keep what is intended and what was written, and forget what came to nothing; raises StateError.
+
+    It may be repeated, as with a state in S3 it is. What an earlier run that was killed had intended is
+    written where the tag is found as it was to be, and never was where it is written now.
+    """
+    changes = list(changes)
+    for path in state.attempts() if changes else ():
+        with opened_state(path, state.name) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            with writing_state(db, state.name):
+                for change, result in changes:
+                    _record_change(db, change, result)
+    state.release_signals()
+
+
+def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
+    """Keep one change as it stands now."""
+    names = {name: getattr(change, name) for name in _CHANGE.split(", ")}
+    if result in (Result.PLANNED, Result.WRITTEN):
+        db.execute(
+            f"INSERT INTO changes ({_CHANGE}) VALUES (:{_CHANGE.replace(', ', ', :')}) ON CONFLICT (change_id) "
+            "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status",
+            names,
+        )
+    elif result is not Result.UNKNOWN:
+        db.execute("DELETE FROM changes WHERE change_id = :change_id", names)
+    if result is Result.ALREADY_THERE:  # the last run that intended it found it undone, and so it did it
+        intended = (
+            f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS :value"
+        )
+        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", names)
+    if result in (Result.ALREADY_THERE, Result.WRITTEN):
+        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", names)
+
+
+def fetch_changes(
+    db: sqlite3.Connection, policy_name: str, instance_id: str, target: Target | None = None
+) -> list[Change]:
+    """Return what `remediate` wrote on an instance, in a target or in all, the oldest first."""
+    where, values = "policy = ? AND instance_id = ?", [policy_name, instance_id]
+    if target:
+        where += " AND account_id = ? AND region = ?"
+        values += astuple(target)
+    rows = db.execute(f"SELECT {_CHANGE} FROM changes WHERE {where} ORDER BY id", values)
+    columns = _CHANGE.replace("status", "change_status").split(", ")
+    return [Change(*checked_row(columns, row)) for row in rows]
+
+
+def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """Return the rows of an undo file, with `skip` for what is reverted already; raises PolicyError.
+
+    Each row must revert a change that the state has on record: anybody can write or edit an undo file.
+    """
+    checked, complaints = [], []
+    for row in rows:
+        found = fetch_changes(db, policy_name, row.instance_id, row.target)
+        changes = [change for change in found if change.tag_key == row.tag_key]
+        written = [change for change in changes if change.status == "written"]
+        # A person may have set the same value again since: that one is not the tool's to take away.
+        if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
+            why = f"reverted already, at {written[-1].changed_at}"
+            checked.append(replace(row, action=Action.SKIP, why=why))
+        elif any(_reverts(row, change) for change in changes):
+            checked.append(row)
+        else:
+            done = f"set it to {row.current!r}" if row.current else "deleted it"
+            before = "missing" if row.action is Action.DELETE else repr(row.value)
+            complaint = (
+                f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the policy "
+                f"{policy_name} when it was {before}: take the row out, or name that run's state with --state"
+            )
+            complaints.append((row, complaint))
+    refuse_rows(complaints)
+    return checked
+
+
+def _reverts(row: PlanRow, change: Change) -> bool:
+    """Return whether a row of an undo file reverts just this change.
+
+    What is not printable is never written over, and so not in an undo file: nothing is unescaped.
+    """
+    former, restored = change.former, row.value_after
+    if is_blank(former or "") and is_blank(restored or ""):
+        former = restored  # of a run that was killed the record says "missing" for an empty tag as well
+    return (change.value or "") == row.current and former == restored
+
+
+PLAN_COLUMNS = (
+    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why", "Warning",
+    "Checksum",
+)  # fmt: skip
+PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
+
+
+def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True) -> None:
+    """Write a plan, or the undo file of one, as CSV."""
+    if header:
+        file.write(csv_line(PLAN_COLUMNS))
+    for row in rows:
+        where = (row.target.account_id, row.target.region, row.instance_id, row.name)
+        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why, row.warning, "")
+        file.write(csv_line((*where, *what)))
+
+
+def plan_text(rows: Iterable[PlanRow]) -> str:
+    """Return a plan as CSV; the checksum in its first row tells later whether anybody has edited it."""
+    file = StringIO()
+    write_plan(file, rows)
+    text = file.getvalue()
+    head, _, body = text.partition("\n")
+    body = body or "," * (len(PLAN_COLUMNS) - 1) + "\n"  # a plan without rows has a checksum as well
+    first, end, rest = body.partition("\n")
+    checksum = hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()[:16]
+    return f"{head}\n{first}{checksum}{end}{rest}"
+
+
+def is_unedited_plan(file: IO[bytes]) -> bool:
+    """Return whether a file is a plan as plan_text made it; none of the first edition is."""
+    head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
+    cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
+    digest = hashlib.sha256(head + cells + comma + b"\n")
+    while piece := file.read(CHUNK_SIZE):
+        digest.update(piece)
+    return digest.hexdigest()[:16].encode() == checksum
+
+
+MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
+MAX_PLAN_LINE = 1_048_576  # bytes; EC2's longest key and value are some hundred
+
+
+def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
+    """Return the rows of a plan that a person may have edited, all of which may be carried out; raises PolicyError."""
+    rows: dict[tuple[Target, str, str], PlanRow] = {}
+    problems: list[Problem] = []
+    for line, cells in _plan_lines(path):
+        row = _read_row(cells, f"{path}:{line}")
+        complaint = row if isinstance(row, str) else None
+        if isinstance(row, PlanRow):
+            same = rows.setdefault((row.target, row.instance_id, row.tag_key), row)
+            if row.action not in actions:
+                complaint = f"a row to {row.action}: --plan takes a plan, --undo an undo file"
+            elif row.action is Action.REPLACE and "Current" not in cells:
+                complaint = "to replace a value takes the column Current: it may have changed since"
+            elif same is not row:
+                complaint = f"{same.place} has the same tag of the same instance: keep one of them"
+            else:
+                complaint = row_complaint(row, policy)
+        if complaint:
+            problems.append(Problem(path, line, 1, "", complaint))
+        if len(problems) == MAX_PLAN_PROBLEMS:
+            break
+    if problems:
+        raise PolicyError(problems)
+    return list(rows.values())
+
+
+def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield each row of a plan that is not blank, by its header, and the line it ends on; raises PolicyError."""
+    columns: list[str] = []
+    blank = 0
+    try:
+        with Path(path).open("rb") as file:
+            lines = _decoded_lines(file, path)
+            head = ""
+            for head in lines:
+                if head.strip():
+                    break
+                blank += 1
+            # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
+            separator = max(",;\t", key=head.count)
+            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
+            try:
+                for cells in table:
+                    line = blank + table.line_num
+                    if not any(cell.strip() for cell in cells):
+                        continue
+                    if not columns:
+                        columns = [cell.strip() for cell in cells]
+                        lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
+                        if lacking:
+                            raise _plan_error(path, line, f"the header needs {', '.join(lacking)}, once each")
+                    elif len(cells) != len(columns):
+                        counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
+                        raise _plan_error(
+                            path, line, f"{counts}: is a comma not in quotes, or the file cut short?"
+                        )
+                    else:
+                        row = dict(zip(columns, map(csv_text, cells), strict=True))
+                        if any(text.strip() for name, text in row.items() if name != "Checksum"):
+                            yield line, row
+            except csv.Error as problem:
+                raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
+    except OSError as problem:
+        raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
+    if not columns:
+        raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
+
+
+def _decoded_lines(file: BufferedReader, path: str) -> Iterator[str]:
+    """Yield the lines of a plan, of whatever size the file is; raises PolicyError."""
+    start = file.peek(2)[:2]
+    for number, line in enumerate(iter(lambda: file.readline(MAX_PLAN_LINE), b""), 1):
+        if len(line) == MAX_PLAN_LINE:
+            raise _plan_error(path, number, f"longer than {MAX_PLAN_LINE:,} bytes: this is not a plan")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as problem:
+            what = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+            raise _plan_error(path, number, f'{what}: save it as "CSV UTF-8"') from problem
+        yield from StringIO(text, newline="")  # old programs end a line with a carriage return
+
+
+def _plan_error(path: str, line: int, message: str) -> PolicyError:
+    """Return the error of a file that cannot be read as a plan."""
+    return PolicyError([Problem(path, line, 1, "", message)])
+
+
+def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
+    """Return a row of a plan, or what is wrong with its cells."""
+    account_id, region, instance_id = (cells[name].strip() for name in PLAN_NEEDED[:3])
+    action = cells["Action"].strip().lower()
+    if not re.fullmatch("[0-9]{12}", account_id):
+        return f"{account_id!r} is no account id: it has 12 digits (a spreadsheet may have cut its zeros)"
+    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+        return f"{instance_id!r} is no instance id: it looks like i-0123456789abcdef0"
+    if action not in list(Action):
+        return f"{action!r} is no action: write {', '.join(PLAN_ACTIONS[:-1])} or {PLAN_ACTIONS[-1]}"
+    name, current, confidence, why = (cells.get(key, "") for key in ("Name", "Current", "Confidence", "Why"))
+    return PlanRow(
+        *(Target(account_id, region), instance_id, name, cells["Tag"], cells["Value"], Action(action)),
+        *(current, confidence, why, place),
+        warning=cells.get("Warning", ""),
+    )
+
+
+class UndoFile:
+    """What takes a run back, as a plan: every row is on the disk before its tag is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
+        self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
+
+    @property
+    def shown(self) -> str:
+        """Its path for a command line, short where it can be."""
+        try:
+            return os.path.relpath(self.path)
+        except (OSError, ValueError):  # no current directory; another drive
+            return str(self.path)
+
+    def close(self) -> None:
+        """Close the file, if any row was added."""
+        if self._file:
+            self._file.close()
+
+    def add(self, rows: Mapping[PlanRow, str | None]) -> None:
+        """Keep what the tags of rows are before they are written; raises OutputError."""
+        text = StringIO()
+        write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
+        size: int | None = None
+        try:
+            if self._file is None:
+                self._file = open(self.path, "xb", buffering=0, opener=open_private)  # noqa: SIM115
+            elif not os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
+                raise OSError(errno.ESTALE, "another process replaced it")
+            size = os.fstat(self._file.fileno()).st_size
+            with open(self._file.fileno(), "wb", closefd=False) as file:
+                file.write(text.getvalue().encode())
+            os.fsync(self._file.fileno())
+        except FileExistsError:  # of another run in the same second
+            self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
+            self.add(rows)
+        except OSError as error:
+            if self._file and size is not None:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(size)  # half a row could not be read back
+                    self._file.seek(size)
+            raise OutputError(
+                f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
+                "make room and run again"
+            ) from error
+        self.rows.update(rows)
+
+    def drop(self, rows: Iterable[PlanRow]) -> None:
+        """Take out the rows whose tags were not written after all; raises OutputError."""
+        for row in rows:
+            del self.rows[row]
+        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            self.close()
+            self._file = None
+            if not self.rows:
+                self.path.unlink()
+                return
+            with open(new, "x", encoding="utf-8", opener=open_private) as file:
+                write_plan(file, itertools.starmap(_undoing, self.rows.items()))
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise OutputError(
+                f"the undo file {self.path} cannot be shortened to what was written: {error.strerror}"
+            ) from error
+
+
+def _undoing(row: PlanRow, former: str | None) -> PlanRow:
+    """Return the row that takes another one back."""
+    action = Action.DELETE if former is None else Action.RESTORE
+    written = row.value_after or ""
+    why = f"undo of: {row.why.removeprefix('undo of: ')}"
+    return replace(
+        row, action=action, value=former or "", current=written, confidence="", why=why, warning=""
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Remediation:
+    """All that is to be said of a plan, carried out or not."""
+
+    policy: Policy
+    applied: bool
+    outcomes: Sequence[Outcome]
+    undo_file: str
+    exit_code: ExitCode
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The number of rows with each result."""
+        return {str(result): sum(o.result is result for o in self.outcomes) for result in Result}
+
+    @property
+    def changed(self) -> bool:
+        """True where something in AWS is, or may be, no longer as it was."""
+        return bool(self.totals[Result.WRITTEN] or self.totals[Result.UNKNOWN])
+
+    @property
+    def warnings(self) -> list[tuple[Target, int, str]]:
+        """What would undo the tags that are written: where, on how many instances, and a sentence."""
+        warned = {(o.row.target, o.warning, o.row.instance_id) for o in self.outcomes if o.warning}
+        counts = Counter((target, warning) for target, warning, _ in warned)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return [
+            (target, number, f"{counted(number, 'instance')} of {warning}")
+            for (target, warning), number in ordered
+        ]
+
+
+def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
+    """Write what became of a plan as one JSON object, a line a row; `changed` is Ansible's."""
+    head = {
+        "version": __version__,
+        "policy": {"name": done.policy.name, "file": done.policy.file, "digest": done.policy.digest},
+        "changed": done.changed,
+        "applied": done.applied,
+        "undo_file": done.undo_file or None,
+        "exit_code": int(done.exit_code),
+        "exit_name": done.exit_code.name,
+        "summary": done.totals,
+        "warnings": [
+            {
+                "account_id": target.account_id,
+                "region": target.region,
+                "instances": instances,
+                "message": message,
+            }
+            for target, instances, message in done.warnings
+        ],
+    }
+    write_json_head(file, head)
+    write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
+
+
+def _outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Return what became of a row as a JSON object."""
+    row = outcome.row
+    return {
+        "account_id": row.target.account_id,
+        "region": row.target.region,
+        "instance_id": row.instance_id,
+        "name": row.name,
+        "tag_key": row.tag_key,
+        "value": row.value_after,
+        "action": row.action,
+        "why": row.why,
+        "result": outcome.result,
+        "message": outcome.message or None,
+        "warning": outcome.warning or None,
+    }
+
+
+def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
+    """Yield the plan or what became of it, for people, and what to do next."""
+    rows = [outcome.row for outcome in done.outcomes]
+    writing = [row for row in rows if row.writes]
+    instances = len({(row.target, row.instance_id) for row in writing})
+    aside = Counter(row.action for row in rows if not row.writes)
+    others = "".join(f", {number:,} to {action}" for action, number in sorted(aside.items()))
+    yield (
+        f"Policy {done.policy.name} ({done.policy.file}): {counted(len(writing), 'tag')} to write on "
+        f"{counted(instances, 'instance')}{others}"
+    )
+    if done.applied:
+        yield from _result_lines(done)
+        yield from _warning_lines(done)
+        if done.totals[Result.WRITTEN] and writing[0].action in PLAN_ACTIONS:
+            yield "The findings stay open until the next scan, which resolves them as tagged"
+        if done.undo_file:
+            yield f"To take it back: {command('--undo', done.undo_file, '--apply')}"
+        return
+    if rows:
+        head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
+        shown = [
+            (
+                *(row.action, row.target.account_id, row.target.region, row.instance_id),
+                *(
+                    cut_text(row.name, 24) or "-",
+                    cut_text(row.tag_key, 40),
+                    cut_text(row.value, 40) or "-",
+                    row.why,
+                ),
+            )
+            for row in rows[:SUMMARY_FINDINGS]
+        ]
+        where = f" in {csv_path}" if csv_path not in ("", "-") else ""
+        yield from with_rest(in_columns([head, *shown]), len(rows) - len(shown), where)
+        yield ""
+    yield from _warning_lines(done)
+    if writing and writing[0].action in PLAN_ACTIONS:
+        yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
+    yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+
+
+def _warning_lines(done: Remediation) -> Iterator[str]:
+    """Yield what would undo the tags, a line for each source."""
+    warnings = done.warnings
+    yield from (f"Warning: {message}" for _, _, message in warnings[:SUMMARY_FINDINGS])
+    if len(warnings) > SUMMARY_FINDINGS:
+        yield f"  … and {len(warnings) - SUMMARY_FINDINGS:,} more"
+
+
+def _result_lines(done: Remediation) -> Iterator[str]:
+    """Yield how many rows were carried out, and which were not and why."""
+    words = {Result.WRITTEN: "written", Result.ALREADY_THERE: "already there"}
+    named = [outcome for outcome in done.outcomes if outcome.row.writes and outcome.result not in words]
+    numbers = [f"{done.totals[result]:,} {word}" for result, word in words.items()]
+    yield f"{', '.join(numbers)}, {len(named):,} left out{':' if named else ''}"
+    for outcome in named[:SUMMARY_FINDINGS]:
+        yield f"  {outcome.result}  {outcome.row}: {outcome.message}"
+    if len(named) > SUMMARY_FINDINGS:
+        yield f"  … and {len(named) - SUMMARY_FINDINGS:,} more"
+
+
+def check_plan_goal(output: Output) -> None:
+    """Refuse to replace a file that may be a plan that a person has edited; raises OutputError."""
+    if not output.replaceable:
+        return
+    try:
+        with Path(output.path).open("rb") as file:
+            unedited = is_unedited_plan(file)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(
+            f"--csv {output.path} cannot be read: {error.strerror}; name another file"
+        ) from error
+    if not unedited:
+        raise OutputError(
+            f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that somebody has edited, and "
+            f"was left alone. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or "
+            "delete it"
+        )
+
+
+########################################################################################################
+# 11 Command line: build_parser, run_scan, main
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
@@ -8173,6 +8149,60 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
     """Print the policy's JSON Schema."""
     emit(json.dumps(POLICY_SCHEMA, indent=2) + "\n")
     return ExitCode.COMPLIANT
+
+
+def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
+    """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
+
+    `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
+    policy's; `remediate` is for whoever writes tags, and should be another role.
+    """
+    describing = allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
+    reading = [describing, *([allow_statement(CREATOR_ACTIONS, "*")] if creators else [])]
+    scan, documents = [*reading], {}
+    accounts = policy.accounts
+    if accounts:
+        members = ["*"] if accounts.organization else accounts.ids
+        roles = [f"arn:*:iam::{account_id}:role/{accounts.role_name}" for account_id in members]
+        scan.append(allow_statement(["sts:AssumeRole"], roles))
+        if accounts.organization:
+            scan.append(allow_statement(["organizations:ListAccounts"], "*"))
+        trust = {
+            "Effect": "Allow",
+            "Principal": {"AWS": f"arn:aws:iam::{policy.expected_account or 'CALLER-ACCOUNT-ID'}:root"},
+            "Action": "sts:AssumeRole",
+        }
+        if accounts.external_id:
+            trust["Condition"] = {"StringEquals": {"sts:ExternalId": accounts.external_id}}
+        documents = {"member": policy_document(reading), "member_trust": policy_document([trust])}
+    if state.startswith("s3://"):
+        bucket, key = split_s3(state)
+        scan.append(allow_statement(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
+        # Without it S3 answers 403 for a state that is not there yet, as for one that may not be read.
+        scan.append(
+            allow_statement(
+                ["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}}
+            )
+        )
+    if policy.notify and policy.notify.sns:
+        scan.append(allow_statement(["sns:Publish"], policy.notify.sns))
+    if policy.notify and policy.notify.email:
+        sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
+        scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
+    keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
+    writing = allow_statement(
+        [action for action in WRITE_ACTIONS if action not in READ_ACTIONS],
+        "arn:*:ec2:*:*:instance/*",
+        Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
+    )
+    listing = (
+        [allow_statement(["organizations:ListAccounts"], "*")] if accounts and accounts.organization else []
+    )
+    return {
+        "scan": policy_document(scan),
+        **documents,
+        "remediate": policy_document([allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]),
+    }
 
 
 def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
