@@ -3293,6 +3293,13 @@ SIGHTINGS_SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
+    # What belongs in digests: only a finding has a line, "" where no digest lists it; the recipient is "" but for owners.
+    """
+    CREATE TABLE digest_line (
+        channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT NOT NULL, line TEXT,
+        is_pending INTEGER NOT NULL, PRIMARY KEY (channel, recipient, subject)
+    ) WITHOUT ROWID
+    """,
 )
 
 
@@ -4835,16 +4842,15 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
     return Pruned(findings, scans, coverage)
 
 
-def owe_notifications(
-    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Iterable[str]
+def queue_notifications(
+    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Sequence[str]
 ) -> None:
-    """Note, in the transaction of a scan, what each channel has to tell.
+    """Record, in the transaction of a scan, what is pending for each channel.
 
-    A finding is told each time it opens, an unread target once while that lasts, and the end of an exemption
-    once. What was not told stays owed until it is, or is resolved; a channel that the policy got later is
-    not told of what was open before.
+    A finding is sent each time it opens, an unread target once until it is read, the end of an exemption once. What
+    could not be sent stays pending until it is sent or resolved; a new channel does not get what was open before.
     """
-    names = _names(db, scan)
+    names = _names(db, scan) | {"channels": to_json(channels), "endings": to_json(endings)}
     db.execute(
         f"""
         DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
@@ -4856,36 +4862,54 @@ def owe_notifications(
         """,
         names,
     )
-    for channel in channels:
-        names["channel"] = channel
+    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
+    others = (
+        "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL "
+    )
+    others += "UNION ALL SELECT value FROM json_each(:endings)"
+    for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
-            f"INSERT OR REPLACE INTO state.notifications SELECT :policy, {_FINDING_SUBJECT}, :channel, NULL {_SEEN} "
-            "WHERE finding.status IN ('NEW', 'REOPENED')",
+            f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
+            f"FROM ({subjects}) CROSS JOIN json_each(:channels) AS channel",
             names,
         )
-        db.execute(
-            "INSERT OR IGNORE INTO state.notifications SELECT :policy, 'unread ' || account_id || ' ' || region, "
-            ":channel, NULL FROM target WHERE error_code IS NOT NULL",
-            names,
-        )
-        db.executemany(
-            "INSERT OR IGNORE INTO state.notifications VALUES (?, ?, ?, NULL)",
-            ((scan.policy.name, ending, channel) for ending in endings),
-        )
 
 
-def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
-    """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
-    query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    rows = (checked_row(("subject", "channels"), row) for row in db.execute(query, (policy,)))
-    return {subject: channels.split(",") for subject, channels in rows}
+def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]:
+    """Return the channels that a subject is pending for."""
+    query = "SELECT channel FROM state.notifications WHERE policy = ? AND subject = ? AND told_at IS NULL"
+    return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
-    """Mark in a state what a channel was told; raises StateError."""
-    query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
-    with opened_state(path, path) as db, writing_state(db, path):
-        db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
+def add_digest_lines(db: sqlite3.Connection, lines: Iterable[tuple[str, str, str, str | None, bool]]) -> None:
+    """Keep what belongs in digests, until they are sent: the columns of `digest_line`."""
+    db.execute("DELETE FROM digest_line")
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?)", lines)
+
+
+def fetch_digest_lines(
+    db: sqlite3.Connection, channel: str, limit: int
+) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
+    count = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
+    query = "SELECT line FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY subject LIMIT ?"
+    for recipient, number in db.execute(count, (channel,)):
+        yield recipient, number, [line for (line,) in db.execute(query, (channel, recipient, limit))]
+
+
+def drop_digest_lines(db: sqlite3.Connection, channel: str, recipient: str) -> None:
+    """Forget what could not be sent, so that it stays pending."""
+    db.execute("DELETE FROM digest_line WHERE (channel, recipient) = (?, ?)", (channel, recipient))
+
+
+def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
+    """Record in the state that a channel was sent what `digest_line` still has; raises StateError."""
+    sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND is_pending"
+    values = (utc_text(sent_at), policy, channel)
+    for path in state.attempts() if db.execute(sent, values).fetchone() else ():
+        with opened_state(path, path) as copy, writing_state(copy, path):
+            query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND channel = ? AND subject = ?"
+            copy.executemany(query, db.execute(sent, values))
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
@@ -6290,22 +6314,22 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 
 
 ########################################################################################################
-# 9 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+# 9 Notifications: digest_lines, write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
 ########################################################################################################
 
-DIGEST_LINES, OWNER_LINES = 10, 100  # findings named in a digest of everything, and in an owner's
+DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
 # Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
 SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
 SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 SLACK_SECONDS = 10.0
 SLACK_PAUSES = (1.0, 3.0)  # before trying again, where Slack does not say how long
 SLACK_LONGEST_PAUSE = 30.0
-# What SES says of one message; after any other error the next one would fail as well.
-OF_ONE_EMAIL = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
+# SES's errors about one message; after any other error the next message would fail as well.
+ONE_EMAIL_ERRORS = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
 
 
 class Section(NamedTuple):
-    """A part of a digest: its title, the first of its lines, and how many there are."""
+    """A part of a digest: its title, the first of its lines, and how many lines there are."""
 
     title: str
     lines: Sequence[str]
@@ -6314,17 +6338,16 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a channel, or one owner, is told of a scan; `told` are the subjects to mark once it is."""
+    """A message about a scan, for everybody on a channel or for one owner: an email address or a Slack member."""
 
     channel: str
-    to: str | None
+    to: str
     title: str
     sections: Sequence[Section]
-    told: Sequence[str]
 
     @property
     def medium(self) -> str:
-        """How it is sent; an owner is an address or a member of Slack."""
+        """How it is sent: by slack, sns or email."""
         return ("email" if "@" in self.to else "slack") if self.to else self.channel
 
     def __str__(self) -> str:
@@ -6332,78 +6355,76 @@ class Digest:
 
 
 def ending_subjects(policy: Policy, today: date) -> list[str]:
-    """Return under what the state keeps that the end of an exemption was told: once for each date."""
+    """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
     exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
     ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
     return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
 
 
-def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> list[Digest]:
-    """Return what each channel and each owner is told of a scan: nothing where there is nothing to say.
+def digest_lines(
+    report: ScanReport, pending: Callable[[str], Container[str]]
+) -> Iterator[tuple[str, str, str, str | None, bool]]:
+    """Yield channel, recipient, subject, line, and whether it is pending, of all that belongs in a digest.
 
-    With `on: new` it takes something that the channel is still owed: a finding, an unread target, the end of an
-    exemption. A digest of everything then also names the targets and exemptions that it was told of before.
+    `pending` returns the channels that have not been sent a subject; with `on: new` only these are yielded. The
+    recipient is "" but for owners. Only findings have a line, which is "" where a digest does not list it.
     """
     policy = report.scan.policy
-    assert policy.notify
-    notify, channels = policy.notify, policy.notify.channels
+    notify = policy.notify or Notify()
     owners = notify.owners or Owners()
-    lines: dict[tuple[str, str | None], list[str]] = {}
-    told: dict[tuple[str, str | None], list[str]] = {}
-    numbers: Counter[tuple[str, str | None]] = Counter()
+    numbers: Counter[str] = Counter()
+
+    def channels_for(subject: str) -> Iterator[tuple[str, bool]]:
+        waiting = pending(subject)
+        for channel in notify.channels:
+            if notify.on == "any" or channel in waiting:
+                yield channel, channel in waiting
+
     for finding in report.findings():
         subject = f"finding {finding.target} {finding.instance_id}"
-        owed_to = owed.get(subject, ())
-        for channel in channels:
-            if notify.on == "new" and channel not in owed_to:
-                continue
-            known = _known_names(finding, owners.tag, policy.placeholder_values)
-            key = channel, owners.recipient(known.values()) if channel == "owners" else None
-            if key == ("owners", None):
-                continue
-            numbers[key] += 1
-            if len(lines.setdefault(key, [])) < (OWNER_LINES if key[1] else DIGEST_LINES):
-                lines[key].append(_finding_line(finding, known))
-            told.setdefault(key, []).extend([subject] if channel in owed_to else [])
-    word = "new finding" if notify.on == "new" else "open finding"
-    unread = [target for target in report.coverage if not target.read]
-    endings = check_expiry(policy, report.scan.started_at.date())
-    others = [f"unread {target.target}" for target in unread]
-    others += ending_subjects(policy, report.scan.started_at.date())
-    parts = (
-        _section("Not read, so nothing is known of them:", (f"{t.target}: {t.error_code}: {t.error_message}" for t in unread)),
-        _section("What to put right for many at once:", cause_lines(report.causes)),
-        _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
-    )  # fmt: skip
-    digests = []
-    for channel in channels:
-        due = [subject for subject in others if channel in owed.get(subject, ())]
-        key = channel, None
-        if channel == "owners" or not (numbers[key] or due or (notify.on == "any" and others)):
-            continue
-        title = [counted(numbers[key], word)] if numbers[key] else []
-        title += [f"{counted(len(unread), 'target')} not read"] if unread else []
-        title += [f"{counted(len(endings), 'exemption')} at an end"] if endings else []
-        findings = Section("Findings:", lines.get(key, []), numbers[key])
-        sections = [Section("", _count_lines(report), 2), findings, *parts]
-        subjects = [*told.get(key, ()), *due]
-        digests.append(_digest(policy, channel, None, ", ".join(title), sections, subjects))
-    for (channel, to), subjects in told.items():
+        for channel, is_pending in channels_for(subject):
+            names = _known_names(finding, owners.tag, policy.placeholder_values)
+            to = owners.recipient(names.values()) if channel == "owners" else ""
+            if to is not None:
+                numbers[channel] += 1
+                is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
+                yield channel, to, subject, _finding_line(finding, names) if is_listed else "", is_pending
+    unread = [f"unread {target.target}" for target in report.coverage if not target.read]
+    for subject in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
+        for channel, is_pending in channels_for(subject):
+            if channel != "owners":
+                yield channel, "", subject, None, is_pending
+
+
+def write_digests(
+    report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
+) -> Iterator[Digest]:
+    """Yield a channel's digest for each recipient: who it is, how many findings it has, and their first lines."""
+    policy = report.scan.policy
+    word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
+    for to, number, lines in recipients:
+        title = [counted(number, word)] if number else []
         if to:
-            number = numbers[channel, to]
-            sections = [Section("Yours, by the owner tag or by who made them:", lines[channel, to], number)]
-            digests.append(_digest(policy, channel, to, counted(number, word), sections, subjects))
-    return digests
-
-
-def _digest(policy: Policy, channel: str, to: str | None, title: str, sections: Iterable[Section], told: Sequence[str]) -> Digest:  # fmt: skip
-    """Return a digest of the sections that are not empty."""
-    title = printable(f"tagcheck {cut_text(policy.name, 40)}: {title}")
-    return Digest(channel, to, title, [section for section in sections if section.number], told)
+            sections = [Section("Your findings, by owner tag or creator:", lines, number)]
+        else:
+            unread = [target for target in report.coverage if not target.read]
+            endings = check_expiry(policy, report.scan.started_at.date())
+            title += [f"{counted(len(unread), 'target')} not read"] if unread else []
+            title += [f"{counted(len(endings), 'exemption')} ending"] if endings else []
+            errors = (f"{target.target}: {target.error_code}: {target.error_message}" for target in unread)
+            sections = [
+                Section("", _count_lines(report), 2),
+                Section("Findings:", lines, number),
+                _section("Could not scan (their findings are unchanged):", errors),
+                _section("Fix many at once:", cause_lines(report.causes)),
+                _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+            ]
+        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(title)}")
+        yield Digest(channel, to, headline, [section for section in sections if section.number])
 
 
 def _section(title: str, lines: Iterable[str]) -> Section:
-    """Return a section that names the first of these lines."""
+    """Return a section with the first of these lines."""
     every = list(lines)
     return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
 
@@ -6420,31 +6441,33 @@ def _count_lines(report: ScanReport) -> list[str]:
 
 
 def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
-    """Return who may know of an instance, by what they are to it: its owner, then its creator."""
-    value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
-    owner = stripped(value)
-    known = {"owner": "" if owner.casefold() in placeholder_values else owner}
-    creator = finding.created_by or ""
-    known["created by"] = "" if creator.startswith(UNKNOWN) else creator
-    return {role: name for role, name in known.items() if name}
+    """Return who may know about an instance: its owner, then its creator, where they are known."""
+    owner = stripped(
+        finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
+    )
+    names = {}
+    if owner and owner.casefold() not in placeholder_values:
+        names["owner"] = owner
+    if finding.created_by and not finding.created_by.startswith(UNKNOWN):
+        names["created by"] = finding.created_by
+    return names
 
 
-def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
+def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
+    """Return a finding in one line: what it lacks, whom to ask, and likely values of the tags."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    what = ", ".join(short_violation(finding, violation) for violation in finding.violations)
-    who = [f"{role} {cut_text(name, 60)}" for role, name in known.items()]
-    # The surer ones stand with what is missing already.
-    unsure = [
-        f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
-    ]
-    probably = [f"perhaps {', '.join(unsure)}"] if unsure else []
-    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join([what, *who, *probably])}"
+    parts = [", ".join(short_violation(finding, violation) for violation in finding.violations)]
+    parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
+    # short_violation shows the more confident suggestions already.
+    unsure = [s for s in finding.suggestions if s.confidence < MIN_CONFIDENCE]
+    if unsure:
+        parts.append(f"perhaps {', '.join(f'{s.tag_key}={cut_text(s.value, 40)}' for s in unsure)}")
+    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
     return cut_text(printable(line), 400)
 
 
 def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
-    """Return a section's lines as far as they fit, and the count of those that are cut."""
+    """Return as many of a section's lines as fit, and the number of the others."""
     shown: list[str] = []
     for line in map(encode, section.lines):
         width -= len(line) + 1
@@ -6452,19 +6475,15 @@ def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) ->
             break
         shown.append(line)
     more = section.number - len(shown)
-    return [*shown, *([f"… and {more:,} more"] if more else [])]
+    return [*shown, f"… and {more:,} more"] if more else shown
 
 
 def slack_text(digest: Digest) -> str:
     """Return a digest for Slack: its lines in code blocks, where nothing becomes a mention, a link or bold."""
-    blocks = [
-        f"{section.title}\n```\n"
-        + "\n".join(_fitted(section, SECTION_WIDTHS["slack"], _slack_escape))
-        + "\n```"
-        for section in digest.sections
-    ]
-    mention = f"<@{digest.to}> " if digest.to else ""
-    return "\n".join([mention + _slack_escape(digest.title), *blocks])
+    lines = [(f"<@{digest.to}> " if digest.to else "") + _slack_escape(digest.title)]
+    for section in digest.sections:
+        lines += [section.title, "```", *_fitted(section, SECTION_WIDTHS["slack"], _slack_escape), "```"]
+    return "\n".join(lines)
 
 
 def _slack_escape(text: str) -> str:
@@ -6473,7 +6492,7 @@ def _slack_escape(text: str) -> str:
 
 
 def plain_text(digest: Digest) -> str:
-    """Return a digest for a medium that shows a text as it is."""
+    """Return a digest for a medium that shows text as it is."""
     width = SECTION_WIDTHS[digest.medium]
     parts = ["\n".join(filter(None, [part.title, *_fitted(part, width)])) for part in digest.sections]
     return "\n\n".join([digest.title, *parts]) + "\n"
@@ -6488,61 +6507,52 @@ def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
         )
     parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
     if not parts:
-        raise UsageError(f"what {name} holds is no https:// URL of a webhook: copy it from Slack anew")
-    if parts[1].removesuffix(":443") not in (*SLACK_HOSTS, *slack.allow_hosts):
-        hosts = ", ".join((*SLACK_HOSTS, *slack.allow_hosts))
+        raise UsageError(f"{name} does not hold the https:// URL of a webhook: copy it again from Slack")
+    hosts = (*SLACK_HOSTS, *slack.allow_hosts)
+    if parts[1].removesuffix(":443") not in hosts:
         raise UsageError(
-            f"what {name} holds is the URL of another host than {hosts}: see notify.slack.allow_hosts"
+            f"{name} holds a URL of another host than {', '.join(hosts)}: see notify.slack.allow_hosts"
         )
     return url
 
 
 def post_to_slack(url: str, text: str) -> None:
-    """Post a text to a webhook; raises NotificationError, which does not repeat the URL.
-
-    Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
-    """
+    """Post a text to a webhook; raises NotificationError, which does not repeat the URL."""
     import urllib.request as http
 
+    # Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
     opener = http.OpenerDirector()
-    for handler in (
-        http.ProxyHandler,
-        http.HTTPSHandler,
-        http.HTTPDefaultErrorHandler,
-        http.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
+    opener.add_handler(http.ProxyHandler())
+    opener.add_handler(http.HTTPSHandler())
     message = json.dumps({"text": text, "unfurl_links": False, "unfurl_media": False}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": f"tagcheck/{__version__}"}
     request = http.Request(url, message, headers)
-    for pause in (*SLACK_PAUSES, None):
-        status, said, retry_after = _answer(opener, request)
+    for pause in (*SLACK_PAUSES, math.inf):
+        status, body, retry_after = _answer(opener, request)
         if status < 300:
             return
         wait = float(retry_after) if retry_after.isdecimal() else pause
-        if pause is None or wait is None or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
+        if math.inf in (pause, wait) or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
             break
         LOG.debug("Slack answered %d; trying again in %.0f s", status, wait)
         time.sleep(wait)
-    # Slack's own errors are words such as no_service; a page of something else may repeat the URL.
-    word = f" ({said})" if re.fullmatch("[a-z_]{2,40}", said) and said not in url else ""
+    # Slack's own errors are words such as no_service; another page may repeat the URL.
+    word = f" ({body})" if re.fullmatch("[a-z_]{2,40}", body) and body not in url else ""
     redirect = ", a redirect, which is not followed" if status < 400 else ""
     raise NotificationError(f"Slack answered {status}{word}{redirect}")
 
 
 def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
-    """Return status, beginning and Retry-After of the answer to a request; raises NotificationError."""
+    """Return status, first bytes and Retry-After of the answer to a request; raises NotificationError."""
     import http.client
-    import urllib.error
 
     def ask() -> tuple[int, str, str]:
-        try:
-            with opener.open(request, timeout=SLACK_SECONDS) as answer:
-                return answer.status, "", ""
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(100).decode(errors="replace")
-                return error.code, said, error.headers.get("Retry-After", "")
+        with opener.open(request, timeout=SLACK_SECONDS) as answer:
+            return (
+                answer.status,
+                answer.read(100).decode(errors="replace"),
+                answer.headers.get("Retry-After", ""),
+            )
 
     try:
         return within(SLACK_SECONDS, ask)
@@ -6550,9 +6560,9 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise NotificationError(f"Slack did not answer within {SLACK_SECONDS:.0f} s") from None
-        # The other kinds may repeat the URL.
+        # Other exceptions may repeat the URL.
         why = str(reason) if isinstance(reason, OSError) else type(reason).__name__
-        raise NotificationError(f"Slack cannot be reached: {why}") from None
+        raise NotificationError(f"cannot reach Slack: {why}") from None
 
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
@@ -6563,14 +6573,15 @@ def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
 
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
+    subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, plain_text(digest)))
+    to = [digest.to] if digest.to else list(email.to)
     call_aws(
         client,
         "SendEmail",
         FromEmailAddress=email.sender,
-        Destination={"ToAddresses": [digest.to] if digest.to else list(email.to)},
-        Content={"Simple": {"Subject": {"Data": digest.title, "Charset": "UTF-8"},
-                            "Body": {"Text": {"Data": plain_text(digest), "Charset": "UTF-8"}}}},
-    )  # fmt: skip
+        Destination={"ToAddresses": to},
+        Content={"Simple": {"Subject": subject, "Body": {"Text": body}}},
+    )
 
 
 ########################################################################################################
@@ -7560,10 +7571,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
         summary = StringIO()
-        digests: list[Digest] = []
 
         def record(path: Path) -> None:
-            nonlocal report, summary, digests
+            nonlocal report, summary
             with record_scan(db, path, scan, finished_at, state.name):
                 coverage = fetch_coverage(db, scan)
                 begun_anew = filter(
@@ -7575,9 +7585,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     *check_patterns(policy),
                 )
                 report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
-                if policy.notify:
-                    owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
-                    digests = write_digests(report, fetch_owed(db, policy.name))
+                if policy.notify and senders:
+                    queue_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
+                    add_digest_lines(db, digest_lines(report, lambda to: fetch_pending(db, policy.name, to)))
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
@@ -7598,7 +7608,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         if not args.quiet:
             emit(summary.getvalue(), talk)
         if senders:
-            _notify(senders, digests, state, scan, finished_at)
+            _notify(senders, db, state, report)
         return report.exit_code
 
 
@@ -7621,48 +7631,53 @@ def _senders(args: argparse.Namespace, policy: Policy) -> dict[str, Callable[[Di
 
 
 def _notify(
-    senders: Mapping[str, Callable[[Digest], None]],
-    digests: Sequence[Digest],
-    state: State,
-    scan: Scan,
-    told_at: datetime,
+    senders: Mapping[str, Callable[[Digest], None]], db: sqlite3.Connection, state: State, report: ScanReport
 ) -> None:
-    """Send the digests, and mark what was told channel by channel; raises NotificationError for what was not.
+    """Send the digests; raises NotificationError where some could not be sent."""
+    with sighting_errors():
+        failures = _send_digests(senders, db, state, report)
+        shown = [*itertools.islice(failures, 5)]
+        more = sum(1 for _ in failures)
+    if shown:
+        shown += [f"and {more:,} more"] if more else []
+        raise NotificationError(
+            "the scan is recorded, but not every notification was sent; the next scan tries again: "
+            + "; ".join(shown)
+        )
 
-    A crash between the two makes the next scan tell that channel again: rather twice than never.
+
+def _send_digests(
+    senders: Mapping[str, Callable[[Digest], None]], db: sqlite3.Connection, state: State, report: ScanReport
+) -> Iterator[str]:
+    """Send the digests, record in the state what each channel was sent, and yield what failed.
+
+    A crash between the two makes the next scan send that channel's again: rather twice than never.
     """
-    failures: list[str] = []
+    policy = report.scan.policy
     down: set[str] = set()
-    for channel, group in itertools.groupby(digests, key=lambda digest: digest.channel):
-        told: list[str] = []
-        for digest in group:
+    for channel in policy.notify.channels if policy.notify else ():
+        for digest in write_digests(report, channel, fetch_digest_lines(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
                 _heed_signals()
                 senders[digest.medium](digest)
-                told += digest.told
-            except TagcheckError as error:
-                failures.append(f"{digest}: {error}")
-                if not (isinstance(error, TargetError) and error.code in OF_ONE_EMAIL):
-                    down.add(digest.medium)
-            except KeyboardInterrupt:
-                failures.append(f"{digest}: interrupted")
-                down |= senders.keys()
+                continue
+            except (TagcheckError, KeyboardInterrupt) as error:
+                failure = error
             finally:
                 _ignore_signals()
+            drop_digest_lines(db, digest.channel, digest.to)
+            if isinstance(failure, KeyboardInterrupt):
+                down |= senders.keys()
+            elif not (isinstance(failure, TargetError) and failure.code in ONE_EMAIL_ERRORS):
+                down.add(digest.medium)
+            yield f"{digest}: {str(failure) or 'interrupted'}"
         try:
-            for path in state.attempts() if told else ():
-                record_told(path, scan.policy.name, channel, told, told_at)
+            record_sent(db, state, policy.name, channel, report.finished_at)
         except StateError as error:
             LOG.debug("%s", error)
-            failures.append(f"{channel}: told, and will be told again, as the state could not be marked")
-    if failures:
-        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-        raise NotificationError(
-            f"the scan is recorded, but not everybody was told, and the next scan tries again: "
-            f"{'; '.join(failures[:5])}{more}"
-        )
+            yield f"{channel}: sent, and will be sent again, as the state could not be updated"
 
 
 def _report(
