@@ -1827,7 +1827,7 @@ class ExemptedInstance:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """An instance as a scan saw it, with its violations, those that are exempted, and whether it is too young."""
+    """An instance as a scan saw it, its violations, those that are exempted, and whether it is too young."""
 
     instance: Instance
     violations: tuple[Violation, ...]
@@ -1835,7 +1835,7 @@ class Sighting:
     too_young: bool
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it fails its rule: what suggestions are made from."""
+        """Return the value of each required tag, None where it fails its rule: suggestions come from these."""
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
         return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
@@ -1879,7 +1879,7 @@ def evaluate(
 
 
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
-    """Return how the tags fail one rule, None where they comply; keys and values are case-sensitive, as in AWS."""
+    """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     value = tags.get(rule.key)
     if value is None:
         message, found = f"{rule.key} is missing", near_miss(tags, rule.key)
@@ -1921,7 +1921,7 @@ def bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
-# A launch further in the future is a mistake in the answer, and would keep an instance from ever being judged.
+# A launch further in the future is a mistake in the answer, and the instance would never be judged.
 MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
 
@@ -1933,10 +1933,9 @@ def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> 
 def resolution(
     violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
 ) -> Resolution:
-    """Return why a finding is no longer open.
+    """Return why a finding is no longer open; `tags` are None where the instance is gone.
 
-    `tags` are None where the instance is gone, `exempted` are the keys that do not count. If a tag is still as it
-    was, nobody corrected it: the policy changed.
+    `exempted` are the keys that do not count. If a tag is still as it was, it is the policy that changed.
     """
     if tags is None:
         return Resolution.GONE
@@ -1977,10 +1976,10 @@ class GroupKind(NamedTuple):
     risk: str = "the tag is lost when an instance is replaced"
 
 
-# The most specific first. A cause is a group that can tag its instances; how is in AWS's user guides (EC2 Auto
-# Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed node groups with launch templates,
-# and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on creation) and Karpenter's (NodeClasses,
-# spec.tags). Karpenter and ECS make launch templates of their own, so they come before these.
+# The most specific first. A cause is a group that can tag its instances; how is in AWS's user guides (EC2
+# Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed node groups with launch
+# templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on creation) and Karpenter's
+# (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so they come before these.
 GROUP_KINDS = {
     "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
     "node_class": GroupKind("EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}"),
@@ -2016,7 +2015,7 @@ _GROUP_TAGS = (
 
 
 def groups_of(instance: Instance) -> list[Group]:
-    """Return the groups within its target that an instance belongs to, with printable names, most specific first."""
+    """Return the groups of an instance within its target, the most specific first, with printable names."""
     others = (
         ("operator", instance.managed_by),
         ("instance_profile", instance.profile.rpartition("/")[2]),  # of its ARN
@@ -2043,7 +2042,7 @@ def cause_of(groups: Iterable[Group]) -> Group | None:
 
 
 class Agreement(NamedTuple):
-    """The most common valid value of a tag in a group, how many members have it, and how many have a valid one.
+    """The most common valid value of a tag in a group, and how many members have it, or any valid one.
 
     If hardly any member has a valid one, `agreeing` is 0, and `members` counts all.
     """
@@ -2060,7 +2059,7 @@ MAX_VALUES = 1000  # of a tag in one group, to bound memory; with more there is 
 def agreements(
     values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
 ) -> dict[str, Agreement]:
-    """Return the agreement on each tag key, given rows of values in a group and how many members have each row."""
+    """Return the agreement on each tag key of a group: rows of values, and how many members have each."""
     counts: list[Counter[str]] = [Counter() for _ in keys]
     size = 0
     for row, number in values:
@@ -2095,10 +2094,10 @@ class Reliability:
                 self._members[kind, tag_key] += agreement.members
 
     def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
-        """Return how probable it is that one more member has the value that most have.
+        """Return the probability that one more member has the value that most have.
 
-        It is the share of the members that agree, drawn towards the share that agrees in all groups of the kind
-        as if that were PRIOR_MEMBERS more of them (a beta prior); and that share is itself drawn towards a half.
+        It is the share of members that agree, after PRIOR_MEMBERS more of them that agree as much as members do
+        in all groups of the kind (a beta prior); that usual share is itself drawn towards a half.
         """
         usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
         return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
@@ -2107,8 +2106,8 @@ class Reliability:
 PRIOR_MEMBERS = 5
 MIN_CONFIDENCE = 0.95  # what `remediate` takes by default
 MIN_SHOWN, MOST_CONFIDENCE = 0.5, 0.9999  # nothing is certain
-# At most, where a whole Auto Scaling group lacks the tag: wider groups say less about it, and a mistake would be
-# made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
+# At most, where a whole Auto Scaling group lacks the tag: wider groups say less about it, and a mistake would
+# be made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
 UNTAGGED_CONFIDENCE = 0.9
 # The instance has the value itself, under another key or in another spelling.
 OWN_CONFIDENCE, TYPO_CONFIDENCE = 0.99, 0.9
@@ -2141,7 +2140,7 @@ def suggest(
 def _sibling_value(
     tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
 ) -> Suggestion | None:
-    """Return the value by the most specific group that is confident enough, else by the most confident one."""
+    """Return the value of the most specific group that is confident enough, else of the most confident."""
     best: Suggestion | None = None
     ceiling = MOST_CONFIDENCE
     for group, found in siblings:
@@ -2195,7 +2194,7 @@ CAUSES_NAMED = 3
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
-    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all at once."""
+    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all."""
     alike: dict[tuple[str, str], list[Cause]] = {}
     for cause in causes:
         alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
@@ -3237,13 +3236,10 @@ SIGHTINGS_SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
-    # What belongs in digests: only a finding has a line, "" where no digest lists it; the recipient is "" but for owners.
-    """
-    CREATE TABLE digest_line (
-        channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT NOT NULL, line TEXT,
-        is_pending INTEGER NOT NULL, PRIMARY KEY (channel, recipient, subject)
-    ) WITHOUT ROWID
-    """,
+    # What belongs in digests. The recipient is "" but for owners, the subject NULL if the channel was sent it before;
+    # only a finding has a line, "" where no digest lists it.
+    "CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT)",
+    "CREATE INDEX digest_of ON digest_line (channel, recipient)",
 )
 
 
@@ -4789,28 +4785,27 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
 def queue_notifications(
     db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Sequence[str]
 ) -> None:
-    """Record, in the transaction of a scan, what is pending for each channel.
+    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
-    A finding is sent each time it opens, an unread target once until it is read, the end of an exemption once. What
-    could not be sent stays pending until it is sent or resolved; a new channel does not get what was open before.
+    That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
     """
     names = _names(db, scan) | {"channels": to_json(channels), "endings": to_json(endings)}
+    unread = (
+        "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL"
+    )
     db.execute(
         f"""
         DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
             SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
-            UNION ALL SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NULL
-            UNION ALL SELECT 'unread ' || account_id || ' *' FROM target WHERE error_code IS NULL
-            EXCEPT SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL
+            UNION ALL SELECT 'unread ' || account_id || ' ' || place.value
+                FROM target, json_each(json_array(region, '*')) AS place WHERE error_code IS NULL
+            EXCEPT {unread}
         )
         """,
         names,
     )
     opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
-    others = (
-        "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL "
-    )
-    others += "UNION ALL SELECT value FROM json_each(:endings)"
+    others = f"{unread} UNION ALL SELECT value FROM json_each(:endings)"
     for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
             f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
@@ -4825,20 +4820,22 @@ def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]
     return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def add_digest_lines(db: sqlite3.Connection, lines: Iterable[tuple[str, str, str, str | None, bool]]) -> None:
-    """Keep what belongs in digests, until they are sent: the columns of `digest_line`."""
+def add_digest_lines(
+    db: sqlite3.Connection, lines: Iterable[tuple[str, str, str | None, str | None]]
+) -> None:
+    """Keep what belongs in digests, the columns of `digest_line`, until they are sent."""
     db.execute("DELETE FROM digest_line")
-    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?)", lines)
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
 
 
 def fetch_digest_lines(
     db: sqlite3.Connection, channel: str, limit: int
 ) -> Iterator[tuple[str, int, list[str]]]:
     """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
-    count = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
-    query = "SELECT line FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY subject LIMIT ?"
-    for recipient, number in db.execute(count, (channel,)):
-        yield recipient, number, [line for (line,) in db.execute(query, (channel, recipient, limit))]
+    recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
+    lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
+    for to, number in db.execute(recipients, (channel,)):
+        yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
 
 
 def drop_digest_lines(db: sqlite3.Connection, channel: str, recipient: str) -> None:
@@ -4848,7 +4845,7 @@ def drop_digest_lines(db: sqlite3.Connection, channel: str, recipient: str) -> N
 
 def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
     """Record in the state that a channel was sent what `digest_line` still has; raises StateError."""
-    sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND is_pending"
+    sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND subject IS NOT NULL"
     values = (utc_text(sent_at), policy, channel)
     for path in state.attempts() if db.execute(sent, values).fetchone() else ():
         with opened_state(path, path) as copy, writing_state(copy, path):
@@ -6258,7 +6255,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 
 
 ########################################################################################################
-# 9 Notifications: digest_lines, write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+# 9 Notifications: digest_lines, write_digests, digest_text, find_webhook, and a sender for each medium
 ########################################################################################################
 
 DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
@@ -6282,7 +6279,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A message about a scan, for everybody on a channel or for one owner: an email address or a Slack member."""
+    """A message about a scan, for all who get everything, or for one owner: an address or a Slack member."""
 
     channel: str
     to: str
@@ -6298,6 +6295,9 @@ class Digest:
         return self.to or self.channel
 
 
+Senders = Mapping[str, Callable[[Digest], None]]  # by medium
+
+
 def ending_subjects(policy: Policy, today: date) -> list[str]:
     """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
     exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
@@ -6307,43 +6307,40 @@ def ending_subjects(policy: Policy, today: date) -> list[str]:
 
 def digest_lines(
     report: ScanReport, pending: Callable[[str], Container[str]]
-) -> Iterator[tuple[str, str, str, str | None, bool]]:
-    """Yield channel, recipient, subject, line, and whether it is pending, of all that belongs in a digest.
+) -> Iterator[tuple[str, str, str | None, str | None]]:
+    """Yield what belongs in digests: channel, recipient, subject and line, as `digest_line` keeps them.
 
-    `pending` returns the channels that have not been sent a subject; with `on: new` only these are yielded. The
-    recipient is "" but for owners. Only findings have a line, which is "" where a digest does not list it.
+    `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
     """
-    policy = report.scan.policy
+    policy, numbers = report.scan.policy, Counter[str]()
     notify = policy.notify or Notify()
     owners = notify.owners or Owners()
-    numbers: Counter[str] = Counter()
 
-    def channels_for(subject: str) -> Iterator[tuple[str, bool]]:
+    def channels_for(subject: str) -> Iterator[tuple[str, str | None]]:
         waiting = pending(subject)
         for channel in notify.channels:
             if notify.on == "any" or channel in waiting:
-                yield channel, channel in waiting
+                yield channel, subject if channel in waiting else None
 
     for finding in report.findings():
-        subject = f"finding {finding.target} {finding.instance_id}"
-        for channel, is_pending in channels_for(subject):
+        for channel, subject in channels_for(f"finding {finding.target} {finding.instance_id}"):
             names = _known_names(finding, owners.tag, policy.placeholder_values)
-            to = owners.recipient(names.values()) if channel == "owners" else ""
-            if to is not None:
+            recipient = owners.recipient(names.values()) if channel == "owners" else ""
+            if recipient is not None:
                 numbers[channel] += 1
                 is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
-                yield channel, to, subject, _finding_line(finding, names) if is_listed else "", is_pending
+                yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
     unread = [f"unread {target.target}" for target in report.coverage if not target.read]
-    for subject in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
-        for channel, is_pending in channels_for(subject):
-            if channel != "owners":
-                yield channel, "", subject, None, is_pending
+    for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
+        yield from (
+            (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
+        )
 
 
 def write_digests(
     report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
 ) -> Iterator[Digest]:
-    """Yield a channel's digest for each recipient: who it is, how many findings it has, and their first lines."""
+    """Yield a digest for each recipient: who it is, the number of its findings, and their first lines."""
     policy = report.scan.policy
     word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
     for to, number, lines in recipients:
@@ -6359,7 +6356,7 @@ def write_digests(
             sections = [
                 Section("", _count_lines(report), 2),
                 Section("Findings:", lines, number),
-                _section("Could not scan (their findings are unchanged):", errors),
+                _section("Could not be read (their findings are unchanged):", errors),
                 _section("Fix many at once:", cause_lines(report.causes)),
                 _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
             ]
@@ -6384,17 +6381,15 @@ def _count_lines(report: ScanReport) -> list[str]:
     ]
 
 
-def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
+def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
     """Return who may know about an instance: its owner, then its creator, where they are known."""
-    owner = stripped(
-        finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
-    )
-    names = {}
-    if owner and owner.casefold() not in placeholder_values:
-        names["owner"] = owner
-    if finding.created_by and not finding.created_by.startswith(UNKNOWN):
-        names["created by"] = finding.created_by
-    return names
+    key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
+    owner, creator = stripped(finding.tags.get(key, "")), finding.created_by or ""
+    names = {
+        "owner": "" if owner.casefold() in placeholders else owner,
+        "created by": "" if creator.startswith(UNKNOWN) else creator,
+    }
+    return {role: name for role, name in names.items() if name}
 
 
 def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
@@ -6403,43 +6398,33 @@ def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
     parts = [", ".join(short_violation(finding, violation) for violation in finding.violations)]
     parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
     # short_violation shows the more confident suggestions already.
-    unsure = [s for s in finding.suggestions if s.confidence < MIN_CONFIDENCE]
-    if unsure:
-        parts.append(f"perhaps {', '.join(f'{s.tag_key}={cut_text(s.value, 40)}' for s in unsure)}")
+    unsure = [
+        f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
+    ]
+    parts += [f"perhaps {', '.join(unsure)}"] if unsure else []
     line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
     return cut_text(printable(line), 400)
 
 
-def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
-    """Return as many of a section's lines as fit, and the number of the others."""
-    shown: list[str] = []
-    for line in map(encode, section.lines):
-        width -= len(line) + 1
-        if width < 0:
-            break
-        shown.append(line)
-    more = section.number - len(shown)
-    return [*shown, f"… and {more:,} more"] if more else shown
-
-
-def slack_text(digest: Digest) -> str:
-    """Return a digest for Slack: its lines in code blocks, where nothing becomes a mention, a link or bold."""
-    lines = [(f"<@{digest.to}> " if digest.to else "") + _slack_escape(digest.title)]
-    for section in digest.sections:
-        lines += [section.title, "```", *_fitted(section, SECTION_WIDTHS["slack"], _slack_escape), "```"]
-    return "\n".join(lines)
+def digest_text(digest: Digest) -> str:
+    """Return a digest as text; for Slack in code blocks, where nothing becomes a mention, a link or bold."""
+    is_slack, width = digest.medium == "slack", SECTION_WIDTHS[digest.medium]
+    encode: Callable[[str], str] = _slack_escape if is_slack else str
+    fence = ["```"] if is_slack else []
+    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + encode(digest.title)]
+    for title, lines, number in digest.sections:
+        encoded = [*map(encode, lines)]
+        ends = itertools.accumulate(len(line) + 1 for line in encoded)
+        shown = encoded[: sum(end <= width for end in ends)]
+        more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
+        head = [title] if title or is_slack else []
+        parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
+    return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
 
 
 def _slack_escape(text: str) -> str:
     """Escape what Slack reads as a command, such as `<!channel>`, and what would end a code block."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
-
-
-def plain_text(digest: Digest) -> str:
-    """Return a digest for a medium that shows text as it is."""
-    width = SECTION_WIDTHS[digest.medium]
-    parts = ["\n".join(filter(None, [part.title, *_fitted(part, width)])) for part in digest.sections]
-    return "\n\n".join([digest.title, *parts]) + "\n"
 
 
 def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
@@ -6476,7 +6461,7 @@ def post_to_slack(url: str, text: str) -> None:
         if status < 300:
             return
         wait = float(retry_after) if retry_after.isdecimal() else pause
-        if math.inf in (pause, wait) or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
+        if pause == math.inf or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
             break
         LOG.debug("Slack answered %d; trying again in %.0f s", status, wait)
         time.sleep(wait)
@@ -6492,11 +6477,8 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 
     def ask() -> tuple[int, str, str]:
         with opener.open(request, timeout=SLACK_SECONDS) as answer:
-            return (
-                answer.status,
-                answer.read(100).decode(errors="replace"),
-                answer.headers.get("Retry-After", ""),
-            )
+            body = answer.read(100).decode(errors="replace") if answer.status >= 300 else ""
+            return answer.status, body, answer.headers.get("Retry-After", "")
 
     try:
         return within(SLACK_SECONDS, ask)
@@ -6510,14 +6492,14 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
-    """Publish a digest to a topic, whose subjects are ASCII and shorter than 100 characters; raises TargetError."""
+    """Publish a digest to a topic, whose subjects are ASCII of less than 100 characters; raises TargetError."""
     subject = digest.title.encode("ascii", "replace").decode()[:99]
-    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=plain_text(digest))
+    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
-    subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, plain_text(digest)))
+    subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, digest_text(digest)))
     to = [digest.to] if digest.to else list(email.to)
     call_aws(
         client,
@@ -7531,7 +7513,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                 report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
                 if policy.notify and senders:
                     queue_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
-                    add_digest_lines(db, digest_lines(report, lambda to: fetch_pending(db, policy.name, to)))
+                    add_digest_lines(
+                        db, digest_lines(report, functools.partial(fetch_pending, db, policy.name))
+                    )
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
@@ -7556,49 +7540,43 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         return report.exit_code
 
 
-def _senders(args: argparse.Namespace, policy: Policy) -> dict[str, Callable[[Digest], None]]:
-    """Return how a digest is sent by each medium, before anything is read; raises UsageError, CredentialsError."""
+def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
+    """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
-    notify = policy.notify
-    if notify and notify.slack:
+    notify = policy.notify or Notify()
+    if notify.slack:
         webhook = find_webhook(notify.slack, os.environ)
-        senders["slack"] = lambda digest: post_to_slack(webhook, slack_text(digest))
-    if notify and (notify.sns or notify.email):
-        aws = Aws(args.profile, workers=1)
-        if topic := notify.sns:
-            region = topic.split(":")[3]
-            senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
-        if email := notify.email:
-            home = email.region or aws.session.region_name or home_region(sorted(policy.regions))
-            senders["email"] = lambda digest: send_email(aws.client("sesv2", home), email, digest)
+        senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
+    aws = Aws(args.profile, workers=1) if notify.sns or notify.email else None
+    if aws and (topic := notify.sns):
+        senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", topic.split(":")[3]), topic, digest)
+    if aws and (email := notify.email):
+        region = email.region or aws.session.region_name or home_region(sorted(policy.regions))
+        senders["email"] = lambda digest: send_email(aws.client("sesv2", region), email, digest)
     return senders
 
 
-def _notify(
-    senders: Mapping[str, Callable[[Digest], None]], db: sqlite3.Connection, state: State, report: ScanReport
-) -> None:
-    """Send the digests; raises NotificationError where some could not be sent."""
+def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> None:
+    """Send the digests; raises NotificationError if some could not be sent."""
     with sighting_errors():
         failures = _send_digests(senders, db, state, report)
-        shown = [*itertools.islice(failures, 5)]
+        shown = "; ".join(itertools.islice(failures, 5))
         more = sum(1 for _ in failures)
     if shown:
-        shown += [f"and {more:,} more"] if more else []
+        shown += f"; and {more:,} more" if more else ""
         raise NotificationError(
-            "the scan is recorded, but not every notification was sent; the next scan tries again: "
-            + "; ".join(shown)
+            f"the scan is recorded, but not every notification was sent; the next scan tries again: {shown}"
         )
 
 
 def _send_digests(
-    senders: Mapping[str, Callable[[Digest], None]], db: sqlite3.Connection, state: State, report: ScanReport
+    senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport
 ) -> Iterator[str]:
     """Send the digests, record in the state what each channel was sent, and yield what failed.
 
     A crash between the two makes the next scan send that channel's again: rather twice than never.
     """
-    policy = report.scan.policy
-    down: set[str] = set()
+    policy, down = report.scan.policy, set[str]()
     for channel in policy.notify.channels if policy.notify else ():
         for digest in write_digests(report, channel, fetch_digest_lines(db, channel, OWNER_LINES)):
             try:

@@ -365,8 +365,8 @@ def test_a_million_findings_do_not_make_a_long_digest():
     lines = [f"line {number} " + "x" * 300 for number in range(100)]
     section = script.Section("Findings:", lines, 1_000_000)
     digest = script.Digest("slack", "", "t", [section])
-    assert len(script.slack_text(digest)) < 3_200
-    assert "… and 999,991 more" in script.slack_text(digest)
+    assert len(script.digest_text(digest)) < 3_200
+    assert "… and 999,991 more" in script.digest_text(digest)
 
 
 def test_an_owner_gets_the_first_hundred_findings_and_the_number_of_the_others(scan, aws):
