@@ -1835,7 +1835,7 @@ class Sighting:
     too_young: bool
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it fails its rule: suggestions come from these."""
+        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
         return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
@@ -2096,8 +2096,8 @@ class Reliability:
     def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
         """Return the probability that one more member has the value that most have.
 
-        It is the share of members that agree, after PRIOR_MEMBERS more of them that agree as much as members do
-        in all groups of the kind (a beta prior); that usual share is itself drawn towards a half.
+        It is the share of members that agree, drawn towards the share in all groups of the kind as if that came
+        from PRIOR_MEMBERS more members (a beta prior); that usual share is itself drawn towards a half.
         """
         usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
         return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
@@ -2141,21 +2141,20 @@ def _sibling_value(
     tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
 ) -> Suggestion | None:
     """Return the value of the most specific group that is confident enough, else of the most confident."""
-    best: Suggestion | None = None
+    suggestions: list[Suggestion] = []
     ceiling = MOST_CONFIDENCE
     for group, found in siblings:
         agreement, kind = found.get(tag_key), GROUP_KINDS[group.kind]
         if agreement and agreement.agreeing:
             confidence = min(reliability.confidence(group.kind, tag_key, agreement), ceiling)
-            if best is None or confidence > best.confidence:
-                where = group.name if kind.remedy else f"{kind.word} {group.name}"
-                evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
-                best = Suggestion(tag_key, agreement.value, round(confidence, 4), evidence)
+            where = group.name if kind.remedy else f"{kind.word} {group.name}"
+            evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
+            suggestions.append(Suggestion(tag_key, agreement.value, round(confidence, 4), evidence))
             if confidence >= MIN_CONFIDENCE:
-                break
+                return suggestions[-1]
         elif agreement and kind.remedy:
             ceiling = UNTAGGED_CONFIDENCE
-    return best
+    return max(suggestions, key=lambda suggestion: suggestion.confidence, default=None)
 
 
 def _own_value(violation: Violation, rule: RequiredTag, placeholders: frozenset[str]) -> Suggestion | None:
@@ -6291,9 +6290,6 @@ class Digest:
         """How it is sent: by slack, sns or email."""
         return ("email" if "@" in self.to else "slack") if self.to else self.channel
 
-    def __str__(self) -> str:
-        return self.to or self.channel
-
 
 Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
@@ -6492,7 +6488,7 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
-    """Publish a digest to a topic, whose subjects are ASCII of less than 100 characters; raises TargetError."""
+    """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
     subject = digest.title.encode("ascii", "replace").decode()[:99]
     call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
@@ -7589,12 +7585,12 @@ def _send_digests(
                 failure = error
             finally:
                 _ignore_signals()
-            drop_digest_lines(db, digest.channel, digest.to)
+            drop_digest_lines(db, channel, digest.to)
             if isinstance(failure, KeyboardInterrupt):
                 down |= senders.keys()
             elif not (isinstance(failure, TargetError) and failure.code in ONE_EMAIL_ERRORS):
                 down.add(digest.medium)
-            yield f"{digest}: {str(failure) or 'interrupted'}"
+            yield f"{digest.to or channel}: {str(failure) or 'interrupted'}"
         try:
             record_sent(db, state, policy.name, channel, report.finished_at)
         except StateError as error:
