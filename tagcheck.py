@@ -1785,7 +1785,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
 
 
 ########################################################################################################
-# 3 Evaluation: judge, evaluate, check_tag, exempt, near_miss, is_too_young, resolution, decide_exit_code
+# 3 Evaluation: judge, evaluate, check_tag, near_miss, is_too_young, resolution, decide_exit_code
 ########################################################################################################
 
 
@@ -3235,8 +3235,8 @@ SIGHTINGS_SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
-    # What belongs in digests. The recipient is "" but for owners, the subject NULL if the channel was sent it before;
-    # only a finding has a line, "" where no digest lists it.
+    # What belongs in digests. The recipient is "" except for owners, the subject NULL if the channel was sent it
+    # before. Only a finding has a line; it is "" where no digest lists it.
     "CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT)",
     "CREATE INDEX digest_of ON digest_line (channel, recipient)",
 )
@@ -4781,17 +4781,14 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
     return Pruned(findings, scans, coverage)
 
 
-def queue_notifications(
-    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Sequence[str]
-) -> None:
+def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
     """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
     That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
     """
-    names = _names(db, scan) | {"channels": to_json(channels), "endings": to_json(endings)}
-    unread = (
-        "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL"
-    )
+    notify = scan.policy.notify or Notify()
+    names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
+    unread = "SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL"
     db.execute(
         f"""
         DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
@@ -4804,7 +4801,7 @@ def queue_notifications(
         names,
     )
     opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
-    others = f"{unread} UNION ALL SELECT value FROM json_each(:endings)"
+    others = f"SELECT value AS subject FROM json_each(:endings) UNION ALL {unread}"
     for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
             f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
@@ -4819,17 +4816,16 @@ def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]
     return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def add_digest_lines(
-    db: sqlite3.Connection, lines: Iterable[tuple[str, str, str | None, str | None]]
-) -> None:
-    """Keep what belongs in digests, the columns of `digest_line`, until they are sent."""
+DigestLine = tuple[str, str, str | None, str | None]  # the columns of `digest_line`
+
+
+def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
+    """Keep what belongs in digests until they are sent."""
     db.execute("DELETE FROM digest_line")
     db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
 
 
-def fetch_digest_lines(
-    db: sqlite3.Connection, channel: str, limit: int
-) -> Iterator[tuple[str, int, list[str]]]:
+def fetch_digests(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[tuple[str, int, list[str]]]:
     """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
     recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
     lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
@@ -4837,7 +4833,7 @@ def fetch_digest_lines(
         yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
 
 
-def drop_digest_lines(db: sqlite3.Connection, channel: str, recipient: str) -> None:
+def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
     """Forget what could not be sent, so that it stays pending."""
     db.execute("DELETE FROM digest_line WHERE (channel, recipient) = (?, ?)", (channel, recipient))
 
@@ -6301,10 +6297,8 @@ def ending_subjects(policy: Policy, today: date) -> list[str]:
     return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
 
 
-def digest_lines(
-    report: ScanReport, pending: Callable[[str], Container[str]]
-) -> Iterator[tuple[str, str, str | None, str | None]]:
-    """Yield what belongs in digests: channel, recipient, subject and line, as `digest_line` keeps them.
+def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -> Iterator[DigestLine]:
+    """Yield what belongs in digests: channel, recipient, subject and line.
 
     `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
     """
@@ -7507,11 +7501,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     *check_patterns(policy),
                 )
                 report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
-                if policy.notify and senders:
-                    queue_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
-                    add_digest_lines(
-                        db, digest_lines(report, functools.partial(fetch_pending, db, policy.name))
-                    )
+                if senders:
+                    queue_notifications(db, scan, ending_subjects(policy, now.date()))
+                    pending = functools.partial(fetch_pending, db, policy.name)
+                    add_digest_lines(db, digest_lines(report, pending))
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
@@ -7555,7 +7548,7 @@ def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
 def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> None:
     """Send the digests; raises NotificationError if some could not be sent."""
     with sighting_errors():
-        failures = _send_digests(senders, db, state, report)
+        failures = _send(senders, db, state, report)
         shown = "; ".join(itertools.islice(failures, 5))
         more = sum(1 for _ in failures)
     if shown:
@@ -7565,16 +7558,14 @@ def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: Scan
         )
 
 
-def _send_digests(
-    senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport
-) -> Iterator[str]:
+def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
     """Send the digests, record in the state what each channel was sent, and yield what failed.
 
     A crash between the two makes the next scan send that channel's again: rather twice than never.
     """
     policy, down = report.scan.policy, set[str]()
     for channel in policy.notify.channels if policy.notify else ():
-        for digest in write_digests(report, channel, fetch_digest_lines(db, channel, OWNER_LINES)):
+        for digest in write_digests(report, channel, fetch_digests(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
@@ -7585,7 +7576,7 @@ def _send_digests(
                 failure = error
             finally:
                 _ignore_signals()
-            drop_digest_lines(db, channel, digest.to)
+            drop_digest(db, channel, digest.to)
             if isinstance(failure, KeyboardInterrupt):
                 down |= senders.keys()
             elif not (isinstance(failure, TargetError) and failure.code in ONE_EMAIL_ERRORS):
