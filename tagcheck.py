@@ -1801,15 +1801,20 @@ class Exempted:
         return f"{self.violation.message}: exempted{until}, {self.exemption.reason}"
 
 
-def exempted_record(exempted: Exempted) -> dict[str, str | None]:
-    """Return an exempted violation as a JSON object."""
-    exemption = exempted.exemption
-    return violation_record(exempted.violation) | {
-        "reason": exemption.reason,
-        "expires": str(exemption.expires) if exemption.expires else None,
-        "approved_by": exemption.approved_by,
-        "ticket": exemption.ticket,
-    }
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """An instance as a scan saw it, its violations, those that are exempted, and whether it is too young."""
+
+    instance: Instance
+    violations: tuple[Violation, ...]
+    exempted: tuple[Exempted, ...]
+    too_young: bool
+
+    def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
+        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
+        failing = {violation.tag_key for violation in self.violations}
+        failing.update(exempted.violation.tag_key for exempted in self.exempted)
+        return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1825,20 +1830,15 @@ class ExemptedInstance:
     exempted: tuple[Exempted, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """An instance as a scan saw it, its violations, those that are exempted, and whether it is too young."""
-
-    instance: Instance
-    violations: tuple[Violation, ...]
-    exempted: tuple[Exempted, ...]
-    too_young: bool
-
-    def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
-        failing = {violation.tag_key for violation in self.violations}
-        failing.update(exempted.violation.tag_key for exempted in self.exempted)
-        return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
+def exempted_record(exempted: Exempted) -> dict[str, str | None]:
+    """Return an exempted violation as a JSON object."""
+    exemption = exempted.exemption
+    return violation_record(exempted.violation) | {
+        "reason": exemption.reason,
+        "expires": str(exemption.expires) if exemption.expires else None,
+        "approved_by": exemption.approved_by,
+        "ticket": exemption.ticket,
+    }
 
 
 @dataclass(frozen=True, slots=True)
