@@ -2096,8 +2096,8 @@ class Reliability:
     def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
         """Return the probability that one more member has the value that most have.
 
-        It is the share of members that agree, drawn towards the share in all groups of the kind as if that was
-        of PRIOR_MEMBERS more members (a beta prior); that usual share is itself drawn towards a half.
+        It is the share of members that agree, drawn towards the share in all groups of the kind as if that
+        was of PRIOR_MEMBERS more members (a beta prior); that usual share is itself drawn towards a half.
         """
         usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
         return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
