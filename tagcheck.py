@@ -1785,7 +1785,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
 
 
 ########################################################################################################
-# 3 Evaluation: judge, evaluate, exempt, resolution, explain, decide_exit_code
+# 3 Evaluation: judge, evaluate, check_tag, near_miss, is_too_young, resolution, decide_exit_code
 ########################################################################################################
 
 
@@ -1803,7 +1803,7 @@ class Exempted:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What a scan makes of one instance: what it violates, what it need not carry, and whether to wait."""
+    """An instance as a scan saw it, its violations, those that are exempted, and whether it is too young."""
 
     instance: Instance
     violations: tuple[Violation, ...]
@@ -1811,13 +1811,10 @@ class Sighting:
     too_young: bool
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it is not as asked: what siblings can learn from."""
-        tags = self.instance.tags
-        if not (self.violations or self.exempted):
-            return tuple(tags[rule.key] for rule in rules)
+        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
-        return tuple(None if rule.key in failing else tags[rule.key] for rule in rules)
+        return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1838,7 +1835,7 @@ def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     exemption = exempted.exemption
     return violation_record(exempted.violation) | {
         "reason": exemption.reason,
-        "expires": exemption.expires.isoformat() if exemption.expires else None,
+        "expires": str(exemption.expires) if exemption.expires else None,
         "approved_by": exemption.approved_by,
         "ticket": exemption.ticket,
     }
@@ -1846,12 +1843,12 @@ def exempted_record(exempted: Exempted) -> dict[str, str | None]:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One run over the targets; the UUID is its name in the state for ever."""
+    """One run over the targets; the state keeps it under its UUID."""
 
     scan_id: str
     policy: Policy
     started_at: datetime
-    may_hide_managed: bool = False  # whether what is read may lack instances that AWS services operate
+    may_hide_managed: bool = False  # whether the input may lack instances that AWS services operate
 
 
 def new_state_notice(state: str) -> str:
@@ -1860,42 +1857,38 @@ def new_state_notice(state: str) -> str:
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
-    """Return what the policy makes of an instance of a target that it covers."""
+    """Return how an instance of a target does under a policy; of several exemptions the first counts."""
     violations = evaluate(instance.tags, policy.rules(target.region), policy.placeholder_values)
-    exempted: tuple[Exempted, ...] = ()
+    exempted: dict[str, Exempted] = {}
     if violations and policy.exemptions:
-        violations, exempted = exempt(target, instance, violations, policy.exemptions, now.date())
-    return Sighting(instance, violations, exempted, is_too_young(instance, policy.grace_period, now))
+        in_force = (exemption for exemption in policy.exemptions if exemption.holds(now.date()))
+        covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
+        for violation, exemption in itertools.product(violations, covering):
+            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
+                exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
+        violations = tuple(violation for violation in violations if violation.tag_key not in exempted)
+    too_young = is_too_young(instance, policy.grace_period, now)
+    return Sighting(instance, violations, tuple(exempted.values()), too_young)
 
 
 def evaluate(
-    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholder_values: frozenset[str]
+    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholders: frozenset[str]
 ) -> tuple[Violation, ...]:
-    """Return how an instance's tags fail the rules, in the rules' order; () where they comply."""
-    return tuple(
-        violation for rule in rules if (violation := check_tag(tags, rule, placeholder_values)) is not None
-    )
+    """Return how an instance's tags fail the rules, in the order of the rules; () where they comply."""
+    return tuple(filter(None, (check_tag(tags, rule, placeholders) for rule in rules)))
 
 
-def check_tag(
-    tags: Mapping[str, str], rule: RequiredTag, placeholder_values: frozenset[str]
-) -> Violation | None:
-    """Return how the tags fail one rule; None where they comply.
-
-    Keys and values are case-sensitive, as they are in AWS. A placeholder value counts as empty.
-    """
+def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
+    """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     value = tags.get(rule.key)
     if value is None:
-        found = near_miss(tags, rule.key)
-        if found is None:
-            return Violation(rule.key, ViolationType.MISSING, None, None, f"{rule.key} is missing")
-        message = f"{rule.key} is missing; the instance has {found!r}: rename that key"
-        return Violation(rule.key, ViolationType.MISSING, tags[found], found, message)
+        message, found = f"{rule.key} is missing", near_miss(tags, rule.key)
+        if found is not None:
+            value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
+        return Violation(rule.key, ViolationType.MISSING, value, found, message)
     text = stripped(value)
-    if not text:
-        return Violation(rule.key, ViolationType.EMPTY, value, None, f"{rule.key} is empty")
-    if text.casefold() in placeholder_values:
-        message = f"{rule.key} is {value!r}, a placeholder"
+    if not text or text.casefold() in placeholders:
+        message = f"{rule.key} is {value!r}, a placeholder" if text else f"{rule.key} is empty"
         return Violation(rule.key, ViolationType.EMPTY, value, None, message)
     verdict = rule.judge(value)
     if verdict is Verdict.ALLOWED:
@@ -1904,35 +1897,15 @@ def check_tag(
     return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, message)
 
 
-def exempt(
-    target: Target,
-    instance: Instance,
-    violations: Iterable[Violation],
-    exemptions: Iterable[Exemption],
-    today: date,
-) -> tuple[tuple[Violation, ...], tuple[Exempted, ...]]:
-    """Return the violations that count, and those that do not with the first exemption that says so."""
-    covering = [e for e in exemptions if e.holds(today) and not any(e.mismatches(target, instance))]
-    counting, exempted = [], []
-    for violation in violations:
-        for exemption in covering:
-            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
-                exempted.append(Exempted(violation, exemption))
-                break
-        else:
-            counting.append(violation)
-    return tuple(counting), tuple(exempted)
-
-
 @functools.lru_cache(maxsize=4096)
 def _value_message(rule: RequiredTag, value: str, verdict: Verdict) -> str:
-    """Say what the value should have been, and which allowed one is nearest."""
-    if verdict is Verdict.STOPPED:
-        why = f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s"
-        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
-    if verdict is Verdict.NOT_CHECKED:
-        why = "not checked, as its pattern took too long on other values"
-        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
+    """Return what the value should have been and which allowed one is nearest, or why it was not checked."""
+    unchecked = {
+        Verdict.STOPPED: f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s",
+        Verdict.NOT_CHECKED: "not checked, as its pattern took too long on other values",
+    }
+    if verdict in unchecked:
+        return f"{rule.key} is {value!r}: {unchecked[verdict]}; it counts as not matching"
     return f"{rule.key} is {value!r}, not {rule.wanted}{did_you_mean(value, rule.values)}"
 
 
@@ -1948,7 +1921,7 @@ def bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
-# A launch later than that is an answer's mistake, and would keep an instance from being judged at all.
+# A launch further in the future is a mistake in the answer, and the instance would never be judged.
 MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
 
@@ -1960,93 +1933,75 @@ def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> 
 def resolution(
     violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
 ) -> Resolution:
-    """Return why a finding is no longer one; tags are None where the instance is no longer looked at.
+    """Return why a finding is no longer open; `tags` are None where the instance is gone.
 
-    `exempted` are the keys that it need not carry.
-
-    It was put right only if all that it lacked is there now. Where one of the tags still is as it was,
-    it is the policy that has stopped asking for it.
+    `exempted` are the keys that do not count. If a tag is still as it was, it is the policy that changed.
     """
     if tags is None:
         return Resolution.GONE
     if any(violation.tag_key in exempted for violation in violations):
         return Resolution.EXEMPTED
-    if any(_still_lacks(violation, tags) for violation in violations):
-        return Resolution.POLICY_CHANGED
+    for violation in violations:
+        value = tags.get(violation.tag_key, "")
+        if is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value):
+            return Resolution.POLICY_CHANGED
     return Resolution.TAGGED
-
-
-def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
-    """Return whether a tag is as absent, empty or wrong as it was when it was recorded."""
-    value = tags.get(violation.tag_key, "")
-    return is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value)
 
 
 FailOn = Literal["any", "new", "never"]
 
 
-def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
+def decide_exit_code(coverage: Sequence[Coverage], fail_on: FailOn) -> ExitCode:
     """Return how a recorded scan ends: unread targets outrank findings."""
-    code = ExitCode.COMPLIANT
-    for target in coverage:
-        if not target.read:
-            return ExitCode.INCOMPLETE
-        counted_findings = {"any": target.findings, "new": target.new + target.reopened, "never": 0}[fail_on]
-        if counted_findings:
-            code = ExitCode.VIOLATIONS
-    return code
+    if not all(target.read for target in coverage):
+        return ExitCode.INCOMPLETE
+    counts = {"any": ("findings",), "new": ("new", "reopened"), "never": ()}[fail_on]
+    fails = any(getattr(target, count) for target in coverage for count in counts)
+    return ExitCode.VIOLATIONS if fails else ExitCode.COMPLIANT
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest
+# 4 Suggestions: groups_of, cause_of, agreements, suggest, cause_lines
 ########################################################################################################
 
 
 class GroupKind(NamedTuple):
-    """A way in which instances belong together: its word, how its tags reach the instances, if they do.
+    """A way in which instances belong together; `remedy` says how to have the group tag them, if it can.
 
-    `risk` is what becomes of a tag that is set on an instance only.
+    `risk` is what happens to a tag that is set on an instance only.
     """
 
     word: str
-    remedy: str
-    risk: str = ""
+    remedy: str = ""
+    risk: str = "the tag is lost when an instance is replaced"
 
 
-# The most specific first. A cause is a group that hands its tags on; the ways to have it do so are those of
-# AWS's user guides (EC2 Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed
-# node groups with launch templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on
-# creation) and of Karpenter's (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so
-# they come before these.
-_LOST = "the tag is lost when an instance is replaced"
+# The most specific first. A cause is a group that can tag its instances; how is in AWS's user guides (EC2
+# Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed node groups with launch
+# templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on creation) and Karpenter's
+# (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so they come before these.
 GROUP_KINDS = {
-    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}", _LOST),
-    "node_class": GroupKind(
-        "EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}", _LOST
-    ),
-    "ec2_node_class": GroupKind(
-        "Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}", _LOST
-    ),
-    "node_pool": GroupKind(
-        "Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}", _LOST
-    ),
+    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
+    "node_class": GroupKind("EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}"),
+    "ec2_node_class": GroupKind("Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}"),
+    "node_pool": GroupKind("Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}"),
     "capacity_provider": GroupKind(
-        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER", _LOST
+        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER"
     ),
-    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation", _LOST),
+    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
     "launch_template": GroupKind(
         "launch template", "set it in the instance tags of {names}", "instances launched later lack the tag"
     ),
     "stack": GroupKind(
         "CloudFormation stack", "set it on the stack {names}", "the next stack update may revert the tag"
     ),
-    "operator": GroupKind("AWS service", "set it where {names} takes its tags from", _LOST),
-    "instance_profile": GroupKind("instance profile", ""),
-    "name_prefix": GroupKind("name", ""),
-    "subnet": GroupKind("subnet", ""),
-    "vpc": GroupKind("VPC", ""),
+    "operator": GroupKind("AWS service", "set it where {names} takes its tags from"),
+    "instance_profile": GroupKind("instance profile"),
+    "name_prefix": GroupKind("name"),
+    "subnet": GroupKind("subnet"),
+    "vpc": GroupKind("VPC"),
 }
-# By which tag an instance names its group, and by which its cluster.
+# The tag that names a group, and those that may name its cluster.
 _GROUP_TAGS = (
     ("node_group", "eks:nodegroup-name", ("eks:cluster-name", "aws:eks:cluster-name")),
     ("node_class", "eks:kubernetes-node-class-name", ("eks:eks-cluster-name",)),
@@ -2060,23 +2015,15 @@ _GROUP_TAGS = (
 
 
 def groups_of(instance: Instance) -> list[Group]:
-    """Return the groups that an instance belongs to within its target, the most specific first.
-
-    Their names are for people to read; that of an instance profile is the last part of its ARN.
-    """
-    tags = instance.tags
-    groups = tag_groups(tags)
-    if instance.managed_by:
-        groups.append(Group("operator", printable(instance.managed_by)))
-    if instance.profile:
-        groups.append(Group("instance_profile", printable(instance.profile.rpartition("/")[2])))
-    if prefix := tags.get("Name", "").rstrip("0123456789").rstrip("-_. "):
-        groups.append(Group("name_prefix", printable(prefix)))
-    if instance.subnet_id:
-        groups.append(Group("subnet", printable(instance.subnet_id)))
-    if instance.vpc_id:
-        groups.append(Group("vpc", printable(instance.vpc_id)))
-    return groups
+    """Return the groups of an instance within its target, the most specific first, with printable names."""
+    others = (
+        ("operator", instance.managed_by),
+        ("instance_profile", instance.profile.rpartition("/")[2]),  # of its ARN
+        ("name_prefix", instance.tags.get("Name", "").rstrip("0123456789").rstrip("-_. ")),
+        ("subnet", instance.subnet_id),
+        ("vpc", instance.vpc_id),
+    )
+    return tag_groups(instance.tags) + [Group(kind, printable(name)) for kind, name in others if name]
 
 
 def tag_groups(tags: Mapping[str, str]) -> list[Group]:
@@ -2090,14 +2037,14 @@ def tag_groups(tags: Mapping[str, str]) -> list[Group]:
 
 
 def cause_of(groups: Iterable[Group]) -> Group | None:
-    """Return the group on which the tags of all its instances can be set, if there is one."""
+    """Return the first group that can tag all its instances, if there is one."""
     return next((group for group in groups if GROUP_KINDS[group.kind].remedy), None)
 
 
 class Agreement(NamedTuple):
-    """The value that most of a group's members have of those that have a tag as asked, and how many these are.
+    """The most common valid value of a tag in a group, and how many members have it, or any valid one.
 
-    Where hardly any member has the tag nobody agrees: `agreeing` is 0, and `members` are all.
+    If hardly any member has a valid one, `agreeing` is 0, and `members` counts all.
     """
 
     value: str
@@ -2105,31 +2052,30 @@ class Agreement(NamedTuple):
     members: int
 
 
-MIN_MEMBERS = 3  # fewer say nothing of a group
-MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees, and they need not be counted
+MIN_MEMBERS = 3  # that have a tag; fewer say nothing about the group
+MAX_VALUES = 1000  # of a tag in one group, to bound memory; with more there is no agreement
 
 
 def agreements(
     values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
 ) -> dict[str, Agreement]:
-    """Return for each tag key what the members of one group agree on, of their values and how many have them."""
-    counts: list[dict[str, int]] = [{} for _ in keys]
+    """Return the agreement on each tag key of a group: rows of values, and how many members have each."""
+    counts: list[Counter[str]] = [Counter() for _ in keys]
     size = 0
     for row, number in values:
         size += number
         for count, value in zip(counts, row, strict=True):
             if value is not None and len(count) < MAX_VALUES:
-                count[value] = count.get(value, 0) + number
+                count[value] += number
     found = {}
     for key, count in zip(keys, counts, strict=True):
-        members = sum(count.values())
-        if members >= MIN_MEMBERS and len(count) < MAX_VALUES:
-            agreeing = max(count.values())
-            # Of equally many the first by name, so that the order of the answers does not matter.
-            value = min(value for value, number in count.items() if number == agreeing)
-            found[key] = Agreement(value, agreeing, members)
-        elif members < MIN_MEMBERS <= size:
+        members = count.total()
+        if members < MIN_MEMBERS <= size:
             found[key] = Agreement("", 0, size)
+        elif members >= MIN_MEMBERS and len(count) < MAX_VALUES:
+            # On a tie the first by name, so that the order of the answers does not matter.
+            value, agreeing = min(count.items(), key=lambda item: (-item[1], item[0]))
+            found[key] = Agreement(value, agreeing, members)
     return found
 
 
@@ -2148,95 +2094,91 @@ class Reliability:
                 self._members[kind, tag_key] += agreement.members
 
     def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
-        """Return how probable it is that one more member has the value that most have.
+        """Return the probability that one more member has the value that most have.
 
-        It is the share of the members that agree, drawn towards the share that agrees in all groups of the kind
-        as if that were PRIOR_MEMBERS more of them (a beta prior); and that share is itself drawn towards a half.
+        It is the share of members that agree, drawn towards the share in all groups of the kind as if that
+        was of PRIOR_MEMBERS more members (a beta prior); that usual share is itself drawn towards a half.
         """
         usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
         return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
 
 
 PRIOR_MEMBERS = 5
-MIN_CONFIDENCE = 0.95  # what `remediate` takes when nothing else is said
+MIN_CONFIDENCE = 0.95  # what `remediate` takes by default
 MIN_SHOWN, MOST_CONFIDENCE = 0.5, 0.9999  # nothing is certain
-# At most, where a whole Auto Scaling group lacks the tag: what wider groups have says less of it, and a mistake
-# would be made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
+# At most, where a whole Auto Scaling group lacks the tag: wider groups say less about it, and a mistake would
+# be made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
 UNTAGGED_CONFIDENCE = 0.9
-# The instance says it itself, under another key or in another spelling.
+# The instance has the value itself, under another key or in another spelling.
 OWN_CONFIDENCE, TYPO_CONFIDENCE = 0.99, 0.9
 
 
 def suggest(
     violation: Violation,
     rule: RequiredTag,
-    placeholder_values: frozenset[str],
+    placeholders: frozenset[str],
     siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
     reliability: Reliability,
 ) -> Suggestion | None:
-    """Return what a tag should probably be: by the instance's own words, or else by its siblings'.
+    """Return the likely value of a tag: from the instance's own tags, or else from those of its siblings.
 
-    Of the groups the most specific one that is sure enough wins, else the surest. Where the siblings say the
-    same as the instance the confidence is greater; where they contradict it, nobody is sure.
+    If confident siblings agree with the instance, the confidence is higher; if they contradict it, it is low.
     """
-    own = _own_value(violation, rule, placeholder_values)
-    best: Suggestion | None = None
-    ceiling = MOST_CONFIDENCE
-    for group, found in siblings:
-        agreement = found.get(rule.key)
-        if agreement and not agreement.agreeing and GROUP_KINDS[group.kind].remedy:
-            ceiling = UNTAGGED_CONFIDENCE
-        elif agreement and agreement.agreeing:
-            confidence = min(reliability.confidence(group.kind, rule.key, agreement), ceiling)
-            if best is None or confidence > best.confidence:
-                where = (
-                    group.name
-                    if GROUP_KINDS[group.kind].remedy
-                    else f"{GROUP_KINDS[group.kind].word} {group.name}"
-                )
-                evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
-                best = Suggestion(rule.key, agreement.value, round(confidence, 4), evidence)
-            if confidence >= MIN_CONFIDENCE:
-                break
+    own = _own_value(violation, rule, placeholders)
+    best = _sibling_value(rule.key, siblings, reliability)
     if own is None:
         return best if best and best.confidence >= MIN_SHOWN else None
     if best is None or best.confidence < MIN_CONFIDENCE:
         return own
-    if best.value == own.value:
-        sure = 1 - (1 - own.confidence) * (1 - best.confidence)
-        return replace(
-            own, confidence=min(round(sure, 4), MOST_CONFIDENCE), evidence=f"{own.evidence}; {best.evidence}"
-        )
-    return replace(own, confidence=MIN_SHOWN, evidence=f"{own.evidence}; but {best.value} is {best.evidence}")
+    if best.value != own.value:
+        evidence = f"{own.evidence}; but {best.value} is {best.evidence}"
+        return replace(own, confidence=MIN_SHOWN, evidence=evidence)
+    confidence = min(round(1 - (1 - own.confidence) * (1 - best.confidence), 4), MOST_CONFIDENCE)
+    return replace(own, confidence=confidence, evidence=f"{own.evidence}; {best.evidence}")
 
 
-def _own_value(
-    violation: Violation, rule: RequiredTag, placeholder_values: frozenset[str]
+def _sibling_value(
+    tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
 ) -> Suggestion | None:
-    """Return what the instance itself says of a tag, under a near-miss key or in another spelling."""
+    """Return the value of the most specific group that is confident enough, else of the most confident."""
+    suggestions: list[Suggestion] = []
+    ceiling = MOST_CONFIDENCE
+    for group, found in siblings:
+        agreement, kind = found.get(tag_key), GROUP_KINDS[group.kind]
+        if agreement and agreement.agreeing:
+            confidence = min(reliability.confidence(group.kind, tag_key, agreement), ceiling)
+            where = group.name if kind.remedy else f"{kind.word} {group.name}"
+            evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
+            suggestions.append(Suggestion(tag_key, agreement.value, round(confidence, 4), evidence))
+            if confidence >= MIN_CONFIDENCE:
+                return suggestions[-1]
+        elif agreement and kind.remedy:
+            ceiling = UNTAGGED_CONFIDENCE
+    return max(suggestions, key=lambda suggestion: suggestion.confidence, default=None)
+
+
+def _own_value(violation: Violation, rule: RequiredTag, placeholders: frozenset[str]) -> Suggestion | None:
+    """Return the value that the instance has under a near-miss key or in another spelling."""
     value = stripped(violation.value or "")
-    if not value or value.casefold() in placeholder_values:
+    text = value.casefold()
+    if not value or text in placeholders:
         return None
     written = f"{violation.found_key or violation.tag_key}={cut_text(value, 40)}"
     alike = [allowed for allowed in rule.values if bare_key(allowed) == bare_key(value)]
     for spelling in (value, value.upper(), value.lower(), *alike):
         if rule.allows(spelling):
             return Suggestion(rule.key, spelling, OWN_CONFIDENCE, f"it has {written}")
-    text = value.casefold()
     folded = {allowed.casefold(): allowed for allowed in rule.values if rule.allows(allowed)}
-    short = [
-        near
-        for near in folded
-        if min(len(near), len(text)) > 2 and (near.startswith(text) or text.startswith(near))
-    ]
-    for near in short or difflib.get_close_matches(text, folded, n=1):
+    long = (near for near in folded if min(len(near), len(text)) > 2)
+    parts = [near for near in long if near.startswith(text) or text.startswith(near)]
+    for near in parts or difflib.get_close_matches(text, folded, n=1):
         return Suggestion(rule.key, folded[near], TYPO_CONFIDENCE, f"near to {written}")
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A group whose instances lack the same tag, so that it is one thing to put right."""
+    """A group whose instances lack the same tag, so that it is one thing to fix."""
 
     target: Target
     group: Group
@@ -2251,16 +2193,16 @@ CAUSES_NAMED = 3
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
-    """Yield a sentence for each kind of group and tag: what is lacking, and where to set it for all at once."""
+    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all."""
     alike: dict[tuple[str, str], list[Cause]] = {}
     for cause in causes:
         alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
     for (kind, tag_key), group in alike.items():
-        names = [cause.group.name for cause in group[:CAUSES_NAMED]]
         more = f" and {len(group) - CAUSES_NAMED:,} more" if len(group) > CAUSES_NAMED else ""
+        names = ", ".join(cause.group.name for cause in group[:CAUSES_NAMED]) + more
         instances = sum(cause.instances for cause in group)
         lack = "instance lacks" if instances == 1 else "instances lack"
-        remedy = GROUP_KINDS[kind].remedy.format(names=", ".join(names) + more)
+        remedy = GROUP_KINDS[kind].remedy.format(names=names)
         yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
 
 
@@ -3293,6 +3235,10 @@ SIGHTINGS_SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
+    # What belongs in digests. The recipient is "" except for owners, the subject NULL if the channel was sent it
+    # before. Only a finding has a line; it is "" where no digest lists it.
+    "CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT)",
+    "CREATE INDEX digest_of ON digest_line (channel, recipient)",
 )
 
 
@@ -4835,57 +4781,71 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
     return Pruned(findings, scans, coverage)
 
 
-def owe_notifications(
-    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Iterable[str]
-) -> None:
-    """Note, in the transaction of a scan, what each channel has to tell.
+def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
+    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
-    A finding is told each time it opens, an unread target once while that lasts, and the end of an exemption
-    once. What was not told stays owed until it is, or is resolved; a channel that the policy got later is
-    not told of what was open before.
+    That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
     """
-    names = _names(db, scan)
+    notify = scan.policy.notify or Notify()
+    names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
+    unread = "SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL"
     db.execute(
         f"""
         DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
             SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
-            UNION ALL SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NULL
-            UNION ALL SELECT 'unread ' || account_id || ' *' FROM target WHERE error_code IS NULL
-            EXCEPT SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL
+            UNION ALL SELECT 'unread ' || account_id || ' ' || place.value
+                FROM target, json_each(json_array(region, '*')) AS place WHERE error_code IS NULL
+            EXCEPT {unread}
         )
         """,
         names,
     )
-    for channel in channels:
-        names["channel"] = channel
+    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
+    others = f"SELECT value AS subject FROM json_each(:endings) UNION ALL {unread}"
+    for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
-            f"INSERT OR REPLACE INTO state.notifications SELECT :policy, {_FINDING_SUBJECT}, :channel, NULL {_SEEN} "
-            "WHERE finding.status IN ('NEW', 'REOPENED')",
+            f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
+            f"FROM ({subjects}) CROSS JOIN json_each(:channels) AS channel",
             names,
         )
-        db.execute(
-            "INSERT OR IGNORE INTO state.notifications SELECT :policy, 'unread ' || account_id || ' ' || region, "
-            ":channel, NULL FROM target WHERE error_code IS NOT NULL",
-            names,
-        )
-        db.executemany(
-            "INSERT OR IGNORE INTO state.notifications VALUES (?, ?, ?, NULL)",
-            ((scan.policy.name, ending, channel) for ending in endings),
-        )
 
 
-def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
-    """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
-    query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    rows = (checked_row(("subject", "channels"), row) for row in db.execute(query, (policy,)))
-    return {subject: channels.split(",") for subject, channels in rows}
+def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]:
+    """Return the channels that a subject is pending for."""
+    query = "SELECT channel FROM state.notifications WHERE policy = ? AND subject = ? AND told_at IS NULL"
+    return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
-    """Mark in a state what a channel was told; raises StateError."""
-    query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
-    with opened_state(path, path) as db, writing_state(db, path):
-        db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
+DigestLine = tuple[str, str, str | None, str | None]  # the columns of `digest_line`
+
+
+def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
+    """Keep what belongs in digests until they are sent."""
+    db.execute("DELETE FROM digest_line")
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
+
+
+def fetch_digests(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
+    recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
+    lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
+    for to, number in db.execute(recipients, (channel,)):
+        yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
+
+
+def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
+    """Forget what could not be sent, so that it stays pending."""
+    db.execute("DELETE FROM digest_line WHERE (channel, recipient) = (?, ?)", (channel, recipient))
+
+
+def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
+    """Record in the state that a channel was sent what `digest_line` still has; raises StateError."""
+    sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND subject IS NOT NULL"
+    values = (utc_text(sent_at), policy, channel)
+    for path in state.attempts() if db.execute(sent, values).fetchone() else ():
+        with opened_state(path, path) as copy, writing_state(copy, path):
+            query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND channel = ? AND subject = ?"
+            copy.executemany(query, db.execute(sent, values))
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
@@ -6290,22 +6250,22 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 
 
 ########################################################################################################
-# 9 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+# 9 Notifications: digest_lines, write_digests, digest_text, find_webhook, and a sender for each medium
 ########################################################################################################
 
-DIGEST_LINES, OWNER_LINES = 10, 100  # findings named in a digest of everything, and in an owner's
+DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
 # Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
 SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
 SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 SLACK_SECONDS = 10.0
 SLACK_PAUSES = (1.0, 3.0)  # before trying again, where Slack does not say how long
 SLACK_LONGEST_PAUSE = 30.0
-# What SES says of one message; after any other error the next one would fail as well.
-OF_ONE_EMAIL = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
+# SES's errors about one message; after any other error the next message would fail as well.
+ONE_EMAIL_ERRORS = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
 
 
 class Section(NamedTuple):
-    """A part of a digest: its title, the first of its lines, and how many there are."""
+    """A part of a digest: its title, the first of its lines, and how many lines there are."""
 
     title: str
     lines: Sequence[str]
@@ -6314,96 +6274,88 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a channel, or one owner, is told of a scan; `told` are the subjects to mark once it is."""
+    """A message about a scan, for all who get everything, or for one owner: an address or a Slack member."""
 
     channel: str
-    to: str | None
+    to: str
     title: str
     sections: Sequence[Section]
-    told: Sequence[str]
 
     @property
     def medium(self) -> str:
-        """How it is sent; an owner is an address or a member of Slack."""
+        """How it is sent: by slack, sns or email."""
         return ("email" if "@" in self.to else "slack") if self.to else self.channel
 
-    def __str__(self) -> str:
-        return self.to or self.channel
+
+Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
 def ending_subjects(policy: Policy, today: date) -> list[str]:
-    """Return under what the state keeps that the end of an exemption was told: once for each date."""
+    """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
     exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
     ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
     return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
 
 
-def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> list[Digest]:
-    """Return what each channel and each owner is told of a scan: nothing where there is nothing to say.
+def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -> Iterator[DigestLine]:
+    """Yield what belongs in digests: channel, recipient, subject and line.
 
-    With `on: new` it takes something that the channel is still owed: a finding, an unread target, the end of an
-    exemption. A digest of everything then also names the targets and exemptions that it was told of before.
+    `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
     """
-    policy = report.scan.policy
-    assert policy.notify
-    notify, channels = policy.notify, policy.notify.channels
+    policy, numbers = report.scan.policy, Counter[str]()
+    notify = policy.notify or Notify()
     owners = notify.owners or Owners()
-    lines: dict[tuple[str, str | None], list[str]] = {}
-    told: dict[tuple[str, str | None], list[str]] = {}
-    numbers: Counter[tuple[str, str | None]] = Counter()
+
+    def channels_for(subject: str) -> Iterator[tuple[str, str | None]]:
+        waiting = pending(subject)
+        for channel in notify.channels:
+            if notify.on == "any" or channel in waiting:
+                yield channel, subject if channel in waiting else None
+
     for finding in report.findings():
-        subject = f"finding {finding.target} {finding.instance_id}"
-        owed_to = owed.get(subject, ())
-        for channel in channels:
-            if notify.on == "new" and channel not in owed_to:
-                continue
-            known = _known_names(finding, owners.tag, policy.placeholder_values)
-            key = channel, owners.recipient(known.values()) if channel == "owners" else None
-            if key == ("owners", None):
-                continue
-            numbers[key] += 1
-            if len(lines.setdefault(key, [])) < (OWNER_LINES if key[1] else DIGEST_LINES):
-                lines[key].append(_finding_line(finding, known))
-            told.setdefault(key, []).extend([subject] if channel in owed_to else [])
-    word = "new finding" if notify.on == "new" else "open finding"
-    unread = [target for target in report.coverage if not target.read]
-    endings = check_expiry(policy, report.scan.started_at.date())
-    others = [f"unread {target.target}" for target in unread]
-    others += ending_subjects(policy, report.scan.started_at.date())
-    parts = (
-        _section("Not read, so nothing is known of them:", (f"{t.target}: {t.error_code}: {t.error_message}" for t in unread)),
-        _section("What to put right for many at once:", cause_lines(report.causes)),
-        _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
-    )  # fmt: skip
-    digests = []
-    for channel in channels:
-        due = [subject for subject in others if channel in owed.get(subject, ())]
-        key = channel, None
-        if channel == "owners" or not (numbers[key] or due or (notify.on == "any" and others)):
-            continue
-        title = [counted(numbers[key], word)] if numbers[key] else []
-        title += [f"{counted(len(unread), 'target')} not read"] if unread else []
-        title += [f"{counted(len(endings), 'exemption')} at an end"] if endings else []
-        findings = Section("Findings:", lines.get(key, []), numbers[key])
-        sections = [Section("", _count_lines(report), 2), findings, *parts]
-        subjects = [*told.get(key, ()), *due]
-        digests.append(_digest(policy, channel, None, ", ".join(title), sections, subjects))
-    for (channel, to), subjects in told.items():
+        for channel, subject in channels_for(f"finding {finding.target} {finding.instance_id}"):
+            names = _known_names(finding, owners.tag, policy.placeholder_values)
+            recipient = owners.recipient(names.values()) if channel == "owners" else ""
+            if recipient is not None:
+                numbers[channel] += 1
+                is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
+                yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
+    unread = [f"unread {target.target}" for target in report.coverage if not target.read]
+    for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
+        yield from (
+            (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
+        )
+
+
+def write_digests(
+    report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
+) -> Iterator[Digest]:
+    """Yield a digest for each recipient: who it is, the number of its findings, and their first lines."""
+    policy = report.scan.policy
+    word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
+    for to, number, lines in recipients:
+        title = [counted(number, word)] if number else []
         if to:
-            number = numbers[channel, to]
-            sections = [Section("Yours, by the owner tag or by who made them:", lines[channel, to], number)]
-            digests.append(_digest(policy, channel, to, counted(number, word), sections, subjects))
-    return digests
-
-
-def _digest(policy: Policy, channel: str, to: str | None, title: str, sections: Iterable[Section], told: Sequence[str]) -> Digest:  # fmt: skip
-    """Return a digest of the sections that are not empty."""
-    title = printable(f"tagcheck {cut_text(policy.name, 40)}: {title}")
-    return Digest(channel, to, title, [section for section in sections if section.number], told)
+            sections = [Section("Your findings, by owner tag or creator:", lines, number)]
+        else:
+            unread = [target for target in report.coverage if not target.read]
+            endings = check_expiry(policy, report.scan.started_at.date())
+            title += [f"{counted(len(unread), 'target')} not read"] if unread else []
+            title += [f"{counted(len(endings), 'exemption')} ending"] if endings else []
+            errors = (f"{target.target}: {target.error_code}: {target.error_message}" for target in unread)
+            sections = [
+                Section("", _count_lines(report), 2),
+                Section("Findings:", lines, number),
+                _section("Could not be read (their findings are unchanged):", errors),
+                _section("Fix many at once:", cause_lines(report.causes)),
+                _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+            ]
+        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(title)}")
+        yield Digest(channel, to, headline, [section for section in sections if section.number])
 
 
 def _section(title: str, lines: Iterable[str]) -> Section:
-    """Return a section that names the first of these lines."""
+    """Return a section with the first of these lines."""
     every = list(lines)
     return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
 
@@ -6419,64 +6371,50 @@ def _count_lines(report: ScanReport) -> list[str]:
     ]
 
 
-def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
-    """Return who may know of an instance, by what they are to it: its owner, then its creator."""
-    value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
-    owner = stripped(value)
-    known = {"owner": "" if owner.casefold() in placeholder_values else owner}
-    creator = finding.created_by or ""
-    known["created by"] = "" if creator.startswith(UNKNOWN) else creator
-    return {role: name for role, name in known.items() if name}
+def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
+    """Return who may know about an instance: its owner, then its creator, where they are known."""
+    key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
+    owner, creator = stripped(finding.tags.get(key, "")), finding.created_by or ""
+    names = {
+        "owner": "" if owner.casefold() in placeholders else owner,
+        "created by": "" if creator.startswith(UNKNOWN) else creator,
+    }
+    return {role: name for role, name in names.items() if name}
 
 
-def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
+def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
+    """Return a finding in one line: what it lacks, whom to ask, and likely values of the tags."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    what = ", ".join(short_violation(finding, violation) for violation in finding.violations)
-    who = [f"{role} {cut_text(name, 60)}" for role, name in known.items()]
-    # The surer ones stand with what is missing already.
+    parts = [", ".join(short_violation(finding, violation) for violation in finding.violations)]
+    parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
+    # short_violation shows the more confident suggestions already.
     unsure = [
         f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
     ]
-    probably = [f"perhaps {', '.join(unsure)}"] if unsure else []
-    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join([what, *who, *probably])}"
+    parts += [f"perhaps {', '.join(unsure)}"] if unsure else []
+    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
     return cut_text(printable(line), 400)
 
 
-def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
-    """Return a section's lines as far as they fit, and the count of those that are cut."""
-    shown: list[str] = []
-    for line in map(encode, section.lines):
-        width -= len(line) + 1
-        if width < 0:
-            break
-        shown.append(line)
-    more = section.number - len(shown)
-    return [*shown, *([f"… and {more:,} more"] if more else [])]
-
-
-def slack_text(digest: Digest) -> str:
-    """Return a digest for Slack: its lines in code blocks, where nothing becomes a mention, a link or bold."""
-    blocks = [
-        f"{section.title}\n```\n"
-        + "\n".join(_fitted(section, SECTION_WIDTHS["slack"], _slack_escape))
-        + "\n```"
-        for section in digest.sections
-    ]
-    mention = f"<@{digest.to}> " if digest.to else ""
-    return "\n".join([mention + _slack_escape(digest.title), *blocks])
+def digest_text(digest: Digest) -> str:
+    """Return a digest as text; for Slack in code blocks, where nothing becomes a mention, a link or bold."""
+    is_slack, width = digest.medium == "slack", SECTION_WIDTHS[digest.medium]
+    encode: Callable[[str], str] = _slack_escape if is_slack else str
+    fence = ["```"] if is_slack else []
+    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + encode(digest.title)]
+    for title, lines, number in digest.sections:
+        encoded = [*map(encode, lines)]
+        ends = itertools.accumulate(len(line) + 1 for line in encoded)
+        shown = encoded[: sum(end <= width for end in ends)]
+        more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
+        head = [title] if title or is_slack else []
+        parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
+    return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
 
 
 def _slack_escape(text: str) -> str:
     """Escape what Slack reads as a command, such as `<!channel>`, and what would end a code block."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
-
-
-def plain_text(digest: Digest) -> str:
-    """Return a digest for a medium that shows a text as it is."""
-    width = SECTION_WIDTHS[digest.medium]
-    parts = ["\n".join(filter(None, [part.title, *_fitted(part, width)])) for part in digest.sections]
-    return "\n\n".join([digest.title, *parts]) + "\n"
 
 
 def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
@@ -6488,61 +6426,49 @@ def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
         )
     parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
     if not parts:
-        raise UsageError(f"what {name} holds is no https:// URL of a webhook: copy it from Slack anew")
-    if parts[1].removesuffix(":443") not in (*SLACK_HOSTS, *slack.allow_hosts):
-        hosts = ", ".join((*SLACK_HOSTS, *slack.allow_hosts))
+        raise UsageError(f"{name} does not hold the https:// URL of a webhook: copy it again from Slack")
+    hosts = (*SLACK_HOSTS, *slack.allow_hosts)
+    if parts[1].removesuffix(":443") not in hosts:
         raise UsageError(
-            f"what {name} holds is the URL of another host than {hosts}: see notify.slack.allow_hosts"
+            f"{name} holds a URL of another host than {', '.join(hosts)}: see notify.slack.allow_hosts"
         )
     return url
 
 
 def post_to_slack(url: str, text: str) -> None:
-    """Post a text to a webhook; raises NotificationError, which does not repeat the URL.
-
-    Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
-    """
+    """Post a text to a webhook; raises NotificationError, which does not repeat the URL."""
     import urllib.request as http
 
+    # Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
     opener = http.OpenerDirector()
-    for handler in (
-        http.ProxyHandler,
-        http.HTTPSHandler,
-        http.HTTPDefaultErrorHandler,
-        http.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
+    opener.add_handler(http.ProxyHandler())
+    opener.add_handler(http.HTTPSHandler())
     message = json.dumps({"text": text, "unfurl_links": False, "unfurl_media": False}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": f"tagcheck/{__version__}"}
     request = http.Request(url, message, headers)
-    for pause in (*SLACK_PAUSES, None):
-        status, said, retry_after = _answer(opener, request)
+    for pause in (*SLACK_PAUSES, math.inf):
+        status, body, retry_after = _answer(opener, request)
         if status < 300:
             return
         wait = float(retry_after) if retry_after.isdecimal() else pause
-        if pause is None or wait is None or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
+        if pause == math.inf or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
             break
         LOG.debug("Slack answered %d; trying again in %.0f s", status, wait)
         time.sleep(wait)
-    # Slack's own errors are words such as no_service; a page of something else may repeat the URL.
-    word = f" ({said})" if re.fullmatch("[a-z_]{2,40}", said) and said not in url else ""
+    # Slack's own errors are words such as no_service; another page may repeat the URL.
+    word = f" ({body})" if re.fullmatch("[a-z_]{2,40}", body) and body not in url else ""
     redirect = ", a redirect, which is not followed" if status < 400 else ""
     raise NotificationError(f"Slack answered {status}{word}{redirect}")
 
 
 def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
-    """Return status, beginning and Retry-After of the answer to a request; raises NotificationError."""
+    """Return status, first bytes and Retry-After of the answer to a request; raises NotificationError."""
     import http.client
-    import urllib.error
 
     def ask() -> tuple[int, str, str]:
-        try:
-            with opener.open(request, timeout=SLACK_SECONDS) as answer:
-                return answer.status, "", ""
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(100).decode(errors="replace")
-                return error.code, said, error.headers.get("Retry-After", "")
+        with opener.open(request, timeout=SLACK_SECONDS) as answer:
+            body = answer.read(100).decode(errors="replace") if answer.status >= 300 else ""
+            return answer.status, body, answer.headers.get("Retry-After", "")
 
     try:
         return within(SLACK_SECONDS, ask)
@@ -6550,27 +6476,28 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise NotificationError(f"Slack did not answer within {SLACK_SECONDS:.0f} s") from None
-        # The other kinds may repeat the URL.
+        # Other exceptions may repeat the URL.
         why = str(reason) if isinstance(reason, OSError) else type(reason).__name__
-        raise NotificationError(f"Slack cannot be reached: {why}") from None
+        raise NotificationError(f"cannot reach Slack: {why}") from None
 
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
-    """Publish a digest to a topic, whose subjects are ASCII and shorter than 100 characters; raises TargetError."""
+    """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
     subject = digest.title.encode("ascii", "replace").decode()[:99]
-    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=plain_text(digest))
+    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
+    subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, digest_text(digest)))
+    to = [digest.to] if digest.to else list(email.to)
     call_aws(
         client,
         "SendEmail",
         FromEmailAddress=email.sender,
-        Destination={"ToAddresses": [digest.to] if digest.to else list(email.to)},
-        Content={"Simple": {"Subject": {"Data": digest.title, "Charset": "UTF-8"},
-                            "Body": {"Text": {"Data": plain_text(digest), "Charset": "UTF-8"}}}},
-    )  # fmt: skip
+        Destination={"ToAddresses": to},
+        Content={"Simple": {"Subject": subject, "Body": {"Text": body}}},
+    )
 
 
 ########################################################################################################
@@ -7560,10 +7487,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
         summary = StringIO()
-        digests: list[Digest] = []
 
         def record(path: Path) -> None:
-            nonlocal report, summary, digests
+            nonlocal report, summary
             with record_scan(db, path, scan, finished_at, state.name):
                 coverage = fetch_coverage(db, scan)
                 begun_anew = filter(
@@ -7575,9 +7501,10 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     *check_patterns(policy),
                 )
                 report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
-                if policy.notify:
-                    owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
-                    digests = write_digests(report, fetch_owed(db, policy.name))
+                if senders:
+                    queue_notifications(db, scan, ending_subjects(policy, now.date()))
+                    pending = functools.partial(fetch_pending, db, policy.name)
+                    add_digest_lines(db, digest_lines(report, pending))
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
@@ -7598,71 +7525,68 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         if not args.quiet:
             emit(summary.getvalue(), talk)
         if senders:
-            _notify(senders, digests, state, scan, finished_at)
+            _notify(senders, db, state, report)
         return report.exit_code
 
 
-def _senders(args: argparse.Namespace, policy: Policy) -> dict[str, Callable[[Digest], None]]:
-    """Return how a digest is sent by each medium, before anything is read; raises UsageError, CredentialsError."""
+def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
+    """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
-    notify = policy.notify
-    if notify and notify.slack:
+    notify = policy.notify or Notify()
+    if notify.slack:
         webhook = find_webhook(notify.slack, os.environ)
-        senders["slack"] = lambda digest: post_to_slack(webhook, slack_text(digest))
-    if notify and (notify.sns or notify.email):
-        aws = Aws(args.profile, workers=1)
-        if topic := notify.sns:
-            region = topic.split(":")[3]
-            senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
-        if email := notify.email:
-            home = email.region or aws.session.region_name or home_region(sorted(policy.regions))
-            senders["email"] = lambda digest: send_email(aws.client("sesv2", home), email, digest)
+        senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
+    aws = Aws(args.profile, workers=1) if notify.sns or notify.email else None
+    if aws and (topic := notify.sns):
+        senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", topic.split(":")[3]), topic, digest)
+    if aws and (email := notify.email):
+        region = email.region or aws.session.region_name or home_region(sorted(policy.regions))
+        senders["email"] = lambda digest: send_email(aws.client("sesv2", region), email, digest)
     return senders
 
 
-def _notify(
-    senders: Mapping[str, Callable[[Digest], None]],
-    digests: Sequence[Digest],
-    state: State,
-    scan: Scan,
-    told_at: datetime,
-) -> None:
-    """Send the digests, and mark what was told channel by channel; raises NotificationError for what was not.
+def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> None:
+    """Send the digests; raises NotificationError if some could not be sent."""
+    with sighting_errors():
+        failures = _send(senders, db, state, report)
+        shown = "; ".join(itertools.islice(failures, 5))
+        more = sum(1 for _ in failures)
+    if shown:
+        shown += f"; and {more:,} more" if more else ""
+        raise NotificationError(
+            f"the scan is recorded, but not every notification was sent; the next scan tries again: {shown}"
+        )
 
-    A crash between the two makes the next scan tell that channel again: rather twice than never.
+
+def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
+    """Send the digests, record in the state what each channel was sent, and yield what failed.
+
+    A crash between the two makes the next scan send that channel's again: rather twice than never.
     """
-    failures: list[str] = []
-    down: set[str] = set()
-    for channel, group in itertools.groupby(digests, key=lambda digest: digest.channel):
-        told: list[str] = []
-        for digest in group:
+    policy, down = report.scan.policy, set[str]()
+    for channel in policy.notify.channels if policy.notify else ():
+        for digest in write_digests(report, channel, fetch_digests(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
                 _heed_signals()
                 senders[digest.medium](digest)
-                told += digest.told
-            except TagcheckError as error:
-                failures.append(f"{digest}: {error}")
-                if not (isinstance(error, TargetError) and error.code in OF_ONE_EMAIL):
-                    down.add(digest.medium)
-            except KeyboardInterrupt:
-                failures.append(f"{digest}: interrupted")
-                down |= senders.keys()
+                continue
+            except (TagcheckError, KeyboardInterrupt) as error:
+                failure = error
             finally:
                 _ignore_signals()
+            drop_digest(db, channel, digest.to)
+            if isinstance(failure, KeyboardInterrupt):
+                down |= senders.keys()
+            elif not (isinstance(failure, TargetError) and failure.code in ONE_EMAIL_ERRORS):
+                down.add(digest.medium)
+            yield f"{digest.to or channel}: {str(failure) or 'interrupted'}"
         try:
-            for path in state.attempts() if told else ():
-                record_told(path, scan.policy.name, channel, told, told_at)
+            record_sent(db, state, policy.name, channel, report.finished_at)
         except StateError as error:
             LOG.debug("%s", error)
-            failures.append(f"{channel}: told, and will be told again, as the state could not be marked")
-    if failures:
-        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-        raise NotificationError(
-            f"the scan is recorded, but not everybody was told, and the next scan tries again: "
-            f"{'; '.join(failures[:5])}{more}"
-        )
+            yield f"{channel}: sent, and will be sent again, as the state could not be updated"
 
 
 def _report(
