@@ -58,7 +58,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
@@ -4926,13 +4926,13 @@ _SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confiden
 
 
 ########################################################################################################
-# 7 Reports: write_summary, write_csv, write_json, write_junit, write_html, and files that are whole or not there
+# 7 Reports: write_csv, write_json, write_junit, write_summary, explain, history_lines, and files written whole
 ########################################################################################################
 
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """All that the reports of one scan print; the findings are streamed, sorted, each time they are asked for."""
+    """Everything the reports of one scan show; findings are streamed, sorted, each time they are asked for."""
 
     scan: Scan
     finished_at: datetime
@@ -4949,71 +4949,85 @@ class ScanReport:
     notices: Sequence[str]
 
     @property
+    def unread(self) -> list[Coverage]:
+        """The targets that could not be read in full."""
+        return [target for target in self.coverage if not target.read]
+
+    @property
     def totals(self) -> dict[str, int]:
-        """The counts of all targets together, under the names that the JSON has for them."""
-        counts = (
-            "instances",
-            "compliant",
-            "findings",
-            "new",
-            "repeat",
-            "reopened",
-            "resolved",
-            "exempted",
-            "too_young",
-        )
-        unread = sum(not target.read for target in self.coverage)
-        return (
-            {"targets": len(self.coverage), "targets_unread": unread}
-            | {name: sum(getattr(target, name) for target in self.coverage) for name in counts}
-            | {"findings_managed": sum(number for _, number in self.operators)}
-        )
+        """The counts of all targets together, named as in the JSON."""
+        counts = "instances compliant findings new repeat reopened resolved exempted too_young".split()
+        return {
+            "targets": len(self.coverage),
+            "targets_unread": len(self.unread),
+            **{name: sum(getattr(target, name) for target in self.coverage) for name in counts},
+            "findings_managed": sum(number for _, number in self.operators),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryReport:
+    """The findings of a state that were asked for; for one instance also its events and the tags written to it."""
+
+    policy: str
+    findings: Callable[[], Iterator[Finding]]
+    events: Callable[[Finding], Sequence[Event]] | None
+    changes: Sequence[Change]
+    unread: Sequence[Coverage] = ()  # nothing is read for a history; write_csv asks
 
 
 CSV_COLUMNS = (
-    "InstanceId", "MissingTags", "LaunchTime", "InvalidTags", "Status", "FirstSeen", "LastSeen", "TimesSeen",
-    "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error", "ManagedBy",
-)  # fmt: skip
+    *(
+        "InstanceId",
+        "MissingTags",
+        "LaunchTime",
+        "InvalidTags",
+        "Status",
+        "FirstSeen",
+        "LastSeen",
+        "TimesSeen",
+    ),
+    *("AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error", "ManagedBy"),
+)
 
 
-def write_csv(file: TextIOBase, report: ScanReport) -> None:
-    """Write a row a finding and, so that none reads as clean, a row an unread target (Status UNREAD)."""
+def write_csv(file: TextIOBase, report: ScanReport | HistoryReport) -> None:
+    """Write one row per finding and, so that none looks clean, one per unread target (Status UNREAD)."""
     file.write(csv_line(CSV_COLUMNS))
-    for finding in report.findings():
-        file.write(csv_line(_csv_row(finding)))
-    for target in report.coverage:
-        if not target.read:
-            error = f"{target.error_code}: {target.error_message}"
-            row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error, ""]
-            file.write(csv_line(row))
+    for cells in itertools.chain(map(_finding_cells, report.findings()), map(_unread_cells, report.unread)):
+        file.write(csv_line(cells.get(column, "") for column in CSV_COLUMNS))
 
 
-def _target_cells(target: Coverage) -> tuple[str, str]:
-    """Return the AccountId and Region of a target."""
-    return target.target.account_id, target.target.region
+def _finding_cells(finding: Finding) -> dict[str, str]:
+    """Return a finding's cells by column; an empty tag counts as missing, a wrong value as invalid."""
+    wrong = ViolationType.NONCOMPLIANT_VALUE
+    return {
+        "InstanceId": finding.instance_id,
+        "MissingTags": ",".join(v.tag_key for v in finding.violations if v.type is not wrong),
+        "LaunchTime": _csv_time(finding.launch_time),
+        "InvalidTags": ",".join(f"{v.tag_key}={v.value}" for v in finding.violations if v.type is wrong),
+        "Status": finding.status,
+        "FirstSeen": _csv_time(finding.first_seen),
+        "LastSeen": _csv_time(finding.last_seen),
+        "TimesSeen": str(finding.times_seen),
+        "AccountId": finding.account_id,
+        "Region": finding.region,
+        "Name": finding.name,
+        "State": finding.state,
+        "CreatedBy": finding.created_by or "",
+        "SuggestedTags": ", ".join(map(str, finding.suggestions)),
+        "ManagedBy": finding.managed_by or "",
+    }
 
 
-def _csv_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding's cells in the order of CSV_COLUMNS; an empty tag is missing, a wrong one invalid."""
-    invalid = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
-    return (
-        finding.instance_id,
-        ",".join(v.tag_key for v in finding.violations if v.type is not ViolationType.NONCOMPLIANT_VALUE),
-        _csv_time(finding.launch_time),
-        ",".join(f"{v.tag_key}={v.value}" for v in invalid),
-        finding.status,
-        _csv_time(finding.first_seen),
-        _csv_time(finding.last_seen),
-        str(finding.times_seen),
-        finding.account_id,
-        finding.region,
-        finding.name,
-        finding.state,
-        finding.created_by or "",
-        ", ".join(map(str, finding.suggestions)),
-        "",
-        finding.managed_by or "",
-    )
+def _unread_cells(coverage: Coverage) -> dict[str, str]:
+    """Return the cells of a target that could not be read."""
+    return {
+        "Status": "UNREAD",
+        "AccountId": coverage.target.account_id,
+        "Region": coverage.target.region,
+        "Error": f"{coverage.error_code}: {coverage.error_message}",
+    }
 
 
 def _csv_time(text: str) -> str:
@@ -5044,20 +5058,50 @@ def csv_text(cell: str) -> str:
 
 def csv_line(texts: Iterable[str]) -> str:
     """Return a line of a CSV file; a cell that holds any usual separator is quoted."""
-    return ",".join(_quoted(cell) if _QUOTED.search(cell) else cell for cell in map(csv_cell, texts)) + "\n"
+    return (
+        ",".join(
+            '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
+            for cell in map(csv_cell, texts)
+        )
+        + "\n"
+    )
 
 
-def _quoted(cell: str) -> str:
-    """Return a cell in quotes, those in it doubled."""
-    return '"' + cell.replace('"', '""') + '"'
+def picked(record: object, names: Iterable[str]) -> dict[str, Any]:
+    """Return these fields of a record, under their own names, for JSON."""
+    return {name: getattr(record, name) for name in names}
+
+
+def _all_fields(record: Any) -> dict[str, Any]:
+    """Return every field of a dataclass: what JSON makes of a violation, suggestion, event or change."""
+    return picked(record, (field.name for field in fields(record)))
+
+
+_encode = json.JSONEncoder(default=_all_fields).encode
+
+
+def write_json_object(
+    file: TextIOBase, head: Mapping[str, Any], lists: Mapping[str, Iterable[object]]
+) -> None:
+    """Write an object: the keys of its head, then its lists, one line per record, which are streamed."""
+    separator = "{\n"
+    for key, value in head.items():
+        file.write(f"{separator}{_encode(key)}: {_encode(value)}")
+        separator = ",\n"
+    for key, records in lists.items():
+        file.write(f"{separator}{_encode(key)}: [")
+        for number, record in enumerate(records):
+            file.write((",\n" if number else "\n") + _encode(record))
+        file.write("]")
+    file.write("\n}\n")
 
 
 def write_json(file: TextIOBase, report: ScanReport) -> None:
-    """Write the report as one JSON object, a line a target and a finding."""
+    """Write the report as one JSON object, with one line per target and per finding."""
     scan = report.scan
     head = {
         "version": __version__,
-        "policy": {"name": scan.policy.name, "file": scan.policy.file, "digest": scan.policy.digest},
+        "policy": picked(scan.policy, ("name", "file", "digest")),
         "scan_id": scan.scan_id,
         "started_at": utc_text(scan.started_at),
         "finished_at": utc_text(report.finished_at),
@@ -5069,183 +5113,163 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "notices": list(report.notices),
     }
     if report.dry_run:
-        head["preview"] = preview(report)
-    write_json_head(file, head)
-    write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
-    write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
-    write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
-    write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
-    write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
+        head["preview"] = _preview(report)
+    lists = {
+        "coverage": map(_coverage_record, report.coverage),
+        "causes": map(_cause_record, report.causes),
+        "findings": map(_finding_record, report.findings()),
+        "resolved": map(_finding_record, report.resolved()),
+        "exempted": map(_exempted_record, report.exempted()),
+    }
+    write_json_object(file, head, lists)
 
 
-def write_json_head(file: TextIOBase, head: Mapping[str, Any]) -> None:
-    """Begin an object whose lists follow."""
-    file.write("{\n")
-    for key, value in head.items():
-        file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
+    """Write findings as a scan's JSON has them; for one instance with its events and changes."""
+
+    def record(finding: Finding) -> dict[str, Any]:
+        if not report.events:
+            return _finding_record(finding)
+        changes = [change for change in report.changes if change.target == finding.target]
+        return _finding_record(finding) | {"events": report.events(finding), "changes": changes}
+
+    head = {"version": __version__, "policy": report.policy}
+    write_json_object(file, head, {"findings": map(record, report.findings())})
 
 
-def write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
-    """Write a key and its list of records, a record a line."""
-    file.write(f"{json.dumps(key)}: [")
-    for number, record in enumerate(records):
-        file.write(",\n" if number else "\n")
-        file.write(json.dumps(record))
-    file.write(f"]{end}")
+def _coverage_record(coverage: Coverage) -> dict[str, Any]:
+    """Return how far a target was read as a JSON object."""
+    error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
+    return {
+        **_all_fields(coverage.target),
+        "status": "read" if coverage.read else "unread",
+        "error": error,
+        **picked(coverage, ("instances", "compliant", "findings", "exempted", "too_young")),
+    }
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
     """Return what findings have in common as a JSON object."""
-    return {
-        "account_id": cause.target.account_id,
-        "region": cause.target.region,
-        "kind": cause.group.kind,
-        "name": cause.group.name,
-        "tag_key": cause.tag_key,
-        "instances": cause.instances,
-        "message": str(cause),
-    }
+    numbers = picked(cause, ("tag_key", "instances"))
+    return {**_all_fields(cause.target), **cause.group._asdict(), **numbers, "message": str(cause)}
 
 
-def _coverage_record(target: Coverage) -> dict[str, Any]:
-    """Return how far a target was read as a JSON object."""
-    return {
-        "account_id": target.target.account_id,
-        "region": target.target.region,
-        "status": "read" if target.read else "unread",
-        "error": None if target.read else {"code": target.error_code, "message": target.error_message},
-        "instances": target.instances,
-        "compliant": target.compliant,
-        "findings": target.findings,
-        "exempted": target.exempted,
-        "too_young": target.too_young,
-    }
+_FINDING_KEYS = (
+    "account_id region instance_id name state launch_time status violations first_seen last_seen times_seen "
+    "times_reopened instance_type monthly_cost managed_by created_by cause suggestions"
+).split()
 
 
-def finding_record(finding: Finding) -> dict[str, Any]:
-    """Return a finding as a JSON object; one that is resolved says when and why."""
-    record: dict[str, Any] = {
-        "account_id": finding.account_id,
-        "region": finding.region,
-        "instance_id": finding.instance_id,
-        "name": finding.name,
-        "state": finding.state,
-        "launch_time": finding.launch_time,
-        "status": finding.status,
-        "violations": [violation_record(violation) for violation in finding.violations],
-        "first_seen": finding.first_seen,
-        "last_seen": finding.last_seen,
-        "times_seen": finding.times_seen,
-        "times_reopened": finding.times_reopened,
-        "instance_type": finding.instance_type,
-        "monthly_cost": finding.monthly_cost,
+def _finding_record(finding: Finding) -> dict[str, Any]:
+    """Return a finding as a JSON object; a resolved one says when and why it was resolved."""
+    ending = ("resolved_at", "resolution") if finding.status is Status.RESOLVED else ()
+    cause = finding.cause and finding.cause._asdict()
+    return picked(finding, [*_FINDING_KEYS, *ending]) | {
         "managed_by": finding.managed_by or None,
-        "created_by": finding.created_by,
-        "cause": finding.cause and finding.cause._asdict(),
-        "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
+        "cause": cause,
     }
-    if finding.status is Status.RESOLVED:
-        record |= {"resolved_at": finding.resolved_at, "resolution": finding.resolution}
-    return record
 
 
-def _exempted_instance_record(exempted: ExemptedInstance) -> dict[str, Any]:
+def _exempted_record(exempted: ExemptedInstance) -> dict[str, Any]:
     """Return an exempted instance as a JSON object."""
     return {
-        "account_id": exempted.account_id,
-        "region": exempted.region,
-        "instance_id": exempted.instance_id,
+        **picked(exempted, ("account_id", "region", "instance_id")),
         "name": exempted.tags.get("Name", ""),
-        "state": exempted.state,
-        "launch_time": exempted.launch_time,
+        **picked(exempted, ("state", "launch_time")),
         "violations": [exempted_record(violation) for violation in exempted.exempted],
     }
 
 
-def preview(report: ScanReport) -> dict[str, dict[str, int]]:
+def _preview(report: ScanReport) -> dict[str, dict[str, int]]:
     """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
-    new = Counter(
-        violation.tag_key
-        for finding in report.findings()
-        if finding.status is Status.NEW
-        for violation in finding.violations
-    )
-    closed = Counter(
-        violation.tag_key
-        for finding in report.resolved()
-        if finding.resolution is Resolution.POLICY_CHANGED
-        for violation in finding.violations
-    )
-    return {"new": dict(new.most_common()), "policy_changed": dict(closed.most_common())}
+
+    def by_tag(findings: Iterable[Finding]) -> dict[str, int]:
+        counts = Counter(violation.tag_key for finding in findings for violation in finding.violations)
+        return dict(counts.most_common())
+
+    closed = (finding for finding in report.resolved() if finding.resolution is Resolution.POLICY_CHANGED)
+    return {
+        "new": by_tag(finding for finding in report.findings() if finding.status is Status.NEW),
+        "policy_changed": by_tag(closed),
+    }
 
 
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
-    """Write a suite a target: its `scan` case, so that a clean one is not empty, and a failing case a finding.
+    """Write one suite per target: its `scan` case, so that a clean one is not empty, and a case per finding.
 
     Jenkins keeps a case's history under its name, so names hold no counts and no dates.
     """
     xml = XMLGenerator(file, encoding="UTF-8", short_empty_elements=True)
     xml.startDocument()
-    seconds = f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}"
     totals = report.totals
-    counts = {
-        "tests": str(totals["targets"] + totals["findings"] + totals["exempted"]),
-        "failures": str(totals["findings"]),
-        "errors": str(totals["targets_unread"]),
-        "time": seconds,
+    attributes = {
+        "name": "tagcheck",
+        "tests": totals["targets"] + totals["findings"] + totals["exempted"],
+        "failures": totals["findings"],
+        "errors": totals["targets_unread"],
+        "time": f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}",
     }
-    with _element(xml, "testsuites", {"name": "tagcheck", **counts}):
-        cases: Iterator[Finding | ExemptedInstance] = heapq.merge(
-            report.findings(), report.exempted(), key=_place
-        )
-        groups = itertools.groupby(cases, key=lambda case: Target(*_place(case)[:2]))
-        group = next(groups, None)
-        for target in report.coverage:
-            suite = f"{target.target.account_id}.{target.target.region}"
-            counts = {
-                "tests": str(1 + target.findings + target.exempted),
-                "failures": str(target.findings),
-                "errors": str(int(not target.read)),
-                "skipped": str(target.exempted),
-                "time": "0",
-                "timestamp": utc_text(report.scan.started_at).removesuffix("Z"),
-            }
-            with _element(xml, "testsuite", {"name": suite, **counts}):
-                with _element(xml, "testcase", {"classname": suite, "name": "scan", "time": "0"}):
-                    if not target.read:
-                        problem = {"type": target.error_code or "", "message": target.error_message or ""}
-                        with _element(xml, "error", problem):
-                            pass
-                if group and group[0] == target.target:
-                    for case in group[1]:
-                        _write_junit_case(xml, suite, case)
-                    group = next(groups, None)
+    with _element(xml, "testsuites", attributes):
+        # All three are sorted by place, and a target comes right before the cases in it.
+        cases: Iterator[Case] = heapq.merge(report.coverage, report.findings(), report.exempted(), key=_place)
+        for _, group in itertools.groupby(cases, key=lambda case: _place(case)[:2]):
+            _write_suite(xml, group, utc_text(report.scan.started_at).removesuffix("Z"))
     xml.endDocument()
 
 
-def _place(case: Finding | ExemptedInstance) -> tuple[str, str, str]:
-    """Return what findings and exempted instances are sorted by."""
+Case = Coverage | Finding | ExemptedInstance
+
+
+def _place(case: Case) -> tuple[str, str, str]:
+    """Return what cases are sorted by: account, region and instance."""
+    if isinstance(case, Coverage):
+        return case.target.account_id, case.target.region, ""
     return case.account_id, case.region, case.instance_id
 
 
-def _write_junit_case(xml: XMLGenerator, suite: str, case: Finding | ExemptedInstance) -> None:
-    """Write the failing case of a finding, or the skipped one of an exempted instance."""
-    with _element(xml, "testcase", {"classname": suite, "name": case.instance_id, "time": "0"}):
-        if isinstance(case, ExemptedInstance):
-            with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
-                return
+def _write_suite(xml: XMLGenerator, cases: Iterator[Case], timestamp: str) -> None:
+    """Write the suite of the target that comes first among these cases."""
+    target = next(cases)
+    assert isinstance(target, Coverage)
+    attributes = {
+        "name": f"{target.target.account_id}.{target.target.region}",
+        "tests": 1 + target.findings + target.exempted,
+        "failures": target.findings,
+        "errors": int(not target.read),
+        "skipped": target.exempted,
+        "time": 0,
+        "timestamp": timestamp,
+    }
+    with _element(xml, "testsuite", attributes):
+        for case in itertools.chain([target], cases):
+            name = _place(case)[2] or "scan"
+            with _element(xml, "testcase", {"classname": attributes["name"], "name": name, "time": 0}):
+                _write_outcome(xml, case)
+
+
+def _write_outcome(xml: XMLGenerator, case: Case) -> None:
+    """Write the error of an unread target, the failure of a finding, or why an exempted instance is skipped."""
+    if isinstance(case, Coverage):
+        if not case.read:
+            error = {"type": case.error_code, "message": case.error_message}
+            with _element(xml, "error", error):
+                pass
+    elif isinstance(case, ExemptedInstance):
+        with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
+            pass
+    else:
         messages = [violation.message for violation in case.violations]
-        kinds = dict.fromkeys(violation.type for violation in case.violations)
-        with _element(xml, "failure", {"type": ",".join(kinds), "message": "; ".join(messages)}):
+        types = dict.fromkeys(violation.type for violation in case.violations)
+        with _element(xml, "failure", {"type": ",".join(types), "message": "; ".join(messages)}):
             history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
             lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
             xml.characters("\n".join(map(printable, lines)))
 
 
 @contextlib.contextmanager
-def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Iterator[None]:
-    """Write an element round what the body of the `with` writes; XML has no place for most controls."""
-    xml.startElement(name, AttributesImpl({key: printable(value) for key, value in attributes.items()}))
+def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, object]) -> Iterator[None]:
+    """Write an element around what the body of the `with` writes; XML has no place for most controls."""
+    xml.startElement(name, AttributesImpl({key: printable(str(value)) for key, value in attributes.items()}))
     try:
         yield
     finally:
@@ -5253,216 +5277,164 @@ def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Ite
         xml.characters("\n")
 
 
+# A new format needs its writer, a row here, and its option in the command's list.
 WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
     "csv": write_csv,
     "json": write_json,
     "junit": write_junit,
 }
-
-SUMMARY_FINDINGS = 20
-SUMMARY_CAUSES = 5
-COLOURS = {
-    "NEW": "31",
-    "REOPENED": "35",
-    "REPEAT": "33",
-    "RESOLVED": "32",
-    "EXEMPTED": "36",
-    "COMPLIANT": "32",
-    "VIOLATIONS": "31",
-    "INCOMPLETE": "33",
+HISTORY_WRITERS: dict[str, Callable[[TextIOBase, HistoryReport], None]] = {
+    "csv": write_csv,
+    "json": write_history_json,
 }
 
+SUMMARY_FINDINGS = 20  # rows of a table that people read
+SUMMARY_CAUSES = 5
+COLOURS = {
+    "NEW": 31,
+    "REOPENED": 35,
+    "REPEAT": 33,
+    "RESOLVED": 32,
+    "EXEMPTED": 36,
+    "COMPLIANT": 32,
+    "VIOLATIONS": 31,
+    "INCOMPLETE": 33,
+}
+_COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
-def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
-    """Write what was scanned, what was found, what was not read, and how the run ends, for people."""
-    totals = report.totals
+
+def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield a line per row, its cells aligned; 1,000 rows are laid out at a time, so that any number streams."""
+    rows = iter(rows)
+    former: list[list[str]] = []
+    while block := [[*map(printable, row)] for row in itertools.islice(rows, 1000)]:
+        widths = [max(map(len, column)) for column in zip(*former, *block, strict=True)]
+        former = [[" " * width for width in widths]]  # the next block is no narrower
+        for row in block:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip()
+
+
+def table_lines(
+    rows: Iterable[Sequence[str]], number: int, head: Sequence[str] = (), file: str = ""
+) -> list[str]:
+    """Return the first of this number of rows, under their head, and how many more there are, in which file."""
+    shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
+    titles = [head] if head and shown else []
+    return [*in_columns([*titles, *shown]), *more_lines(number - len(shown), file)]
+
+
+def more_lines(number: int, file: str = "") -> list[str]:
+    """Return the line that says how many more there are, and in which file; no line if there are none."""
+    where = f" in {file}" if file not in ("", "-") else ""
+    return [f"… and {number:,} more{where}"] if number > 0 else []
+
+
+def count_lines(totals: Mapping[str, int]) -> list[str]:
+    """Return what a scan read and what it found, in two lines."""
     read = totals["targets"] - totals["targets_unread"]
-    policy = report.scan.policy
-    lines = [
-        f"Policy {policy.name} ({policy.file}): {read} of {counted(totals['targets'], 'target')} read, "
-        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant"
-        + (f", {totals['too_young']:,} too young to judge" if totals["too_young"] else "")
-        + (f", {totals['exempted']:,} exempted" if totals["exempted"] else "")
-        + (" — a dry run, nothing is recorded" if report.dry_run else ""),
+    others = (("too_young", "too young to judge"), ("exempted", "exempted"))
+    more = "".join(f", {totals[name]:,} {words}" for name, words in others if totals[name])
+    return [
+        f"{read:,} of {counted(totals['targets'], 'target')} read, {counted(totals['instances'], 'instance')}, "
+        f"{totals['compliant']:,} compliant{more}",
         f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
         f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
     ]
-    lines += _summary_table(report.findings(), totals["findings"], csv_path)
-    if report.causes:
-        lines += with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
-    lines += _summary_operators(report)
-    lines += _summary_costs(report)
-    lines += _summary_resolved(report.resolved(), totals["resolved"])
-    lines += _summary_exempted(report.exempted(), totals["exempted"])
-    if report.dry_run:
-        lines += _summary_preview(preview(report))
-    if report.notices:
-        lines += ["", *report.notices]
-    unread = [target for target in report.coverage if not target.read]
-    if unread:
-        lines += ["", "Not read, so nothing is known of them and their findings stay as they were:"]
-        lines += [f"  {target.target}  {target.error_code}: {target.error_message}" for target in unread]
-    code = report.exit_code
-    lines += ["", f"Exit code {int(code)} {code.name}: {code.meaning}"]
-    for line in map(printable, lines):
-        file.write((_coloured(line) if colour else line) + "\n")
 
 
-def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> list[str]:
-    """Return the first findings in aligned columns, and where the rest of them is."""
-    rows = [("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")]
-    for finding in itertools.islice(findings, SUMMARY_FINDINGS):
-        since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
-        rows.append(
-            (
-                finding.status,
-                finding.account_id,
-                finding.region,
-                finding.instance_id,
-                cut_text(finding.name, 24) or "-",
-                since,
-                ", ".join(short_violation(finding, violation) for violation in finding.violations),
-            )
-        )
-    if len(rows) == 1:
-        return []
-    lines = in_columns(rows)
-    more = number - len(rows) + 1
-    where = "" if csv_path in ("", "-") else f" in {csv_path}"
-    return with_rest(lines, more, where)
+def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
+    """Write for people what was scanned, what was found, what was not read, and how the run ends."""
+    paragraphs = ["\n".join(map(printable, lines)) for lines in _summary(report, csv_path) if lines]
+    text = "\n\n".join(paragraphs) + "\n"
+    if colour:
+        text = _COLOURED.sub(lambda word: f"{word[1] or ''}\x1b[{COLOURS[word[2]]}m{word[2]}\x1b[0m", text)
+    file.write(text)
 
 
-def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line a row, with its cells below each other."""
-    shown = [[*map(printable, row)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in shown
-    ]
+def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
+    """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
+    policy, totals, code = report.scan.policy, report.totals, report.exit_code
+    read, found = count_lines(totals)
+    dry_run = " — a dry run, nothing is recorded" if report.dry_run else ""
+    yield [f"Policy {policy.name} ({policy.file}): {read}{dry_run}", found]
+    head = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
+    yield table_lines(map(_finding_row, report.findings()), totals["findings"], head, csv_path)
+    yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
+    yield _operator_lines(report)
+    unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
+    yield [f"{cost:,.2f} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
+    yield table_lines(map(_resolved_row, report.resolved()), totals["resolved"])
+    yield table_lines(map(_exempted_row, report.exempted()), totals["exempted"])
+    for change, numbers in _preview(report).items() if report.dry_run else ():
+        title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
+        lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
+        yield lines and [f"Findings that would be {title}, by required tag:", *lines]
+    yield report.notices
+    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
+    yield unread and ["Could not be read (their findings are unchanged):", *unread]
+    yield [f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
-def with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
-    """Return a part of the summary: its lines, and how many more there are."""
-    return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
-
-
-def short_violation(finding: Finding, violation: Violation) -> str:
-    """Return a violation in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
-    wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
-    what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
-    notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
-    notes += [
-        f"{cut_text(suggestion.value, 40)}?"
-        for suggestion in finding.suggestions
-        if suggestion.tag_key == violation.tag_key and suggestion.confidence >= MIN_CONFIDENCE
-    ]
-    return violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
-    """Return the first findings that are no longer open, and why."""
-    if not number:
-        return []
-    lines = [
-        f"RESOLVED  {finding.account_id}  {finding.region}  {finding.instance_id}  {cut_text(finding.name, 24) or '-'}  "
-        f"{finding.resolution}"
-        for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
-    ]
-    return with_rest(lines, number - len(lines))
-
-
-def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list[str]:
-    """Return the first instances that are exempted, and why."""
-    if not number:
-        return []
-    lines = [
-        f"EXEMPTED  {case.account_id}  {case.region}  {case.instance_id}  {cut_text(case.tags.get('Name', ''), 24) or '-'}  "
-        + "; ".join(dict.fromkeys(map(str, case.exempted)))
-        for case in itertools.islice(exempted, SUMMARY_FINDINGS)
-    ]
-    return with_rest(lines, number - len(lines))
-
-
-def _summary_operators(report: ScanReport) -> list[str]:
+def _operator_lines(report: ScanReport) -> list[str]:
     """Return how many of the findings are on instances that AWS services operate, if any are."""
-    if not report.operators:
-        return []
     number = report.totals["findings_managed"]
     are = "is on an instance" if number == 1 else "are on instances"
     services = ", ".join(f"{service} ({count:,})" for service, count in report.operators)
-    return ["", f"{counted(number, 'finding')} {are} that an AWS service operates: {services}"]
-
-
-def _summary_costs(report: ScanReport) -> list[str]:
-    """Return what the findings that lack each tag cost in a month, if there are prices."""
-    if not report.costs:
-        return []
-    left_out = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
-    return ["", *(f"{cost:,.2f} a month without {key}{left_out}" for key, cost in report.costs)]
-
-
-def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return what a scan with this policy would open and close, tag by tag."""
-    lines = []
-    for key, title in (("new", "would be NEW"), ("policy_changed", "would be RESOLVED as policy_changed")):
-        if changes[key]:
-            lines += ["", f"Findings that {title}, by required tag:"]
-            lines += [f"  {number:>9,}  {tag}" for tag, number in changes[key].items()]
-    return lines
-
-
-def _coloured(line: str) -> str:
-    """Return a line of the summary with the word coloured that says what it is."""
-    word = next(
-        (word for word in COLOURS if line.startswith(word) or (line.startswith("Exit") and word in line)), ""
+    return (
+        [f"{counted(number, 'finding')} {are} that an AWS service operates: {services}"] if services else []
     )
-    return line.replace(word, f"\x1b[{COLOURS[word]}m{word}\x1b[0m", 1) if word else line
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryReport:
-    """The findings that a state keeps, as far as they were asked for; of one instance all that became of it."""
-
-    policy: str
-    findings: Callable[[], Iterator[Finding]]
-    events: Callable[[Finding], Sequence[Event]] | None
-    changes: Sequence[Change]
+def name_cell(name: str) -> str:
+    """Return a name as a table shows it: cut if it is long, a dash if there is none."""
+    return cut_text(name, 24) or "-"
 
 
-def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
-    """Write a row a finding, in the columns that a scan's CSV has."""
-    file.write(csv_line(CSV_COLUMNS))
-    for finding in report.findings():
-        file.write(csv_line(_csv_row(finding)))
+def _place_cells(case: Finding | ExemptedInstance) -> tuple[str, ...]:
+    """Return where an instance is and what it is called."""
+    return (*_place(case), name_cell(case.tags.get("Name", "")))
 
 
-def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
-    """Write findings in the shape that a scan's JSON has; of one instance with their events and changes."""
-
-    def record(finding: Finding) -> dict[str, Any]:
-        if not report.events:
-            return finding_record(finding)
-        return finding_record(finding) | {
-            "events": [_event_record(event) for event in report.events(finding)],
-            "changes": [asdict(change) for change in report.changes if change.target == finding.target],
-        }
-
-    file.write(f'{{\n"version": {json.dumps(__version__)},\n"policy": {json.dumps(report.policy)},\n')
-    write_json_list(file, "findings", map(record, report.findings()), end="\n}\n")
+def _finding_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of the summary."""
+    since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
+    return (finding.status, *_place_cells(finding), since, ", ".join(short_violations(finding)))
 
 
-def _event_record(event: Event) -> dict[str, Any]:
-    """Return what became of a finding as a JSON object."""
-    violations = [violation_record(violation) for violation in event.violations]
-    return {"at": event.at, "event": event.event, "violations": violations, "resolution": event.resolution}
+def _resolved_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding that is no longer open, and why, as a row of the summary."""
+    return (finding.status, *_place_cells(finding), finding.resolution or "")
 
 
-HISTORY_WRITERS = {"csv": write_history_csv, "json": write_history_json}
+def _exempted_row(case: ExemptedInstance) -> tuple[str, ...]:
+    """Return an exempted instance, and why it is exempted, as a row of the summary."""
+    return ("EXEMPTED", *_place_cells(case), "; ".join(dict.fromkeys(map(str, case.exempted))))
+
+
+def _history_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of `history`, with what it lacks, or how and when it was resolved."""
+    what = ", ".join(short_violations(finding))
+    if finding.resolved_at:
+        what = f"{finding.resolution} on {finding.resolved_at[:10]}"
+    return (finding.status, *_place_cells(finding), finding.first_seen[:10], f"{finding.times_seen:,}", what)
+
+
+def short_violations(finding: Finding) -> list[str]:
+    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
+    likely = {s.tag_key: s.value for s in finding.suggestions if s.confidence >= MIN_CONFIDENCE}
+    texts = []
+    for violation in finding.violations:
+        wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
+        what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
+        notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
+        if violation.tag_key in likely:
+            notes.append(f"{cut_text(likely[violation.tag_key], 40)}?")
+        texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
+    return texts
 
 
 def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
-    """Yield the rules in force in a region, each with the policy's line that it comes from."""
+    """Yield the rules in force in a region, each with its line in the policy."""
     here = "every region that is not named" if region == "*" else region
     yield f"Policy {policy.name} in {here}:"
     for rule in policy.rules(region):
@@ -5480,9 +5452,14 @@ def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
 
 
 def explain(
-    policy: Policy, target: Target, instance: Instance, finding: Finding | None, now: datetime
+    policy: Policy,
+    target: Target,
+    instance: Instance,
+    finding: Finding | None,
+    changes: Iterable[Change],
+    now: datetime,
 ) -> Iterator[str]:
-    """Yield, rule by rule, why an instance passes or fails, and then its history."""
+    """Yield, rule by rule, why an instance passes or fails, then its history."""
     name = instance.tags.get("Name")
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
@@ -5495,31 +5472,40 @@ def explain(
         line = f"({policy.file}:{rule.line})"
         if rule.key in failing:
             yield f"  FAILS     {failing[rule.key].message} {line}"
-        elif rule.key in exempted:
-            case = exempted[rule.key]
+        elif case := exempted.get(rule.key):
             yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
         else:
             yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
-    for exemption in policy.exemptions if failing else ():
-        if exemption.required_tags and not failing.keys() & exemption.required_tags:
-            continue
-        reasons = [*exemption.mismatches(target, instance)]
-        reasons += [] if exemption.holds(now.date()) else [f"it ended on {exemption.expires}"]
-        # Of one condition that is not met nothing is near, unless the instance has the tag with another value.
-        near = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
-        if len(reasons) == 1 and (near or not exemption.holds(now.date())):
-            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
-            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+    yield from _near_exemptions(policy, target, instance, failing, now.date())
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
     if not policy.includes(instance.state):
         yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
-    yield _history(finding)
+    yield _past(finding)
+    yield from _written(target, changes)
 
 
-def _history(finding: Finding | None) -> str:
+def _near_exemptions(
+    policy: Policy, target: Target, instance: Instance, failing: Mapping[str, Violation], today: date
+) -> Iterator[str]:
+    """Yield the exemptions that would cover what fails but for one condition, or because they have ended."""
+    for exemption in policy.exemptions if failing else ():
+        if exemption.required_tags and not failing.keys() & exemption.required_tags:
+            continue
+        ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
+        reasons = [*exemption.mismatches(target, instance), *ended]
+        # A single condition that is not met is not near, unless the instance has the tag with another value.
+        near = (
+            ended or len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        )
+        if near and len(reasons) == 1:
+            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
+            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+
+
+def _past(finding: Finding | None) -> str:
     """Return what the state knows of a finding, in one line."""
     if finding is None:
         return "  History: none known"
@@ -5529,35 +5515,40 @@ def _history(finding: Finding | None) -> str:
     return f"  History: {finding.status}, {seen}{again}{ended}"
 
 
-def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
-    """Yield what became of an instance's finding, a line an event."""
+def _written(target: Target, changes: Iterable[Change]) -> Iterator[str]:
+    """Yield the tags that were written to an instance, of those with its id."""
+    return (f"  Written   {change}" for change in changes if change.target == target)
+
+
+def history_lines(report: HistoryReport) -> Iterator[str]:
+    """Yield a table of the findings or, for one instance, its timeline."""
+    if report.events:
+        for finding in report.findings():
+            yield from _timeline(finding, report.events(finding))
+            yield from _written(finding.target, report.changes)
+        return
+    head = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "SEEN", "VIOLATIONS")
+    rows = map(_history_row, report.findings())
+    first = next(rows, None)
+    yield from in_columns(itertools.chain([head, first], rows)) if first else ["No matching findings"]
+
+
+def _timeline(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
+    """Yield what happened to a finding, one line per event."""
     name = f" ({finding.name})" if finding.name else ""
     yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
     for event in events:
         how = event.resolution or ", ".join(violation.message for violation in event.violations)
         yield f"  {event.at}  {event.event:<8}  {how}"
-    yield _history(finding)
+    yield _past(finding)
     yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
     if finding.created_by:
         yield f"  Created by: {finding.created_by}"
 
 
-def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a table of findings, a line each; the columns are as wide as what AWS gives them."""
-    shape = "{:<8}  {:<12}  {:<14}  {:<19}  {:<24}  {:<10}  {:>5}  {}"
-    yield shape.format("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "SEEN", "VIOLATIONS")
-    for finding in findings:
-        ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
-        yield shape.format(
-            *(finding.status, finding.account_id, finding.region, finding.instance_id),
-            *(printable(cut_text(finding.name, 24)) or "-", finding.first_seen[:10], finding.times_seen),
-            ended or ", ".join(short_violation(finding, violation) for violation in finding.violations),
-        ).rstrip()
-
-
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A report that was asked for: its format, and the file that it goes to (`-`: standard output)."""
+    """A report that was asked for: its format, and the file it goes to (`-` for stdout)."""
 
     format: str
     path: str
@@ -5573,29 +5564,39 @@ class Output:
         """True for a name in /dev: it stands for what is behind it, which may be a file (`3>out`, /dev/fd/3)."""
         return os.path.realpath(Path(self.path).parent) in {"/dev", os.path.realpath("/dev/fd")}
 
+    def __str__(self) -> str:
+        return f"--{self.format} {self.path}"
+
+
+@contextlib.contextmanager
+def _output_errors(output: Output) -> Iterator[None]:
+    """Raise OutputError, which says what to do, where the system cannot write a report."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{output} cannot be written: {error.strerror}"
+        raise OutputError(f"{reason}; name another place, or make room") from error
+
 
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
-    try:
+    with _output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
-            raise OutputError(f"--{output.format} {path} is a directory: name a file in it")
+            raise OutputError(f"{output} is a directory: name a file in it")
         if output.replaceable and not path.parent.is_dir():
-            raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
+            raise OutputError(f"{output}: there is no directory {path.parent}; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
-            raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
-    except OSError as error:  # a name that is too long, a directory that may not be entered
-        raise _output_error(output, error) from error
+            raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A new file that holds a report until it is published: open, private, and never opened again by its name."""
+    """A new, private, open file that holds a report until it is published; it is never opened again by its name."""
 
     output: Output
     file: IO[bytes]
-    path: Path | None  # beside the goal, to be moved there; None: it has no name, and is copied
-    mode: int  # that it gets when it is published
+    path: Path | None  # beside its destination, to be moved there; None: it has no name, and is copied
 
 
 def open_private(path: str, flags: int) -> int:
@@ -5604,24 +5605,19 @@ def open_private(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[Staged]]:
+def staged_outputs(outputs: Iterable[Output]) -> Iterator[list[Staged]]:
     """Yield a new file for each report; at the end those that were not published are removed."""
-    mask = os.umask(0o077)
-    os.umask(mask)
     staged: list[Staged] = []
     with contextlib.ExitStack() as stack:
         for output in outputs:
-            try:
-                if output.replaceable:
-                    path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}"
+            path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}" if output.replaceable else None
+            with _output_errors(output):
+                if path:
                     stack.callback(_remove, path)
                     file: IO[bytes] = open(path, "x+b", buffering=0, opener=open_private)  # noqa: SIM115
-                    staged.append(Staged(output, stack.enter_context(file), path, 0o666 & ~mask))
                 else:
-                    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
-                    staged.append(Staged(output, file, None, 0o600))
-            except OSError as error:
-                raise _output_error(output, error) from error
+                    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            staged.append(Staged(output, stack.enter_context(file), path))
         yield staged
 
 
@@ -5631,68 +5627,74 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _output_error(output: Output, error: OSError) -> OutputError:
-    """Return the error of a report that cannot be written."""
-    return OutputError(
-        f"--{output.format} {output.path} cannot be written: {error.strerror}; name another place, or make room"
-    )
+Report = TypeVar("Report")
 
 
-def stage_report(staged: Sequence[Staged], write: Callable[[Output, TextIOBase], None]) -> None:
-    """Write each report into its new file, down to the disk; raises OutputError."""
-    for goal in staged:
-        try:
-            goal.file.seek(0)
-            goal.file.truncate()
-            with open(goal.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
-                write(goal.output, file)
-            os.fsync(goal.file.fileno())
-        except OSError as error:
-            raise _output_error(goal.output, error) from error
-
-
-def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
-    """Return what writes a report in the format of an output."""
-    return lambda output, file: WRITERS[output.format](file, report)
+def stage_report(
+    staged: Iterable[Staged], writers: Mapping[str, Callable[[TextIOBase, Report], None]], report: Report
+) -> None:
+    """Write a report in the format of each new file, down to the disk; raises OutputError."""
+    for new in staged:
+        with _output_errors(new.output):
+            new.file.seek(0)
+            new.file.truncate()
+            with open(new.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
+                writers[new.output.format](file, report)
+            os.fsync(new.file.fileno())
 
 
 PIPE_SECONDS = 10.0  # to wait for the reader of a named pipe
 
 
-def publish_report(staged: Sequence[Staged], emit: Callable[[str], None]) -> None:
-    """Move each new file to its goal; then write those that go to stdout (by emit), a pipe or a device."""
-    for goal in sorted(staged, key=lambda goal: goal.path is None):
-        try:
-            if goal.path:
-                _move(goal, goal.path)
-                continue
-            goal.file.seek(0)
-            with open(goal.file.fileno(), encoding="utf-8", newline="", closefd=False) as source:
-                pieces = iter(lambda: source.read(CHUNK_SIZE), "")
-                if goal.output.path == "-":
-                    for piece in pieces:
-                        emit(piece)
-                else:
-                    with open(_open_device(goal.output), "w", encoding="utf-8", newline="") as device:
-                        device.writelines(pieces)
-        except BrokenPipeError:  # a reader that has read enough
-            continue
-        except OSError as error:
-            raise _output_error(goal.output, error) from error
+def publish_report(staged: Iterable[Staged], emit: Callable[[str], None]) -> None:
+    """Move each new file into place; then write those for stdout (by emit), a pipe or a device."""
+    for new in sorted(staged, key=lambda new: new.path is None):
+        # A reader that has read enough closes its pipe.
+        with _output_errors(new.output), contextlib.suppress(BrokenPipeError):
+            if new.path:
+                _move(new.file, new.path, new.output)
+            else:
+                _copy(new.file, new.output, emit)
 
 
-def _move(goal: Staged, path: Path) -> None:
-    """Move a staged file to its goal, with the mode of an ordinary file; raises OutputError."""
-    descriptor = goal.file.fileno()
-    if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+def write_report(
+    outputs: Iterable[Output],
+    writers: Mapping[str, Callable[[TextIOBase, Report], None]],
+    report: Report,
+    emit: Callable[[str], None],
+) -> None:
+    """Write a report to all its outputs, each whole or not at all; raises OutputError."""
+    with staged_outputs(outputs) as staged:
+        stage_report(staged, writers, report)
+        publish_report(staged, emit)
+
+
+def _move(file: IO[bytes], path: Path, output: Output) -> None:
+    """Move a staged file into place, with the mode of an ordinary file; raises OutputError."""
+    if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
         raise OutputError(
-            f"--{goal.output.format} {goal.output.path}: another process replaced the file it was written to; "
-            "name a directory that only you can write to"
+            f"{output}: another process replaced the file it was written to; name a directory that only you can "
+            "write to"
         )
     if os.chmod in os.supports_fd:
-        os.chmod(descriptor, goal.mode)
-    goal.file.close()  # Windows moves no open file
-    path.replace(goal.output.path)
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(file.fileno(), 0o666 & ~mask)
+    file.close()  # Windows moves no open file
+    path.replace(output.path)
+
+
+def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
+    """Copy a staged file to stdout (by emit), a pipe or a device; raises OutputError."""
+    file.seek(0)
+    with open(file.fileno(), encoding="utf-8", newline="", closefd=False) as source:
+        pieces = iter(functools.partial(source.read, CHUNK_SIZE), "")
+        if output.path == "-":
+            for piece in pieces:
+                emit(piece)
+        else:
+            with open(_open_device(output), "w", encoding="utf-8", newline="") as device:
+                device.writelines(pieces)
 
 
 def _open_device(output: Output) -> int:
@@ -5707,7 +5709,7 @@ def _open_device(output: Output) -> int:
                 raise
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"--{output.format} {path} is a pipe that nobody reads: start its reader, and run again"
+                    f"{output} is a pipe that nobody reads: start its reader, and run again"
                 ) from error
             time.sleep(0.1)
         else:
@@ -5716,9 +5718,7 @@ def _open_device(output: Output) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     if stat.S_ISREG(os.fstat(descriptor).st_mode) and not output.is_device:
         os.close(descriptor)
-        raise OutputError(
-            f"--{output.format} {path}: another process replaced this pipe by a file; run again"
-        )
+        raise OutputError(f"{output}: another process replaced this pipe by a file; run again")
     return descriptor
 
 
@@ -6280,7 +6280,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
         *(finding.account_id, finding.region),
         f"{finding.first_seen[:10]}, {counted(days, 'day')}",
         _brief(
-            ", ".join(_brief(short_violation(finding, violation), 80) for violation in finding.violations),
+            ", ".join(_brief(violation, 80) for violation in short_violations(finding)),
             240,
         ),
         _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
@@ -6385,7 +6385,7 @@ def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> lis
         title += [f"{counted(len(unread), 'target')} not read"] if unread else []
         title += [f"{counted(len(endings), 'exemption')} at an end"] if endings else []
         findings = Section("Findings:", lines.get(key, []), numbers[key])
-        sections = [Section("", _count_lines(report), 2), findings, *parts]
+        sections = [Section("", count_lines(report.totals), 2), findings, *parts]
         subjects = [*told.get(key, ()), *due]
         digests.append(_digest(policy, channel, None, ", ".join(title), sections, subjects))
     for (channel, to), subjects in told.items():
@@ -6408,17 +6408,6 @@ def _section(title: str, lines: Iterable[str]) -> Section:
     return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
 
 
-def _count_lines(report: ScanReport) -> list[str]:
-    """Return the counts of a scan."""
-    totals = report.totals
-    return [
-        f"{totals['targets'] - totals['targets_unread']:,} of {counted(totals['targets'], 'target')} read, "
-        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant",
-        f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
-        f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED",
-    ]
-
-
 def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
     """Return who may know of an instance, by what they are to it: its owner, then its creator."""
     value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
@@ -6432,7 +6421,7 @@ def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container
 def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
     """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    what = ", ".join(short_violation(finding, violation) for violation in finding.violations)
+    what = ", ".join(short_violations(finding))
     who = [f"{role} {cut_text(name, 60)}" for role, name in known.items()]
     # The surer ones stand with what is missing already.
     unsure = [
@@ -7237,8 +7226,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
             for target, instances, message in done.warnings
         ],
     }
-    write_json_head(file, head)
-    write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
+    write_json_object(file, head, {"rows": map(_outcome_record, done.outcomes)})
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
@@ -7257,6 +7245,17 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
         "message": outcome.message or None,
         "warning": outcome.warning or None,
     }
+
+
+def _write_outcomes_csv(file: TextIOBase, done: Remediation) -> None:
+    """Write the plan again, whatever became of it, as CSV."""
+    file.write(plan_text(outcome.row for outcome in done.outcomes))
+
+
+REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
+    "csv": _write_outcomes_csv,
+    "json": write_remediation_json,
+}
 
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
@@ -7280,25 +7279,19 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         return
     if rows:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        shown = [
-            (
-                *(row.action, row.target.account_id, row.target.region, row.instance_id),
-                *(
-                    cut_text(row.name, 24) or "-",
-                    cut_text(row.tag_key, 40),
-                    cut_text(row.value, 40) or "-",
-                    row.why,
-                ),
-            )
-            for row in rows[:SUMMARY_FINDINGS]
-        ]
-        where = f" in {csv_path}" if csv_path not in ("", "-") else ""
-        yield from with_rest(in_columns([head, *shown]), len(rows) - len(shown), where)
+        yield ""
+        yield from table_lines(map(_plan_cells, rows), len(rows), head, csv_path)
         yield ""
     yield from _warning_lines(done)
     if writing and writing[0].action in PLAN_ACTIONS:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
     yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+
+
+def _plan_cells(row: PlanRow) -> tuple[str, ...]:
+    """Return a row of a plan as the table shows it."""
+    where = (row.target.account_id, row.target.region, row.instance_id, name_cell(row.name))
+    return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
 
 
 def _warning_lines(done: Remediation) -> Iterator[str]:
@@ -7578,7 +7571,7 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                 if policy.notify:
                     owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
                     digests = write_digests(report, fetch_owed(db, policy.name))
-                stage_report(staged, report_writer(report))
+                stage_report(staged, WRITERS, report)
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
                 if isinstance(state, LocalState):
@@ -7742,7 +7735,7 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
     """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
-    formats = ("csv", "json", "junit", "html")
+    formats = (*WRITERS, "html")
     paths = {name: path for name in formats if (path := getattr(args, name, None))}
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
@@ -8119,9 +8112,7 @@ def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
     if args.json:
         output = Output("json", args.json)
         check_output(output)
-        with staged_outputs([output]) as staged:
-            stage_report(staged, lambda _, file: _write_problems(file, results))
-            publish_report(staged, emit)
+        write_report([output], {"json": _write_problems}, results, emit)
     if args.json != "-":
         emit("\n".join(lines) + "\n")
     valid = all(problem.severity == "warning" for problems in results.values() for problem in problems)
@@ -8222,10 +8213,7 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
         lines = [
             line
             for target, instance, finding in cases
-            for line in (
-                *explain(policy, target, instance, finding, now),
-                *(f"  Written   {change}" for change in changes if change.target == target),
-            )
+            for line in explain(policy, target, instance, finding, changes, now)
         ]
     else:
         lines = [
@@ -8337,30 +8325,11 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
             (lambda finding: fetch_events(db, policy, finding)) if args.instance else None,
             fetch_changes(db, policy, args.instance) if args.instance else (),
         )
-        found = next(report.findings(), None)
-        if args.instance and found is None:
+        if args.instance and next(report.findings(), None) is None:
             raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
-        with staged_outputs(outputs) as staged:
-            stage_report(staged, lambda output, file: HISTORY_WRITERS[output.format](file, report))
-            publish_report(staged, emit)
+        write_report(outputs, HISTORY_WRITERS, report, emit)
         if not outputs:
-            lines = (
-                history_lines(report.findings())
-                if found
-                else iter(["No finding is kept that was asked for."])
-            )
-            if report.events:
-                lines = itertools.chain.from_iterable(
-                    [
-                        *story(finding, report.events(finding)),
-                        *(
-                            f"  Written   {change}"
-                            for change in report.changes
-                            if change.target == finding.target
-                        ),
-                    ]
-                    for finding in report.findings()
-                )
+            lines = history_lines(report)
             while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
                 emit(block)
     return ExitCode.COMPLIANT
@@ -8380,9 +8349,7 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
             )
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
-    with staged_outputs(outputs) as staged:
-        stage_report(staged, lambda _, file: write_html(file, dashboard))
-        publish_report(staged, emit)
+    write_report(outputs, {"html": write_html}, dashboard, emit)
     return ExitCode.COMPLIANT
 
 
@@ -8458,14 +8425,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
         well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
         code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
         done = Remediation(policy, args.apply, outcomes, undo_file, code)
-
-        def write(output: Output, file: TextIOBase) -> None:
-            if output in plans:
-                file.write(plan_text(in_scope))
-            else:
-                write_remediation_json(file, done)
-
-        stage_report(staged, write)
+        stage_report(staged, REMEDIATION_WRITERS, done)
         for output in plans:  # again, as applying takes its time
             check_plan_goal(output)
         publish_report(staged, emit)
