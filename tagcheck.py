@@ -5723,13 +5723,13 @@ def _open_device(output: Output) -> int:
 
 
 ########################################################################################################
-# 8 Dashboard: write_html
+# 8 Dashboard: write_html, what draws (_card, _titled, _picture, _line, _bar, _table), and its cards and sections
 ########################################################################################################
 
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """All that the dashboard shows; `trend` and `standings` are of every scan and target that the state has."""
+    """Everything the dashboard shows; `trend` and `standings` have every scan and target of the state."""
 
     policy: Policy
     made_at: datetime
@@ -5740,68 +5740,81 @@ class Dashboard:
 
 
 HTML_STYLE = """
-:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;
---note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;
---warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
-font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
-h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;margin:0}
-h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}a{color:inherit}
-.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft)}
-.soft,footer{color:var(--soft);font-size:.875rem}.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
+:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;
+--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;
+--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;
+--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;--warn:#f2cf83;--note:#33290f;--h0:#17302b;
+--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
+*{box-sizing:border-box}body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;
+background:var(--paper);color:var(--ink);overflow-wrap:anywhere;font:1rem/1.5 system-ui,-apple-system,
+"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
+h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;
+margin:0}h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}
+a{color:inherit}.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;
+text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-size:.875rem}
+.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
 .banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
-.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));margin-top:1.25rem}
-.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:0}
-.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--soft)}
-.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
+.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));
+margin-top:1.25rem}.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+margin:0}.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);
+border-top:4px solid var(--soft)}.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}
+.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
 section,footer{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
 svg{display:block;overflow:visible}.card svg,.chart,.scroll,table,details{margin-top:1rem}
-text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
-.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}
-.done{color:var(--good)}.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
+text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;
+stroke-linejoin:round}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}
+.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}.done{color:var(--good)}
+.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}.step{padding:.0625rem .5rem}
-.key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;background:currentColor}
-table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}.scroll{overflow-x:auto}.scroll table{margin:0}
-th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-thead th{color:var(--soft);vertical-align:bottom;border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
-.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}.bars .number{width:1%;padding-right:0}
-.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
-.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}.heat td:nth-child(2),.heat tr.all>*{font-weight:700}
-.heat th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
-.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}.h2{background:var(--h2)}.h3{background:var(--h3)}
-.h4,.h5{background:var(--h4);color:var(--on)}.h5{background:var(--h5)}summary{cursor:pointer}
-.unread{background:repeating-linear-gradient(135deg,var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
-@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}.list tr,.list td{display:block}
-.list{font-size:.875rem}.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
-.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;overflow-wrap:anywhere}
-.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}.list td:empty{display:none}}
-@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details{display:none}
-body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}.card,tr,svg{break-inside:avoid}h2{break-after:avoid}
-.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}
-.scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
-.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
+.key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;
+background:currentColor}table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}
+.scroll{overflow-x:auto}.scroll table{margin:0}th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;
+vertical-align:top;border-bottom:1px solid var(--rule)}thead th{color:var(--soft);vertical-align:bottom;
+border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
+.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}
+.bars .number{width:1%;padding-right:0}.heat th,.heat td{border:2px solid var(--paper);
+padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
+.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}
+.heat td:nth-child(2),.heat tr.all>*{font-weight:700}.heat th:first-child{text-align:left;position:sticky;
+left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
+.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}
+.h2{background:var(--h2)}.h3{background:var(--h3)}.h4,.h5{background:var(--h4);color:var(--on)}
+.h5{background:var(--h5)}summary{cursor:pointer}.unread{background:repeating-linear-gradient(135deg,
+var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
+@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}
+.list tr,.list td{display:block}.list{font-size:.875rem}
+.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
+.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;
+overflow-wrap:anywhere}.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;
+color:var(--soft)}.list td:empty{display:none}}
+@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+details{display:none}body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}
+.card,tr,svg{break-inside:avoid}h2{break-after:avoid}.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}
+.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}.scroll{overflow:visible}
+.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
+.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;
+overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
+# Where the page's style is taken away, as in Jenkins, the pictures have these colours.
+RED, PALE, GREEN, GREY = "#b5502b", "#eba883", "#2a8a78", "#888"
 Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
 
 
 def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
-    """Write the dashboard as one page without script, and without anything from elsewhere."""
-    page = ElementTree.Element("html", lang="en")
-    _add_head(page, f"{dashboard.policy.name}: required tags")
-    body = _add(page, "body")
-    main = _add(body, "main")
-    for add in (_add_header, _add_cards, _add_trend, _add_heat_map, _add_counts, _add_lists):
-        add(main, dashboard)
-    source = f"the policy {_brief(dashboard.policy.name, 120)} ({_brief(dashboard.policy.file, 120)})"
-    _add(body, "footer", f"Made by tagcheck {__version__} for {source}. All times are UTC.")
+    """Write the dashboard as one page that runs no script and loads nothing."""
+    policy = dashboard.policy
+    sections = [_trend(dashboard.trend), _heat_map(dashboard.standings), _counts(dashboard.open)]
+    main = _node("main", _header(dashboard), _cards(dashboard), *sections, *_lists(dashboard))
+    source = f"the policy {_brief(policy.name, 120)} ({_brief(policy.file, 120)})"
+    footer = _node("footer", f"Made by tagcheck {__version__} for {source}. All times are UTC.")
+    page = _node("html", _head(f"{policy.name}: required tags"), _node("body", main, footer), lang="en")
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -5810,19 +5823,132 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
-def _add(parent: Element, tag: str, text: str = "", **attributes: Any) -> Element:
-    """Add an element; what strangers wrote stays text in it, and its invisible characters are seen."""
+def _node(tag: str, *children: Element | str, **attributes: object) -> Element:
+    """Return an element; what strangers wrote stays text in it, and its invisible characters are shown."""
     names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
-    element = ElementTree.SubElement(parent, tag, {name: value for name, value in names.items() if value})
-    element.text = printable(text)
+    element = ElementTree.Element(tag, {name: value for name, value in names.items() if value})
+    for child in children:
+        if not isinstance(child, str):
+            element.append(child)
+        elif len(element):
+            element[-1].tail = printable(child)
+        else:
+            element.text = printable(child)
     return element
 
 
-def _say(parent: Element, bold: str, text: str, look: str = "") -> Element:
-    """Add a paragraph that begins in bold."""
-    paragraph = _add(parent, "p", class_=look)
-    _add(paragraph, "b", bold).tail = printable(text)
-    return paragraph
+def _bold(bold: str, text: str, *more: Element, look: str = "") -> Element:
+    """Return a paragraph that begins in bold."""
+    return _node("p", _node("b", bold), text, *more, class_=look)
+
+
+def _card(question: str, answer: str, *children: Element, tone: str = "") -> Element:
+    """Return a question with its answer, and what supports it."""
+    heading = (_node("h2", question), _node("p", answer, class_="verdict"))
+    return _node("article", *heading, *children, class_=f"card {tone}".rstrip())
+
+
+def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
+    """Return a section with its heading and what one must know to read it."""
+    leads = [_node("p", lead, class_="soft")] if lead else []
+    return _node("section", _node("h2", title), *leads, *children, **attributes)
+
+
+def _picture(title: str, height: int, *drawn: Element, text: str = "", look: str = "") -> Element:
+    """Return a picture as wide as its place, drawn in percent across and pixels down, so that no text shrinks."""
+    words = [_node("title", title), *([_node("desc", text)] if text else [])]
+    return _node("svg", *words, *drawn, role="img", width="100%", height=height, class_=look)
+
+
+def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "") -> Element:
+    """Return a few words in a picture."""
+    place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
+    return _node("text", text, class_=look, fill=GREY, font_size=12, **place)
+
+
+def _bar(look: str, colour: str, **place: str) -> Element:
+    """Return a bar of a picture."""
+    return _node("rect", class_=look, color=colour, **place)
+
+
+def _grid(lines: Iterable[tuple[int, float]]) -> list[Element]:
+    """Return lines across a picture, each with its number; the one of 0 is its axis."""
+    lines = list(lines)
+    across = [
+        _node("line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="" if number else "axis")
+        for number, y in lines
+    ]
+    labels = [_label(f"{number:,}", 0, y - 4) for number, y in lines]
+    return [_node("g", *across, class_="grid", stroke="#8888"), *labels]
+
+
+def _ticks(peak: int, most: int = 4) -> list[int]:
+    """Return round numbers from 0 up to a peak, in at most so many steps."""
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    step = next(step for step in steps if step * most >= peak)
+    return list(range(0, peak + 1, step))
+
+
+def _line(
+    points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
+) -> list[Element]:
+    """Return what was open as a line with its area; a dot is hollow where a scan left targets unread."""
+    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
+    span, width = moments[-1] - moments[0], _LEFT + _WIDTH - left
+    across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
+    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
+    stroke = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_linejoin": "round"}
+    box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
+    plot = _node(
+        "svg",
+        _node("path", d=area, fill="currentColor", fill_opacity=0.12),
+        _node("path", d=f"M{path}", vector_effect="non-scaling-stroke", **stroke),
+        **box,
+        y=top,
+        width="100%",
+        height=height,
+        class_="line",
+        color=RED,
+    )
+    dots = []
+    for point, x, y in zip(points, across, down, strict=True):
+        unread = point.targets_unread
+        if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
+            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
+            more = f", {counted(unread, 'target')} not read" if unread else ""
+            title = _node("title", f"{_minute(point.at)}: {point.open:,} open{more}")
+            dots.append(_node("circle", title, cx=f"{x:.2f}%", cy=f"{top + y:.1f}", r="3", **look))
+    return [plot, _node("g", *dots, class_="line", color=RED, stroke="currentColor", stroke_width=1.5)]
+
+
+def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
+    """Return the first rows as a table without its empty columns, and how many more there are.
+
+    On a phone the rows stand as blocks, each cell behind the name of its column.
+    """
+    cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
+    known = {column: values for column, values in cells if any(values)}
+    looks = {column: COLUMN_LOOKS.get(column, "") for column in known}
+    head = [_node("th", column, scope="col", class_=look) for column, look in looks.items()]
+    body = [
+        _node(
+            "tr",
+            *(
+                _node("td", cell, data_label=column, class_=looks[column])
+                for column, cell in zip(known, row, strict=True)
+            ),
+        )
+        for row in zip(*known.values(), strict=True)
+    ]
+    table = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *body), class_="list")
+    return [_node("div", table, class_="scroll"), *_rest(len(rows) - most)]
+
+
+def _rest(number: int) -> list[Element]:
+    """Return how many more there are than are shown, if there are any."""
+    return [_node("p", line, class_="soft") for line in more_lines(number)]
 
 
 def _brief(text: str, width: int = 60) -> str:
@@ -5835,41 +5961,53 @@ def _minute(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _add_head(page: Element, title: str) -> None:
-    """Add what a browser must know before it shows anything, above all that it may load and run nothing."""
-    head = _add(page, "head")
-    _add(head, "meta", charset="utf-8")
+def _head(title: str) -> Element:
+    """Return what a browser must know before it shows anything, above all that it may load and run nothing."""
+    style = _node("style")
+    style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
     rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    _add(head, "meta", http_equiv="Content-Security-Policy", content=rules)
-    _add(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    _add(head, "meta", name="color-scheme", content="light dark")
-    _add(head, "meta", name="referrer", content="no-referrer")
-    _add(head, "title", _brief(title, 120))
-    _add(head, "style").text = HTML_STYLE
+    named = {
+        "viewport": "width=device-width, initial-scale=1",
+        "color-scheme": "light dark",
+        "referrer": "no-referrer",
+    }
+    return _node(
+        "head",
+        _node("meta", charset="utf-8"),
+        _node("meta", http_equiv="Content-Security-Policy", content=rules),
+        *(_node("meta", name=name, content=content) for name, content in named.items()),
+        _node("title", _brief(title, 120)),
+        style,
+    )
 
 
-def _add_header(main: Element, dashboard: Dashboard) -> None:
-    """Add whose tags these are, as of when, and in words how much of it was not read."""
+def _header(dashboard: Dashboard) -> Element:
+    """Return whose tags these are, as of when, and in words how much of it was not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
     accounts, regions = (len(_worst_first(standings, name)) for name in ("account_id", "region"))
-    header = _add(main, "header")
-    _add(header, "p", "EC2 instances and their required tags", class_="eyebrow")
-    _add(header, "h1", _brief(dashboard.policy.name, 120))
     days = (dashboard.made_at - datetime.fromisoformat(latest)).days
     ago = f", {counted(days, 'day')} ago" if days > 0 else ""
-    fleet = f"{counted(sum(standing.instances for standing in standings), 'instance')} in "
-    fleet += f"{counted(accounts, 'account')} and {counted(regions, 'region')}"
-    made_at = _minute(utc_text(dashboard.made_at))
-    _add(header, "p", f"{made_at} UTC · latest scan {_minute(latest)}{ago} · {fleet}", class_="soft")
+    when = f"{_minute(utc_text(dashboard.made_at))} UTC · latest scan {_minute(latest)}{ago}"
+    fleet = counted(sum(standing.instances for standing in standings), "instance")
+    lines = [
+        _node("p", "EC2 instances and their required tags", class_="eyebrow"),
+        _node("h1", _brief(dashboard.policy.name, 120)),
+        _node(
+            "p",
+            f"{when} · {fleet} in {counted(accounts, 'account')} and {counted(regions, 'region')}",
+            class_="soft",
+        ),
+    ]
     if unread := _unread(standings):
         codes = Counter(_brief((standing.error or "").partition(":")[0], 40) for standing in unread)
         why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
         more = ", …" if len(codes) > 3 else ""
-        text = f" ({why}{more}). What is said of them is as they were last read; nothing is known of them since. "
         were = f"of {counted(len(standings), 'target')} {'was' if len(unread) == 1 else 'were'} not read"
-        banner = _say(header, f"Incomplete: {len(unread):,} {were}", text, "banner")
-        _add(banner, "a", "Which, and why", href="#unread")
+        text = f" ({why}{more}). What is said of them is as they were last read; nothing is known of them since. "
+        link = _node("a", "Which, and why", href="#unread")
+        lines.append(_bold(f"Incomplete: {len(unread):,} {were}", text, link, look="banner"))
+    return _node("header", *lines)
 
 
 def _unread(standings: Iterable[Standing]) -> list[Standing]:
@@ -5895,111 +6033,115 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
     return {name: groups[name] for name in sorted(groups, key=badness.__getitem__)}
 
 
-def _add_cards(main: Element, dashboard: Dashboard) -> None:
-    """Add the answers to the three questions: does it get better, where is it worst, and whom to ask."""
-    cards = _add(main, "div", class_="cards")
-    _add_trend_card(cards, dashboard)
-    _add_worst_card(cards, dashboard.standings)
-    _add_ask_card(cards, dashboard)
+def _cards(dashboard: Dashboard) -> Element:
+    """Return the answers to three questions: does it get better, where is it worst, and whom to ask."""
+    cards = (_trend_card(dashboard), _worst_card(dashboard.standings), _ask_card(dashboard))
+    return _node("div", *cards, class_="cards")
 
 
-def _add_card(cards: Element, question: str, answer: str, tone: str = "") -> Element:
-    """Add a question and its answer."""
-    card = _add(cards, "article", class_=f"card {tone}".rstrip())
-    _add(card, "h2", question)
-    _add(card, "p", answer, class_="verdict")
-    return card
-
-
-def _add_trend_card(cards: Element, dashboard: Dashboard) -> None:
-    """Add whether there are fewer open findings than 30 days before the latest scan, or at the first one."""
+def _trend_card(dashboard: Dashboard) -> Element:
+    """Return whether fewer findings are open than 30 days before the latest scan, or than at the first one."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Does it get better?", counted(total, "open finding")
     if len(trend) == 1:
-        _add(_add_card(cards, question, now), "p", "Not known yet: a trend needs a second scan.")
-        return
+        return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
     latest = datetime.fromisoformat(trend[-1].at)
     month_ago = utc_text(latest - timedelta(days=30))
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     change = total - base.open
     word, tone, more = ("better", "good", "fewer") if change < 0 else ("worse", "bad", "more")
-    card = _add_card(cards, question, f"Getting {word}" if change else "Unchanged", tone if change else "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
     when = f"{days} before" if base.at <= month_ago else "at the first scan"
     than = f"{abs(change):,} {more}{share} than" if change else "as many as"
-    _say(card, now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")
+    lines = [_bold(now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
-        _add(card, "p", f"As far as is known: {doubt}.", class_="warn")
+        lines.append(_node("p", f"As far as is known: {doubt}.", class_="warn"))
     points = _grouped(trend, HTML_POINTS)
-    svg = _add_picture(card, f"Open findings: {base.open:,} {when}, {total:,} now", "", 44)
-    _add_line(svg, points, max(point.open for point in points), 4, 36, 1.0)
+    line = _line(points, max(point.open for point in points), 4, 36, 1.0)
+    picture = _picture(f"Open findings: {base.open:,} {when}, {total:,} now", 44, *line)
+    return _card(
+        question, f"Getting {word}" if change else "Unchanged", *lines, picture, tone=tone if change else ""
+    )
 
 
-def _add_worst_card(cards: Element, standings: Sequence[Standing]) -> None:
-    """Add the target, the account and the region with most open findings, and the lowest compliance."""
+def _worst_card(standings: Sequence[Standing]) -> Element:
+    """Return the target, the account and the region with most open findings, and the lowest compliance."""
     question, unread = "Where is it worst?", _unread(standings)
+    text = f"{counted(len(unread), 'target')} not read: it may be worse there."
+    warning = [_node("p", text, class_="warn")] if unread else []
     worst = max(standings, key=lambda standing: standing.findings)
-    if worst.findings:
-        card = _add_card(cards, question, worst.target.account_id, "bad")
-        _add(card, "p", worst.target.region, class_="verdict")
-        since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
-        _say(card, f"{worst.findings:,} of {counted(worst.instances, 'instance')}", f" lack tags{since}")
-        for attribute in ("account_id", "region"):
-            groups = _worst_first(standings, attribute)
-            name, group = next(iter(groups.items()))
-            if len(groups) > 1:
-                _, findings, share = _compliance(group)
-                _say(card, name, f" in all: {findings:,} open, {share} compliant")
-        judged = [s for s in standings if not s.error and s.compliant + s.findings]
-        lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
-        share = _compliance([lowest])[2]
-        if share != _compliance([worst])[2]:
-            _say(card, str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
-    elif unread:
-        _add(_add_card(cards, question, "Not known"), "p", "Nothing is open in what was read.")
-    else:
-        _add(_add_card(cards, question, "Nowhere", "good"), "p", _all_good(standings))
-    if unread:
-        text = f"{counted(len(unread), 'target')} not read: it may be worse there."
-        _add(cards[-1], "p", text, class_="warn")
+    if not worst.findings and unread:
+        return _card(question, "Not known", _node("p", "Nothing is open in what was read."), *warning)
+    if not worst.findings:
+        return _card(question, "Nowhere", _node("p", _all_good(standings)), tone="good")
+    since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
+    lines = [
+        _node("p", worst.target.region, class_="verdict"),
+        _bold(f"{worst.findings:,} of {counted(worst.instances, 'instance')}", f" lack tags{since}"),
+    ]
+    for attribute in ("account_id", "region"):
+        groups = _worst_first(standings, attribute)
+        name, group = next(iter(groups.items()))
+        if len(groups) > 1:
+            _, findings, share = _compliance(group)
+            lines.append(_bold(name, f" in all: {findings:,} open, {share} compliant"))
+    judged = [s for s in standings if not s.error and s.compliant + s.findings]
+    lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
+    share = _compliance([lowest])[2]
+    if share != _compliance([worst])[2]:
+        lines.append(
+            _bold(str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
+        )
+    return _card(question, worst.target.account_id, *lines, *warning, tone="bad")
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
-    """Return what can be said in truth where everything was read and nothing is open."""
-    counts = zip(*((s.instances, s.compliant, s.exempted) for s in standings), strict=True)
-    instances, compliant, exempted = map(sum, counts)
+    """Return what is true where everything was read and nothing is open."""
+    instances, compliant, exempted = (
+        sum(getattr(s, name) for s in standings) for name in ("instances", "compliant", "exempted")
+    )
+    if not instances:
+        return "There are no instances."
+    fleet = counted(instances, "instance")
     if compliant == instances:
-        fleet = counted(instances, "instance")
-        return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
+        return f"Every one of {fleet} carries its tags."
     rest = ((exempted, "exempted"), (instances - compliant - exempted, "too young to judge"))
     others = " and ".join(f"{number:,} {word}" for number, word in rest if number)
-    return f"{compliant:,} of {counted(instances, 'instance')} carry their tags; {others}."
+    return f"{compliant:,} of {fleet} carry their tags; {others}."
 
 
-def _add_ask_card(cards: Element, dashboard: Dashboard) -> None:
-    """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
+def _ask_card(dashboard: Dashboard) -> Element:
+    """Return who created most of what is open, else who probably owns it, and what puts most right at once."""
     found, question = dashboard.open, "Whom to ask?"
     people = found.by_owner or found.by_creator
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
-        _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
-        return
-    card = _add_card(cards, question, _brief(people[0][0]) if people else "Not known")
+        return _card(question, nobody, _node("p", "Nothing is open."))
+    lines = []
     if people:
         does = "owns, or probably owns," if found.by_owner else "created"
-        _say(card, f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
+        lines.append(
+            _bold(f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
+        )
     if len(people) > 1:
-        _say(card, "Then", ": " + ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]))
+        lines.append(_bold("Then", f": {_people(people[1:4])}"))
     if found.by_owner and found.by_creator:
-        makers = ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in found.by_creator[:3])
-        _say(card, "Created", f" by {makers}")
+        lines.append(_bold("Created", f" by {_people(found.by_creator[:3])}"))
     if found.causes:
-        _say(card, "Most at once", f": {_brief(str(found.causes[0]), 240)}")
+        lines.append(_bold("Most at once", f": {_brief(str(found.causes[0]), 240)}"))
     if not found.by_creator:
-        line = _add(card, "p", "Who created the instances is not known: ", class_="soft")
-        _add(line, "code", "scan --creators").tail = " looks it up."
+        code = _node("code", "scan --creators")
+        lines.append(
+            _node("p", "Who created the instances is not known: ", code, " looks it up.", class_="soft")
+        )
+    return _card(question, _brief(people[0][0]) if people else "Not known", *lines)
+
+
+def _people(counts: Iterable[tuple[str, int]]) -> str:
+    """Return names with the number of findings of each."""
+    return ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in counts)
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
@@ -6007,106 +6149,49 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     size = -(-len(trend) // most)
     groups = [trend[start : start + size] for start in range(0, len(trend), size)]
     return [
-        replace(group[-1], new=sum(p.new for p in group), reopened=sum(p.reopened for p in group),
-                resolved=sum(p.resolved for p in group), targets_unread=max(p.targets_unread for p in group))
+        replace(
+            group[-1],
+            **{
+                name: sum(getattr(point, name) for point in group) for name in ("new", "reopened", "resolved")
+            },
+            targets_unread=max(point.targets_unread for point in group),
+        )
         for group in groups
-    ]  # fmt: skip
+    ]
 
 
-def _add_picture(parent: Element, title: str, text: str, height: int, look: str = "") -> Element:
-    """Add a picture as wide as its place: it draws in percent across and in pixels down, so that no text shrinks."""
-    svg = _add(parent, "svg", role="img", width="100%", height=height, class_=look)
-    _add(svg, "title", title)
-    if text:
-        _add(svg, "desc", text)
-    return svg
-
-
-def _add_line(
-    svg: Element, points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
-) -> None:
-    """Draw what was open as a line with its area, hollow where a scan left targets unread."""
-    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
-    span = moments[-1] - moments[0]
-    width = _LEFT + _WIDTH - left
-    across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
-    down = [height * (1 - point.open / max(peak, 1)) for point in points]
-    box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
-    plot = _add(svg, "svg", y=top, width="100%", height=height, class_="line", color="#b5502b", **box)
-    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
-    _add(plot, "path", d=area, fill="currentColor", fill_opacity=0.12)
-    line = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_linejoin": "round"}
-    _add(plot, "path", d=f"M{path}", vector_effect="non-scaling-stroke", **line)
-    dots = _add(svg, "g", class_="line", color="#b5502b", stroke="currentColor", stroke_width=1.5)
-    for point, x, y in zip(points, across, down, strict=True):
-        unread, place = point.targets_unread, {"cx": f"{x:.2f}%", "cy": f"{top + y:.1f}", "r": "3"}
-        if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
-            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
-            more = f", {counted(unread, 'target')} not read" if unread else ""
-            dot = _add(dots, "circle", **place, **look)
-            _add(dot, "title", f"{_minute(point.at)}: {point.open:,} open{more}")
-
-
-def _ticks(peak: int, most: int = 4) -> list[int]:
-    """Return round numbers from 0 up to a peak, in at most so many steps."""
-    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
-    step = next(step for step in steps if step * most >= peak)
-    return list(range(0, peak + 1, step))
-
-
-def _add_grid(svg: Element, lines: Sequence[tuple[int, float]]) -> None:
-    """Draw lines across, each with its number."""
-    grid = _add(svg, "g", class_="grid", stroke="#8888")
-    for number, y in lines:
-        _add(grid, "line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="" if number else "axis")
-        _add_label(svg, f"{number:,}", 0, y - 4)
-
-
-def _add_label(svg: Element, text: str, x: float, y: float, anchor: str = "start", look: str = "") -> None:
-    """Write a few words into a picture."""
-    place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
-    _add(svg, "text", text, class_=look, fill="#888", font_size=12, **place)
-
-
-def _add_section(parent: Element, title: str, lead: str = "", **attributes: Any) -> Element:
-    """Add a section with its heading and what is to be known of it."""
-    section = _add(parent, "section", **attributes)
-    _add(section, "h2", title)
-    if lead:
-        _add(section, "p", lead, class_="soft")
-    return section
-
-
-def _add_trend(main: Element, dashboard: Dashboard) -> None:
-    """Add the open findings over time, what each scan changed, and the latest scans in numbers."""
-    trend, points = dashboard.trend, _grouped(dashboard.trend, HTML_POINTS)
-    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
-    section = _add_section(main, "Open findings over time", lead)
+def _trend(trend: Sequence[TrendPoint]) -> Element:
+    """Return the open findings over time, what each scan changed, and the latest scans in numbers."""
+    points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
     (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
-    svg = _add_picture(section, "Open findings over time", text, 250, "chart")
-    _add_grid(svg, [(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
-    _add_line(svg, points, peak, 18, 200)
+    drawn = [
+        *_grid((tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)),
+        *_line(points, peak, 18, 200),
+    ]
     form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
     for quarter in range(5) if end > start else [2]:
         moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
         look = "wide" if quarter % 2 else ""  # too many for a phone
-        _add_label(svg, f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look)
-    _add_changes(section, trend)
-    details = _add(section, "details")
-    _add(details, "summary", "The latest scans in numbers", class_="soft")
+        drawn.append(_label(f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look))
+    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
+    chart = _picture("Open findings over time", 250, *drawn, text=text, look="chart")
     rows = [
-        (_minute(p.at), *(f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)),
-         f"{p.targets_unread:,} of {counted(p.targets, 'target')}")
+        (
+            _minute(p.at),
+            *(f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)),
+            f"{p.targets_unread:,} of {counted(p.targets, 'target')}",
+        )
         for p in trend[: -HTML_ROWS - 1 : -1]
-    ]  # fmt: skip
-    _add_table(details, ("Scan", "Open", "NEW", "REOPENED", "RESOLVED", "Not read"), rows)
+    ]
+    summary = _node("summary", "The latest scans in numbers", class_="soft")
+    numbers = _node("details", summary, *_table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows))
+    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
+    return _titled("Open findings over time", lead, chart, *_changes(trend), numbers)
 
 
-def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
-    """Draw what scans opened upward and what they resolved downward, several to a bar where there are many."""
+def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
+    """Return a chart of what scans opened (up) and resolved (down), several scans to a bar if there are many."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
@@ -6115,99 +6200,91 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     cut = first > 2 * rest > 0
     up = rest if cut else max(first, 0, *others)
     if not up + down:
-        return
+        return []
     each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
-    legend = _add(section, "p", class_="legend soft")
-    for look, words in (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)")):
-        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = f"{words} "
-    _add(legend, "span", each)
-    svg = _add_picture(section, "NEW, REOPENED and RESOLVED findings per scan", each, 200, "chart")
+    looks = (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)"))
+    keys = [_node("span", _node("span", class_=f"key {look}"), f"{words} ") for look, words in looks]
+    legend = _node("p", *keys, _node("span", each), class_="legend soft")
     scale = 150 / (up + down)
     zero, ticks = 22 + up * scale, _ticks(max(up, down), 2)
-    _add_grid(svg, [(n, zero - n * scale) for n in ticks if n <= up])
-    _add_grid(svg, [(n, zero + n * scale) for n in ticks[1:] if n <= down])
+    drawn = _grid((n, zero - n * scale) for n in ticks if n <= up)
+    drawn += _grid((n, zero + n * scale) for n in ticks[1:] if n <= down)
     slot = _WIDTH / len(bars)
     width = min(slot * 0.72, 6)
     for index, bar in enumerate(bars):
         middle = _LEFT + slot * (index + 0.5)
-        left = middle - width / 2
         new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
-        group = _add(svg, "g", fill="currentColor")
+        parts = (
+            ("new", RED, new, new),
+            ("again", PALE, again, new + again),
+            ("done", GREEN, bar.resolved, 0),
+        )
         text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
-        _add(group, "title", f"{_minute(bar.at)}: {text}")
-        for look, number, above, colour in (
-            ("new", new, new, "#b5502b"), ("again", again, new + again, "#eba883"), ("done", bar.resolved, 0, "#2a8a78"),
-        ):  # fmt: skip
-            if number:
-                box = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}", "class_": look}
-                _add(group, "rect", x=f"{left:.2f}%", width=f"{width:.2f}%", color=colour, **box)
+        boxes = [
+            _bar(
+                look,
+                colour,
+                x=f"{middle - width / 2:.2f}%",
+                width=f"{width:.2f}%",
+                y=f"{zero - above * scale:.1f}",
+                height=f"{number * scale:.1f}",
+            )
+            for look, colour, number, above in parts
+            if number
+        ]
+        drawn.append(_node("g", _node("title", f"{_minute(bar.at)}: {text}"), *boxes, fill="currentColor"))
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
-            _add_label(svg, bar.at[:10], middle, 196, anchor)
+            drawn.append(_label(bar.at[:10], middle, 196, anchor))
     if cut:
-        _add_label(svg, f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14)
+        drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
+    title = "NEW, REOPENED and RESOLVED findings per scan"
+    return [legend, _picture(title, 200, *drawn, text=each, look="chart")]
 
 
-def _add_table(parent: Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Add a table whose rows stand as blocks on a phone, each cell behind the name of its column."""
-    table = _add(_add(parent, "div", class_="scroll"), "table", class_="list")
-    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
-    for column in columns:
-        _add(head, "th", column, scope="col", class_=COLUMN_LOOKS.get(column, ""))
-    for row in rows:
-        line = _add(body, "tr")
-        for column, cell in zip(columns, row, strict=True):
-            _add(line, "td", cell, data_label=column, class_=COLUMN_LOOKS.get(column, ""))
-
-
-def _add_heat_map(main: Element, dashboard: Dashboard) -> None:
-    """Add the compliance of each account in each region, the worst first; what was not read is hatched."""
-    standings, name = dashboard.standings, "Compliance by account and region"
+def _heat_map(standings: Sequence[Standing]) -> Element:
+    """Return the compliance of each account in each region, the worst first; what was not read is hatched."""
     accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
-    shown = [(account, accounts[account], "") for account in list(accounts)[:HTML_ACCOUNTS]]
-    others = [standing for account in list(accounts)[HTML_ACCOUNTS:] for standing in accounts[account]]
+    names = list(accounts)
+    rows = [(account, accounts[account], "") for account in names[:HTML_ACCOUNTS]]
     lead = "The share of instances that carry their tags, of those that were judged; worst first."
-    if others:
-        lead += f" Of {counted(len(accounts), 'account')} these are the {HTML_ACCOUNTS} worst."
-        shown.append((f"all the others ({len(accounts) - HTML_ACCOUNTS:,})", others, ""))
-    if len(accounts) > 1:
-        shown.append(("all accounts", list(standings), "all"))
-    section = _add_section(main, name, lead)
-    legend = _add(section, "p", class_="legend soft")
-    below = f"below {COMPLIANCE_STEPS[-1]}%"
-    for step, words in enumerate(["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), below]):
-        _add(legend, "span", words, class_=f"step h{step}").tail = " "
-    _add(legend, "span", "not read", class_="step unread")
-    box = _add(section, "div", class_="scroll", tabindex=0, role="region", aria_label=name)
-    table = _add(box, "table", class_="heat")
-    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
-    for column in ("Account", "all", *regions):
-        _add(head, "th", column, scope="col")
-    for account, group, look in shown:
-        row = _add(body, "tr", class_=look)
-        _add(row, "th", account, scope="row")
-        _add_cell(row, f"{account}, all regions", group)
+    if others := names[HTML_ACCOUNTS:]:
+        lead += f" Of {counted(len(names), 'account')} these are the {HTML_ACCOUNTS} worst."
+        rest = [standing for account in others for standing in accounts[account]]
+        rows.append((f"all the others ({len(others):,})", rest, ""))
+    if len(names) > 1:
+        rows.append(("all accounts", list(standings), "all"))
+    steps = ["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), f"below {COMPLIANCE_STEPS[-1]}%"]
+    keys = [_node("span", words, class_=f"step h{step}") for step, words in enumerate(steps)]
+    spaced = itertools.chain.from_iterable((key, " ") for key in keys)
+    legend = _node("p", *spaced, _node("span", "not read", class_="step unread"), class_="legend soft")
+    head = [_node("th", column, scope="col") for column in ("Account", "all", *regions)]
+    body = []
+    for account, group, look in rows:
         by_region = _worst_first(group, "region")
-        for region in regions:
-            _add_cell(row, f"{account}, {region}", by_region.get(region, []))
+        cells = [_heat_cell(f"{account}, {region}", by_region.get(region, [])) for region in regions]
+        whole = _heat_cell(f"{account}, all regions", group)
+        body.append(_node("tr", _node("th", account, scope="row"), whole, *cells, class_=look))
+    table = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *body), class_="heat")
+    name = "Compliance by account and region"
+    box = _node("div", table, class_="scroll", tabindex=0, role="region", aria_label=name)
+    return _titled(name, lead, legend, box)
 
 
-def _add_cell(row: Element, where: str, standings: Sequence[Standing]) -> None:
-    """Add a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
+def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
+    """Return a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
     compliant, findings, text = _compliance(read)
     judged = compliant + findings
     step = sum(100 * compliant < limit * judged for limit in COMPLIANCE_STEPS)
     title = f"{where}: {findings:,} of {counted(judged, 'instance')} lack tags" if read else where
     look = "unread" if unread else f"h{step}" if judged else ""
-    cell = _add(row, "td", text if read else "not read" if unread else "", class_=look, title=title)
-    if read and unread:
-        _add(cell, "small", f" {unread:,} not read")
+    small = [_node("small", f" {unread:,} not read")] if read and unread else []
+    return _node("td", text if read else "not read" if unread else "", *small, class_=look, title=title)
 
 
-def _add_counts(main: Element, dashboard: Dashboard) -> None:
-    """Add the open findings by tag, age and person, and the money spent without each tag."""
-    found, pair = dashboard.open, _add(main, "div", class_="pair")
+def _counts(found: OpenFindings) -> Element:
+    """Return the open findings by tag, age and person, and the money spent without each tag."""
     unpriced = found.total - found.priced
     spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
@@ -6220,70 +6297,73 @@ def _add_counts(main: Element, dashboard: Dashboard) -> None:
         ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
-    for title, lead, rows in charts:
-        if rows:
-            section = _add_section(pair, title, lead)
-            body = _add(_add(section, "table", class_="bars"), "tbody")
-            most = max(number for _, number in rows) or 1
-            for name, number in rows[:HTML_ROWS]:
-                row, amount = _add(body, "tr"), f"{number:,.0f}"
-                _add(row, "th", _brief(name), scope="row")
-                svg = _add_picture(_add(row, "td"), f"{_brief(name)}: {amount}", "", 12)
-                box = {"width": f"{100 * number / most:.1f}%", "height": "12", "class_": "bar"}
-                _add(svg, "rect", color="#b5502b", fill="currentColor", **box)
-                _add(row, "td", amount, class_="number")
-            _add_rest(section, len(rows) - HTML_ROWS)
+    sections = [_titled(title, lead, *_bars(rows)) for title, lead, rows in charts if rows]
+    return _node("div", *sections, class_="pair")
 
 
-def _add_rest(section: Element, number: int) -> None:
-    """Say how many more there are than are shown."""
-    if number > 0:
-        _add(section, "p", f"… and {number:,} more", class_="soft")
+def _bars(counts: Sequence[tuple[str, float]]) -> list[Element]:
+    """Return a chart with a bar for each of the first counts, and how many more there are."""
+    most = max(number for _, number in counts) or 1
+    rows = []
+    for name, number in counts[:HTML_ROWS]:
+        amount, width = f"{number:,.0f}", f"{100 * number / most:.1f}%"
+        bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
+        picture = _node("td", _picture(f"{_brief(name)}: {amount}", 12, bar))
+        rows.append(
+            _node("tr", _node("th", _brief(name), scope="row"), picture, _node("td", amount, class_="number"))
+        )
+    return [_node("table", _node("tbody", *rows), class_="bars"), *_rest(len(counts) - HTML_ROWS)]
 
 
-def _add_lists(main: Element, dashboard: Dashboard) -> None:
-    """Add the causes, the oldest findings, the exemptions that end, and what was not read: each where there is any."""
-    found, unread = dashboard.open, _unread(dashboard.standings)
+def _lists(dashboard: Dashboard) -> Iterator[Element]:
+    """Yield the causes, the oldest findings, the exemptions that end, and what was not read, if there are any."""
+    found = dashboard.open
     causes = [
         (f"{cause.instances:,}", cause.target.account_id, cause.target.region, _brief(str(cause), 240))
         for cause in found.causes
     ]
     oldest = [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]
     endings = [(_brief(problem.message, 120), _brief(problem.where, 240)) for problem in dashboard.endings]
-    unread.sort(key=lambda standing: (standing.last_read or "", standing.target))
+    unread = sorted(
+        _unread(dashboard.standings), key=lambda standing: (standing.last_read or "", standing.target)
+    )
     not_read = [
-        (s.target.account_id, s.target.region, _minute(s.last_read) if s.last_read else "never",
-         f"{s.findings:,}" if s.last_read else "not known", _brief(s.error or "", 240))
+        (
+            s.target.account_id,
+            s.target.region,
+            _minute(s.last_read) if s.last_read else "never",
+            f"{s.findings:,}" if s.last_read else "not known",
+            _brief(s.error or "", 240),
+        )
         for s in unread
-    ]  # fmt: skip
-    lists: tuple[tuple[str, str, str, Sequence[Sequence[str]], int], ...] = (
-        ("Causes", "What many instances share, and where to put it right for all of them.", "Instances,Account,Region,What to do", causes, HTML_ROWS),
-        ("Open for longest", "", "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month", oldest, HTML_ROWS),
-        ("Exemptions that end", "", "When,Exemption", endings, HTML_ROWS),
-        ("Not read", "Nothing is known of these since they were last read; what was open then still counts.", "Account,Region,Last read,Open,Why", not_read, HTML_UNREAD),
-    )  # fmt: skip
-    for title, lead, columns, rows, most in lists:
-        if rows:
-            section = _add_section(main, title, lead, id="unread" if rows is not_read else "")
-            cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
-            known = {column: values for column, values in cells if any(values)}
-            _add_table(section, list(known), zip(*known.values(), strict=True))
-            _add_rest(section, len(rows) - most)
+    ]
+    if causes:
+        lead = "What many instances share, and where to put it right for all of them."
+        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
+    if oldest:
+        columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
+        yield _titled("Open for longest", "", *_table(columns, oldest))
+    if endings:
+        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
+    if not_read:
+        lead = "Nothing is known of these since they were last read; what was open then still counts."
+        rows = _table("Account,Region,Last read,Open,Why", not_read, HTML_UNREAD)
+        yield _titled("Not read", lead, *rows, id="unread")
 
 
 def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
-    """Return what is shown of a finding that has been open for long."""
+    """Return a finding that has been open for long as a row."""
     days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
+    lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
+    likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
     return (
         finding.instance_id,
         _brief(finding.name, 40),
-        *(finding.account_id, finding.region),
+        finding.account_id,
+        finding.region,
         f"{finding.first_seen[:10]}, {counted(days, 'day')}",
-        _brief(
-            ", ".join(_brief(violation, 80) for violation in short_violations(finding)),
-            240,
-        ),
-        _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
+        _brief(lacks, 240),
+        _brief(likely, 240),
         _brief(finding.created_by or ""),
         "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
     )
