@@ -5801,20 +5801,20 @@ HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
-# Where the page's style is taken away, as in Jenkins, the pictures have these colours.
-RED, PALE, GREEN, GREY = "#b5502b", "#eba883", "#2a8a78", "#888"
+RED, PALE, GREEN, GREY = "#b5502b", "#eba883", "#2a8a78", "#888"  # where the style is blocked, as in Jenkins
 Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
 
 
 def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     """Write the dashboard as one page that runs no script and loads nothing."""
-    policy = dashboard.policy
-    sections = [_trend(dashboard.trend), _heat_map(dashboard.standings), _counts(dashboard.open)]
-    main = _node("main", _header(dashboard), _cards(dashboard), *sections, *_lists(dashboard))
-    source = f"the policy {_brief(policy.name, 120)} ({_brief(policy.file, 120)})"
-    footer = _node("footer", f"Made by tagcheck {__version__} for {source}. All times are UTC.")
-    page = _node("html", _head(f"{policy.name}: required tags"), _node("body", main, footer), lang="en")
+    name, policy_file = _brief(dashboard.policy.name, 120), _brief(dashboard.policy.file, 120)
+    cards = (_trend_card(dashboard), _worst_card(dashboard.standings), _ask_card(dashboard))
+    parts = [_header(dashboard, name), _node("div.cards", *cards), _trend(dashboard.trend)]
+    parts += [_heat_map(dashboard.standings), _counts(dashboard.open), *_lists(dashboard)]
+    source = f"Made by tagcheck {__version__} for the policy {name} ({policy_file}). All times are UTC."
+    body = _node("body", _node("main", *parts), _node("footer", source))
+    page = _node("html", _head(_brief(f"{dashboard.policy.name}: required tags", 120)), body, lang="en")
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -5823,8 +5823,10 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
-def _node(tag: str, *children: Element | str, **attributes: object) -> Element:
-    """Return an element; what strangers wrote stays text in it, and its invisible characters are shown."""
+def _node(selector: str, *children: Element | str, **attributes: object) -> Element:
+    """Return an element such as `p.soft`; what strangers wrote stays text, its invisible characters shown."""
+    tag, *classes = selector.split(".")
+    attributes = {"class": " ".join(filter(None, classes))} | attributes
     names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
     element = ElementTree.Element(tag, {name: value for name, value in names.items() if value})
     for child in children:
@@ -5837,49 +5839,46 @@ def _node(tag: str, *children: Element | str, **attributes: object) -> Element:
     return element
 
 
-def _bold(bold: str, text: str, *more: Element, look: str = "") -> Element:
+def _bold(bold: str, text: str) -> Element:
     """Return a paragraph that begins in bold."""
-    return _node("p", _node("b", bold), text, *more, class_=look)
+    return _node("p", _node("b", bold), text)
 
 
 def _card(question: str, answer: str, *children: Element, tone: str = "") -> Element:
     """Return a question with its answer, and what supports it."""
-    heading = (_node("h2", question), _node("p", answer, class_="verdict"))
-    return _node("article", *heading, *children, class_=f"card {tone}".rstrip())
+    return _node(f"article.card.{tone}", _node("h2", question), _node("p.verdict", answer), *children)
 
 
 def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
     """Return a section with its heading and what one must know to read it."""
-    leads = [_node("p", lead, class_="soft")] if lead else []
+    leads = [_node("p.soft", lead)] if lead else []
     return _node("section", _node("h2", title), *leads, *children, **attributes)
 
 
-def _picture(title: str, height: int, *drawn: Element, text: str = "", look: str = "") -> Element:
-    """Return a picture as wide as its place, drawn in percent across and pixels down, so that no text shrinks."""
+def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
+    """Return a picture as wide as its place; it is drawn in percent across and pixels down, so no text shrinks."""
     words = [_node("title", title), *([_node("desc", text)] if text else [])]
-    return _node("svg", *words, *drawn, role="img", width="100%", height=height, class_=look)
+    return _node(f"svg.{look}", *words, *drawn, role="img", width="100%", height=height)
 
 
 def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "") -> Element:
     """Return a few words in a picture."""
     place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
-    return _node("text", text, class_=look, fill=GREY, font_size=12, **place)
+    return _node(f"text.{look}", text, fill=GREY, font_size=12, **place)
 
 
 def _bar(look: str, colour: str, **place: str) -> Element:
     """Return a bar of a picture."""
-    return _node("rect", class_=look, color=colour, **place)
+    return _node(f"rect.{look}", color=colour, **place)
 
 
-def _grid(lines: Iterable[tuple[int, float]]) -> list[Element]:
-    """Return lines across a picture, each with its number; the one of 0 is its axis."""
-    lines = list(lines)
-    across = [
-        _node("line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="" if number else "axis")
-        for number, y in lines
-    ]
-    labels = [_label(f"{number:,}", 0, y - 4) for number, y in lines]
-    return [_node("g", *across, class_="grid", stroke="#8888"), *labels]
+def _grid(lines: Sequence[tuple[int, float]]) -> list[Element]:
+    """Return lines across a picture, each with its number; that of 0 is the axis."""
+    group = _node("g.grid", stroke="#8888")
+    for number, y in lines:
+        place = {"x1": 0, "x2": "100%", "y1": f"{y:.1f}", "y2": f"{y:.1f}"}
+        group.append(_node("line" if number else "line.axis", **place))
+    return [group, *(_label(f"{number:,}", 0, y - 4) for number, y in lines)]
 
 
 def _ticks(peak: int, most: int = 4) -> list[int]:
@@ -5898,29 +5897,21 @@ def _line(
     across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
     down = [height * (1 - point.open / max(peak, 1)) for point in points]
     path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
-    stroke = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_linejoin": "round"}
+    corners = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
+    area = _node("path", d=corners, fill="currentColor", fill_opacity=0.12)
+    stroke = {"fill": "none", "stroke": "currentColor", "stroke_width": 2, "stroke_linejoin": "round"}
+    line = _node("path", d=f"M{path}", vector_effect="non-scaling-stroke", **stroke)
     box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
-    plot = _node(
-        "svg",
-        _node("path", d=area, fill="currentColor", fill_opacity=0.12),
-        _node("path", d=f"M{path}", vector_effect="non-scaling-stroke", **stroke),
-        **box,
-        y=top,
-        width="100%",
-        height=height,
-        class_="line",
-        color=RED,
-    )
-    dots = []
+    plot = _node("svg.line", area, line, **box, y=top, width="100%", height=height, color=RED)
+    dots = _node("g.line", color=RED, stroke="currentColor", stroke_width=1.5)
     for point, x, y in zip(points, across, down, strict=True):
         unread = point.targets_unread
         if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
-            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
             more = f", {counted(unread, 'target')} not read" if unread else ""
             title = _node("title", f"{_minute(point.at)}: {point.open:,} open{more}")
-            dots.append(_node("circle", title, cx=f"{x:.2f}%", cy=f"{top + y:.1f}", r="3", **look))
-    return [plot, _node("g", *dots, class_="line", color=RED, stroke="currentColor", stroke_width=1.5)]
+            look, fill = ("circle.hollow", "#fff") if unread else ("circle", "currentColor")
+            dots.append(_node(look, title, cx=f"{x:.2f}%", cy=f"{top + y:.1f}", r=3, fill=fill))
+    return [plot, dots]
 
 
 def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
@@ -5930,25 +5921,19 @@ def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -
     """
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(values)}
-    looks = {column: COLUMN_LOOKS.get(column, "") for column in known}
-    head = [_node("th", column, scope="col", class_=look) for column, look in looks.items()]
-    body = [
-        _node(
-            "tr",
-            *(
-                _node("td", cell, data_label=column, class_=looks[column])
-                for column, cell in zip(known, row, strict=True)
-            ),
-        )
-        for row in zip(*known.values(), strict=True)
-    ]
-    table = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *body), class_="list")
-    return [_node("div", table, class_="scroll"), *_rest(len(rows) - most)]
+    looks = [COLUMN_LOOKS.get(column, "") for column in known]
+    head = [_node(f"th.{look}", column, scope="col") for look, column in zip(looks, known, strict=True)]
+    body = _node("tbody")
+    for row in zip(*known.values(), strict=True):
+        named = zip(looks, known, row, strict=True)
+        body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
+    table = _node("table.list", _node("thead", _node("tr", *head)), body)
+    return [_node("div.scroll", table), *_rest(len(rows) - most)]
 
 
 def _rest(number: int) -> list[Element]:
     """Return how many more there are than are shown, if there are any."""
-    return [_node("p", line, class_="soft") for line in more_lines(number)]
+    return [_node("p.soft", line) for line in more_lines(number)]
 
 
 def _brief(text: str, width: int = 60) -> str:
@@ -5967,47 +5952,37 @@ def _head(title: str) -> Element:
     style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
     rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    named = {
-        "viewport": "width=device-width, initial-scale=1",
-        "color-scheme": "light dark",
-        "referrer": "no-referrer",
-    }
-    return _node(
-        "head",
+    metas = (
         _node("meta", charset="utf-8"),
         _node("meta", http_equiv="Content-Security-Policy", content=rules),
-        *(_node("meta", name=name, content=content) for name, content in named.items()),
-        _node("title", _brief(title, 120)),
-        style,
+        _node("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        _node("meta", name="color-scheme", content="light dark"),
+        _node("meta", name="referrer", content="no-referrer"),
     )
+    return _node("head", *metas, _node("title", title), style)
 
 
-def _header(dashboard: Dashboard) -> Element:
+def _header(dashboard: Dashboard, name: str) -> Element:
     """Return whose tags these are, as of when, and in words how much of it was not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
-    accounts, regions = (len(_worst_first(standings, name)) for name in ("account_id", "region"))
+    accounts, regions = (len(_worst_first(standings, place)) for place in ("account_id", "region"))
     days = (dashboard.made_at - datetime.fromisoformat(latest)).days
     ago = f", {counted(days, 'day')} ago" if days > 0 else ""
-    when = f"{_minute(utc_text(dashboard.made_at))} UTC · latest scan {_minute(latest)}{ago}"
     fleet = counted(sum(standing.instances for standing in standings), "instance")
-    lines = [
-        _node("p", "EC2 instances and their required tags", class_="eyebrow"),
-        _node("h1", _brief(dashboard.policy.name, 120)),
-        _node(
-            "p",
-            f"{when} · {fleet} in {counted(accounts, 'account')} and {counted(regions, 'region')}",
-            class_="soft",
-        ),
-    ]
+    fleet += f" in {counted(accounts, 'account')} and {counted(regions, 'region')}"
+    when = f"{_minute(utc_text(dashboard.made_at))} UTC · latest scan {_minute(latest)}{ago} · {fleet}"
+    heading = _node("p.eyebrow", "EC2 instances and their required tags"), _node("h1", name)
+    header = _node("header", *heading, _node("p.soft", when))
     if unread := _unread(standings):
         codes = Counter(_brief((standing.error or "").partition(":")[0], 40) for standing in unread)
         why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
         more = ", …" if len(codes) > 3 else ""
         were = f"of {counted(len(standings), 'target')} {'was' if len(unread) == 1 else 'were'} not read"
-        text = f" ({why}{more}). What is said of them is as they were last read; nothing is known of them since. "
+        text = "What is said of them is as they were last read; nothing is known of them since."
+        bold = _node("b", f"Incomplete: {len(unread):,} {were}")
         link = _node("a", "Which, and why", href="#unread")
-        lines.append(_bold(f"Incomplete: {len(unread):,} {were}", text, link, look="banner"))
-    return _node("header", *lines)
+        header.append(_node("p.banner", bold, f" ({why}{more}). {text} ", link))
+    return header
 
 
 def _unread(standings: Iterable[Standing]) -> list[Standing]:
@@ -6016,7 +5991,7 @@ def _unread(standings: Iterable[Standing]) -> list[Standing]:
 
 
 def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
-    """Return how many instances comply, how many do not, and the first as a share: never 100% that are fewer."""
+    """Return how many instances comply, how many do not, and the share that does, never rounded up."""
     pairs = [(standing.compliant, standing.findings) for standing in standings]
     compliant, findings = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
     percent = 100 * compliant // max(compliant + findings, 1)
@@ -6033,12 +6008,6 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
     return {name: groups[name] for name in sorted(groups, key=badness.__getitem__)}
 
 
-def _cards(dashboard: Dashboard) -> Element:
-    """Return the answers to three questions: does it get better, where is it worst, and whom to ask."""
-    cards = (_trend_card(dashboard), _worst_card(dashboard.standings), _ask_card(dashboard))
-    return _node("div", *cards, class_="cards")
-
-
 def _trend_card(dashboard: Dashboard) -> Element:
     """Return whether fewer findings are open than 30 days before the latest scan, or than at the first one."""
     trend, total = dashboard.trend, dashboard.open.total
@@ -6049,20 +6018,22 @@ def _trend_card(dashboard: Dashboard) -> Element:
     month_ago = utc_text(latest - timedelta(days=30))
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     change = total - base.open
-    word, tone, more = ("better", "good", "fewer") if change < 0 else ("worse", "bad", "more")
+    tone, word, more = ("good", "better", "fewer") if change < 0 else ("bad", "worse", "more")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
+    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
     when = f"{days} before" if base.at <= month_ago else "at the first scan"
-    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
     lines = [_bold(now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
-        lines.append(_node("p", f"As far as is known: {doubt}.", class_="warn"))
+        lines.append(_node("p.warn", f"As far as is known: {doubt}."))
     points = _grouped(trend, HTML_POINTS)
-    line = _line(points, max(point.open for point in points), 4, 36, 1.0)
-    picture = _picture(f"Open findings: {base.open:,} {when}, {total:,} now", 44, *line)
-    return _card(
-        question, f"Getting {word}" if change else "Unchanged", *lines, picture, tone=tone if change else ""
+    line = _line(points, max(point.open for point in points), 4, 36, left=1.0)
+    lines.append(_picture(f"Open findings: {base.open:,} {when}, {total:,} now", "", 44, *line))
+    return (
+        _card(question, f"Getting {word}", *lines, tone=tone)
+        if change
+        else _card(question, "Unchanged", *lines)
     )
 
 
@@ -6070,128 +6041,106 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
     """Return the target, the account and the region with most open findings, and the lowest compliance."""
     question, unread = "Where is it worst?", _unread(standings)
     text = f"{counted(len(unread), 'target')} not read: it may be worse there."
-    warning = [_node("p", text, class_="warn")] if unread else []
+    warning = [_node("p.warn", text)] if unread else []
     worst = max(standings, key=lambda standing: standing.findings)
     if not worst.findings and unread:
         return _card(question, "Not known", _node("p", "Nothing is open in what was read."), *warning)
     if not worst.findings:
         return _card(question, "Nowhere", _node("p", _all_good(standings)), tone="good")
     since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
-    lines = [
-        _node("p", worst.target.region, class_="verdict"),
-        _bold(f"{worst.findings:,} of {counted(worst.instances, 'instance')}", f" lack tags{since}"),
-    ]
+    of = f"{worst.findings:,} of {counted(worst.instances, 'instance')}"
+    lines = [_node("p.verdict", worst.target.region), _bold(of, f" lack tags{since}")]
     for attribute in ("account_id", "region"):
         groups = _worst_first(standings, attribute)
-        name, group = next(iter(groups.items()))
+        name = next(iter(groups))
+        _, findings, share = _compliance(groups[name])
         if len(groups) > 1:
-            _, findings, share = _compliance(group)
             lines.append(_bold(name, f" in all: {findings:,} open, {share} compliant"))
     judged = [s for s in standings if not s.error and s.compliant + s.findings]
     lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
     share = _compliance([lowest])[2]
     if share != _compliance([worst])[2]:
-        lines.append(
-            _bold(str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
-        )
+        of = f"{share} of {counted(lowest.instances, 'instance')}"
+        lines.append(_bold(str(lowest.target), f": {of} compliant"))
     return _card(question, worst.target.account_id, *lines, *warning, tone="bad")
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
     """Return what is true where everything was read and nothing is open."""
-    instances, compliant, exempted = (
-        sum(getattr(s, name) for s in standings) for name in ("instances", "compliant", "exempted")
-    )
-    if not instances:
-        return "There are no instances."
+    numbers = [(standing.instances, standing.compliant, standing.exempted) for standing in standings]
+    instances, compliant, exempted = map(sum, zip(*numbers, strict=True))
     fleet = counted(instances, "instance")
     if compliant == instances:
-        return f"Every one of {fleet} carries its tags."
+        return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
     rest = ((exempted, "exempted"), (instances - compliant - exempted, "too young to judge"))
     others = " and ".join(f"{number:,} {word}" for number, word in rest if number)
     return f"{compliant:,} of {fleet} carry their tags; {others}."
 
 
 def _ask_card(dashboard: Dashboard) -> Element:
-    """Return who created most of what is open, else who probably owns it, and what puts most right at once."""
+    """Return who created most of what is open, else who probably owns it, and what fixes most at once."""
     found, question = dashboard.open, "Whom to ask?"
-    people = found.by_owner or found.by_creator
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
         return _card(question, nobody, _node("p", "Nothing is open."))
+
+    def named(counts: Iterable[tuple[str, int]]) -> str:
+        return ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in counts)
+
+    people = found.by_owner or found.by_creator
     lines = []
     if people:
-        does = "owns, or probably owns," if found.by_owner else "created"
-        lines.append(
-            _bold(f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
-        )
+        does = f"{'owns, or probably owns,' if found.by_owner else 'created'} {people[0][1]:,}"
+        lines.append(_bold(does, f" of {counted(found.total, 'instance')} with findings"))
     if len(people) > 1:
-        lines.append(_bold("Then", f": {_people(people[1:4])}"))
+        lines.append(_bold("Then", f": {named(people[1:4])}"))
     if found.by_owner and found.by_creator:
-        lines.append(_bold("Created", f" by {_people(found.by_creator[:3])}"))
+        lines.append(_bold("Created", f" by {named(found.by_creator[:3])}"))
     if found.causes:
         lines.append(_bold("Most at once", f": {_brief(str(found.causes[0]), 240)}"))
     if not found.by_creator:
-        code = _node("code", "scan --creators")
-        lines.append(
-            _node("p", "Who created the instances is not known: ", code, " looks it up.", class_="soft")
-        )
+        code, text = _node("code", "scan --creators"), "Who created the instances is not known: "
+        lines.append(_node("p.soft", text, code, " looks it up."))
     return _card(question, _brief(people[0][0]) if people else "Not known", *lines)
-
-
-def _people(counts: Iterable[tuple[str, int]]) -> str:
-    """Return names with the number of findings of each."""
-    return ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in counts)
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     """Return at most so many points; one that stands for several scans is as the last of them, with their sums."""
     size = -(-len(trend) // most)
-    groups = [trend[start : start + size] for start in range(0, len(trend), size)]
-    return [
-        replace(
-            group[-1],
-            **{
-                name: sum(getattr(point, name) for point in group) for name in ("new", "reopened", "resolved")
-            },
-            targets_unread=max(point.targets_unread for point in group),
-        )
-        for group in groups
-    ]
+    points = []
+    for group in (trend[start : start + size] for start in range(0, len(trend), size)):
+        sums = {name: sum(getattr(p, name) for p in group) for name in ("new", "reopened", "resolved")}
+        points.append(replace(group[-1], targets_unread=max(p.targets_unread for p in group), **sums))
+    return points
 
 
 def _trend(trend: Sequence[TrendPoint]) -> Element:
     """Return the open findings over time, what each scan changed, and the latest scans in numbers."""
     points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
+    drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
+    drawn += _line(points, peak, 18, 200)
     (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    drawn = [
-        *_grid((tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)),
-        *_line(points, peak, 18, 200),
-    ]
     form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
     for quarter in range(5) if end > start else [2]:
         moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
         look = "wide" if quarter % 2 else ""  # too many for a phone
         drawn.append(_label(f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look))
-    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
-    chart = _picture("Open findings over time", 250, *drawn, text=text, look="chart")
-    rows = [
-        (
-            _minute(p.at),
-            *(f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)),
-            f"{p.targets_unread:,} of {counted(p.targets, 'target')}",
-        )
-        for p in trend[: -HTML_ROWS - 1 : -1]
-    ]
-    summary = _node("summary", "The latest scans in numbers", class_="soft")
-    numbers = _node("details", summary, *_table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows))
+    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}"
+    text += f", in {counted(len(trend), 'scan')}"
+    chart = _picture("Open findings over time", text, 250, *drawn, look="chart")
+    rows = []
+    for p in trend[: -HTML_ROWS - 1 : -1]:
+        numbers = [f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)]
+        rows.append([_minute(p.at), *numbers, f"{p.targets_unread:,} of {counted(p.targets, 'target')}"])
+    table = _table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows)
+    details = _node("details", _node("summary.soft", "The latest scans in numbers"), *table)
     lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
-    return _titled("Open findings over time", lead, chart, *_changes(trend), numbers)
+    return _titled("Open findings over time", lead, chart, *_changes(trend), details)
 
 
 def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
-    """Return a chart of what scans opened (up) and resolved (down), several scans to a bar if there are many."""
+    """Return a chart of what scans opened (up) and resolved (down), with several scans to a bar if need be."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
@@ -6203,49 +6152,38 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
         return []
     each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
     looks = (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)"))
-    keys = [_node("span", _node("span", class_=f"key {look}"), f"{words} ") for look, words in looks]
-    legend = _node("p", *keys, _node("span", each), class_="legend soft")
+    keys = [_node("span", _node(f"span.key.{look}"), f"{words} ") for look, words in looks]
     scale = 150 / (up + down)
     zero, ticks = 22 + up * scale, _ticks(max(up, down), 2)
-    drawn = _grid((n, zero - n * scale) for n in ticks if n <= up)
-    drawn += _grid((n, zero + n * scale) for n in ticks[1:] if n <= down)
+    drawn = _grid([(n, zero - n * scale) for n in ticks if n <= up])
+    drawn += _grid([(n, zero + n * scale) for n in ticks[1:] if n <= down])
     slot = _WIDTH / len(bars)
     width = min(slot * 0.72, 6)
     for index, bar in enumerate(bars):
         middle = _LEFT + slot * (index + 0.5)
-        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
-        parts = (
-            ("new", RED, new, new),
-            ("again", PALE, again, new + again),
-            ("done", GREEN, bar.resolved, 0),
-        )
         text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
-        boxes = [
-            _bar(
-                look,
-                colour,
-                x=f"{middle - width / 2:.2f}%",
-                width=f"{width:.2f}%",
-                y=f"{zero - above * scale:.1f}",
-                height=f"{number * scale:.1f}",
-            )
-            for look, colour, number, above in parts
-            if number
-        ]
-        drawn.append(_node("g", _node("title", f"{_minute(bar.at)}: {text}"), *boxes, fill="currentColor"))
+        group = _node("g", _node("title", f"{_minute(bar.at)}: {text}"), fill="currentColor")
+        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
+        # Each with its colour, its number, and how far above zero its top is.
+        parts = ("new", RED, new, new), ("again", PALE, again, new + again), ("done", GREEN, bar.resolved, 0)
+        for look, colour, number, above in parts:
+            place = {"x": f"{middle - width / 2:.2f}%", "y": f"{zero - above * scale:.1f}"}
+            box = {"width": f"{width:.2f}%", "height": f"{number * scale:.1f}"}
+            group.extend([_bar(look, colour, **place, **box)] if number else [])
+        drawn.append(group)
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
             drawn.append(_label(bar.at[:10], middle, 196, anchor))
     if cut:
         drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
-    title = "NEW, REOPENED and RESOLVED findings per scan"
-    return [legend, _picture(title, 200, *drawn, text=each, look="chart")]
+    picture = _picture("NEW, REOPENED and RESOLVED findings per scan", each, 200, *drawn, look="chart")
+    return [_node("p.legend.soft", *keys, _node("span", each)), picture]
 
 
 def _heat_map(standings: Sequence[Standing]) -> Element:
     """Return the compliance of each account in each region, the worst first; what was not read is hatched."""
     accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
-    names = list(accounts)
+    names, title = list(accounts), "Compliance by account and region"
     rows = [(account, accounts[account], "") for account in names[:HTML_ACCOUNTS]]
     lead = "The share of instances that carry their tags, of those that were judged; worst first."
     if others := names[HTML_ACCOUNTS:]:
@@ -6255,36 +6193,38 @@ def _heat_map(standings: Sequence[Standing]) -> Element:
     if len(names) > 1:
         rows.append(("all accounts", list(standings), "all"))
     steps = ["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), f"below {COMPLIANCE_STEPS[-1]}%"]
-    keys = [_node("span", words, class_=f"step h{step}") for step, words in enumerate(steps)]
-    spaced = itertools.chain.from_iterable((key, " ") for key in keys)
-    legend = _node("p", *spaced, _node("span", "not read", class_="step unread"), class_="legend soft")
+    legend = _node("p.legend.soft")
+    for step, words in enumerate(steps):
+        legend.append(_node(f"span.step.h{step}", words))
+        legend[-1].tail = " "
+    legend.append(_node("span.step.unread", "not read"))
     head = [_node("th", column, scope="col") for column in ("Account", "all", *regions)]
-    body = []
+    body = _node("tbody")
     for account, group, look in rows:
         by_region = _worst_first(group, "region")
         cells = [_heat_cell(f"{account}, {region}", by_region.get(region, [])) for region in regions]
         whole = _heat_cell(f"{account}, all regions", group)
-        body.append(_node("tr", _node("th", account, scope="row"), whole, *cells, class_=look))
-    table = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *body), class_="heat")
-    name = "Compliance by account and region"
-    box = _node("div", table, class_="scroll", tabindex=0, role="region", aria_label=name)
-    return _titled(name, lead, legend, box)
+        body.append(_node(f"tr.{look}", _node("th", account, scope="row"), whole, *cells))
+    table = _node("table.heat", _node("thead", _node("tr", *head)), body)
+    return _titled(
+        title, lead, legend, _node("div.scroll", table, tabindex=0, role="region", aria_label=title)
+    )
 
 
 def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
-    """Return a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
+    """Return a cell of the heat map; where anything was not read it says so, without a colour of compliance."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
-    compliant, findings, text = _compliance(read)
+    compliant, findings, share = _compliance(read)
     judged = compliant + findings
     step = sum(100 * compliant < limit * judged for limit in COMPLIANCE_STEPS)
     title = f"{where}: {findings:,} of {counted(judged, 'instance')} lack tags" if read else where
     look = "unread" if unread else f"h{step}" if judged else ""
     small = [_node("small", f" {unread:,} not read")] if read and unread else []
-    return _node("td", text if read else "not read" if unread else "", *small, class_=look, title=title)
+    return _node(f"td.{look}", share if read else "not read" if unread else "", *small, title=title)
 
 
 def _counts(found: OpenFindings) -> Element:
-    """Return the open findings by tag, age and person, and the money spent without each tag."""
+    """Return the open findings by tag, age and person, and the money spent without each tag, as bars."""
     unpriced = found.total - found.priced
     spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
@@ -6297,76 +6237,55 @@ def _counts(found: OpenFindings) -> Element:
         ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
-    sections = [_titled(title, lead, *_bars(rows)) for title, lead, rows in charts if rows]
-    return _node("div", *sections, class_="pair")
-
-
-def _bars(counts: Sequence[tuple[str, float]]) -> list[Element]:
-    """Return a chart with a bar for each of the first counts, and how many more there are."""
-    most = max(number for _, number in counts) or 1
-    rows = []
-    for name, number in counts[:HTML_ROWS]:
-        amount, width = f"{number:,.0f}", f"{100 * number / most:.1f}%"
-        bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
-        picture = _node("td", _picture(f"{_brief(name)}: {amount}", 12, bar))
-        rows.append(
-            _node("tr", _node("th", _brief(name), scope="row"), picture, _node("td", amount, class_="number"))
-        )
-    return [_node("table", _node("tbody", *rows), class_="bars"), *_rest(len(counts) - HTML_ROWS)]
+    pair = _node("div.pair")
+    for title, lead, rows in charts:
+        body, most = _node("tbody"), max((number for _, number in rows), default=0) or 1
+        for name, number in rows[:HTML_ROWS]:
+            brief, amount, width = _brief(name), f"{number:,.0f}", f"{100 * number / most:.1f}%"
+            bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
+            cells = _node("td", _picture(f"{brief}: {amount}", "", 12, bar)), _node("td.number", amount)
+            body.append(_node("tr", _node("th", brief, scope="row"), *cells))
+        if rows:
+            pair.append(_titled(title, lead, _node("table.bars", body), *_rest(len(rows) - HTML_ROWS)))
+    return pair
 
 
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Yield the causes, the oldest findings, the exemptions that end, and what was not read, if there are any."""
-    found = dashboard.open
-    causes = [
-        (f"{cause.instances:,}", cause.target.account_id, cause.target.region, _brief(str(cause), 240))
-        for cause in found.causes
-    ]
-    oldest = [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]
-    endings = [(_brief(problem.message, 120), _brief(problem.where, 240)) for problem in dashboard.endings]
-    unread = sorted(
-        _unread(dashboard.standings), key=lambda standing: (standing.last_read or "", standing.target)
-    )
-    not_read = [
+    if causes := [
+        (f"{cause.instances:,}", *astuple(cause.target), _brief(str(cause), 240))
+        for cause in dashboard.open.causes
+    ]:
+        lead = "What many instances share, and where to put it right for all of them."
+        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
+    if oldest := [_oldest_row(finding, dashboard.made_at) for finding in dashboard.open.oldest]:
+        columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
+        yield _titled("Open for longest", "", *_table(columns, oldest))
+    if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
+        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
+    unread = sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target))
+    if rows := [
         (
-            s.target.account_id,
-            s.target.region,
-            _minute(s.last_read) if s.last_read else "never",
-            f"{s.findings:,}" if s.last_read else "not known",
+            *astuple(s.target),
+            *((_minute(s.last_read), f"{s.findings:,}") if s.last_read else ("never", "not known")),
             _brief(s.error or "", 240),
         )
         for s in unread
-    ]
-    if causes:
-        lead = "What many instances share, and where to put it right for all of them."
-        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
-    if oldest:
-        columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
-        yield _titled("Open for longest", "", *_table(columns, oldest))
-    if endings:
-        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
-    if not_read:
+    ]:
         lead = "Nothing is known of these since they were last read; what was open then still counts."
-        rows = _table("Account,Region,Last read,Open,Why", not_read, HTML_UNREAD)
-        yield _titled("Not read", lead, *rows, id="unread")
+        table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
+        yield _titled("Not read", lead, *table, id="unread")
 
 
 def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
     """Return a finding that has been open for long as a row."""
     days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
+    since = f"{finding.first_seen[:10]}, {counted(days, 'day')}"
     lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
     likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
-    return (
-        finding.instance_id,
-        _brief(finding.name, 40),
-        finding.account_id,
-        finding.region,
-        f"{finding.first_seen[:10]}, {counted(days, 'day')}",
-        _brief(lacks, 240),
-        _brief(likely, 240),
-        _brief(finding.created_by or ""),
-        "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
-    )
+    cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"
+    where = (finding.instance_id, _brief(finding.name, 40), finding.account_id, finding.region)
+    return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.created_by or ""), cost)
 
 
 ########################################################################################################
