@@ -4976,18 +4976,9 @@ class HistoryReport:
     unread: Sequence[Coverage] = ()  # nothing is read for a history; write_csv asks
 
 
-CSV_COLUMNS = (
-    *(
-        "InstanceId",
-        "MissingTags",
-        "LaunchTime",
-        "InvalidTags",
-        "Status",
-        "FirstSeen",
-        "LastSeen",
-        "TimesSeen",
-    ),
-    *("AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error", "ManagedBy"),
+CSV_COLUMNS = tuple(
+    "InstanceId MissingTags LaunchTime InvalidTags Status FirstSeen LastSeen TimesSeen AccountId Region Name "
+    "State CreatedBy SuggestedTags Error ManagedBy".split()
 )
 
 
@@ -5022,12 +5013,8 @@ def _finding_cells(finding: Finding) -> dict[str, str]:
 
 def _unread_cells(coverage: Coverage) -> dict[str, str]:
     """Return the cells of a target that could not be read."""
-    return {
-        "Status": "UNREAD",
-        "AccountId": coverage.target.account_id,
-        "Region": coverage.target.region,
-        "Error": f"{coverage.error_code}: {coverage.error_message}",
-    }
+    where = {"AccountId": coverage.target.account_id, "Region": coverage.target.region}
+    return {"Status": "UNREAD", **where, "Error": f"{coverage.error_code}: {coverage.error_message}"}
 
 
 def _csv_time(text: str) -> str:
@@ -5058,31 +5045,22 @@ def csv_text(cell: str) -> str:
 
 def csv_line(texts: Iterable[str]) -> str:
     """Return a line of a CSV file; a cell that holds any usual separator is quoted."""
-    return (
-        ",".join(
-            '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
-            for cell in map(csv_cell, texts)
-        )
-        + "\n"
-    )
+    cells = map(csv_cell, texts)
+    quoted = ('"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell for cell in cells)
+    return f"{','.join(quoted)}\n"
 
 
-def picked(record: object, names: Iterable[str]) -> dict[str, Any]:
-    """Return these fields of a record, under their own names, for JSON."""
-    return {name: getattr(record, name) for name in names}
+def picked(record: Any, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Return these fields of a record, or all of a dataclass, by their names: a JSON object."""
+    return {name: getattr(record, name) for name in names or [field.name for field in fields(record)]}
 
 
-def _all_fields(record: Any) -> dict[str, Any]:
-    """Return every field of a dataclass: what JSON makes of a violation, suggestion, event or change."""
-    return picked(record, (field.name for field in fields(record)))
+_encode = json.JSONEncoder(
+    default=picked
+).encode  # violations, suggestions, events and changes are dataclasses
 
 
-_encode = json.JSONEncoder(default=_all_fields).encode
-
-
-def write_json_object(
-    file: TextIOBase, head: Mapping[str, Any], lists: Mapping[str, Iterable[object]]
-) -> None:
+def write_json_object(file: TextIOBase, head: Mapping[str, Any], **lists: Iterable[object]) -> None:
     """Write an object: the keys of its head, then its lists, one line per record, which are streamed."""
     separator = "{\n"
     for key, value in head.items():
@@ -5114,14 +5092,15 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
     }
     if report.dry_run:
         head["preview"] = _preview(report)
-    lists = {
-        "coverage": map(_coverage_record, report.coverage),
-        "causes": map(_cause_record, report.causes),
-        "findings": map(_finding_record, report.findings()),
-        "resolved": map(_finding_record, report.resolved()),
-        "exempted": map(_exempted_record, report.exempted()),
-    }
-    write_json_object(file, head, lists)
+    write_json_object(
+        file,
+        head,
+        coverage=map(_coverage_record, report.coverage),
+        causes=map(_cause_record, report.causes),
+        findings=map(_finding_record, report.findings()),
+        resolved=map(_finding_record, report.resolved()),
+        exempted=map(_exempted_record, report.exempted()),
+    )
 
 
 def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
@@ -5134,24 +5113,21 @@ def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
         return _finding_record(finding) | {"events": report.events(finding), "changes": changes}
 
     head = {"version": __version__, "policy": report.policy}
-    write_json_object(file, head, {"findings": map(record, report.findings())})
+    write_json_object(file, head, findings=map(record, report.findings()))
 
 
 def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
-    return {
-        **_all_fields(coverage.target),
-        "status": "read" if coverage.read else "unread",
-        "error": error,
-        **picked(coverage, ("instances", "compliant", "findings", "exempted", "too_young")),
-    }
+    status = {"status": "read" if coverage.read else "unread", "error": error}
+    counts = picked(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
+    return picked(coverage.target) | status | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
     """Return what findings have in common as a JSON object."""
-    numbers = picked(cause, ("tag_key", "instances"))
-    return {**_all_fields(cause.target), **cause.group._asdict(), **numbers, "message": str(cause)}
+    what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
+    return picked(cause.target) | cause.group._asdict() | what
 
 
 _FINDING_KEYS = (
@@ -5163,35 +5139,26 @@ _FINDING_KEYS = (
 def _finding_record(finding: Finding) -> dict[str, Any]:
     """Return a finding as a JSON object; a resolved one says when and why it was resolved."""
     ending = ("resolved_at", "resolution") if finding.status is Status.RESOLVED else ()
-    cause = finding.cause and finding.cause._asdict()
-    return picked(finding, [*_FINDING_KEYS, *ending]) | {
-        "managed_by": finding.managed_by or None,
-        "cause": cause,
-    }
+    plain = {"managed_by": finding.managed_by or None, "cause": finding.cause and finding.cause._asdict()}
+    return picked(finding, [*_FINDING_KEYS, *ending]) | plain
 
 
 def _exempted_record(exempted: ExemptedInstance) -> dict[str, Any]:
     """Return an exempted instance as a JSON object."""
-    return {
-        **picked(exempted, ("account_id", "region", "instance_id")),
-        "name": exempted.tags.get("Name", ""),
-        **picked(exempted, ("state", "launch_time")),
-        "violations": [exempted_record(violation) for violation in exempted.exempted],
-    }
+    where = picked(exempted, ("account_id", "region", "instance_id"))
+    instance = {"name": exempted.tags.get("Name", ""), **picked(exempted, ("state", "launch_time"))}
+    return where | instance | {"violations": [exempted_record(case) for case in exempted.exempted]}
 
 
 def _preview(report: ScanReport) -> dict[str, dict[str, int]]:
     """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
-
-    def by_tag(findings: Iterable[Finding]) -> dict[str, int]:
-        counts = Counter(violation.tag_key for finding in findings for violation in finding.violations)
-        return dict(counts.most_common())
-
+    opened = (finding for finding in report.findings() if finding.status is Status.NEW)
     closed = (finding for finding in report.resolved() if finding.resolution is Resolution.POLICY_CHANGED)
-    return {
-        "new": by_tag(finding for finding in report.findings() if finding.status is Status.NEW),
-        "policy_changed": by_tag(closed),
-    }
+    counts = {}
+    for change, findings in (("new", opened), ("policy_changed", closed)):
+        tag_keys = Counter(violation.tag_key for finding in findings for violation in finding.violations)
+        counts[change] = dict(tag_keys.most_common())
+    return counts
 
 
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
@@ -5251,7 +5218,7 @@ def _write_outcome(xml: XMLGenerator, case: Case) -> None:
     """Write the error of an unread target, the failure of a finding, or why an exempted instance is skipped."""
     if isinstance(case, Coverage):
         if not case.read:
-            error = {"type": case.error_code, "message": case.error_message}
+            error = {"type": case.error_code or "", "message": case.error_message or ""}
             with _element(xml, "error", error):
                 pass
     elif isinstance(case, ExemptedInstance):
@@ -5277,29 +5244,21 @@ def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, object]) -> 
         xml.characters("\n")
 
 
-# A new format needs its writer, a row here, and its option in the command's list.
-WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
-    "csv": write_csv,
-    "json": write_json,
-    "junit": write_junit,
-}
-HISTORY_WRITERS: dict[str, Callable[[TextIOBase, HistoryReport], None]] = {
-    "csv": write_csv,
-    "json": write_history_json,
-}
+# A new format needs its writer, its row here, and its option in the lists of the command line.
+WRITERS = {"csv": write_csv, "json": write_json, "junit": write_junit}
+HISTORY_WRITERS = {"csv": write_csv, "json": write_history_json}
 
 SUMMARY_FINDINGS = 20  # rows of a table that people read
 SUMMARY_CAUSES = 5
-COLOURS = {
-    "NEW": 31,
-    "REOPENED": 35,
-    "REPEAT": 33,
-    "RESOLVED": 32,
-    "EXEMPTED": 36,
-    "COMPLIANT": 32,
-    "VIOLATIONS": 31,
-    "INCOMPLETE": 33,
+TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
+_ANSI = {
+    31: "NEW VIOLATIONS",
+    32: "RESOLVED COMPLIANT",
+    33: "REPEAT INCOMPLETE",
+    35: "REOPENED",
+    36: "EXEMPTED",
 }
+COLOURS = {word: colour for colour, words in _ANSI.items() for word in words.split()}
 _COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
 
@@ -5357,14 +5316,18 @@ def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
     read, found = count_lines(totals)
     dry_run = " — a dry run, nothing is recorded" if report.dry_run else ""
     yield [f"Policy {policy.name} ({policy.file}): {read}{dry_run}", found]
-    head = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
-    yield table_lines(map(_finding_row, report.findings()), totals["findings"], head, csv_path)
+    yield table_lines(map(_finding_row, report.findings()), totals["findings"], TABLE_HEAD, csv_path)
     yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
-    yield _operator_lines(report)
+    managed = totals["findings_managed"]
+    are = "is on an instance" if managed == 1 else "are on instances"
+    services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
+    yield [f"{counted(managed, 'finding')} {are} that an AWS service operates: {services}"] if managed else []
     unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
     yield [f"{cost:,.2f} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
-    yield table_lines(map(_resolved_row, report.resolved()), totals["resolved"])
-    yield table_lines(map(_exempted_row, report.exempted()), totals["exempted"])
+    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
+    yield table_lines(resolved, totals["resolved"])
+    whys = ((case, dict.fromkeys(map(str, case.exempted))) for case in report.exempted())
+    yield table_lines((_row("EXEMPTED", case, "; ".join(why)) for case, why in whys), totals["exempted"])
     for change, numbers in _preview(report).items() if report.dry_run else ():
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
@@ -5375,14 +5338,10 @@ def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
     yield [f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
-def _operator_lines(report: ScanReport) -> list[str]:
-    """Return how many of the findings are on instances that AWS services operate, if any are."""
-    number = report.totals["findings_managed"]
-    are = "is on an instance" if number == 1 else "are on instances"
-    services = ", ".join(f"{service} ({count:,})" for service, count in report.operators)
-    return (
-        [f"{counted(number, 'finding')} {are} that an AWS service operates: {services}"] if services else []
-    )
+def _finding_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of the summary."""
+    since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
+    return _row(finding.status, finding, since, ", ".join(short_violations(finding)))
 
 
 def name_cell(name: str) -> str:
@@ -5390,33 +5349,9 @@ def name_cell(name: str) -> str:
     return cut_text(name, 24) or "-"
 
 
-def _place_cells(case: Finding | ExemptedInstance) -> tuple[str, ...]:
-    """Return where an instance is and what it is called."""
-    return (*_place(case), name_cell(case.tags.get("Name", "")))
-
-
-def _finding_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding as a row of the summary."""
-    since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
-    return (finding.status, *_place_cells(finding), since, ", ".join(short_violations(finding)))
-
-
-def _resolved_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding that is no longer open, and why, as a row of the summary."""
-    return (finding.status, *_place_cells(finding), finding.resolution or "")
-
-
-def _exempted_row(case: ExemptedInstance) -> tuple[str, ...]:
-    """Return an exempted instance, and why it is exempted, as a row of the summary."""
-    return ("EXEMPTED", *_place_cells(case), "; ".join(dict.fromkeys(map(str, case.exempted))))
-
-
-def _history_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding as a row of `history`, with what it lacks, or how and when it was resolved."""
-    what = ", ".join(short_violations(finding))
-    if finding.resolved_at:
-        what = f"{finding.resolution} on {finding.resolved_at[:10]}"
-    return (finding.status, *_place_cells(finding), finding.first_seen[:10], f"{finding.times_seen:,}", what)
+def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str, ...]:
+    """Return a row of a table: what became of an instance, where it is, its name, and what more is to say."""
+    return status, *_place(case), name_cell(case.tags.get("Name", "")), *more
 
 
 def short_violations(finding: Finding) -> list[str]:
@@ -5527,10 +5462,17 @@ def history_lines(report: HistoryReport) -> Iterator[str]:
             yield from _timeline(finding, report.events(finding))
             yield from _written(finding.target, report.changes)
         return
-    head = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "SEEN", "VIOLATIONS")
     rows = map(_history_row, report.findings())
     first = next(rows, None)
+    head = (*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1])
     yield from in_columns(itertools.chain([head, first], rows)) if first else ["No matching findings"]
+
+
+def _history_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of `history`, with what it lacks, or how and when it was resolved."""
+    ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
+    what = ended or ", ".join(short_violations(finding))
+    return _row(finding.status, finding, finding.first_seen[:10], f"{finding.times_seen:,}", what)
 
 
 def _timeline(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
@@ -7225,7 +7167,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
             for target, instances, message in done.warnings
         ],
     }
-    write_json_object(file, head, {"rows": map(_outcome_record, done.outcomes)})
+    write_json_object(file, head, rows=map(_outcome_record, done.outcomes))
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
