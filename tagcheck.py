@@ -4926,13 +4926,13 @@ _SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confiden
 
 
 ########################################################################################################
-# 7 Reports: write_csv, write_json, write_junit, write_summary, explain, history_lines, and files written whole
+# 7 Reports: write_csv, write_json, write_junit, write_summary, table_lines, explain, history_lines, Output
 ########################################################################################################
 
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """Everything the reports of one scan show; findings are streamed, sorted, each time they are asked for."""
+    """Everything the reports of one scan show; findings are streamed, sorted, on every call."""
 
     scan: Scan
     finished_at: datetime
@@ -4967,7 +4967,7 @@ class ScanReport:
 
 @dataclass(frozen=True, slots=True)
 class HistoryReport:
-    """The findings of a state that were asked for; for one instance also its events and the tags written to it."""
+    """Findings from a state; for one instance also its events, and the tags that were written."""
 
     policy: str
     findings: Callable[[], Iterator[Finding]]
@@ -5215,7 +5215,7 @@ def _write_suite(xml: XMLGenerator, cases: Iterator[Case], timestamp: str) -> No
 
 
 def _write_outcome(xml: XMLGenerator, case: Case) -> None:
-    """Write the error of an unread target, the failure of a finding, or why an exempted instance is skipped."""
+    """Write the error of an unread target, the failure of a finding, or why an instance is exempted."""
     if isinstance(case, Coverage):
         if not case.read:
             error = {"type": case.error_code or "", "message": case.error_message or ""}
@@ -5263,7 +5263,7 @@ _COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILI
 
 
 def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a line per row, its cells aligned; 1,000 rows are laid out at a time, so that any number streams."""
+    """Yield a line per row with its cells aligned, laying out 1,000 rows at a time."""
     rows = iter(rows)
     former: list[list[str]] = []
     while block := [[*map(printable, row)] for row in itertools.islice(rows, 1000)]:
@@ -5276,7 +5276,7 @@ def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
 def table_lines(
     rows: Iterable[Sequence[str]], number: int, head: Sequence[str] = (), file: str = ""
 ) -> list[str]:
-    """Return the first of this number of rows, under their head, and how many more there are, in which file."""
+    """Return the first of so many rows under their head, and how many more there are, in which file."""
     shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
     titles = [head] if head and shown else []
     return [*in_columns([*titles, *shown]), *more_lines(number - len(shown), file)]
@@ -5294,8 +5294,8 @@ def count_lines(totals: Mapping[str, int]) -> list[str]:
     others = (("too_young", "too young to judge"), ("exempted", "exempted"))
     more = "".join(f", {totals[name]:,} {words}" for name, words in others if totals[name])
     return [
-        f"{read:,} of {counted(totals['targets'], 'target')} read, {counted(totals['instances'], 'instance')}, "
-        f"{totals['compliant']:,} compliant{more}",
+        f"{read:,} of {counted(totals['targets'], 'target')} read, "
+        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant{more}",
         f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
         f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
     ]
@@ -5395,11 +5395,11 @@ def explain(
     now: datetime,
 ) -> Iterator[str]:
     """Yield, rule by rule, why an instance passes or fails, then its history."""
-    name = instance.tags.get("Name")
+    name = f" ({instance.tags['Name']})" if instance.tags.get("Name") else ""
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
     managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
-    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{managed}{then}:"
+    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
     exempted = {case.violation.tag_key: case for case in sighting.exempted}
@@ -5503,7 +5503,7 @@ class Output:
 
     @property
     def is_device(self) -> bool:
-        """True for a name in /dev: it stands for what is behind it, which may be a file (`3>out`, /dev/fd/3)."""
+        """True for a name in /dev; what is behind it may be a file (`3>out`, /dev/fd/3)."""
         return os.path.realpath(Path(self.path).parent) in {"/dev", os.path.realpath("/dev/fd")}
 
     def __str__(self) -> str:
@@ -5534,7 +5534,7 @@ def check_output(output: Output) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A new, private, open file that holds a report until it is published; it is never opened again by its name."""
+    """A new, private file that holds a report until it is published; its name is never opened again."""
 
     output: Output
     file: IO[bytes]
@@ -5570,11 +5570,10 @@ def _remove(path: Path) -> None:
 
 
 Report = TypeVar("Report")
+Writers = Mapping[str, Callable[[TextIOBase, Report], None]]  # by format
 
 
-def stage_report(
-    staged: Iterable[Staged], writers: Mapping[str, Callable[[TextIOBase, Report], None]], report: Report
-) -> None:
+def stage_report(staged: Iterable[Staged], writers: Writers[Report], report: Report) -> None:
     """Write a report in the format of each new file, down to the disk; raises OutputError."""
     for new in staged:
         with _output_errors(new.output):
@@ -5600,10 +5599,7 @@ def publish_report(staged: Iterable[Staged], emit: Callable[[str], None]) -> Non
 
 
 def write_report(
-    outputs: Iterable[Output],
-    writers: Mapping[str, Callable[[TextIOBase, Report], None]],
-    report: Report,
-    emit: Callable[[str], None],
+    outputs: Iterable[Output], writers: Writers[Report], report: Report, emit: Callable[[str], None]
 ) -> None:
     """Write a report to all its outputs, each whole or not at all; raises OutputError."""
     with staged_outputs(outputs) as staged:
@@ -5615,8 +5611,8 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
     """Move a staged file into place, with the mode of an ordinary file; raises OutputError."""
     if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
         raise OutputError(
-            f"{output}: another process replaced the file it was written to; name a directory that only you can "
-            "write to"
+            f"{output}: another process replaced the file it was written to; name a directory that only "
+            "you can write to"
         )
     if os.chmod in os.supports_fd:
         mask = os.umask(0o077)
@@ -5665,7 +5661,7 @@ def _open_device(output: Output) -> int:
 
 
 ########################################################################################################
-# 8 Dashboard: write_html, what draws (_card, _titled, _picture, _line, _bar, _table), and its cards and sections
+# 8 Dashboard: write_html; _node, _card, _picture, _line, _bar, _table draw; then the page from top to bottom
 ########################################################################################################
 
 
@@ -5798,7 +5794,7 @@ def _titled(title: str, lead: str, *children: Element, **attributes: object) -> 
 
 
 def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
-    """Return a picture as wide as its place; it is drawn in percent across and pixels down, so no text shrinks."""
+    """Return a picture drawn in percent across and in pixels down, so that no text shrinks on a phone."""
     words = [_node("title", title), *([_node("desc", text)] if text else [])]
     return _node(f"svg.{look}", *words, *drawn, role="img", width="100%", height=height)
 
@@ -5889,7 +5885,7 @@ def _minute(moment: str) -> str:
 
 
 def _head(title: str) -> Element:
-    """Return what a browser must know before it shows anything, above all that it may load and run nothing."""
+    """Return the head of the page, which forbids the browser to load or run anything."""
     style = _node("style")
     style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
@@ -5951,7 +5947,7 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
 
 
 def _trend_card(dashboard: Dashboard) -> Element:
-    """Return whether fewer findings are open than 30 days before the latest scan, or than at the first one."""
+    """Return whether fewer findings are open than 30 days before the latest scan, or at the first."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Does it get better?", counted(total, "open finding")
     if len(trend) == 1:
@@ -6047,7 +6043,7 @@ def _ask_card(dashboard: Dashboard) -> Element:
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
-    """Return at most so many points; one that stands for several scans is as the last of them, with their sums."""
+    """Return at most so many points; one that stands for several scans has the last one's state, and sums."""
     size = -(-len(trend) // most)
     points = []
     for group in (trend[start : start + size] for start in range(0, len(trend), size)):
@@ -6082,7 +6078,7 @@ def _trend(trend: Sequence[TrendPoint]) -> Element:
 
 
 def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
-    """Return a chart of what scans opened (up) and resolved (down), with several scans to a bar if need be."""
+    """Return a chart of what scans opened (up) and resolved (down); a bar may stand for several scans."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
@@ -6154,7 +6150,7 @@ def _heat_map(standings: Sequence[Standing]) -> Element:
 
 
 def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
-    """Return a cell of the heat map; where anything was not read it says so, without a colour of compliance."""
+    """Return a cell of the heat map; where anything was not read it says so, and has no other colour."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
     compliant, findings, share = _compliance(read)
     judged = compliant + findings
@@ -6193,7 +6189,7 @@ def _counts(found: OpenFindings) -> Element:
 
 
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
-    """Yield the causes, the oldest findings, the exemptions that end, and what was not read, if there are any."""
+    """Yield the causes, the oldest findings, exemptions that end, and unread targets, if there are any."""
     if causes := [
         (f"{cause.instances:,}", *astuple(cause.target), _brief(str(cause), 240))
         for cause in dashboard.open.causes
