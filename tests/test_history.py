@@ -151,6 +151,13 @@ def test_json_and_csv_have_the_shape_of_a_scan(kept):
     assert (of_one["events"][2]["resolution"], of_one["changes"]) == ("tagged", [])
 
 
+def test_columns_of_a_long_table_get_wider_and_never_narrower():
+    rows = [["NEW", "a" * 30, "end"], *[["NEW", "b", "end"]] * 1500, ["REOPENED", "c", "end"]]
+    lines = list(script.in_columns([*rows, *[["NEW", "d", "end"]] * 1500]))
+    places = [line.index("end") for line in lines]  # 1,000 rows are laid out at a time
+    assert places == [37] * 1000 + [42] * 2002
+
+
 def test_hostile_texts_are_told_as_text(kept):
     shown = script.printable(HOSTILE)
     assert script.cut_text(HOSTILE, 24)[:10] in history(kept).out
