@@ -5251,14 +5251,8 @@ HISTORY_WRITERS = {"csv": write_csv, "json": write_history_json}
 SUMMARY_FINDINGS = 20  # rows of a table that people read
 SUMMARY_CAUSES = 5
 TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
-_ANSI = {
-    31: "NEW VIOLATIONS",
-    32: "RESOLVED COMPLIANT",
-    33: "REPEAT INCOMPLETE",
-    35: "REOPENED",
-    36: "EXEMPTED",
-}
-COLOURS = {word: colour for colour, words in _ANSI.items() for word in words.split()}
+COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
+COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
 _COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
 
@@ -5432,10 +5426,8 @@ def _near_exemptions(
         ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
         reasons = [*exemption.mismatches(target, instance), *ended]
         # A single condition that is not met is not near, unless the instance has the tag with another value.
-        near = (
-            ended or len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
-        )
-        if near and len(reasons) == 1:
+        partly = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        if len(reasons) == 1 and (ended or partly):
             which = f"{policy.file}:{exemption.line} ({exemption.reason})"
             yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
 
@@ -5853,10 +5845,7 @@ def _line(
 
 
 def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
-    """Return the first rows as a table without its empty columns, and how many more there are.
-
-    On a phone the rows stand as blocks, each cell behind the name of its column.
-    """
+    """Return the first rows as a table without its empty columns, and how many more there are."""
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(values)}
     looks = [COLUMN_LOOKS.get(column, "") for column in known]
@@ -5956,7 +5945,8 @@ def _trend_card(dashboard: Dashboard) -> Element:
     month_ago = utc_text(latest - timedelta(days=30))
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     change = total - base.open
-    tone, word, more = ("good", "better", "fewer") if change < 0 else ("bad", "worse", "more")
+    better, worse = ("Getting better", "good", "fewer"), ("Getting worse", "bad", "more")
+    answer, tone, more = better if change < 0 else worse if change else ("Unchanged", "", "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
     than = f"{abs(change):,} {more}{share} than" if change else "as many as"
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
@@ -5968,11 +5958,7 @@ def _trend_card(dashboard: Dashboard) -> Element:
     points = _grouped(trend, HTML_POINTS)
     line = _line(points, max(point.open for point in points), 4, 36, left=1.0)
     lines.append(_picture(f"Open findings: {base.open:,} {when}, {total:,} now", "", 44, *line))
-    return (
-        _card(question, f"Getting {word}", *lines, tone=tone)
-        if change
-        else _card(question, "Unchanged", *lines)
-    )
+    return _card(question, answer, *lines, tone=tone)
 
 
 def _worst_card(standings: Sequence[Standing]) -> Element:
@@ -6201,15 +6187,15 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
         yield _titled("Open for longest", "", *_table(columns, oldest))
     if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
         yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
-    unread = sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target))
-    if rows := [
-        (
-            *astuple(s.target),
-            *((_minute(s.last_read), f"{s.findings:,}") if s.last_read else ("never", "not known")),
-            _brief(s.error or "", 240),
+    rows = []
+    for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
+        known = (
+            (_minute(target.last_read), f"{target.findings:,}")
+            if target.last_read
+            else ("never", "not known")
         )
-        for s in unread
-    ]:
+        rows.append((*astuple(target.target), *known, _brief(target.error or "", 240)))
+    if rows:
         lead = "Nothing is known of these since they were last read; what was open then still counts."
         table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
         yield _titled("Not read", lead, *table, id="unread")
