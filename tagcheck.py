@@ -58,7 +58,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
@@ -5051,8 +5051,8 @@ def csv_line(texts: Iterable[str]) -> str:
 
 
 def picked(record: Any, names: Iterable[str] = ()) -> dict[str, Any]:
-    """Return these fields of a record, or all of a dataclass, by their names: a JSON object."""
-    return {name: getattr(record, name) for name in names or [field.name for field in fields(record)]}
+    """Return these fields of a record, by default all those of a dataclass with slots, as a JSON object."""
+    return {name: getattr(record, name) for name in names or record.__slots__}
 
 
 _encode = json.JSONEncoder(
@@ -6189,11 +6189,9 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
         yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
     rows = []
     for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
-        known = (
-            (_minute(target.last_read), f"{target.findings:,}")
-            if target.last_read
-            else ("never", "not known")
-        )
+        known = ("never", "not known")
+        if target.last_read:
+            known = (_minute(target.last_read), f"{target.findings:,}")
         rows.append((*astuple(target.target), *known, _brief(target.error or "", 240)))
     if rows:
         lead = "Nothing is known of these since they were last read; what was open then still counts."
