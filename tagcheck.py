@@ -5022,8 +5022,8 @@ def _csv_time(text: str) -> str:
     return text.replace("T", " ").removesuffix("Z")
 
 
-# A spreadsheet that separates by another character than a comma sees no quotes in the middle of its cells: it
-# splits ours there, whatever is quoted, and what follows may be a formula to it.
+# A spreadsheet that splits at another character than a comma ignores quotes within a cell: it also splits our
+# quoted cells there, and may take what follows for a formula.
 _SPLIT, _FORMULA = "(^|[;|\t])", "[ \"']*[=+\\-@＝＋－＠]"
 _MAY_SPLIT = re.compile(f"[;|\t]|^{_FORMULA}")  # a fast look: few cells have any of these
 _FORMULA_PLACE = re.compile(f"{_SPLIT}(?={_FORMULA})")
@@ -5039,7 +5039,7 @@ def csv_cell(text: str) -> str:
 
 
 def csv_text(cell: str) -> str:
-    """Return the printable text that csv_cell made a cell of."""
+    """Return the printable text that csv_cell turned into this cell."""
     return _ESCAPED_PLACE.sub(r"\1", cell)
 
 
@@ -5754,7 +5754,7 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
 
 
 def _node(selector: str, *children: Element | str, **attributes: object) -> Element:
-    """Return an element such as `p.soft`; what strangers wrote stays text, its invisible characters shown."""
+    """Return an element such as `p.soft`; what strangers wrote stays text in it, with nothing invisible."""
     tag, *classes = selector.split(".")
     attributes = {"class": " ".join(filter(None, classes))} | attributes
     names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
@@ -5770,40 +5770,40 @@ def _node(selector: str, *children: Element | str, **attributes: object) -> Elem
 
 
 def _bold(bold: str, text: str) -> Element:
-    """Return a paragraph that begins in bold."""
+    """Draw a paragraph that begins in bold."""
     return _node("p", _node("b", bold), text)
 
 
 def _card(question: str, answer: str, *children: Element, tone: str = "") -> Element:
-    """Return a question with its answer, and what supports it."""
+    """Draw a card: a question, its answer, and what supports it."""
     return _node(f"article.card.{tone}", _node("h2", question), _node("p.verdict", answer), *children)
 
 
 def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
-    """Return a section with its heading and what one must know to read it."""
+    """Draw a section: its heading, how to read it, and its content."""
     leads = [_node("p.soft", lead)] if lead else []
     return _node("section", _node("h2", title), *leads, *children, **attributes)
 
 
 def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
-    """Return a picture drawn in percent across and in pixels down, so that no text shrinks on a phone."""
+    """Draw a picture in percent across and pixels down, so that its text does not shrink on a phone."""
     words = [_node("title", title), *([_node("desc", text)] if text else [])]
     return _node(f"svg.{look}", *words, *drawn, role="img", width="100%", height=height)
 
 
 def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "") -> Element:
-    """Return a few words in a picture."""
+    """Draw a few words in a picture."""
     place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
     return _node(f"text.{look}", text, fill=GREY, font_size=12, **place)
 
 
 def _bar(look: str, colour: str, **place: str) -> Element:
-    """Return a bar of a picture."""
+    """Draw a bar of a chart."""
     return _node(f"rect.{look}", color=colour, **place)
 
 
 def _grid(lines: Sequence[tuple[int, float]]) -> list[Element]:
-    """Return lines across a picture, each with its number; that of 0 is the axis."""
+    """Draw lines across a chart, each with its number; the line of 0 is the axis."""
     group = _node("g.grid", stroke="#8888")
     for number, y in lines:
         place = {"x1": 0, "x2": "100%", "y1": f"{y:.1f}", "y2": f"{y:.1f}"}
@@ -5821,7 +5821,7 @@ def _ticks(peak: int, most: int = 4) -> list[int]:
 def _line(
     points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
 ) -> list[Element]:
-    """Return what was open as a line with its area; a dot is hollow where a scan left targets unread."""
+    """Draw the open findings as a line with its area; a dot is hollow where a scan left targets unread."""
     moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
     span, width = moments[-1] - moments[0], _LEFT + _WIDTH - left
     across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
@@ -5845,7 +5845,7 @@ def _line(
 
 
 def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
-    """Return the first rows as a table without its empty columns, and how many more there are."""
+    """Draw the first rows as a table without its empty columns, and count the others."""
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(values)}
     looks = [COLUMN_LOOKS.get(column, "") for column in known]
@@ -5859,7 +5859,7 @@ def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -
 
 
 def _rest(number: int) -> list[Element]:
-    """Return how many more there are than are shown, if there are any."""
+    """Draw how many more there are than are shown, if there are any."""
     return [_node("p.soft", line) for line in more_lines(number)]
 
 
@@ -5874,7 +5874,7 @@ def _minute(moment: str) -> str:
 
 
 def _head(title: str) -> Element:
-    """Return the head of the page, which forbids the browser to load or run anything."""
+    """Return the head of the page, which forbids the browser to run or load anything."""
     style = _node("style")
     style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
@@ -5890,7 +5890,7 @@ def _head(title: str) -> Element:
 
 
 def _header(dashboard: Dashboard, name: str) -> Element:
-    """Return whose tags these are, as of when, and in words how much of it was not read."""
+    """Draw the policy, the time and the size of the fleet, and a banner if targets were not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
     accounts, regions = (len(_worst_first(standings, place)) for place in ("account_id", "region"))
     days = (dashboard.made_at - datetime.fromisoformat(latest)).days
@@ -5913,7 +5913,7 @@ def _header(dashboard: Dashboard, name: str) -> Element:
 
 
 def _unread(standings: Iterable[Standing]) -> list[Standing]:
-    """Return the targets that are not known as they are now."""
+    """Return the targets that the latest scan could not read."""
     return [standing for standing in standings if standing.error]
 
 
@@ -5927,7 +5927,7 @@ def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
 
 
 def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
-    """Return the targets by account_id or region; first where most is open, then where most is not read."""
+    """Group the targets by account_id or region, most open findings first, then most unread targets."""
     groups: dict[str, list[Standing]] = {}
     for standing in standings:
         groups.setdefault(getattr(standing.target, attribute), []).append(standing)
@@ -5936,7 +5936,7 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
 
 
 def _trend_card(dashboard: Dashboard) -> Element:
-    """Return whether fewer findings are open than 30 days before the latest scan, or at the first."""
+    """Draw the card that compares the open findings with 30 days ago, or with the first scan."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Does it get better?", counted(total, "open finding")
     if len(trend) == 1:
@@ -5962,7 +5962,7 @@ def _trend_card(dashboard: Dashboard) -> Element:
 
 
 def _worst_card(standings: Sequence[Standing]) -> Element:
-    """Return the target, the account and the region with most open findings, and the lowest compliance."""
+    """Draw the card of the target, account and region with most open findings and least compliance."""
     question, unread = "Where is it worst?", _unread(standings)
     text = f"{counted(len(unread), 'target')} not read: it may be worse there."
     warning = [_node("p.warn", text)] if unread else []
@@ -5990,7 +5990,7 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
-    """Return what is true where everything was read and nothing is open."""
+    """Return what is true when everything was read and nothing is open."""
     numbers = [(standing.instances, standing.compliant, standing.exempted) for standing in standings]
     instances, compliant, exempted = map(sum, zip(*numbers, strict=True))
     fleet = counted(instances, "instance")
@@ -6002,7 +6002,7 @@ def _all_good(standings: Sequence[Standing]) -> str:
 
 
 def _ask_card(dashboard: Dashboard) -> Element:
-    """Return who created most of what is open, else who probably owns it, and what fixes most at once."""
+    """Draw the card of those who own or created most of what is open, and of the largest cause."""
     found, question = dashboard.open, "Whom to ask?"
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
@@ -6029,7 +6029,7 @@ def _ask_card(dashboard: Dashboard) -> Element:
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
-    """Return at most so many points; one that stands for several scans has the last one's state, and sums."""
+    """Merge neighbouring scans into at most so many points, each with their sums and its last state."""
     size = -(-len(trend) // most)
     points = []
     for group in (trend[start : start + size] for start in range(0, len(trend), size)):
@@ -6039,7 +6039,7 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
 
 
 def _trend(trend: Sequence[TrendPoint]) -> Element:
-    """Return the open findings over time, what each scan changed, and the latest scans in numbers."""
+    """Draw the open findings over time, what each scan changed, and the latest scans in numbers."""
     points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
     drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
@@ -6064,7 +6064,7 @@ def _trend(trend: Sequence[TrendPoint]) -> Element:
 
 
 def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
-    """Return a chart of what scans opened (up) and resolved (down); a bar may stand for several scans."""
+    """Draw what scans opened (up) and resolved (down) as bars; a bar may stand for several scans."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
@@ -6105,7 +6105,7 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
 
 
 def _heat_map(standings: Sequence[Standing]) -> Element:
-    """Return the compliance of each account in each region, the worst first; what was not read is hatched."""
+    """Draw the compliance of each account in each region, worst first; what was not read is hatched."""
     accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
     names, title = list(accounts), "Compliance by account and region"
     rows = [(account, accounts[account], "") for account in names[:HTML_ACCOUNTS]]
@@ -6136,7 +6136,7 @@ def _heat_map(standings: Sequence[Standing]) -> Element:
 
 
 def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
-    """Return a cell of the heat map; where anything was not read it says so, and has no other colour."""
+    """Draw a cell of the heat map; where anything was not read it says so, and has no other colour."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
     compliant, findings, share = _compliance(read)
     judged = compliant + findings
@@ -6148,7 +6148,7 @@ def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
 
 
 def _counts(found: OpenFindings) -> Element:
-    """Return the open findings by tag, age and person, and the money spent without each tag, as bars."""
+    """Draw the open findings by tag, age, creator, service and owner, and the cost by tag, as bars."""
     unpriced = found.total - found.priced
     spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
@@ -6175,7 +6175,7 @@ def _counts(found: OpenFindings) -> Element:
 
 
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
-    """Yield the causes, the oldest findings, exemptions that end, and unread targets, if there are any."""
+    """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     if causes := [
         (f"{cause.instances:,}", *astuple(cause.target), _brief(str(cause), 240))
         for cause in dashboard.open.causes
@@ -6200,7 +6200,7 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
 
 
 def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
-    """Return a finding that has been open for long as a row."""
+    """Return a finding as a row of those that are open for longest."""
     days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
     since = f"{finding.first_seen[:10]}, {counted(days, 'day')}"
     lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
