@@ -5412,8 +5412,7 @@ def explain(
         yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
-    yield _past(finding)
-    yield from _written(target, changes)
+    yield from _past(finding, target, changes)
 
 
 def _near_exemptions(
@@ -5432,27 +5431,23 @@ def _near_exemptions(
             yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
 
 
-def _past(finding: Finding | None) -> str:
-    """Return what the state knows of a finding, in one line."""
-    if finding is None:
-        return "  History: none known"
-    seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
-    again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
-    ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
-    return f"  History: {finding.status}, {seen}{again}{ended}"
-
-
-def _written(target: Target, changes: Iterable[Change]) -> Iterator[str]:
-    """Yield the tags that were written to an instance, of those with its id."""
-    return (f"  Written   {change}" for change in changes if change.target == target)
+def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) -> Iterator[str]:
+    """Yield the history of a finding in one line, and the tags that were written to its instance."""
+    if finding:
+        seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
+        again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
+        ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
+        yield f"  History: {finding.status}, {seen}{again}{ended}"
+    else:
+        yield "  History: none known"
+    yield from (f"  Written   {change}" for change in changes if change.target == target)
 
 
 def history_lines(report: HistoryReport) -> Iterator[str]:
     """Yield a table of the findings or, for one instance, its timeline."""
     if report.events:
         for finding in report.findings():
-            yield from _timeline(finding, report.events(finding))
-            yield from _written(finding.target, report.changes)
+            yield from _timeline(finding, report.events(finding), report.changes)
         return
     rows = map(_history_row, report.findings())
     first = next(rows, None)
@@ -5467,14 +5462,14 @@ def _history_row(finding: Finding) -> tuple[str, ...]:
     return _row(finding.status, finding, finding.first_seen[:10], f"{finding.times_seen:,}", what)
 
 
-def _timeline(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
-    """Yield what happened to a finding, one line per event."""
+def _timeline(finding: Finding, events: Iterable[Event], changes: Iterable[Change]) -> Iterator[str]:
+    """Yield what happened to a finding, one line per event, and what is known of its instance."""
     name = f" ({finding.name})" if finding.name else ""
     yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
     for event in events:
         how = event.resolution or ", ".join(violation.message for violation in event.violations)
         yield f"  {event.at}  {event.event:<8}  {how}"
-    yield _past(finding)
+    yield from _past(finding, finding.target, changes)
     yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
     if finding.created_by:
         yield f"  Created by: {finding.created_by}"
