@@ -6085,10 +6085,11 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
         new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
         # Each with its colour, its number, and how far above zero its top is.
         parts = ("new", RED, new, new), ("again", PALE, again, new + again), ("done", GREEN, bar.resolved, 0)
+        across = {"x": f"{middle - width / 2:.2f}%", "width": f"{width:.2f}%"}
         for look, colour, number, above in parts:
-            place = {"x": f"{middle - width / 2:.2f}%", "y": f"{zero - above * scale:.1f}"}
-            box = {"width": f"{width:.2f}%", "height": f"{number * scale:.1f}"}
-            group.extend([_bar(look, colour, **place, **box)] if number else [])
+            upright = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}"}
+            if number:
+                group.append(_bar(look, colour, **across, **upright))
         drawn.append(group)
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
@@ -6125,9 +6126,8 @@ def _heat_map(standings: Sequence[Standing]) -> Element:
         whole = _heat_cell(f"{account}, all regions", group)
         body.append(_node(f"tr.{look}", _node("th", account, scope="row"), whole, *cells))
     table = _node("table.heat", _node("thead", _node("tr", *head)), body)
-    return _titled(
-        title, lead, legend, _node("div.scroll", table, tabindex=0, role="region", aria_label=title)
-    )
+    box = _node("div.scroll", table, tabindex=0, role="region", aria_label=title)
+    return _titled(title, lead, legend, box)
 
 
 def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
@@ -6171,13 +6171,11 @@ def _counts(found: OpenFindings) -> Element:
 
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
-    if causes := [
-        (f"{cause.instances:,}", *astuple(cause.target), _brief(str(cause), 240))
-        for cause in dashboard.open.causes
-    ]:
+    found = dashboard.open
+    if causes := [(f"{c.instances:,}", *astuple(c.target), _brief(str(c), 240)) for c in found.causes]:
         lead = "What many instances share, and where to put it right for all of them."
         yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
-    if oldest := [_oldest_row(finding, dashboard.made_at) for finding in dashboard.open.oldest]:
+    if oldest := [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]:
         columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
         yield _titled("Open for longest", "", *_table(columns, oldest))
     if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
