@@ -6610,7 +6610,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One tag to write on one instance, and what became of it; up to `warning` a plan file has a column for each field."""
+    """One tag to write on one instance, and what became of it; the fields up to `warning` are the columns of a file."""
 
     account_id: str
     region: str
@@ -6663,10 +6663,7 @@ _SAME_TAG = (
 
 
 class PlanRows:
-    """The rows of one plan, sorted by target and instance, in a private database on disk.
-
-    So the memory that it takes to make, read or apply a plan does not grow with the number of its rows.
-    """
+    """The rows of one plan, sorted by target and instance, on disk: memory does not grow with a plan, new or read."""
 
     def __init__(self, rows: Iterable[PlanRow] = ()) -> None:
         self._db = sqlite3.connect("")
@@ -6693,22 +6690,21 @@ class PlanRows:
         news = "result = :result, message = :message, former = :former, warning = :warning"
         self._db.executemany(f"UPDATE rows SET {news} WHERE {_SAME_TAG}", map(asdict, rows))
 
-    def restrict(self, column: str, values: Sequence[str]) -> None:
-        """Keep only the rows with one of these values in a column, or all if there are none."""
-        if values:
-            self._db.execute(
-                f"DELETE FROM rows WHERE {column} NOT IN ({', '.join('?' * len(values))})", values
-            )
-
     def counts(self, column: str) -> Counter[str]:
         """Return the number of rows with each value of a column."""
         return Counter(dict(self._db.execute(f"SELECT {column}, count(*) FROM rows GROUP BY 1").fetchall()))
 
+    @property
+    def exit_code(self) -> ExitCode:
+        """INCOMPLETE if a row that writes was not carried out."""
+        well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
+        return ExitCode.COMPLIANT if well.issuperset(self.counts("result")) else ExitCode.INCOMPLETE
+
     def warnings(self) -> list[dict[str, Any]]:
         """Return what would undo the tags that are written, as JSON objects, the most instances first."""
         rows = self._db.execute(
-            "SELECT account_id, region, count(DISTINCT instance_id), warning FROM rows "
-            "WHERE warning <> '' AND result IN ('planned', 'written') GROUP BY 1, 2, 4 ORDER BY 3 DESC, 1, 2, 4"
+            "SELECT account_id, region, count(DISTINCT instance_id), warning FROM rows WHERE warning <> '' "
+            "AND result IN ('planned', 'written') GROUP BY 1, 2, 4 ORDER BY 3 DESC, 1, 2, 4"
         )
         names = ("account_id", "region", "instances", "message")
         return [
@@ -6785,8 +6781,6 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
     return violation.message if violation else None
 
 
-# ---- Plan files and undo files -----------------------------------------------------------------------------
-
 PLAN_COLUMNS = (
     *("Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why"),
     *("Warning", "Checksum"),
@@ -6839,20 +6833,17 @@ def check_plan_goal(output: Output) -> None:
         message = f"--csv {output.path} cannot be read: {error.strerror}; name another file"
         raise OutputError(message) from error
     raise OutputError(
-        f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is unchanged. "
-        f"Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or delete it"
+        f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is "
+        f"unchanged. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or delete it"
     )
 
 
 def read_plan(
-    path: str,
-    policy: Policy,
-    actions: Container[Action],
-    check: Callable[[PlanRow], PlanRow] = lambda row: row,
+    path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
-    """Return the rows of a plan or an undo file, which a person may have edited; raises PolicyError.
+    """Return the rows of a plan or an undo file, which a person may have edited; raises PolicyError with all problems.
 
-    The error has every problem of the file. `check` returns a row as it is to be carried out, or raises UsageError.
+    `check` returns a row as it is to be carried out, or raises UsageError.
     """
     rows, problems = PlanRows(), []
     for line, cells in _plan_cells(path):
@@ -6860,7 +6851,7 @@ def read_plan(
             row = _read_row(cells, f"{path}:{line}", actions)
             if complaint := row_complaint(row, policy):
                 raise UsageError(complaint)
-            rows.add(check(row))
+            rows.add(check(row) if check else row)
         except UsageError as error:
             problems.append(Problem(path, line, 1, "", str(error)))
         if len(problems) == MAX_PLAN_PROBLEMS:
@@ -6872,7 +6863,6 @@ def read_plan(
 
 def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the cells of each row that is not blank, by column, and the line that it ends on; raises PolicyError."""
-    columns: list[str] = []
     line = 0
 
     def texts(file: IO[str]) -> Iterator[str]:
@@ -6889,23 +6879,24 @@ def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = texts(file)
-            head = next(filter(str.strip, lines), "")
+            head = next((text for text in lines if re.search(r"[^\s,;]", text)), "")
             # Excel separates by what the machine's region uses: a semicolon in much of Europe.
             separator = max(",;\t", key=head.count)
-            for cells in csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True):
-                row = dict(zip(columns, map(csv_text, cells), strict=False))
-                if not columns and any(map(str.strip, cells)):
-                    columns = [cell.strip() for cell in cells]
-                    if lacking := [name for name in PLAN_NEEDED if columns.count(name) != 1]:
-                        raise UsageError(f"the header needs {', '.join(lacking)}, once each")
-                elif columns and any(map(str.strip, cells)) and len(cells) != len(columns):
+            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
+            columns = [cell.strip() for cell in next(table)]
+            lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
+            if not head:
+                line = 1
+                raise UsageError("empty: it needs a header, and one row per tag")
+            if lacking:
+                raise UsageError(f"the header needs {', '.join(lacking)}, once each")
+            for cells in table:
+                if len(cells) != len(columns) and any(map(str.strip, cells)):
                     counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
                     raise UsageError(f"{counts}: is a comma not in quotes, or the file cut short?")
-                elif any(text.strip() for name, text in row.items() if name != "Checksum"):
+                row = dict(zip(columns, map(csv_text, cells), strict=False))
+                if any(text.strip() for name, text in row.items() if name != "Checksum"):
                     yield line, row
-        if not columns:
-            line = 1
-            raise UsageError("empty: it needs a header, and one row per tag")
     except (csv.Error, UsageError) as error:
         message = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
         raise PolicyError([Problem(path, line, 1, "", message)]) from error
@@ -6942,14 +6933,6 @@ class UndoFile:
         self.rows: dict[str, PlanRow] = {}  # what may have been written, by account, region, instance and tag
         self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
 
-    @property
-    def shown(self) -> str:
-        """Its path for a command line, short if possible."""
-        try:
-            return os.path.relpath(self.path)
-        except (OSError, ValueError):  # no current directory; another drive
-            return str(self.path)
-
     def close(self) -> None:
         """Close the file, if any row was added."""
         if self._file:
@@ -6975,10 +6958,10 @@ class UndoFile:
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
-            raise OutputError(
-                f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
-                "make room and run again"
-            ) from error
+            message = (
+                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
+            )
+            raise OutputError(f"{message}: no more tags were written") from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
@@ -7004,24 +6987,20 @@ class UndoFile:
 
 def _reverting(row: PlanRow) -> PlanRow:
     """Return the row that reverts another one."""
-    return replace(
-        row,
-        action=Action.DELETE if row.former is None else Action.RESTORE,
-        value=row.former or "",
-        current=row.value_after or "",
-        confidence="",
-        why=f"undo of: {row.why.removeprefix('undo of: ')}",
-        warning="",
+    action = Action.DELETE if row.former is None else Action.RESTORE
+    value, current, why = (
+        row.former or "",
+        row.value_after or "",
+        f"undo of: {row.why.removeprefix('undo of: ')}",
     )
+    return replace(row, action=action, value=value, current=current, confidence="", why=why, warning="")
 
-
-# ---- Carrying a plan out -----------------------------------------------------------------------------------
 
 MAX_CHANGES = 50  # of a run when nothing else is said
 MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
 MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
-# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
-# takes 200 values.
+# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags).
+# A filter takes 200 values.
 READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
 # Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
 # Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
@@ -7029,136 +7008,21 @@ CALL_INTERVAL = 0.11
 
 
 def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
-    """Raise PolicyError, or UsageError for rows of no file, if the account of a row is not active or not there."""
+    """Raise PolicyError (UsageError for rows of no file) if the account of a row is not active, or not there."""
     problems = []
     for row in rows:
-        state = states.get(row.account_id, "")
-        if state == "ACTIVE" or not row.writes:
-            continue
-        if policy.accounts is None:
-            complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
-        else:
-            how = f"is {state}" if state else "is not there"
-            complaint = f"in the organization the account {row.account_id} {how}: "
-            complaint += "take the row out, or choose others with --account"
-        file, _, line = row.place.rpartition(":")
-        if not file:
-            raise UsageError(f"{row}: {complaint}")
-        problems.append(Problem(file, int(line), 1, "", complaint))
+        state = states.get(row.account_id)
+        if row.writes and state != "ACTIVE":
+            where = f"in the organization the account {row.account_id} {f'is {state}' if state else 'is not there'}"
+            complaint = f"{where}: take the row out, or choose others with --account"
+            if policy.accounts is None:
+                complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
+            file, _, line = row.place.rpartition(":")
+            if not file:
+                raise UsageError(f"{row}: {complaint}")
+            problems.append(Problem(file, int(line), 1, "", complaint))
     if problems:
         raise PolicyError(problems)
-
-
-def apply_plan(
-    rows: PlanRows,
-    aws: Aws,
-    enter: Callable[[str], None],
-    undo: UndoFile,
-    state: State,
-    change_of: Callable[[PlanRow], Change],
-) -> None:
-    """Carry out a plan, target by target, and keep what became of each row; `enter` raises TargetError.
-
-    All of it is intended in the state before the first call, and a row is in the undo file before its own: kill
-    it at any point, and state, file and tags together tell what was done. --max-changes bounds the memory.
-    """
-
-    def record(became: Iterable[PlanRow]) -> None:
-        record_changes(state, [(change_of(row), row.result) for row in became])
-
-    pending = {str(row): row for row in rows if row.writes}
-    record(pending.values())
-    settled: list[PlanRow] = []
-    refused: list[PlanRow] = []  # by AWS, after they were kept in the undo file
-    try:
-        for target, group in itertools.groupby([*pending.values()], key=lambda row: row.target):
-            for batch in _apply_to_target(aws, target, group, undo, enter):
-                for row in batch:
-                    del pending[str(row)]
-                    not_written = row.result not in (Result.WRITTEN, Result.UNKNOWN)
-                    (refused if not_written and str(row) in undo.rows else settled).append(row)
-                rows.update(batch)
-                if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
-                    record(settled)
-                    settled.clear()
-            LOG.info("%s: done, %s left", target, counted(len(pending), "row"))
-    finally:
-        untouched = [row.became(Result.FAILED) for name, row in pending.items() if name not in undo.rows]
-        record([*settled, *untouched])
-        # First the file: a row of it without its record would be refused.
-        if refused:
-            undo.drop(refused)
-            record(refused)
-
-
-def _apply_to_target(
-    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
-) -> Iterator[list[PlanRow]]:
-    """Carry out the rows of one target; yields what became of them, batch by batch.
-
-    An error that is not of an instance ends it: what follows would only meet the same.
-    """
-    by_instance: dict[str, list[PlanRow]] = {}
-    for row in sorted(rows, key=lambda row: row.tag_key):
-        by_instance.setdefault(row.instance_id, []).append(row)
-    # Instances that get the same tags come together, which makes calls few.
-    instances = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
-    splits = iter(range(MAX_SPLITS))
-    failure: TargetError | None = None
-    try:
-        enter(target.account_id)
-    except TargetError as error:
-        failure = error
-    for some in _in_parts(instances, READ_BATCH):
-        batch = [*itertools.chain.from_iterable(some)]
-        if failure:
-            yield [row.became(Result.FAILED, f"not tried: {failure}") for row in batch]
-        else:
-            with aws.account(target.account_id):
-                batch, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
-            yield batch
-
-
-def _in_parts(items: Sequence[Any], size: int) -> list[Any]:
-    """Return items in parts of at most a size."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _apply_batch(
-    client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
-) -> tuple[list[PlanRow], TargetError | None]:
-    """Read the tags of a batch again and write what is to be written; also returns the error that ends the target."""
-    ids = [*dict.fromkeys(row.instance_id for row in rows)]
-    try:
-        found = describe_tags(client, ids)
-    except TargetError as error:
-        return [row.became(Result.FAILED, str(error)) for row in rows], error
-    decided = []
-    for row in rows:
-        tags = found.get(row.instance_id)
-        decided.append(decide(row, tags))
-        if tags is not None and decided[-1].result is Result.PLANNED:
-            found[row.instance_id] = {**tags, row.tag_key: row.value}  # it counts to the limit of tags
-    writing = [row for row in decided if row.result is Result.PLANNED]
-    if writing:
-        undo.add(writing)
-    answers: dict[tuple[str, str], TargetError | None] = {}
-    failure: TargetError | None = None
-    after: Mapping[str, Mapping[str, str]] | None = None
-    try:
-        for (operation, tags_), alike in tag_calls(writing).items():
-            for answered, answer in write_tags(client, operation, alike, dict(tags_), splits):
-                answers |= {(operation, id_): answer for id_ in answered}
-    except TargetError as error:
-        failure = error
-        with contextlib.suppress(TargetError):  # the answer may have been lost on its way back
-            after = describe_tags(client, ids)
-    return [
-        row
-        if row.result is not Result.PLANNED
-        else _called(row, answers.get((row.operation, row.instance_id), failure), after)
-        for row in decided
-    ], failure
 
 
 def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
@@ -7182,20 +7046,9 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
     return row
 
 
-def _called(
-    row: PlanRow, error: TargetError | None, after: Mapping[str, Mapping[str, str]] | None
-) -> PlanRow:
-    """Return a row with its result after the call; `after` are the tags after an error of the whole target."""
-    if error is None:
-        return row.became(Result.WRITTEN)
-    if is_of_instance(error):
-        gone = error.code.startswith("InvalidInstanceID")
-        return row.became(Result.GONE if gone else Result.FAILED, str(error))
-    if after is None:
-        return row.became(Result.UNKNOWN, f"{error}; it may have been written: run again to find out")
-    if decide(row, after.get(row.instance_id)).result is Result.ALREADY_THERE:
-        return row.became(Result.WRITTEN)
-    return row.became(Result.FAILED, str(error))
+def _in_parts(items: Sequence[Any], size: int) -> list[Any]:
+    """Return items in parts of at most a size."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
@@ -7214,12 +7067,10 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
 
 
 def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[str]]:
-    """Return the calls that carry rows out: operation and tags, and the instances that get exactly these.
-
-    DeleteTags gets the value as well: it deletes no other (EC2 API reference).
-    """
+    """Return the calls that carry rows out: operation and tags, and the instances that get exactly these."""
     tags: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
+        # DeleteTags gets the value as well: it deletes no other (EC2 API reference).
         value = row.current if row.action is Action.DELETE else row.value
         tags.setdefault((row.operation, row.instance_id), {})[row.tag_key] = value
     calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
@@ -7229,14 +7080,14 @@ def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str],
 
 
 def write_tags(
-    client: Any, operation: str, ids: Sequence[str], tags: Mapping[str, str], splits: Iterator[int]
+    client: Any, operation: str, ids: Sequence[str], tags: Sequence[tuple[str, str]], splits: Iterator[int]
 ) -> Iterator[tuple[Sequence[str], TargetError | None]]:
-    """Create or delete the same tags on instances; yields those that are done with None, others with the reason.
+    """Create or delete the same tags on instances; yields those done with None, those refused with the reason.
 
     EC2 refuses a whole batch because of one instance. It names those that are gone; to find others the batch
-    is halved, as often as there are `splits`. Raises TargetError if it is not about some instances only.
+    is halved, as often as there are `splits`. Raises TargetError where any other call would fail as well.
     """
-    pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
+    pairs = [{"Key": key, "Value": value} for key, value in tags]
     batches = _in_parts(ids, WRITE_BATCH)
     while batches:
         batch = batches.pop()
@@ -7247,10 +7098,10 @@ def write_tags(
                 raise target_error("ForeignAnswer", message, f"ec2:{operation}")
             yield batch, None
         except TargetError as error:
-            named = re.findall("i-[0-9a-f]{8,17}", error.message) if _is_gone(error) else ()
             if not is_of_instance(error):
                 raise
-            if gone := set(named).intersection(batch):
+            is_gone = error.code.startswith("InvalidInstanceID")
+            if gone := is_gone and set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch):
                 yield [*gone], error
                 batches += _in_parts([id_ for id_ in batch if id_ not in gone], WRITE_BATCH)
             elif len(batch) > 1 and next(splits, None) is not None:
@@ -7274,13 +7125,6 @@ def is_of_instance(error: TargetError) -> bool:
     # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
     return error.code not in _OF_TARGET and not error.code.endswith("Error")
 
-
-def _is_gone(error: TargetError) -> bool:
-    """Return whether EC2 says that an instance does not exist."""
-    return error.code.startswith("InvalidInstanceID")
-
-
-# ---- What the state keeps of it ----------------------------------------------------------------------------
 
 _CHANGE = tuple(column.name for column in fields(Change))
 _INTENDED = f"policy = :policy AND {_SAME_TAG} AND change_id <> :change_id AND status = 'intended'"
@@ -7314,10 +7158,7 @@ def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Ch
 
 
 def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
-    """Keep what is intended and what was written, and forget what came to nothing; raises StateError.
-
-    It may be repeated, as with a state in S3 it is.
-    """
+    """Keep what is intended and what was written, and forget the rest; it may be repeated; raises StateError."""
     for path in state.attempts() if changes else ():
         with opened_state(path, state.name) as db:
             db.execute("PRAGMA synchronous = FULL")
@@ -7341,10 +7182,8 @@ def fetch_changes(
 
 
 def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow) -> PlanRow:
-    """Return a row of an undo file, with `skip` if it is reverted already; raises UsageError.
-
-    The state must have a record of the change that it reverts: anybody can write or edit an undo file.
-    """
+    """Return a row of an undo file, with `skip` if it is reverted already; raises UsageError if it is not on record."""
+    # Anybody can write or edit an undo file.
     found = fetch_changes(db, policy_name, row.instance_id, row.target)
     changes = [change for change in found if change.tag_key == row.tag_key]
     written = [change for change in changes if change.status == "written"]
@@ -7366,107 +7205,200 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
     )
 
 
-# ---- What is printed ---------------------------------------------------------------------------------------
+def apply_plan(
+    rows: PlanRows,
+    aws: Aws,
+    enter: Callable[[str], None],
+    undo: UndoFile,
+    state: State,
+    change_of: Callable[[PlanRow], Change],
+) -> None:
+    """Carry out a plan, target by target, and keep what became of each row; `enter` gets an account's credentials.
+
+    All of it is intended in the state before the first call, and a row is in the undo file before its own: kill
+    it at any point, and state, file and tags together tell what was done. --max-changes bounds the memory.
+    """
+
+    def record(became: Iterable[PlanRow]) -> None:
+        record_changes(state, [(change_of(row), row.result) for row in became])
+
+    pending = {str(row): row for row in rows if row.writes}
+    record(pending.values())
+    settled: list[PlanRow] = []
+    refused: list[PlanRow] = []  # by AWS, after they were kept in the undo file
+    try:
+        for target, group in itertools.groupby([*pending.values()], key=lambda row: row.target):
+            for batch in _apply_to_target(aws, target, group, undo, enter):
+                rows.update(batch)
+                for row in batch:
+                    del pending[str(row)]
+                    may_be_written = row.result in (Result.WRITTEN, Result.UNKNOWN)
+                    (settled if may_be_written or str(row) not in undo.rows else refused).append(row)
+                if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
+                    record(settled)
+                    settled.clear()
+            LOG.info("%s: done, %s left", target, counted(len(pending), "row"))
+    finally:
+        untouched = [row.became(Result.FAILED) for name, row in pending.items() if name not in undo.rows]
+        record([*settled, *untouched])
+        if refused:  # first the file: a row of it without its record would be refused
+            undo.drop(refused)
+            record(refused)
 
 
-@dataclass(frozen=True, slots=True)
-class Remediation:
-    """A plan, carried out or not, as the outputs show it."""
+def _apply_to_target(
+    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
+) -> Iterator[list[PlanRow]]:
+    """Carry out the rows of one target, up to an error that all would meet; yields their results by batches."""
+    # Instances that get the same tags come together, which makes calls few.
+    instances = itertools.groupby(rows, key=lambda row: row.instance_id)
+    alike = [sorted(group, key=lambda row: row.tag_key) for _, group in instances]
+    alike.sort(key=lambda rows: [(row.tag_key, row.value) for row in rows])
+    splits = iter(range(MAX_SPLITS))
+    failure: TargetError | None = None
+    try:
+        enter(target.account_id)
+    except TargetError as error:
+        failure = error
+    for part in _in_parts(alike, READ_BATCH):
+        batch = [*itertools.chain.from_iterable(part)]
+        if failure:
+            yield [row.became(Result.FAILED, f"not tried: {failure}") for row in batch]
+            continue
+        with aws.account(target.account_id):
+            batch, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
+        yield batch
 
-    policy: Policy
-    rows: PlanRows
-    applied: bool
-    undo_file: str
 
-    @property
-    def exit_code(self) -> ExitCode:
-        """INCOMPLETE if a row that writes was not carried out."""
-        well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
-        return ExitCode.COMPLIANT if well.issuperset(self.rows.counts("result")) else ExitCode.INCOMPLETE
+def _apply_batch(
+    client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
+) -> tuple[list[PlanRow], TargetError | None]:
+    """Read the tags of a batch and write what is to be written; returns its rows and the error that ends the target."""
+    ids = [*dict.fromkeys(row.instance_id for row in rows)]
+    try:
+        tags = describe_tags(client, ids)
+    except TargetError as error:
+        return [row.became(Result.FAILED, str(error)) for row in rows], error
+    decided = []
+    for row in rows:
+        decided.append(decide(row, tags.get(row.instance_id)))
+        if decided[-1].result is Result.PLANNED:  # it counts to the limit of tags
+            tags[row.instance_id] = {**tags[row.instance_id], row.tag_key: row.value}
+    writing = [row for row in decided if row.result is Result.PLANNED]
+    if writing:
+        undo.add(writing)
+    answers: dict[tuple[str, str], TargetError | None] = {}
+    failure, after = None, None
+    try:
+        for (operation, pairs), alike in tag_calls(writing).items():
+            for answered, answer in write_tags(client, operation, alike, pairs, splits):
+                answers |= {(operation, id_): answer for id_ in answered}
+    except TargetError as error:
+        failure = error
+        with contextlib.suppress(TargetError):  # the answer may have been lost on its way back
+            after = describe_tags(client, ids)
+    for n, row in enumerate(decided):
+        if row.result is Result.PLANNED:
+            answer = answers.get((row.operation, row.instance_id), failure)
+            decided[n] = row.became(*_result(row, answer, after))
+    return decided, failure
 
 
-def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
+def _result(
+    row: PlanRow, error: TargetError | None, after: Mapping[str, Mapping[str, str]] | None
+) -> tuple[Result, str]:
+    """Return what became of a row after its call; `after` are the tags read after an error of the whole target."""
+    if error is None:
+        return Result.WRITTEN, ""
+    if error.code.startswith("InvalidInstanceID"):
+        return Result.GONE, str(error)
+    if is_of_instance(error):
+        return Result.FAILED, str(error)
+    if after is None:
+        return Result.UNKNOWN, f"{error}; it may have been written: run again to find out"
+    found = decide(row, after.get(row.instance_id)).result is Result.ALREADY_THERE
+    return (Result.WRITTEN, "") if found else (Result.FAILED, str(error))
+
+
+def write_remediation_json(
+    file: TextIOBase, policy: Policy, rows: PlanRows, undo_file: str, *, applied: bool
+) -> None:
     """Write what became of a plan as one JSON object, one line per row; `changed` is Ansible's."""
-    totals = done.rows.counts("result")
+    totals = rows.counts("result")
     head = {
         "version": __version__,
-        "policy": {"name": done.policy.name, "file": done.policy.file, "digest": done.policy.digest},
+        "policy": {"name": policy.name, "file": policy.file, "digest": policy.digest},
         "changed": bool(totals[Result.WRITTEN] or totals[Result.UNKNOWN]),
-        "applied": done.applied,
-        "undo_file": done.undo_file or None,
-        "exit_code": int(done.exit_code),
-        "exit_name": done.exit_code.name,
+        "applied": applied,
+        "undo_file": undo_file or None,
+        "exit_code": int(rows.exit_code),
+        "exit_name": rows.exit_code.name,
         "summary": {result: totals[result] for result in Result},
-        "warnings": done.rows.warnings(),
+        "warnings": rows.warnings(),
     }
     write_json_head(file, head)
-    write_json_list(file, "rows", map(_row_record, done.rows), "\n}\n")
+    write_json_list(file, "rows", map(_row_record, rows), "\n}\n")
 
 
 def _row_record(row: PlanRow) -> dict[str, Any]:
     """Return a row and what became of it as a JSON object."""
     names = "account_id region instance_id name tag_key value action why result message warning".split()
-    warned = row.result in (Result.PLANNED, Result.WRITTEN)
-    return {name: getattr(row, name) for name in names} | {
-        "value": row.value_after,
-        "message": row.message or None,
-        "warning": row.warning or None if warned else None,
-    }
+    may_be_there = row.result in (Result.PLANNED, Result.WRITTEN)
+    warning = row.warning if may_be_there else ""
+    changed = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
+    return {name: getattr(row, name) for name in names} | changed
 
 
-def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
+def remediation_lines(
+    policy: Policy,
+    rows: PlanRows,
+    csv_path: str,
+    undo_file: str,
+    command: Callable[..., str],
+    *,
+    applied: bool,
+) -> Iterator[str]:
     """Yield the plan or what became of it, for people, and what to do next."""
-    actions = done.rows.counts("action")
-    aside = {action: actions.pop(action) for action in (Action.REVIEW, Action.SKIP) if action in actions}
-    others = "".join(f", {number:,} to {action}" for action, number in aside.items())
-    writing = (row for row in done.rows if row.writes)
+    actions, totals, warnings = rows.counts("action"), rows.counts("result"), rows.warnings()
+    aside = [action for action in (Action.REVIEW, Action.SKIP) if actions[action]]
+    others = "".join(f", {actions.pop(action):,} to {action}" for action in aside)
+    writing = (row for row in rows if row.writes)
     instances = sum(1 for _ in itertools.groupby(writing, key=lambda row: (row.target, row.instance_id)))
-    yield (
-        f"Policy {done.policy.name} ({done.policy.file}): {counted(actions.total(), 'tag')} to write on "
-        f"{counted(instances, 'instance')}{others}"
-    )
-    if done.applied:
-        yield from _result_lines(done.rows)
-    elif actions or aside:
-        yield from _row_lines(done.rows, csv_path)
-    warnings = done.rows.warnings()
+    tags = f"{counted(actions.total(), 'tag')} to write on {counted(instances, 'instance')}"
+    yield f"Policy {policy.name} ({policy.file}): {tags}{others}"
+    if applied:
+        well = (Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE)
+        left = totals.total() - sum(totals[result] for result in well)
+        done = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
+        yield f"{done}, {left:,} not written{':' if left else ''}"
+        not_written = (row for row in rows if row.result not in well)
+        yield from _first_lines((f"  {row.result}  {row}: {row.message}" for row in not_written), left)
+    elif totals:
+        yield from _plan_table(rows, totals.total(), f" in {csv_path}" if csv_path not in ("", "-") else "")
     yield from _first_lines((f"Warning: {each['message']}" for each in warnings), len(warnings))
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
-    if not done.applied:
-        if fixes:
-            yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
-        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
-        return
-    if fixes and done.rows.counts("result")[Result.WRITTEN]:
+    if fixes and not applied:
+        yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
+    if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
-    if done.undo_file:
-        yield f"Undo it with: {command('--undo', done.undo_file, '--apply')}"
+    if undo_file:
+        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
+    elif not applied:
+        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
 
 
-def _row_lines(rows: PlanRows, csv_path: str) -> Iterator[str]:
-    """Yield the first rows of a plan as a table."""
-    table = [("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")]
+def _plan_table(rows: Iterable[PlanRow], number: int, where: str) -> list[str]:
+    """Return the first rows of a plan as a table."""
+    table: list[Sequence[str]] = [("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")]
     for row in itertools.islice(rows, SUMMARY_FINDINGS):
-        name, tag_key, value = (
+        what = (
             cut_text(row.name, 24) or "-",
             cut_text(row.tag_key, 40),
             cut_text(row.value, 40) or "-",
+            row.why,
         )
-        table.append((row.action, row.account_id, row.region, row.instance_id, name, tag_key, value, row.why))
-    where = f" in {csv_path}" if csv_path not in ("", "-") else ""
-    yield from with_rest(in_columns(table), rows.counts("action").total() - len(table) + 1, where)
-    yield ""
-
-
-def _result_lines(rows: PlanRows) -> Iterator[str]:
-    """Yield how many rows were carried out, and which were not and why."""
-    totals = rows.counts("result")
-    well = (Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE)
-    number = sum(totals[result] for result in Result if result not in well)
-    done = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
-    yield f"{done}, {number:,} not written{':' if number else ''}"
-    lines = (f"  {row.result}  {row}: {row.message}" for row in rows if row.result not in well)
-    yield from _first_lines(lines, number)
+        table.append((row.action, row.account_id, row.region, row.instance_id, *what))
+    return [*with_rest(in_columns(table), number - len(table) + 1, where), ""]
 
 
 def _first_lines(lines: Iterator[str], number: int) -> Iterator[str]:
@@ -8554,35 +8486,34 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     undo_file = ""
     with sighting_errors(), contextlib.ExitStack() as stack:
         rows = _planned_rows(args, policy)
-        command = functools.partial(_next_command, args, sum(row.writes for row in rows))
-        for output in plans:
-            check_plan_goal(output)
-        staged = stack.enter_context(staged_outputs(outputs))
-        if args.apply and any(row.writes for row in rows):
-            state = open_state(args, stack)
-            beside = state.path.parent if isinstance(state, LocalState) else Path()
-            undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
-            stack.callback(undo.close)
-            stack.enter_context(_telling_the_way_back(undo, command))
-            _apply(args, policy, rows, state, undo, now)
-            undo_file = undo.shown if undo.rows else ""
-        done = Remediation(policy, rows, args.apply, undo_file)
+        changes = sum(row.writes for row in rows)
+        command = functools.partial(_next_command, args, changes)
 
         def write(output: Output, file: TextIOBase) -> None:
             if output in plans:
                 write_plan(file, rows)
             else:
-                write_remediation_json(file, done)
+                write_remediation_json(file, policy, rows, undo_file, applied=args.apply)
 
+        for output in plans:
+            check_plan_goal(output)
+        staged = stack.enter_context(staged_outputs(outputs))
+        if args.apply and changes:
+            beside = Path() if args.state.startswith("s3://") else Path(args.state).parent
+            undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
+            stack.callback(undo.close)
+            stack.enter_context(_telling_the_way_back(undo, command))
+            _apply(args, policy, rows, open_state(args, stack), undo, now)
+            undo_file = str(undo.path) if undo.rows else ""
         stage_report(staged, write)
         for output in plans:  # again, as applying takes its time
             check_plan_goal(output)
         publish_report(staged, emit)
         if not args.quiet:
-            lines = remediation_lines(done, args.csv, command)
+            lines = remediation_lines(policy, rows, args.csv, undo_file, command, applied=args.apply)
             talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
             emit("".join(f"{printable(line)}\n" for line in lines), talk)
-        return done.exit_code
+        return rows.exit_code
 
 
 def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
@@ -8597,9 +8528,12 @@ def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
         elif not args.plan:
             is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
             rows = PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
-    rows.restrict("region", args.region)
-    rows.restrict("account_id", args.account)
-    return rows
+    return PlanRows(
+        row
+        for row in rows
+        if (not args.region or row.region in args.region)
+        and (not args.account or row.account_id in args.account)
+    )
 
 
 @contextlib.contextmanager
@@ -8609,7 +8543,7 @@ def _telling_the_way_back(undo: UndoFile, command: Callable[..., str]) -> Iterat
         yield
     except BaseException as error:  # even a bug must not leave tags written and nobody told
         if undo.rows:
-            line = f"Undo it with: {command('--undo', undo.shown, '--apply')}"
+            line = f"Undo it with: {command('--undo', str(undo.path), '--apply')}"
             emit(f"{printable(line)}\n", sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             done = "what was written is recorded, and the same command goes on from there"
@@ -8638,8 +8572,8 @@ def _apply(
     args: argparse.Namespace, policy: Policy, rows: PlanRows, state: State, undo: UndoFile, now: datetime
 ) -> None:
     """Find out whether a plan may be carried out as a whole, and do it; raises TagcheckError."""
-    number, begun, run = sum(row.writes for row in rows), time.monotonic(), uuid.uuid4().hex
-    if number > args.max_changes:
+    begun, run = time.monotonic(), uuid.uuid4().hex
+    if (number := sum(row.writes for row in rows)) > args.max_changes:
         raise UsageError(
             f"the plan would write {number:,} tags, more than --max-changes {args.max_changes}: "
             f"read it, and if all is well pass --max-changes {number}"
@@ -8665,28 +8599,28 @@ def _apply(
 
 
 class Progress:
-    """Says on stderr how far the scan is: one line that changes on a terminal, elsewhere a line a target."""
+    """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
         self.live = not quiet and sys.stderr.isatty()
-        self.instances: dict[Target, int] = {}
+        self.instances: Counter[Target] = Counter()
         self.ended = 0
         self.shown_at = 0.0
 
     def page(self, target: Target, instances: int) -> None:
         """Count a page of a target; the line changes at most ten times a second."""
-        self.instances[target] = self.instances.get(target, 0) + instances
+        self.instances[target] += instances
         if self.live and time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
-            total = counted(sum(self.instances.values()), "instance")
+            total = counted(self.instances.total(), "instance")
             emit(f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far", sys.stderr)
 
     def end(self, target: Target, error: TargetError | None) -> None:
         """Say how a target ended."""
         self.ended += 1
         if not self.live and (error or not self.quiet):
-            how = f"not read: {error}" if error else counted(self.instances.get(target, 0), "instance")
+            how = f"not read: {error}" if error else counted(self.instances[target], "instance")
             emit(printable(f"{target}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
