@@ -39,6 +39,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -6610,7 +6611,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One tag to write on one instance, and what became of it; the fields up to `warning` are the columns of a file."""
+    """One tag to write on one instance, and what became of it; a file has the fields up to `warning`."""
 
     account_id: str
     region: str
@@ -6657,18 +6658,17 @@ class PlanRow:
 
 
 _ROW = tuple(column.name for column in fields(PlanRow))
-_SAME_TAG = (
-    "account_id = :account_id AND region = :region AND instance_id = :instance_id AND tag_key = :tag_key"
-)
+_cells = operator.attrgetter(*_ROW)  # astuple and asdict copy each value, which takes ten times as long
+_ROW_KEY = ("account_id", "region", "instance_id", "tag_key")
+_SAME_TAG = " AND ".join(f"{name} = :{name}" for name in _ROW_KEY)
 
 
 class PlanRows:
-    """The rows of one plan, sorted by target and instance, on disk: memory does not grow with a plan, new or read."""
+    """The rows of one plan, sorted, in a private database on disk: memory does not grow with them."""
 
     def __init__(self, rows: Iterable[PlanRow] = ()) -> None:
         self._db = sqlite3.connect("")
-        key = "PRIMARY KEY (account_id, region, instance_id, tag_key)"
-        self._db.execute(f"CREATE TABLE rows ({', '.join(_ROW)}, {key})")
+        self._db.execute(f"CREATE TABLE rows ({', '.join(_ROW)}, PRIMARY KEY ({', '.join(_ROW_KEY)}))")
         for row in rows:
             self.add(row)
 
@@ -6679,16 +6679,17 @@ class PlanRows:
 
     def add(self, row: PlanRow) -> None:
         """Add a row; raises UsageError if another one is for the same tag."""
-        values = asdict(row if row.writes else row.became(Result.NOT_ASKED))
-        same = self._db.execute(f"SELECT place FROM rows WHERE {_SAME_TAG}", values).fetchone()
-        if same:
-            raise UsageError(f"{same[0]} has the same tag of the same instance: keep one of them")
-        self._db.execute(f"INSERT INTO rows VALUES (:{', :'.join(_ROW)})", values)
+        new = row if row.writes else row.became(Result.NOT_ASKED)
+        try:
+            self._db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(_ROW))})", _cells(new))
+        except sqlite3.IntegrityError as error:
+            [place] = self._db.execute(f"SELECT place FROM rows WHERE {_SAME_TAG}", asdict(row)).fetchone()
+            raise UsageError(f"{place} has the same tag of the same instance: keep one of them") from error
 
     def update(self, rows: Iterable[PlanRow]) -> None:
         """Keep what became of rows."""
-        news = "result = :result, message = :message, former = :former, warning = :warning"
-        self._db.executemany(f"UPDATE rows SET {news} WHERE {_SAME_TAG}", map(asdict, rows))
+        became = "result = :result, message = :message, former = :former, warning = :warning"
+        self._db.executemany(f"UPDATE rows SET {became} WHERE {_SAME_TAG}", map(asdict, rows))
 
     def counts(self, column: str) -> Counter[str]:
         """Return the number of rows with each value of a column."""
@@ -6697,8 +6698,8 @@ class PlanRows:
     @property
     def exit_code(self) -> ExitCode:
         """INCOMPLETE if a row that writes was not carried out."""
-        well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
-        return ExitCode.COMPLIANT if well.issuperset(self.counts("result")) else ExitCode.INCOMPLETE
+        fine = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
+        return ExitCode.COMPLIANT if fine.issuperset(self.counts("result")) else ExitCode.INCOMPLETE
 
     def warnings(self) -> list[dict[str, Any]]:
         """Return what would undo the tags that are written, as JSON objects, the most instances first."""
@@ -6781,9 +6782,8 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
     return violation.message if violation else None
 
 
-PLAN_COLUMNS = (
-    *("Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why"),
-    *("Warning", "Checksum"),
+PLAN_COLUMNS = tuple(
+    "Account Region InstanceId Name Tag Value Action Current Confidence Why Warning Checksum".split()
 )
 PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
 MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
@@ -6791,11 +6791,11 @@ MAX_PLAN_LINE = 1_048_576  # characters; EC2's longest key and value have a few 
 
 
 def plan_lines(rows: Iterable[PlanRow]) -> Iterator[str]:
-    """Yield the lines of a plan or an undo file: a header, and one line per row, or a blank row if there is none."""
+    """Yield the lines of a plan or an undo file: a header and the rows, or a blank row if there is none."""
     yield csv_line(PLAN_COLUMNS)
     row = None
     for row in rows:
-        yield csv_line([*astuple(row)[: len(PLAN_COLUMNS) - 1], ""])
+        yield csv_line([*_cells(row)[: len(PLAN_COLUMNS) - 1], ""])
     if row is None:
         yield csv_line([""] * len(PLAN_COLUMNS))
 
@@ -6821,10 +6821,10 @@ def is_unedited_plan(file: IO[bytes]) -> bool:
     return digest.hexdigest()[:16].encode() == checksum
 
 
-def check_plan_goal(output: Output) -> None:
+def check_plan_output(output: Output) -> None:
     """Raise OutputError if a new plan would replace a file that may be one that a person has edited."""
     try:
-        if not output.replaceable or not os.path.lexists(output.path):
+        if not output.replaceable or not os.path.exists(output.path):
             return
         with open(output.path, "rb") as file:
             if is_unedited_plan(file):
@@ -6834,14 +6834,14 @@ def check_plan_goal(output: Output) -> None:
         raise OutputError(message) from error
     raise OutputError(
         f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is "
-        f"unchanged. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or delete it"
+        f"unchanged. Apply it with --plan {output.path}, write a new one elsewhere (--csv FILE), or delete it"
     )
 
 
 def read_plan(
     path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
-    """Return the rows of a plan or an undo file, which a person may have edited; raises PolicyError with all problems.
+    """Return the rows of a plan or an undo file that a person may have edited; raises PolicyError.
 
     `check` returns a row as it is to be carried out, or raises UsageError.
     """
@@ -6862,7 +6862,7 @@ def read_plan(
 
 
 def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the cells of each row that is not blank, by column, and the line that it ends on; raises PolicyError."""
+    """Yield the cells of each row by column, and the line that it ends on; raises PolicyError."""
     line = 0
 
     def texts(file: IO[str]) -> Iterator[str]:
@@ -6872,8 +6872,7 @@ def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
             if len(text) == MAX_PLAN_LINE:
                 raise UsageError(f"longer than {MAX_PLAN_LINE:,} characters: this is not a plan")
             if re.search("[\udc80-\udcff]", text):  # how Python keeps bytes that are not UTF-8
-                what = "UTF-16" if text.startswith(("\udcff\udcfe", "\udcfe\udcff")) else "not UTF-8"
-                raise UsageError(f'{what}: save it as "CSV UTF-8"')
+                raise UsageError('not UTF-8 (perhaps UTF-16): save it as "CSV UTF-8"')
             yield text
 
     try:
@@ -6906,23 +6905,23 @@ def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) -> PlanRow:
     """Return a row of a plan; raises UsageError if a cell is wrong."""
-    given: dict[str, Any] = {
-        name: cells.get(column, "") for name, column in zip(_ROW, PLAN_COLUMNS[:-1], strict=False)
-    }
-    given |= {name: given[name].strip() for name in ("account_id", "region", "instance_id", "action")}
-    action = given["action"].lower()
-    if not re.fullmatch("[0-9]{12}", given["account_id"]):
-        id_ = given["account_id"]
-        raise UsageError(f"{id_!r} is not an account id of 12 digits (a spreadsheet may have cut its zeros)")
-    if not re.fullmatch("i-[0-9a-f]{8,17}", given["instance_id"]):
-        raise UsageError(f"{given['instance_id']!r} is not an instance id such as i-0123456789abcdef0")
+    account_id, region, instance_id = (cells[column].strip() for column in PLAN_NEEDED[:3])
+    name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
+    action = action.strip().lower()
+    if not re.fullmatch("[0-9]{12}", account_id):
+        raise UsageError(
+            f"{account_id!r} is not an account id of 12 digits: did a spreadsheet cut its zeros?"
+        )
+    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+        raise UsageError(f"{instance_id!r} is not an instance id, such as i-0123456789abcdef0")
     if action not in list(Action):
         raise UsageError(f"{action!r} is not an action: write {', '.join(PLAN_ACTIONS)}")
     if action not in actions:
-        raise UsageError(f"a row to {action}: --plan takes a plan, --undo an undo file")
+        raise UsageError(f"a row to {action}: pass a plan with --plan, an undo file with --undo")
     if action == Action.REPLACE and "Current" not in cells:
         raise UsageError("to replace a value, the plan needs the column Current: it may have changed since")
-    return PlanRow(**given | {"action": Action(action), "place": place})
+    instance = (account_id, region, instance_id, name)
+    return PlanRow(*instance, tag_key, value, Action(action), *others, place)
 
 
 class UndoFile:
@@ -6959,9 +6958,9 @@ class UndoFile:
             self.add(rows)
         except OSError as error:
             message = (
-                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
+                f"the undo file {self.path} cannot be written: {error.strerror}; no more tags were written"
             )
-            raise OutputError(f"{message}: no more tags were written") from error
+            raise OutputError(f"{message}: make room and run again") from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
@@ -6988,33 +6987,32 @@ class UndoFile:
 def _reverting(row: PlanRow) -> PlanRow:
     """Return the row that reverts another one."""
     action = Action.DELETE if row.former is None else Action.RESTORE
-    value, current, why = (
-        row.former or "",
-        row.value_after or "",
-        f"undo of: {row.why.removeprefix('undo of: ')}",
+    why, current = f"undo of: {row.why.removeprefix('undo of: ')}", row.value_after or ""
+    return replace(
+        row, action=action, value=row.former or "", current=current, confidence="", why=why, warning=""
     )
-    return replace(row, action=action, value=value, current=current, confidence="", why=why, warning="")
 
 
-MAX_CHANGES = 50  # of a run when nothing else is said
-MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
-MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
-# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags).
+MAX_CHANGES = 50  # per run, without --max-changes
+MAX_TAGS = 50  # per resource, not counting AWS's own (EC2 user guide, Tag restrictions)
+MAX_SPLITS = 50  # per target, so that one that denies everything takes seconds
+# EC2 takes 1,000 ids in a call, but asks for fewer where tags are written (EC2 API reference, CreateTags).
 # A filter takes 200 values.
 READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
-# Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
+# EC2 refills ten a second for CreateTags and DeleteTags in an account and region (EC2 developer guide,
 # Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
 CALL_INTERVAL = 0.11
 
 
 def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
-    """Raise PolicyError (UsageError for rows of no file) if the account of a row is not active, or not there."""
+    """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
     problems = []
     for row in rows:
         state = states.get(row.account_id)
         if row.writes and state != "ACTIVE":
-            where = f"in the organization the account {row.account_id} {f'is {state}' if state else 'is not there'}"
-            complaint = f"{where}: take the row out, or choose others with --account"
+            how = f"is {state}" if state else "is not there"
+            complaint = f"in the organization the account {row.account_id} {how}: "
+            complaint += "take the row out, or choose others with --account"
             if policy.accounts is None:
                 complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
             file, _, line = row.place.rpartition(":")
@@ -7028,7 +7026,7 @@ def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str,
 def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
     """Return a row with its result, given the instance's tags now; PLANNED if it is to be written.
 
-    No value is overwritten but the one that the row was made for, and an empty one.
+    Only the value that the row was made for, or an empty one, is overwritten.
     """
     if tags is None:
         return row.became(Result.GONE, "the instance is gone")
@@ -7058,7 +7056,7 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
     except TargetError as error:
         if not error.code.startswith("InvalidInstanceID"):
             raise
-        # One is gone. A filter does not mind, but it takes several calls.
+        # One is gone. A filter ignores it, but takes several calls.
         filters = [{"Name": "instance-id", "Values": values} for values in _in_parts(ids, FILTER_VALUES)]
         pages = [page for each in filters for page in describe_instances(client, Filters=[each])]
     instances = itertools.chain.from_iterable(pages)
@@ -7082,7 +7080,7 @@ def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str],
 def write_tags(
     client: Any, operation: str, ids: Sequence[str], tags: Sequence[tuple[str, str]], splits: Iterator[int]
 ) -> Iterator[tuple[Sequence[str], TargetError | None]]:
-    """Create or delete the same tags on instances; yields those done with None, those refused with the reason.
+    """Create or delete the same tags on instances; yields those done, and those refused with the reason.
 
     EC2 refuses a whole batch because of one instance. It names those that are gone; to find others the batch
     is halved, as often as there are `splits`. Raises TargetError where any other call would fail as well.
@@ -7110,18 +7108,18 @@ def write_tags(
                 yield batch, error
 
 
-# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So these
-# are listed: what any other call meets as well (EC2 API reference, Common client errors and Server errors).
+# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So
+# these are listed: what any other call meets as well (EC2 API reference, Common client and Server errors).
 _DENIED = frozenset("UnauthorizedOperation AccessDenied AccessDeniedException".split())
 _OF_TARGET = (ADVICE.keys() - _DENIED) | frozenset(
-    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken IncompleteSignature "
-    "ThrottledException RequestThrottled RequestThrottledException BandwidthLimitExceeded SlowDown 505 "
-    "ServiceUnavailableException RequestTimeout RequestTimeoutException".split()
+    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken SlowDown 505 "
+    "IncompleteSignature ThrottledException RequestThrottled RequestThrottledException RequestTimeout "
+    "BandwidthLimitExceeded ServiceUnavailableException RequestTimeoutException".split()
 )
 
 
 def is_of_instance(error: TargetError) -> bool:
-    """Return whether an error may be about some instances only; else the rest of the target would meet it too."""
+    """Return whether an error may be about some instances only, not about the whole target."""
     # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
     return error.code not in _OF_TARGET and not error.code.endswith("Error")
 
@@ -7134,7 +7132,7 @@ _KEEP = (
 )
 _FORGET = "DELETE FROM changes WHERE change_id = :change_id"
 _FORGET_EARLIER = f"DELETE FROM changes WHERE {_INTENDED}"
-# An earlier run was killed. The last one that intended the value had found another, so it is the one that wrote it.
+# An earlier run was killed. The last one that intended the value had found another, so it wrote it.
 _CONFIRM_EARLIER = (
     "UPDATE changes SET status = 'written' "
     f"WHERE id = (SELECT max(id) FROM changes WHERE {_INTENDED} AND value IS :value)"
@@ -7151,14 +7149,14 @@ def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Ch
     """Return what the state keeps of a row: what is intended if it is planned, else what was written."""
     tag = (row.account_id, row.region, row.instance_id, row.tag_key)
     intended = row.result is Result.PLANNED
-    # To add is to write where nothing is, or blanks: which of them is known once the tags have been read.
+    # ADD writes where nothing is, or blanks: which of them is known once the tags have been read.
     former = row.current or None if intended and row.action is not Action.ADD else row.former
     status: Literal["intended", "written"] = "intended" if intended else "written"
     return Change(f"{run}/{row}", policy_name, *tag, former, row.value_after, row.why, who, at, status)
 
 
 def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
-    """Keep what is intended and what was written, and forget the rest; it may be repeated; raises StateError."""
+    """Keep what is intended and what was written, and forget the rest; raises StateError."""
     for path in state.attempts() if changes else ():
         with opened_state(path, state.name) as db:
             db.execute("PRAGMA synchronous = FULL")
@@ -7182,12 +7180,12 @@ def fetch_changes(
 
 
 def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow) -> PlanRow:
-    """Return a row of an undo file, with `skip` if it is reverted already; raises UsageError if it is not on record."""
-    # Anybody can write or edit an undo file.
+    """Return a row of an undo file, `skip` if it is reverted already; raises UsageError if not on record."""
+    # Anyone can write or edit an undo file.
     found = fetch_changes(db, policy_name, row.instance_id, row.target)
     changes = [change for change in found if change.tag_key == row.tag_key]
     written = [change for change in changes if change.status == "written"]
-    # A person may have set the same value again since: that one is not the tool's to take away.
+    # A person may have set the same value again since, which must stay.
     if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
         return replace(row, action=Action.SKIP, why=f"reverted already, at {written[-1].changed_at}")
     for change in changes:
@@ -7200,8 +7198,8 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
     done = f"set it to {row.current!r}" if row.current else "deleted it"
     before = "missing" if row.action is Action.DELETE else repr(row.value)
     raise UsageError(
-        f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the policy "
-        f"{policy_name} when it was {before}: take the row out, or name that run's state with --state"
+        f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the "
+        f"policy {policy_name} when it was {before}: take the row out, or name that run's state with --state"
     )
 
 
@@ -7213,43 +7211,42 @@ def apply_plan(
     state: State,
     change_of: Callable[[PlanRow], Change],
 ) -> None:
-    """Carry out a plan, target by target, and keep what became of each row; `enter` gets an account's credentials.
+    """Carry out a plan, target by target, and keep what became of each row; `enter` gets credentials.
 
-    All of it is intended in the state before the first call, and a row is in the undo file before its own: kill
-    it at any point, and state, file and tags together tell what was done. --max-changes bounds the memory.
+    All of it is intended in the state before the first call, and a row is in the undo file before its own:
+    kill it at any point, and state, file and tags tell what was done. --max-changes bounds the memory.
     """
 
     def record(became: Iterable[PlanRow]) -> None:
         record_changes(state, [(change_of(row), row.result) for row in became])
 
-    pending = {str(row): row for row in rows if row.writes}
-    record(pending.values())
+    def is_refused(row: PlanRow) -> bool:
+        return row.result in (Result.GONE, Result.FAILED) and str(row) in undo.rows
+
+    writing = [row for row in rows if row.writes]
+    record(writing)
     settled: list[PlanRow] = []
-    refused: list[PlanRow] = []  # by AWS, after they were kept in the undo file
     try:
-        for target, group in itertools.groupby([*pending.values()], key=lambda row: row.target):
+        for target, group in itertools.groupby(writing, key=lambda row: row.target):
             for batch in _apply_to_target(aws, target, group, undo, enter):
-                rows.update(batch)
-                for row in batch:
-                    del pending[str(row)]
-                    may_be_written = row.result in (Result.WRITTEN, Result.UNKNOWN)
-                    (settled if may_be_written or str(row) not in undo.rows else refused).append(row)
-                if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
+                settled += itertools.filterfalse(is_refused, batch)
+                if isinstance(state, LocalState):  # one in S3 would be downloaded and uploaded for each batch
                     record(settled)
                     settled.clear()
-            LOG.info("%s: done, %s left", target, counted(len(pending), "row"))
+                rows.update(batch)
+            LOG.info("%s: done", target)
     finally:
-        untouched = [row.became(Result.FAILED) for name, row in pending.items() if name not in undo.rows]
-        record([*settled, *untouched])
-        if refused:  # first the file: a row of it without its record would be refused
-            undo.drop(refused)
+        untouched = [row for row in rows if row.result is Result.PLANNED and str(row) not in undo.rows]
+        record([*settled, *(row.became(Result.FAILED) for row in untouched)])
+        if refused := [*filter(is_refused, rows)]:
+            undo.drop(refused)  # first the file: a row of it without its record would be refused
             record(refused)
 
 
 def _apply_to_target(
     aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
 ) -> Iterator[list[PlanRow]]:
-    """Carry out the rows of one target, up to an error that all would meet; yields their results by batches."""
+    """Carry out the rows of one target, up to an error that all would meet; yields their results."""
     # Instances that get the same tags come together, which makes calls few.
     instances = itertools.groupby(rows, key=lambda row: row.instance_id)
     alike = [sorted(group, key=lambda row: row.tag_key) for _, group in instances]
@@ -7273,7 +7270,7 @@ def _apply_to_target(
 def _apply_batch(
     client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
 ) -> tuple[list[PlanRow], TargetError | None]:
-    """Read the tags of a batch and write what is to be written; returns its rows and the error that ends the target."""
+    """Read the tags of a batch again and write; returns its rows, and the error that ends the target."""
     ids = [*dict.fromkeys(row.instance_id for row in rows)]
     try:
         tags = describe_tags(client, ids)
@@ -7307,7 +7304,7 @@ def _apply_batch(
 def _result(
     row: PlanRow, error: TargetError | None, after: Mapping[str, Mapping[str, str]] | None
 ) -> tuple[Result, str]:
-    """Return what became of a row after its call; `after` are the tags read after an error of the whole target."""
+    """Return what became of a row after its call; `after` are the tags after an error of the target."""
     if error is None:
         return Result.WRITTEN, ""
     if error.code.startswith("InvalidInstanceID"):
@@ -7320,16 +7317,14 @@ def _result(
     return (Result.WRITTEN, "") if found else (Result.FAILED, str(error))
 
 
-def write_remediation_json(
-    file: TextIOBase, policy: Policy, rows: PlanRows, undo_file: str, *, applied: bool
-) -> None:
-    """Write what became of a plan as one JSON object, one line per row; `changed` is Ansible's."""
+def write_remediation_json(file: TextIOBase, policy: Policy, rows: PlanRows, undo_file: str | None) -> None:
+    """Write a plan as one JSON object, one line per row; `undo_file` is None if it was not applied."""
     totals = rows.counts("result")
     head = {
         "version": __version__,
         "policy": {"name": policy.name, "file": policy.file, "digest": policy.digest},
-        "changed": bool(totals[Result.WRITTEN] or totals[Result.UNKNOWN]),
-        "applied": applied,
+        "changed": bool(totals[Result.WRITTEN] or totals[Result.UNKNOWN]),  # read by Ansible
+        "applied": undo_file is not None,
         "undo_file": undo_file or None,
         "exit_code": int(rows.exit_code),
         "exit_name": rows.exit_code.name,
@@ -7343,22 +7338,15 @@ def write_remediation_json(
 def _row_record(row: PlanRow) -> dict[str, Any]:
     """Return a row and what became of it as a JSON object."""
     names = "account_id region instance_id name tag_key value action why result message warning".split()
-    may_be_there = row.result in (Result.PLANNED, Result.WRITTEN)
-    warning = row.warning if may_be_there else ""
-    changed = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
-    return {name: getattr(row, name) for name in names} | changed
+    warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
+    others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
+    return {name: getattr(row, name) for name in names} | others
 
 
 def remediation_lines(
-    policy: Policy,
-    rows: PlanRows,
-    csv_path: str,
-    undo_file: str,
-    command: Callable[..., str],
-    *,
-    applied: bool,
+    policy: Policy, rows: PlanRows, undo_file: str | None, csv_path: str, command: Callable[..., str]
 ) -> Iterator[str]:
-    """Yield the plan or what became of it, for people, and what to do next."""
+    """Yield a plan or what became of it, for people, and what to do next."""
     actions, totals, warnings = rows.counts("action"), rows.counts("result"), rows.warnings()
     aside = [action for action in (Action.REVIEW, Action.SKIP) if actions[action]]
     others = "".join(f", {actions.pop(action):,} to {action}" for action in aside)
@@ -7366,24 +7354,24 @@ def remediation_lines(
     instances = sum(1 for _ in itertools.groupby(writing, key=lambda row: (row.target, row.instance_id)))
     tags = f"{counted(actions.total(), 'tag')} to write on {counted(instances, 'instance')}"
     yield f"Policy {policy.name} ({policy.file}): {tags}{others}"
-    if applied:
-        well = (Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE)
-        left = totals.total() - sum(totals[result] for result in well)
+    if undo_file is not None:
+        fine = (Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE)
+        left = totals.total() - sum(totals[result] for result in fine)
         done = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
         yield f"{done}, {left:,} not written{':' if left else ''}"
-        not_written = (row for row in rows if row.result not in well)
+        not_written = (row for row in rows if row.result not in fine)
         yield from _first_lines((f"  {row.result}  {row}: {row.message}" for row in not_written), left)
     elif totals:
         yield from _plan_table(rows, totals.total(), f" in {csv_path}" if csv_path not in ("", "-") else "")
     yield from _first_lines((f"Warning: {each['message']}" for each in warnings), len(warnings))
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
-    if fixes and not applied:
+    if fixes and undo_file is None:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
     if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
         yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
-    elif not applied:
+    elif undo_file is None:
         yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
 
 
@@ -7391,12 +7379,8 @@ def _plan_table(rows: Iterable[PlanRow], number: int, where: str) -> list[str]:
     """Return the first rows of a plan as a table."""
     table: list[Sequence[str]] = [("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")]
     for row in itertools.islice(rows, SUMMARY_FINDINGS):
-        what = (
-            cut_text(row.name, 24) or "-",
-            cut_text(row.tag_key, 40),
-            cut_text(row.value, 40) or "-",
-            row.why,
-        )
+        name, value = cut_text(row.name, 24) or "-", cut_text(row.value, 40) or "-"
+        what = (name, cut_text(row.tag_key, 40), value, row.why)
         table.append((row.action, row.account_id, row.region, row.instance_id, *what))
     return [*with_rest(in_columns(table), number - len(table) + 1, where), ""]
 
@@ -8483,7 +8467,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
     plans = [output for output in outputs if output.format == "csv"]
-    undo_file = ""
+    undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:
         rows = _planned_rows(args, policy)
         changes = sum(row.writes for row in rows)
@@ -8493,31 +8477,31 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             if output in plans:
                 write_plan(file, rows)
             else:
-                write_remediation_json(file, policy, rows, undo_file, applied=args.apply)
+                write_remediation_json(file, policy, rows, undo_file)
 
         for output in plans:
-            check_plan_goal(output)
+            check_plan_output(output)
         staged = stack.enter_context(staged_outputs(outputs))
         if args.apply and changes:
             beside = Path() if args.state.startswith("s3://") else Path(args.state).parent
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
-            stack.enter_context(_telling_the_way_back(undo, command))
+            stack.enter_context(_printing_undo_command(undo, command))
             _apply(args, policy, rows, open_state(args, stack), undo, now)
             undo_file = str(undo.path) if undo.rows else ""
         stage_report(staged, write)
         for output in plans:  # again, as applying takes its time
-            check_plan_goal(output)
+            check_plan_output(output)
         publish_report(staged, emit)
         if not args.quiet:
-            lines = remediation_lines(policy, rows, args.csv, undo_file, command, applied=args.apply)
-            talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-            emit("".join(f"{printable(line)}\n" for line in lines), talk)
+            lines = remediation_lines(policy, rows, undo_file, args.csv, command)
+            stream = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+            emit("".join(f"{printable(line)}\n" for line in lines), stream)
         return rows.exit_code
 
 
 def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
-    """Return the rows of the plan or the undo file that was given, or else of a new plan; raises TagcheckError."""
+    """Return the rows of the plan or the undo file that was given, or else of a new plan."""
     if args.plan:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
@@ -8526,8 +8510,8 @@ def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
-            is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
-            rows = PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
+            is_open = Selection(policy.name, None, args.account, args.region, ("NEW", "REPEAT", "REOPENED"))
+            return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
     return PlanRows(
         row
         for row in rows
@@ -8537,22 +8521,22 @@ def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
 
 
 @contextlib.contextmanager
-def _telling_the_way_back(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
-    """Print the command that reverts a run on stderr if the run ends before it has printed it itself."""
+def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
+    """Print the command that reverts a run on stderr if the run fails before it prints its results."""
     try:
         yield
-    except BaseException as error:  # even a bug must not leave tags written and nobody told
+    except BaseException as error:  # a bug, too, must not leave tags written without a way back
         if undo.rows:
             line = f"Undo it with: {command('--undo', str(undo.path), '--apply')}"
             emit(f"{printable(line)}\n", sys.stderr)
         if isinstance(error, KeyboardInterrupt):
-            done = "what was written is recorded, and the same command goes on from there"
+            done = "what was written is recorded, and the same command continues from there"
             raise KeyboardInterrupt(done if undo.rows else "nothing was written") from None
         raise
 
 
 def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
-    """Return the command that writes what was planned, or that takes back what was written, for a shell."""
+    """Return the command that writes what was planned, or reverts what was written, for a shell."""
     words = ["tagcheck.py", "remediate"]
     for name in ("policy", "state", "profile", "role"):
         if (value := getattr(args, name)) not in (None, OPTIONS[f"--{name}"].get("default")):
@@ -8571,7 +8555,7 @@ def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
 def _apply(
     args: argparse.Namespace, policy: Policy, rows: PlanRows, state: State, undo: UndoFile, now: datetime
 ) -> None:
-    """Find out whether a plan may be carried out as a whole, and do it; raises TagcheckError."""
+    """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
     begun, run = time.monotonic(), uuid.uuid4().hex
     if (number := sum(row.writes for row in rows)) > args.max_changes:
         raise UsageError(

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -332,6 +333,29 @@ def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, remediate
     assert sorted(path.name for path in tmp_path.iterdir() if "plan" in path.name) == [plan.name]
     run("remediate", "--csv", "other.csv")
     assert (tmp_path / "other.csv").read_bytes() == second
+
+
+def test_memory_does_not_grow_with_a_plan(aws, run, remediate, tmp_path):
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    peaks = []
+    for number in (1000, 4000):
+        with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db, db:
+            columns = [column for _, column, *_ in db.execute("PRAGMA table_info(findings)")][1:]
+            values = ", ".join(columns).replace("instance_id", "printf('i-%017x', value)")
+            numbers = json.dumps([*range(number)])
+            db.execute(
+                f"INSERT OR IGNORE INTO findings ({', '.join(columns)}) SELECT {values} FROM json_each(?), "
+                "(SELECT * FROM findings LIMIT 1)",
+                [numbers],
+            )
+        tracemalloc.start()
+        assert remediate("--csv", f"{number}.csv", "--json", "out.json")[0] == 0
+        assert remediate("--plan", f"{number}.csv", "--json", "out.json")[0] == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(json.loads((tmp_path / "out.json").read_bytes())["rows"]) == number + 1
+    assert peaks[1] - peaks[0] < 3000 * 300  # bytes; a row in memory takes a thousand
 
 
 def test_plan_edited_while_it_was_applied_is_left_alone(aws, run, tmp_path):
