@@ -6907,6 +6907,7 @@ def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) 
     """Return a row of a plan; raises UsageError if a cell is wrong."""
     account_id, region, instance_id = (cells[column].strip() for column in PLAN_NEEDED[:3])
     name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
+    current, confidence, why, warning = others
     action = action.strip().lower()
     if not re.fullmatch("[0-9]{12}", account_id):
         raise UsageError(
@@ -6921,7 +6922,7 @@ def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) 
     if action == Action.REPLACE and "Current" not in cells:
         raise UsageError("to replace a value, the plan needs the column Current: it may have changed since")
     instance = (account_id, region, instance_id, name)
-    return PlanRow(*instance, tag_key, value, Action(action), *others, place)
+    return PlanRow(*instance, tag_key, value, Action(action), current, confidence, why, warning, place)
 
 
 class UndoFile:
