@@ -6910,9 +6910,7 @@ def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) 
     current, confidence, why, warning = others
     action = action.strip().lower()
     if not re.fullmatch("[0-9]{12}", account_id):
-        raise UsageError(
-            f"{account_id!r} is not an account id of 12 digits: did a spreadsheet cut its zeros?"
-        )
+        raise UsageError(f"{account_id!r} is not a 12-digit account id: did a spreadsheet cut its zeros?")
     if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
         raise UsageError(f"{instance_id!r} is not an instance id, such as i-0123456789abcdef0")
     if action not in list(Action):
@@ -6959,9 +6957,9 @@ class UndoFile:
             self.add(rows)
         except OSError as error:
             message = (
-                f"the undo file {self.path} cannot be written: {error.strerror}; no more tags were written"
+                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
             )
-            raise OutputError(f"{message}: make room and run again") from error
+            raise OutputError(f"{message} (no more tags were written)") from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
