@@ -39,6 +39,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -58,10 +59,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
-from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
+from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
@@ -6405,7 +6406,7 @@ def send_email(client: Any, email: Email, digest: Digest) -> None:
 
 
 ########################################################################################################
-# 10 Remediation: plan, PlanRow, UndoFile
+# 10 Remediation: PlanRow, PlanRows, plan, write_plan, read_plan, UndoFile, decide, apply_plan, record_changes
 ########################################################################################################
 
 
@@ -6414,8 +6415,8 @@ class Action(StrEnum):
     """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
 
     ADD = "add"  # where the tag is missing or empty
-    REPLACE = "replace"  # a value that is there: only a person asks for it
-    REVIEW = "review"  # a value that is there, and probably wrong; nothing is written
+    REPLACE = "replace"  # an existing value; only a person asks for this
+    REVIEW = "review"  # an existing value that is probably wrong; nothing is written
     SKIP = "skip"
     RESTORE = "restore"
     DELETE = "delete"
@@ -6423,37 +6424,6 @@ class Action(StrEnum):
 
 PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
 UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
-MAX_TAGS = 50  # of a resource; those of AWS itself do not count (EC2 user guide, Tag restrictions)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One tag of one instance that is to be written; `current` is its value as the plan was made, as a file shows it."""
-
-    target: Target
-    instance_id: str
-    name: str
-    tag_key: str
-    value: str
-    action: Action
-    current: str
-    confidence: str
-    why: str
-    place: str = ""  # the file and line that it was read from
-    warning: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.target} {self.instance_id} {self.tag_key}"
-
-    @property
-    def value_after(self) -> str | None:
-        """The value that the tag has once the row is carried out; None where it is deleted."""
-        return None if self.action is Action.DELETE else self.value
-
-    @property
-    def writes(self) -> bool:
-        """True where the row changes something, unless the instance has changed."""
-        return self.action not in (Action.REVIEW, Action.SKIP)
 
 
 @unique
@@ -6471,14 +6441,143 @@ class Result(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a row, why, and the value that the tag had before."""
+class PlanRow:
+    """One tag to write on one instance, and what became of it; a file has the fields up to `warning`."""
 
-    row: PlanRow
-    result: Result
-    message: str = ""
-    former: str | None = None
+    account_id: str
+    region: str
+    instance_id: str
+    name: str
+    tag_key: str
+    value: str
+    action: Action
+    current: str  # the tag's value when the plan was made, as a file shows it
+    confidence: str
+    why: str
     warning: str = ""
+    place: str = ""  # the file and line that it was read from
+    result: Result = Result.PLANNED
+    message: str = ""  # why it has this result
+    former: str | None = None  # the tag's value right before it was written
+
+    def __str__(self) -> str:
+        return f"{self.account_id} {self.region} {self.instance_id} {self.tag_key}"
+
+    @property
+    def target(self) -> Target:
+        """Where the instance is."""
+        return Target(self.account_id, self.region)
+
+    @property
+    def writes(self) -> bool:
+        """True if the row changes something, unless the instance has changed."""
+        return self.action not in (Action.REVIEW, Action.SKIP)
+
+    @property
+    def operation(self) -> str:
+        """The operation of EC2 that carries the row out."""
+        return "DeleteTags" if self.action is Action.DELETE else "CreateTags"
+
+    @property
+    def value_after(self) -> str | None:
+        """The value of the tag once the row is carried out; None if it is deleted."""
+        return None if self.action is Action.DELETE else self.value
+
+    def became(self, result: Result, message: str = "") -> PlanRow:
+        """Return the row with its result."""
+        return replace(self, result=result, message=message)
+
+
+_ROW = tuple(column.name for column in fields(PlanRow))
+_cells = operator.attrgetter(*_ROW)  # astuple and asdict copy each value, which takes ten times as long
+_ROW_KEY = ("account_id", "region", "instance_id", "tag_key")
+_SAME_TAG = " AND ".join(f"{name} = :{name}" for name in _ROW_KEY)
+
+
+class PlanRows:
+    """The rows of one plan, sorted, in a private database on disk: memory does not grow with them."""
+
+    def __init__(self, rows: Iterable[PlanRow] = ()) -> None:
+        self._db = sqlite3.connect("")
+        self._db.execute(f"CREATE TABLE rows ({', '.join(_ROW)}, PRIMARY KEY ({', '.join(_ROW_KEY)}))")
+        for row in rows:
+            self.add(row)
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        query = "SELECT * FROM rows ORDER BY account_id, region, instance_id, rowid"
+        for row in itertools.starmap(PlanRow, self._db.execute(query)):
+            yield replace(row, action=Action(row.action), result=Result(row.result))
+
+    def add(self, row: PlanRow) -> None:
+        """Add a row; raises UsageError if another one is for the same tag."""
+        new = row if row.writes else row.became(Result.NOT_ASKED)
+        try:
+            self._db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(_ROW))})", _cells(new))
+        except sqlite3.IntegrityError as error:
+            [place] = self._db.execute(f"SELECT place FROM rows WHERE {_SAME_TAG}", asdict(row)).fetchone()
+            raise UsageError(f"{place} has the same tag of the same instance: keep one of them") from error
+
+    def update(self, rows: Iterable[PlanRow]) -> None:
+        """Keep what became of rows."""
+        became = "result = :result, message = :message, former = :former, warning = :warning"
+        self._db.executemany(f"UPDATE rows SET {became} WHERE {_SAME_TAG}", map(asdict, rows))
+
+    def counts(self, column: str) -> Counter[str]:
+        """Return the number of rows with each value of a column."""
+        return Counter(dict(self._db.execute(f"SELECT {column}, count(*) FROM rows GROUP BY 1").fetchall()))
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """INCOMPLETE if a row that writes was not carried out."""
+        fine = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
+        return ExitCode.COMPLIANT if fine.issuperset(self.counts("result")) else ExitCode.INCOMPLETE
+
+    def warnings(self) -> list[dict[str, Any]]:
+        """Return what would undo the tags that are written, as JSON objects, the most instances first."""
+        rows = self._db.execute(
+            "SELECT account_id, region, count(DISTINCT instance_id), warning FROM rows WHERE warning <> '' "
+            "AND result IN ('planned', 'written') GROUP BY 1, 2, 4 ORDER BY 3 DESC, 1, 2, 4"
+        )
+        names = ("account_id", "region", "instances", "message")
+        return [
+            dict(zip(names, (*place, number, f"{counted(number, 'instance')} of {warning}"), strict=True))
+            for *place, number, warning in rows
+        ]
+
+
+def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
+    """Yield what would fix findings: suggestions that are sure enough, or else the policy's default.
+
+    A tag that the policy no longer requires is left out, and so is a value that it would not accept.
+    """
+    for finding in findings:
+        failing = {violation.tag_key for violation in finding.violations}
+        suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
+        for rule in policy.rules(finding.region) if policy.covers(finding.region) else ():
+            if rule.key in failing:
+                row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
+                if row and not row_complaint(row, policy):
+                    yield row
+
+
+def _plan_row(
+    finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
+) -> PlanRow | None:
+    """Return what to write for one violation, or None if nothing is known."""
+    current = finding.tags.get(rule.key, "")
+    action = Action.ADD if is_blank(current) else Action.REVIEW
+    if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
+        value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
+    elif rule.default is not None and action is Action.ADD:
+        value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
+        if suggestion and suggestion.value != value:
+            why += f"; but {suggestion.value} is {suggestion.evidence}"
+            action = Action.REVIEW if suggestion.confidence >= MIN_SHOWN else action
+    else:
+        return None
+    place = (finding.account_id, finding.region, finding.instance_id, finding.name)
+    warning = revert_warning(finding.cause)
+    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why, warning)
 
 
 def revert_warning(cause: Group | None) -> str:
@@ -6489,165 +6588,335 @@ def revert_warning(cause: Group | None) -> str:
     return f"{kind.word} {cause.name}: {kind.risk}; {kind.remedy.format(names=cause.name)}"
 
 
-def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
-    """Yield what would put findings right: suggestions that are sure enough, or else the policy's default.
-
-    What the policy no longer asks for is left out, and so is what it would not accept.
-    """
-    for finding in findings:
-        rules = policy.rules(finding.region) if policy.covers(finding.region) else ()
-        suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
-        for violation in finding.violations:
-            for rule in rules:
-                if rule.key == violation.tag_key:
-                    row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
-                    if row and not row_complaint(row, policy):
-                        yield row
-
-
-def _plan_row(
-    finding: Finding, rule: RequiredTag, suggestion: Suggestion | None, policy: Policy, min_confidence: float
-) -> PlanRow | None:
-    """Return what to write for one violation; None where nothing is known."""
-    current = finding.tags.get(rule.key, "")
-    action = Action.ADD if is_blank(current) else Action.REVIEW
-    if suggestion and (action is Action.REVIEW or suggestion.confidence >= min_confidence):
-        value, confidence, why = suggestion.value, f"{suggestion.confidence:g}", suggestion.evidence
-    elif rule.default is not None and action is Action.ADD:
-        value, confidence, why = rule.default, "", f"the policy's default ({policy.file}:{rule.line})"
-        if suggestion and suggestion.value != value:
-            why += f"; but {suggestion.value} is {suggestion.evidence}"
-            if suggestion.confidence >= MIN_SHOWN:
-                action = Action.REVIEW
-    else:
-        return None
-    place = (finding.target, finding.instance_id, finding.name)
-    warning = revert_warning(finding.cause)
-    return PlanRow(*place, rule.key, value, action, printable(current), confidence, why, warning=warning)
-
-
 def row_complaint(row: PlanRow, policy: Policy) -> str | None:
-    """Return why a row may not be carried out under a policy; None where it may."""
-    if not re.fullmatch(REGION_NAME, row.target.region):  # it becomes part of a host's name
-        return f"{row.target.region!r} is not a region"
-    if not policy.covers(row.target.region):
-        return f"{policy.file} does not cover the region {row.target.region}"
-    if policy.accounts and not policy.accounts.covers(row.target.account_id):
-        return f"{policy.file} does not cover the account {row.target.account_id}"
+    """Return why a policy does not allow a row; None if it does."""
+    if not re.fullmatch(REGION_NAME, row.region):  # it becomes part of a host's name
+        return f"{row.region!r} is not a region"
+    if not policy.covers(row.region):
+        return f"{policy.file} does not cover the region {row.region}"
+    if policy.accounts and not policy.accounts.covers(row.account_id):
+        return f"{policy.file} does not cover the account {row.account_id}"
     if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= TAG_KEY["maxLength"]:
-        return f"{row.tag_key!r} is no key that can be written: it is AWS's own, or too long"
+        return f"{row.tag_key!r} cannot be written: the tag key is AWS's own, empty or too long"
     if len(row.value) > TAG_VALUE["maxLength"]:
         return f"the value has {len(row.value)} characters; EC2 allows {TAG_VALUE['maxLength']}"
     if row.action in UNDO_ACTIONS:
         return None
-    rule = next((rule for rule in policy.rules(row.target.region) if rule.key == row.tag_key), None)
+    rule = next((rule for rule in policy.rules(row.region) if rule.key == row.tag_key), None)
     if rule is None:
-        return f"{policy.file} does not ask for {row.tag_key} in {row.target.region}"
+        return f"{policy.file} does not require {row.tag_key} in {row.region}"
     if not row.writes:
         return None
     if not is_printable(row.value):
-        return "the value has characters that nobody can see"
+        return "the value has invisible characters"
     violation = check_tag({row.tag_key: row.value}, rule, policy.placeholder_values)
     return violation.message if violation else None
 
 
-def refuse_rows(complaints: Sequence[tuple[PlanRow, str]]) -> None:
-    """Raise PolicyError with every complaint by its line, or UsageError if the rows were not read from a file."""
+PLAN_COLUMNS = tuple(
+    "Account Region InstanceId Name Tag Value Action Current Confidence Why Warning Checksum".split()
+)
+PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
+MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
+MAX_PLAN_LINE = 1_048_576  # characters; EC2's longest key and value have a few hundred
+
+
+def plan_lines(rows: Iterable[PlanRow]) -> Iterator[str]:
+    """Yield the lines of a plan or an undo file: a header and the rows, or a blank row if there is none."""
+    yield csv_line(PLAN_COLUMNS)
+    row = None
+    for row in rows:
+        yield csv_line([*_cells(row)[: len(PLAN_COLUMNS) - 1], ""])
+    if row is None:
+        yield csv_line([""] * len(PLAN_COLUMNS))
+
+
+def write_plan(file: TextIOBase, rows: Iterable[PlanRow]) -> None:
+    """Write a plan; the checksum in its first row tells later whether anyone has edited it."""
+    digest = hashlib.sha256()
+    for line in plan_lines(rows):
+        digest.update(line.encode())
+    lines = plan_lines(rows)
+    file.write(next(lines))
+    file.write(f"{next(lines)[:-1]}{digest.hexdigest()[:16]}\n")
+    file.writelines(lines)
+
+
+def is_unedited_plan(file: IO[bytes]) -> bool:
+    """Return whether a file is just as write_plan wrote it; a plan without a checksum is not."""
+    head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
+    cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
+    digest = hashlib.sha256(head + cells + comma + b"\n")
+    while piece := file.read(CHUNK_SIZE):
+        digest.update(piece)
+    return digest.hexdigest()[:16].encode() == checksum
+
+
+def check_plan_output(output: Output) -> None:
+    """Raise OutputError if a new plan would replace a file that may be one that a person has edited."""
+    try:
+        if not output.replaceable or not os.path.exists(output.path):
+            return
+        with open(output.path, "rb") as file:
+            if is_unedited_plan(file):
+                return
+    except OSError as error:
+        message = f"--csv {output.path} cannot be read: {error.strerror}; name another file"
+        raise OutputError(message) from error
+    raise OutputError(
+        f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is "
+        f"unchanged. Apply it with --plan {output.path}, write a new one elsewhere (--csv FILE), or delete it"
+    )
+
+
+def read_plan(
+    path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
+) -> PlanRows:
+    """Return the rows of a plan or an undo file that a person may have edited; raises PolicyError.
+
+    `check` returns a row as it is to be carried out, or raises UsageError.
+    """
+    rows, problems = PlanRows(), []
+    for line, cells in _plan_cells(path):
+        try:
+            row = _read_row(cells, f"{path}:{line}", actions)
+            if complaint := row_complaint(row, policy):
+                raise UsageError(complaint)
+            rows.add(check(row) if check else row)
+        except UsageError as error:
+            problems.append(Problem(path, line, 1, "", str(error)))
+        if len(problems) == MAX_PLAN_PROBLEMS:
+            break
+    if problems:
+        raise PolicyError(problems)
+    return rows
+
+
+def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the cells of each row by column, and the line that it ends on; raises PolicyError."""
+    line = 0
+
+    def texts(file: IO[str]) -> Iterator[str]:
+        nonlocal line
+        while text := file.readline(MAX_PLAN_LINE):
+            line += 1
+            if len(text) == MAX_PLAN_LINE:
+                raise UsageError(f"longer than {MAX_PLAN_LINE:,} characters: this is not a plan")
+            if re.search("[\udc80-\udcff]", text):  # how Python keeps bytes that are not UTF-8
+                raise UsageError('not UTF-8 (perhaps UTF-16): save it as "CSV UTF-8"')
+            yield text
+
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = texts(file)
+            head = next((text for text in lines if re.search(r"[^\s,;]", text)), "")
+            # Excel separates by what the machine's region uses: a semicolon in much of Europe.
+            separator = max(",;\t", key=head.count)
+            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
+            columns = [cell.strip() for cell in next(table)]
+            lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
+            if not head:
+                line = 1
+                raise UsageError("empty: it needs a header, and one row per tag")
+            if lacking:
+                raise UsageError(f"the header needs {', '.join(lacking)}, once each")
+            for cells in table:
+                if len(cells) != len(columns) and any(map(str.strip, cells)):
+                    counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
+                    raise UsageError(f"{counts}: is a comma not in quotes, or the file cut short?")
+                row = dict(zip(columns, map(csv_text, cells), strict=False))
+                if any(text.strip() for name, text in row.items() if name != "Checksum"):
+                    yield line, row
+    except (csv.Error, UsageError) as error:
+        message = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
+        raise PolicyError([Problem(path, line, 1, "", message)]) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) -> PlanRow:
+    """Return a row of a plan; raises UsageError if a cell is wrong."""
+    account_id, region, instance_id = (cells[column].strip() for column in PLAN_NEEDED[:3])
+    name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
+    current, confidence, why, warning = others
+    action = action.strip().lower()
+    if not re.fullmatch("[0-9]{12}", account_id):
+        raise UsageError(f"{account_id!r} is not a 12-digit account id: did a spreadsheet cut its zeros?")
+    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+        raise UsageError(f"{instance_id!r} is not an instance id, such as i-0123456789abcdef0")
+    if action not in list(Action):
+        raise UsageError(f"{action!r} is not an action: write {', '.join(PLAN_ACTIONS)}")
+    if action not in actions:
+        raise UsageError(f"a row to {action}: pass a plan with --plan, an undo file with --undo")
+    if action == Action.REPLACE and "Current" not in cells:
+        raise UsageError("to replace a value, the plan needs the column Current: it may have changed since")
+    instance = (account_id, region, instance_id, name)
+    return PlanRow(*instance, tag_key, value, Action(action), current, confidence, why, warning, place)
+
+
+class UndoFile:
+    """The plan that reverts a run: each row is on the disk before its tag is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, PlanRow] = {}  # what may have been written, by account, region, instance and tag
+        self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
+
+    def close(self) -> None:
+        """Close the file, if any row was added."""
+        if self._file:
+            self._file.close()
+
+    def add(self, rows: Sequence[PlanRow]) -> None:
+        """Append what reverts rows to their former values; raises OutputError."""
+        lines = [*plan_lines(map(_reverting, rows))]
+        try:
+            if self._file is None:
+                self._file = open(self.path, "xb", buffering=0, opener=open_private)  # noqa: SIM115
+            elif not os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
+                raise OSError(errno.ESTALE, "another process replaced it")
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                with open(self._file.fileno(), "ab", closefd=False) as file:
+                    file.write("".join(lines[1:] if self.rows else lines).encode())
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)  # half a row could not be read back
+                raise
+        except FileExistsError:  # of another run in the same second
+            self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
+            self.add(rows)
+        except OSError as error:
+            message = (
+                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
+            )
+            raise OutputError(f"{message} (no more tags were written)") from error
+        self.rows |= {str(row): row for row in rows}
+
+    def drop(self, rows: Iterable[PlanRow]) -> None:
+        """Take out rows that were not written after all, at the end of a run; raises OutputError."""
+        for row in rows:
+            del self.rows[str(row)]
+        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            self.close()
+            if not self.rows:
+                self.path.unlink()
+                return
+            with open(new, "x", encoding="utf-8", opener=open_private) as file:
+                file.writelines(plan_lines(map(_reverting, self.rows.values())))
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            message = f"the undo file {self.path} cannot be shortened to what was written: {error.strerror}"
+            raise OutputError(message) from error
+
+
+def _reverting(row: PlanRow) -> PlanRow:
+    """Return the row that reverts another one."""
+    action = Action.DELETE if row.former is None else Action.RESTORE
+    why, current = f"undo of: {row.why.removeprefix('undo of: ')}", row.value_after or ""
+    return replace(
+        row, action=action, value=row.former or "", current=current, confidence="", why=why, warning=""
+    )
+
+
+MAX_CHANGES = 50  # per run, without --max-changes
+MAX_TAGS = 50  # per resource, not counting AWS's own (EC2 user guide, Tag restrictions)
+MAX_SPLITS = 50  # per target, so that one that denies everything takes seconds
+# EC2 takes 1,000 ids in a call, but asks for fewer where tags are written (EC2 API reference, CreateTags).
+# A filter takes 200 values.
+READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
+# EC2 refills ten a second for CreateTags and DeleteTags in an account and region (EC2 developer guide,
+# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
+CALL_INTERVAL = 0.11
+
+
+def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
+    """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
     problems = []
-    for row, complaint in complaints:
-        file, _, line = row.place.rpartition(":")
-        if not file:
-            raise UsageError(f"{row}: {complaint}")
-        problems.append(Problem(file, int(line), 1, "", complaint))
+    for row in rows:
+        state = states.get(row.account_id)
+        if row.writes and state != "ACTIVE":
+            how = f"is {state}" if state else "is not there"
+            complaint = f"in the organization the account {row.account_id} {how}: "
+            complaint += "take the row out, or choose others with --account"
+            if policy.accounts is None:
+                complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
+            file, _, line = row.place.rpartition(":")
+            if not file:
+                raise UsageError(f"{row}: {complaint}")
+            problems.append(Problem(file, int(line), 1, "", complaint))
     if problems:
         raise PolicyError(problems)
 
 
-def decide(row: PlanRow, tags: Mapping[str, str] | None) -> Outcome | None:
-    """Return what becomes of a row without a call, seen the instance's tags as they are now; None: it is written.
+def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
+    """Return a row with its result, given the instance's tags now; PLANNED if it is to be written.
 
-    No value is overwritten but the one that the row was made for, and an empty one.
+    Only the value that the row was made for, or an empty one, is overwritten.
     """
     if tags is None:
-        return Outcome(row, Result.GONE, "the instance is gone")
+        return row.became(Result.GONE, "the instance is gone")
     now = tags.get(row.tag_key)
+    warning = revert_warning(cause_of(tag_groups(tags))) if row.action in PLAN_ACTIONS else ""
+    row = replace(row, former=now, warning=warning)
     if now == row.value_after:
-        return Outcome(row, Result.ALREADY_THERE, former=now)
+        return row.became(Result.ALREADY_THERE)
     expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
-    if expected:
-        new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
-        if now is None and len(new) > MAX_TAGS:
-            return Outcome(row, Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
-        if is_printable(now or ""):
-            return None
-    return Outcome(row, Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
+    if not expected or not is_printable(now or ""):
+        return row.became(Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
+    new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
+    if now is None and len(new) > MAX_TAGS:
+        return row.became(Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
+    return row
 
 
-# EC2 takes 1,000 ids in a call, and asks for less where tags are written (EC2 API reference, CreateTags). A filter
-# takes 200 values.
-READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
-# Ten a second is what EC2 refills for CreateTags and DeleteTags in an account and region (EC2 developer guide,
-# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
-CALL_INTERVAL = 0.11
-MAX_CHANGES = 50  # of a run when nothing else is said
-MAX_SPLITS = 50  # of batches in a target, so that one that is denied altogether costs seconds
+def _in_parts(items: Sequence[Any], size: int) -> list[Any]:
+    """Return items in parts of at most a size."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def describe_tags(client: Any, instance_ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
+def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str]]:
     """Return the tags of those of at most READ_BATCH instances that are still there; raises TargetError."""
     try:
-        pages = list(describe_instances(client, InstanceIds=instance_ids))
+        pages = [*describe_instances(client, InstanceIds=ids)]
     except TargetError as error:
         if not error.code.startswith("InvalidInstanceID"):
             raise
-        # One is gone. A filter does not mind, but it takes several calls.
-        scopes = (instance_ids[n : n + FILTER_VALUES] for n in range(0, len(instance_ids), FILTER_VALUES))
-        filters = ([{"Name": "instance-id", "Values": scope}] for scope in scopes)
-        pages = [page for each in filters for page in describe_instances(client, Filters=each)]
-    return {
-        instance.instance_id: instance.tags
-        for instance in itertools.chain.from_iterable(pages)
-        if instance.state not in ("shutting-down", "terminated")
-    }
+        # One is gone. A filter ignores it, but takes several calls.
+        filters = [{"Name": "instance-id", "Values": values} for values in _in_parts(ids, FILTER_VALUES)]
+        pages = [page for each in filters for page in describe_instances(client, Filters=[each])]
+    instances = itertools.chain.from_iterable(pages)
+    gone = ("shutting-down", "terminated")
+    return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
 
 
-def batches(rows: Iterable[PlanRow]) -> Iterator[list[PlanRow]]:
-    """Yield the rows of a target by batches of instances, those that get the same tags beside each other."""
-    by_instance: dict[str, list[PlanRow]] = {}
-    for row in sorted(rows, key=lambda row: (row.tag_key, row.value)):
-        by_instance.setdefault(row.instance_id, []).append(row)
-    alike = sorted(by_instance.values(), key=lambda rows: [(row.tag_key, row.value) for row in rows])
-    for start in range(0, len(alike), READ_BATCH):
-        yield [*itertools.chain.from_iterable(alike[start : start + READ_BATCH])]
-
-
-def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]]:
-    """Return the calls that carry rows out: operation and tags, and the rows of the instances that get just these.
-
-    DeleteTags is told the value as well: it deletes no other (EC2 API reference).
-    """
-    by_instance: dict[tuple[str, str], list[PlanRow]] = {}
+def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[str]]:
+    """Return the calls that carry rows out: operation and tags, and the instances that get exactly these."""
+    tags: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        operation = "DeleteTags" if row.action is Action.DELETE else "CreateTags"
-        by_instance.setdefault((operation, row.instance_id), []).append(row)
-    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[PlanRow]] = {}
-    for (operation, _), group in by_instance.items():
-        pairs = ((row.tag_key, row.current if row.action is Action.DELETE else row.value) for row in group)
-        calls.setdefault((operation, tuple(sorted(pairs))), []).extend(group)
+        # DeleteTags gets the value as well: it deletes no other (EC2 API reference).
+        value = row.current if row.action is Action.DELETE else row.value
+        tags.setdefault((row.operation, row.instance_id), {})[row.tag_key] = value
+    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for (operation, id_), of_instance in tags.items():
+        calls.setdefault((operation, tuple(sorted(of_instance.items()))), []).append(id_)
     return calls
 
 
 def write_tags(
-    client: Any, operation: str, instance_ids: Sequence[str], tags: Mapping[str, str], splits: Iterator[int]
-) -> dict[str, TargetError]:
-    """Create or delete the same tags on instances; returns those that were refused, each with the reason.
+    client: Any, operation: str, ids: Sequence[str], tags: Sequence[tuple[str, str]], splits: Iterator[int]
+) -> Iterator[tuple[Sequence[str], TargetError | None]]:
+    """Create or delete the same tags on instances; yields those done, and those refused with the reason.
 
-    EC2 refuses a whole batch for the sake of one instance. Those that are gone it names; to find others the
-    batch is halved, as often as there are `splits`.
+    EC2 refuses a whole batch because of one instance. It names those that are gone; to find others the batch
+    is halved, as often as there are `splits`. Raises TargetError where any other call would fail as well.
     """
-    refused: dict[str, TargetError] = {}
-    batches = [list(instance_ids[n : n + WRITE_BATCH]) for n in range(0, len(instance_ids), WRITE_BATCH)]
-    pairs = [{"Key": key, "Value": value} for key, value in tags.items()]
+    pairs = [{"Key": key, "Value": value} for key, value in tags]
+    batches = _in_parts(ids, WRITE_BATCH)
     while batches:
         batch = batches.pop()
         try:
@@ -6655,82 +6924,77 @@ def write_tags(
             if WRITTEN not in answer:  # as in a captive portal's "200 OK"
                 message = "the answer does not say that it is done"
                 raise target_error("ForeignAnswer", message, f"ec2:{operation}")
+            yield batch, None
         except TargetError as error:
-            named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
-            gone = named if error.code.startswith("InvalidInstanceID") else set()
-            if gone:
-                refused |= dict.fromkeys(gone, error)
-                batches += [rest] if (rest := [id_ for id_ in batch if id_ not in gone]) else []
-            elif is_of_instance(error) and len(batch) > 1 and next(splits, None) is not None:
-                middle = len(batch) // 2
-                batches += [batch[middle:], batch[:middle]]
+            if not is_of_instance(error):
+                raise
+            is_gone = error.code.startswith("InvalidInstanceID")
+            if gone := is_gone and set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch):
+                yield [*gone], error
+                batches += _in_parts([id_ for id_ in batch if id_ not in gone], WRITE_BATCH)
+            elif len(batch) > 1 and next(splits, None) is not None:
+                batches += _in_parts(batch, (len(batch) + 1) // 2)
             else:
-                refused |= dict.fromkeys(batch, error)
-                if not is_of_instance(error):
-                    refused |= dict.fromkeys(itertools.chain.from_iterable(batches), error)
-                    break
-    return refused
+                yield batch, error
 
 
-# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So these
-# are listed: what any other call meets as well (EC2 API reference, Common client errors and Server errors).
+# EC2 refuses an instance in more ways than can be listed (a service manages it, its state, a tag policy). So
+# these are listed: what any other call meets as well (EC2 API reference, Common client and Server errors).
 _DENIED = frozenset("UnauthorizedOperation AccessDenied AccessDeniedException".split())
 _OF_TARGET = (ADVICE.keys() - _DENIED) | frozenset(
-    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken IncompleteSignature "
-    "ThrottledException RequestThrottled RequestThrottledException BandwidthLimitExceeded SlowDown 505 "
-    "ServiceUnavailableException RequestTimeout RequestTimeoutException".split()
+    "Blocked PendingVerification NotSignedUp InvalidAccessKeyId MissingAuthenticationToken SlowDown 505 "
+    "IncompleteSignature ThrottledException RequestThrottled RequestThrottledException RequestTimeout "
+    "BandwidthLimitExceeded ServiceUnavailableException RequestTimeoutException".split()
 )
 
 
 def is_of_instance(error: TargetError) -> bool:
-    """Return whether an error may be of some instances only; else nothing more will come of the target."""
+    """Return whether an error may be about some instances only, not about the whole target."""
     # botocore's exceptions end in Error: they are of the network, and not AWS's refusal.
     return error.code not in _OF_TARGET and not error.code.endswith("Error")
 
 
-_CHANGE = (
-    "change_id, policy, account_id, region, instance_id, tag_key, former, value, why, who, changed_at, status"
+_CHANGE = tuple(column.name for column in fields(Change))
+_INTENDED = f"policy = :policy AND {_SAME_TAG} AND change_id <> :change_id AND status = 'intended'"
+_KEEP = (
+    f"INSERT INTO changes ({', '.join(_CHANGE)}) VALUES (:{', :'.join(_CHANGE)}) ON CONFLICT (change_id) "
+    "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status"
 )
-_SAME_TAG = (
-    "policy = :policy AND account_id = :account_id AND region = :region AND instance_id = :instance_id "
-    "AND tag_key = :tag_key AND change_id <> :change_id"
+_FORGET = "DELETE FROM changes WHERE change_id = :change_id"
+_FORGET_EARLIER = f"DELETE FROM changes WHERE {_INTENDED}"
+# An earlier run was killed. The last one that intended the value had found another, so it wrote it.
+_CONFIRM_EARLIER = (
+    "UPDATE changes SET status = 'written' "
+    f"WHERE id = (SELECT max(id) FROM changes WHERE {_INTENDED} AND value IS :value)"
 )
+_ON_RESULT = {
+    Result.PLANNED: (_KEEP,),
+    Result.WRITTEN: (_KEEP, _FORGET_EARLIER),
+    Result.ALREADY_THERE: (_FORGET, _CONFIRM_EARLIER, _FORGET_EARLIER),
+    Result.UNKNOWN: (),
+}
 
 
-def record_changes(state: State, changes: Iterable[tuple[Change, Result]]) -> None:
-    """Keep what is intended and what was written, and forget what came to nothing; raises StateError.
+def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Change:
+    """Return what the state keeps of a row: what is intended if it is planned, else what was written."""
+    tag = (row.account_id, row.region, row.instance_id, row.tag_key)
+    intended = row.result is Result.PLANNED
+    # ADD writes where nothing is, or blanks: which of them is known once the tags have been read.
+    former = row.current or None if intended and row.action is not Action.ADD else row.former
+    status: Literal["intended", "written"] = "intended" if intended else "written"
+    return Change(f"{run}/{row}", policy_name, *tag, former, row.value_after, row.why, who, at, status)
 
-    It may be repeated, as with a state in S3 it is. What an earlier run that was killed had intended is
-    written where the tag is found as it was to be, and never was where it is written now.
-    """
-    changes = list(changes)
+
+def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
+    """Keep what is intended and what was written, and forget the rest; raises StateError."""
     for path in state.attempts() if changes else ():
         with opened_state(path, state.name) as db:
             db.execute("PRAGMA synchronous = FULL")
             with writing_state(db, state.name):
                 for change, result in changes:
-                    _record_change(db, change, result)
+                    for statement in _ON_RESULT.get(result, (_FORGET,)):
+                        db.execute(statement, asdict(change))
     state.release_signals()
-
-
-def _record_change(db: sqlite3.Connection, change: Change, result: Result) -> None:
-    """Keep one change as it stands now."""
-    names = {name: getattr(change, name) for name in _CHANGE.split(", ")}
-    if result in (Result.PLANNED, Result.WRITTEN):
-        db.execute(
-            f"INSERT INTO changes ({_CHANGE}) VALUES (:{_CHANGE.replace(', ', ', :')}) ON CONFLICT (change_id) "
-            "DO UPDATE SET former = excluded.former, changed_at = excluded.changed_at, status = excluded.status",
-            names,
-        )
-    elif result is not Result.UNKNOWN:
-        db.execute("DELETE FROM changes WHERE change_id = :change_id", names)
-    if result is Result.ALREADY_THERE:  # the last run that intended it found it undone, and so it did it
-        intended = (
-            f"SELECT max(id) FROM changes WHERE {_SAME_TAG} AND status = 'intended' AND value IS :value"
-        )
-        db.execute(f"UPDATE changes SET status = 'written' WHERE id = ({intended})", names)
-    if result in (Result.ALREADY_THERE, Result.WRITTEN):
-        db.execute(f"DELETE FROM changes WHERE {_SAME_TAG} AND status = 'intended'", names)
 
 
 def fetch_changes(
@@ -6741,440 +7005,224 @@ def fetch_changes(
     if target:
         where += " AND account_id = ? AND region = ?"
         values += astuple(target)
-    rows = db.execute(f"SELECT {_CHANGE} FROM changes WHERE {where} ORDER BY id", values)
-    columns = _CHANGE.replace("status", "change_status").split(", ")
-    return [Change(*checked_row(columns, row)) for row in rows]
+    rows = db.execute(f"SELECT {', '.join(_CHANGE)} FROM changes WHERE {where} ORDER BY id", values)
+    return [Change(*checked_row((*_CHANGE[:-1], "change_status"), row)) for row in rows]
 
 
-def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterable[PlanRow]) -> list[PlanRow]:
-    """Return the rows of an undo file, with `skip` for what is reverted already; raises PolicyError.
+def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow) -> PlanRow:
+    """Return a row of an undo file, `skip` if it is reverted already; raises UsageError if not on record."""
+    # Anyone can write or edit an undo file.
+    found = fetch_changes(db, policy_name, row.instance_id, row.target)
+    changes = [change for change in found if change.tag_key == row.tag_key]
+    written = [change for change in changes if change.status == "written"]
+    # A person may have set the same value again since, which must stay.
+    if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
+        return replace(row, action=Action.SKIP, why=f"reverted already, at {written[-1].changed_at}")
+    for change in changes:
+        former = change.former
+        if is_blank(former or "") and is_blank(row.value_after or ""):
+            former = row.value_after  # the record of a killed run says "missing" for an empty tag as well
+        # What is not printable is never written over, and so not in an undo file: nothing is unescaped.
+        if (change.value or "", former) == (row.current, row.value_after):
+            return row
+    done = f"set it to {row.current!r}" if row.current else "deleted it"
+    before = "missing" if row.action is Action.DELETE else repr(row.value)
+    raise UsageError(
+        f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the "
+        f"policy {policy_name} when it was {before}: take the row out, or name that run's state with --state"
+    )
 
-    Each row must revert a change that the state has on record: anybody can write or edit an undo file.
+
+def apply_plan(
+    rows: PlanRows,
+    aws: Aws,
+    enter: Callable[[str], None],
+    undo: UndoFile,
+    state: State,
+    change_of: Callable[[PlanRow], Change],
+) -> None:
+    """Carry out a plan, target by target, and keep what became of each row; `enter` gets credentials.
+
+    All of it is intended in the state before the first call, and a row is in the undo file before its own:
+    kill it at any point, and state, file and tags tell what was done. --max-changes bounds the memory.
     """
-    checked, complaints = [], []
-    for row in rows:
-        found = fetch_changes(db, policy_name, row.instance_id, row.target)
-        changes = [change for change in found if change.tag_key == row.tag_key]
-        written = [change for change in changes if change.status == "written"]
-        # A person may have set the same value again since: that one is not the tool's to take away.
-        if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
-            why = f"reverted already, at {written[-1].changed_at}"
-            checked.append(replace(row, action=Action.SKIP, why=why))
-        elif any(_reverts(row, change) for change in changes):
-            checked.append(row)
-        else:
-            done = f"set it to {row.current!r}" if row.current else "deleted it"
-            before = "missing" if row.action is Action.DELETE else repr(row.value)
-            complaint = (
-                f"{row.instance_id} {row.tag_key}: the state {name} has no record that tagcheck {done} under the policy "
-                f"{policy_name} when it was {before}: take the row out, or name that run's state with --state"
-            )
-            complaints.append((row, complaint))
-    refuse_rows(complaints)
-    return checked
 
+    def record(became: Iterable[PlanRow]) -> None:
+        record_changes(state, [(change_of(row), row.result) for row in became])
 
-def _reverts(row: PlanRow, change: Change) -> bool:
-    """Return whether a row of an undo file reverts just this change.
+    def is_refused(row: PlanRow) -> bool:
+        return row.result in (Result.GONE, Result.FAILED) and str(row) in undo.rows
 
-    What is not printable is never written over, and so not in an undo file: nothing is unescaped.
-    """
-    former, restored = change.former, row.value_after
-    if is_blank(former or "") and is_blank(restored or ""):
-        former = restored  # of a run that was killed the record says "missing" for an empty tag as well
-    return (change.value or "") == row.current and former == restored
-
-
-PLAN_COLUMNS = (
-    "Account", "Region", "InstanceId", "Name", "Tag", "Value", "Action", "Current", "Confidence", "Why", "Warning",
-    "Checksum",
-)  # fmt: skip
-PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
-
-
-def write_plan(file: TextIOBase, rows: Iterable[PlanRow], *, header: bool = True) -> None:
-    """Write a plan, or the undo file of one, as CSV."""
-    if header:
-        file.write(csv_line(PLAN_COLUMNS))
-    for row in rows:
-        where = (row.target.account_id, row.target.region, row.instance_id, row.name)
-        what = (row.tag_key, row.value, row.action, row.current, row.confidence, row.why, row.warning, "")
-        file.write(csv_line((*where, *what)))
-
-
-def plan_text(rows: Iterable[PlanRow]) -> str:
-    """Return a plan as CSV; the checksum in its first row tells later whether anybody has edited it."""
-    file = StringIO()
-    write_plan(file, rows)
-    text = file.getvalue()
-    head, _, body = text.partition("\n")
-    body = body or "," * (len(PLAN_COLUMNS) - 1) + "\n"  # a plan without rows has a checksum as well
-    first, end, rest = body.partition("\n")
-    checksum = hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()[:16]
-    return f"{head}\n{first}{checksum}{end}{rest}"
-
-
-def is_unedited_plan(file: IO[bytes]) -> bool:
-    """Return whether a file is a plan as plan_text made it; none of the first edition is."""
-    head, first = file.readline(MAX_PLAN_LINE), file.readline(MAX_PLAN_LINE)
-    cells, comma, checksum = first.removesuffix(b"\n").rpartition(b",")
-    digest = hashlib.sha256(head + cells + comma + b"\n")
-    while piece := file.read(CHUNK_SIZE):
-        digest.update(piece)
-    return digest.hexdigest()[:16].encode() == checksum
-
-
-MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
-MAX_PLAN_LINE = 1_048_576  # bytes; EC2's longest key and value are some hundred
-
-
-def read_plan(path: str, policy: Policy, actions: Container[Action]) -> list[PlanRow]:
-    """Return the rows of a plan that a person may have edited, all of which may be carried out; raises PolicyError."""
-    rows: dict[tuple[Target, str, str], PlanRow] = {}
-    problems: list[Problem] = []
-    for line, cells in _plan_lines(path):
-        row = _read_row(cells, f"{path}:{line}")
-        complaint = row if isinstance(row, str) else None
-        if isinstance(row, PlanRow):
-            same = rows.setdefault((row.target, row.instance_id, row.tag_key), row)
-            if row.action not in actions:
-                complaint = f"a row to {row.action}: --plan takes a plan, --undo an undo file"
-            elif row.action is Action.REPLACE and "Current" not in cells:
-                complaint = "to replace a value takes the column Current: it may have changed since"
-            elif same is not row:
-                complaint = f"{same.place} has the same tag of the same instance: keep one of them"
-            else:
-                complaint = row_complaint(row, policy)
-        if complaint:
-            problems.append(Problem(path, line, 1, "", complaint))
-        if len(problems) == MAX_PLAN_PROBLEMS:
-            break
-    if problems:
-        raise PolicyError(problems)
-    return list(rows.values())
-
-
-def _plan_lines(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each row of a plan that is not blank, by its header, and the line it ends on; raises PolicyError."""
-    columns: list[str] = []
-    blank = 0
+    writing = [row for row in rows if row.writes]
+    record(writing)
+    settled: list[PlanRow] = []
     try:
-        with Path(path).open("rb") as file:
-            lines = _decoded_lines(file, path)
-            head = ""
-            for head in lines:
-                if head.strip():
-                    break
-                blank += 1
-            # Excel separates by what the region of the machine uses: a semicolon in much of Europe.
-            separator = max(",;\t", key=head.count)
-            table = csv.reader(itertools.chain([head], lines), delimiter=separator, strict=True)
-            try:
-                for cells in table:
-                    line = blank + table.line_num
-                    if not any(cell.strip() for cell in cells):
-                        continue
-                    if not columns:
-                        columns = [cell.strip() for cell in cells]
-                        lacking = [name for name in PLAN_NEEDED if columns.count(name) != 1]
-                        if lacking:
-                            raise _plan_error(path, line, f"the header needs {', '.join(lacking)}, once each")
-                    elif len(cells) != len(columns):
-                        counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
-                        raise _plan_error(
-                            path, line, f"{counts}: is a comma not in quotes, or the file cut short?"
-                        )
-                    else:
-                        row = dict(zip(columns, map(csv_text, cells), strict=True))
-                        if any(text.strip() for name, text in row.items() if name != "Checksum"):
-                            yield line, row
-            except csv.Error as problem:
-                raise _plan_error(path, blank + table.line_num, f"not CSV: {problem}") from problem
-    except OSError as problem:
-        raise UsageError(f"{path} cannot be read: {problem.strerror}") from problem
-    if not columns:
-        raise _plan_error(path, 1, "empty: it needs a header, and a row for each tag")
+        for target, group in itertools.groupby(writing, key=lambda row: row.target):
+            for batch in _apply_to_target(aws, target, group, undo, enter):
+                settled += itertools.filterfalse(is_refused, batch)
+                if isinstance(state, LocalState):  # one in S3 would be downloaded and uploaded for each batch
+                    record(settled)
+                    settled.clear()
+                rows.update(batch)
+            LOG.info("%s: done", target)
+    finally:
+        untouched = [row for row in rows if row.result is Result.PLANNED and str(row) not in undo.rows]
+        record([*settled, *(row.became(Result.FAILED) for row in untouched)])
+        if refused := [*filter(is_refused, rows)]:
+            undo.drop(refused)  # first the file: a row of it without its record would be refused
+            record(refused)
 
 
-def _decoded_lines(file: BufferedReader, path: str) -> Iterator[str]:
-    """Yield the lines of a plan, of whatever size the file is; raises PolicyError."""
-    start = file.peek(2)[:2]
-    for number, line in enumerate(iter(lambda: file.readline(MAX_PLAN_LINE), b""), 1):
-        if len(line) == MAX_PLAN_LINE:
-            raise _plan_error(path, number, f"longer than {MAX_PLAN_LINE:,} bytes: this is not a plan")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as problem:
-            what = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
-            raise _plan_error(path, number, f'{what}: save it as "CSV UTF-8"') from problem
-        yield from StringIO(text, newline="")  # old programs end a line with a carriage return
+def _apply_to_target(
+    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
+) -> Iterator[list[PlanRow]]:
+    """Carry out the rows of one target, up to an error that all would meet; yields their results."""
+    # Instances that get the same tags come together, which makes calls few.
+    instances = itertools.groupby(rows, key=lambda row: row.instance_id)
+    alike = [sorted(group, key=lambda row: row.tag_key) for _, group in instances]
+    alike.sort(key=lambda rows: [(row.tag_key, row.value) for row in rows])
+    splits = iter(range(MAX_SPLITS))
+    failure: TargetError | None = None
+    try:
+        enter(target.account_id)
+    except TargetError as error:
+        failure = error
+    for part in _in_parts(alike, READ_BATCH):
+        batch = [*itertools.chain.from_iterable(part)]
+        if failure:
+            yield [row.became(Result.FAILED, f"not tried: {failure}") for row in batch]
+            continue
+        with aws.account(target.account_id):
+            batch, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
+        yield batch
 
 
-def _plan_error(path: str, line: int, message: str) -> PolicyError:
-    """Return the error of a file that cannot be read as a plan."""
-    return PolicyError([Problem(path, line, 1, "", message)])
+def _apply_batch(
+    client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
+) -> tuple[list[PlanRow], TargetError | None]:
+    """Read the tags of a batch again and write; returns its rows, and the error that ends the target."""
+    ids = [*dict.fromkeys(row.instance_id for row in rows)]
+    try:
+        tags = describe_tags(client, ids)
+    except TargetError as error:
+        return [row.became(Result.FAILED, str(error)) for row in rows], error
+    decided = []
+    for row in rows:
+        decided.append(decide(row, tags.get(row.instance_id)))
+        if decided[-1].result is Result.PLANNED:  # it counts to the limit of tags
+            tags[row.instance_id] = {**tags[row.instance_id], row.tag_key: row.value}
+    writing = [row for row in decided if row.result is Result.PLANNED]
+    if writing:
+        undo.add(writing)
+    answers: dict[tuple[str, str], TargetError | None] = {}
+    failure, after = None, None
+    try:
+        for (operation, pairs), alike in tag_calls(writing).items():
+            for answered, answer in write_tags(client, operation, alike, pairs, splits):
+                answers |= {(operation, id_): answer for id_ in answered}
+    except TargetError as error:
+        failure = error
+        with contextlib.suppress(TargetError):  # the answer may have been lost on its way back
+            after = describe_tags(client, ids)
+    for n, row in enumerate(decided):
+        if row.result is Result.PLANNED:
+            answer = answers.get((row.operation, row.instance_id), failure)
+            decided[n] = row.became(*_result(row, answer, after))
+    return decided, failure
 
 
-def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
-    """Return a row of a plan, or what is wrong with its cells."""
-    account_id, region, instance_id = (cells[name].strip() for name in PLAN_NEEDED[:3])
-    action = cells["Action"].strip().lower()
-    if not re.fullmatch("[0-9]{12}", account_id):
-        return f"{account_id!r} is no account id: it has 12 digits (a spreadsheet may have cut its zeros)"
-    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
-        return f"{instance_id!r} is no instance id: it looks like i-0123456789abcdef0"
-    if action not in list(Action):
-        return f"{action!r} is no action: write {', '.join(PLAN_ACTIONS[:-1])} or {PLAN_ACTIONS[-1]}"
-    name, current, confidence, why = (cells.get(key, "") for key in ("Name", "Current", "Confidence", "Why"))
-    return PlanRow(
-        *(Target(account_id, region), instance_id, name, cells["Tag"], cells["Value"], Action(action)),
-        *(current, confidence, why, place),
-        warning=cells.get("Warning", ""),
-    )
-
-
-class UndoFile:
-    """What takes a run back, as a plan: every row is on the disk before its tag is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[PlanRow, str | None] = {}  # rows that may have been written, and the former values
-        self._file: IO[bytes] | None = None  # kept open: its name may be another file's later
-
-    @property
-    def shown(self) -> str:
-        """Its path for a command line, short where it can be."""
-        try:
-            return os.path.relpath(self.path)
-        except (OSError, ValueError):  # no current directory; another drive
-            return str(self.path)
-
-    def close(self) -> None:
-        """Close the file, if any row was added."""
-        if self._file:
-            self._file.close()
-
-    def add(self, rows: Mapping[PlanRow, str | None]) -> None:
-        """Keep what the tags of rows are before they are written; raises OutputError."""
-        text = StringIO()
-        write_plan(text, (_undoing(row, former) for row, former in rows.items()), header=not self.rows)
-        size: int | None = None
-        try:
-            if self._file is None:
-                self._file = open(self.path, "xb", buffering=0, opener=open_private)  # noqa: SIM115
-            elif not os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat()):
-                raise OSError(errno.ESTALE, "another process replaced it")
-            size = os.fstat(self._file.fileno()).st_size
-            with open(self._file.fileno(), "wb", closefd=False) as file:
-                file.write(text.getvalue().encode())
-            os.fsync(self._file.fileno())
-        except FileExistsError:  # of another run in the same second
-            self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
-            self.add(rows)
-        except OSError as error:
-            if self._file and size is not None:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(size)  # half a row could not be read back
-                    self._file.seek(size)
-            raise OutputError(
-                f"the undo file {self.path} cannot be written: {error.strerror}; nothing more was written in AWS, "
-                "make room and run again"
-            ) from error
-        self.rows.update(rows)
-
-    def drop(self, rows: Iterable[PlanRow]) -> None:
-        """Take out the rows whose tags were not written after all; raises OutputError."""
-        for row in rows:
-            del self.rows[row]
-        new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        try:
-            self.close()
-            self._file = None
-            if not self.rows:
-                self.path.unlink()
-                return
-            with open(new, "x", encoding="utf-8", opener=open_private) as file:
-                write_plan(file, itertools.starmap(_undoing, self.rows.items()))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.path)
-        except OSError as error:
-            new.unlink(missing_ok=True)
-            raise OutputError(
-                f"the undo file {self.path} cannot be shortened to what was written: {error.strerror}"
-            ) from error
-
-
-def _undoing(row: PlanRow, former: str | None) -> PlanRow:
-    """Return the row that takes another one back."""
-    action = Action.DELETE if former is None else Action.RESTORE
-    written = row.value_after or ""
-    why = f"undo of: {row.why.removeprefix('undo of: ')}"
-    return replace(
-        row, action=action, value=former or "", current=written, confidence="", why=why, warning=""
-    )
+def _result(
+    row: PlanRow, error: TargetError | None, after: Mapping[str, Mapping[str, str]] | None
+) -> tuple[Result, str]:
+    """Return what became of a row after its call; `after` are the tags after an error of the target."""
+    if error is None:
+        return Result.WRITTEN, ""
+    if error.code.startswith("InvalidInstanceID"):
+        return Result.GONE, str(error)
+    if is_of_instance(error):
+        return Result.FAILED, str(error)
+    if after is None:
+        return Result.UNKNOWN, f"{error}; it may have been written: run again to find out"
+    found = decide(row, after.get(row.instance_id)).result is Result.ALREADY_THERE
+    return (Result.WRITTEN, "") if found else (Result.FAILED, str(error))
 
 
 @dataclass(frozen=True, slots=True)
 class Remediation:
-    """All that is to be said of a plan, carried out or not."""
+    """A plan and what became of its rows; `undo_file` is None if it was not applied."""
 
     policy: Policy
-    applied: bool
-    outcomes: Sequence[Outcome]
-    undo_file: str
-    exit_code: ExitCode
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """The number of rows with each result."""
-        return {str(result): sum(o.result is result for o in self.outcomes) for result in Result}
-
-    @property
-    def changed(self) -> bool:
-        """True where something in AWS is, or may be, no longer as it was."""
-        return bool(self.totals[Result.WRITTEN] or self.totals[Result.UNKNOWN])
-
-    @property
-    def warnings(self) -> list[tuple[Target, int, str]]:
-        """What would undo the tags that are written: where, on how many instances, and a sentence."""
-        warned = {(o.row.target, o.warning, o.row.instance_id) for o in self.outcomes if o.warning}
-        counts = Counter((target, warning) for target, warning, _ in warned)
-        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return [
-            (target, number, f"{counted(number, 'instance')} of {warning}")
-            for (target, warning), number in ordered
-        ]
+    rows: PlanRows
+    undo_file: str | None
 
 
 def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
-    """Write what became of a plan as one JSON object, a line a row; `changed` is Ansible's."""
+    """Write a plan as one JSON object, one line per row."""
+    policy, rows, totals = done.policy, done.rows, done.rows.counts("result")
     head = {
         "version": __version__,
-        "policy": {"name": done.policy.name, "file": done.policy.file, "digest": done.policy.digest},
-        "changed": done.changed,
-        "applied": done.applied,
+        "policy": picked(policy, ("name", "file", "digest")),
+        "changed": bool(totals[Result.WRITTEN] or totals[Result.UNKNOWN]),  # read by Ansible
+        "applied": done.undo_file is not None,
         "undo_file": done.undo_file or None,
-        "exit_code": int(done.exit_code),
-        "exit_name": done.exit_code.name,
-        "summary": done.totals,
-        "warnings": [
-            {
-                "account_id": target.account_id,
-                "region": target.region,
-                "instances": instances,
-                "message": message,
-            }
-            for target, instances, message in done.warnings
-        ],
+        "exit_code": int(rows.exit_code),
+        "exit_name": rows.exit_code.name,
+        "summary": {result: totals[result] for result in Result},
+        "warnings": rows.warnings(),
     }
-    write_json_object(file, head, rows=map(_outcome_record, done.outcomes))
+    write_json_object(file, head, rows=map(_row_record, rows))
 
 
-def _outcome_record(outcome: Outcome) -> dict[str, Any]:
-    """Return what became of a row as a JSON object."""
-    row = outcome.row
-    return {
-        "account_id": row.target.account_id,
-        "region": row.target.region,
-        "instance_id": row.instance_id,
-        "name": row.name,
-        "tag_key": row.tag_key,
-        "value": row.value_after,
-        "action": row.action,
-        "why": row.why,
-        "result": outcome.result,
-        "message": outcome.message or None,
-        "warning": outcome.warning or None,
-    }
-
-
-def _write_outcomes_csv(file: TextIOBase, done: Remediation) -> None:
-    """Write the plan again, whatever became of it, as CSV."""
-    file.write(plan_text(outcome.row for outcome in done.outcomes))
+def _row_record(row: PlanRow) -> dict[str, Any]:
+    """Return a row and what became of it as a JSON object."""
+    names = "account_id region instance_id name tag_key value action why result message warning".split()
+    warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
+    others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
+    return {name: getattr(row, name) for name in names} | others
 
 
 REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
-    "csv": _write_outcomes_csv,
+    "csv": lambda file, done: write_plan(file, done.rows),
     "json": write_remediation_json,
 }
 
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
-    """Yield the plan or what became of it, for people, and what to do next."""
-    rows = [outcome.row for outcome in done.outcomes]
-    writing = [row for row in rows if row.writes]
-    instances = len({(row.target, row.instance_id) for row in writing})
-    aside = Counter(row.action for row in rows if not row.writes)
-    others = "".join(f", {number:,} to {action}" for action, number in sorted(aside.items()))
-    yield (
-        f"Policy {done.policy.name} ({done.policy.file}): {counted(len(writing), 'tag')} to write on "
-        f"{counted(instances, 'instance')}{others}"
-    )
-    if done.applied:
-        yield from _result_lines(done)
-        yield from _warning_lines(done)
-        if done.totals[Result.WRITTEN] and writing[0].action in PLAN_ACTIONS:
-            yield "The findings stay open until the next scan, which resolves them as tagged"
-        if done.undo_file:
-            yield f"To take it back: {command('--undo', done.undo_file, '--apply')}"
-        return
-    if rows:
+    """Yield a plan or what became of it, for people, and what to do next."""
+    policy, rows, undo_file = done.policy, done.rows, done.undo_file
+    actions, totals, warnings = rows.counts("action"), rows.counts("result"), rows.warnings()
+    aside = [action for action in (Action.REVIEW, Action.SKIP) if actions[action]]
+    others = "".join(f", {actions.pop(action):,} to {action}" for action in aside)
+    writing = (row for row in rows if row.writes)
+    instances = sum(1 for _ in itertools.groupby(writing, key=lambda row: (row.target, row.instance_id)))
+    tags = f"{counted(actions.total(), 'tag')} to write on {counted(instances, 'instance')}"
+    yield f"Policy {policy.name} ({policy.file}): {tags}{others}"
+    if undo_file is not None:
+        fine = (Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE)
+        left = totals.total() - sum(totals[result] for result in fine)
+        counts = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
+        yield f"{counts}, {left:,} not written{':' if left else ''}"
+        not_written = (row for row in rows if row.result not in fine)
+        yield from table_lines(((f"  {row.result}", f"{row}: {row.message}") for row in not_written), left)
+    elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        yield ""
-        yield from table_lines(map(_plan_cells, rows), len(rows), head, csv_path)
-        yield ""
-    yield from _warning_lines(done)
-    if writing and writing[0].action in PLAN_ACTIONS:
+        yield from ("", *table_lines(map(_table_cells, rows), totals.total(), head, csv_path), "")
+    yield from table_lines(([f"Warning: {each['message']}"] for each in warnings), len(warnings))
+    fixes = actions[Action.ADD] or actions[Action.REPLACE]
+    if fixes and undo_file is None:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
-    yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+    if fixes and totals[Result.WRITTEN]:
+        yield "The findings stay open until the next scan, which resolves them as tagged"
+    if undo_file:
+        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
+    elif undo_file is None:
+        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
 
 
-def _plan_cells(row: PlanRow) -> tuple[str, ...]:
+def _table_cells(row: PlanRow) -> tuple[str, ...]:
     """Return a row of a plan as the table shows it."""
-    where = (row.target.account_id, row.target.region, row.instance_id, name_cell(row.name))
+    where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
     return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
-
-
-def _warning_lines(done: Remediation) -> Iterator[str]:
-    """Yield what would undo the tags, a line for each source."""
-    warnings = done.warnings
-    yield from (f"Warning: {message}" for _, _, message in warnings[:SUMMARY_FINDINGS])
-    if len(warnings) > SUMMARY_FINDINGS:
-        yield f"  … and {len(warnings) - SUMMARY_FINDINGS:,} more"
-
-
-def _result_lines(done: Remediation) -> Iterator[str]:
-    """Yield how many rows were carried out, and which were not and why."""
-    words = {Result.WRITTEN: "written", Result.ALREADY_THERE: "already there"}
-    named = [outcome for outcome in done.outcomes if outcome.row.writes and outcome.result not in words]
-    numbers = [f"{done.totals[result]:,} {word}" for result, word in words.items()]
-    yield f"{', '.join(numbers)}, {len(named):,} left out{':' if named else ''}"
-    for outcome in named[:SUMMARY_FINDINGS]:
-        yield f"  {outcome.result}  {outcome.row}: {outcome.message}"
-    if len(named) > SUMMARY_FINDINGS:
-        yield f"  … and {len(named) - SUMMARY_FINDINGS:,} more"
-
-
-def check_plan_goal(output: Output) -> None:
-    """Refuse to replace a file that may be a plan that a person has edited; raises OutputError."""
-    if not output.replaceable:
-        return
-    try:
-        with Path(output.path).open("rb") as file:
-            unedited = is_unedited_plan(file)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(
-            f"--csv {output.path} cannot be read: {error.strerror}; name another file"
-        ) from error
-    if not unedited:
-        raise OutputError(
-            f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that somebody has edited, and "
-            f"was left alone. Apply it with --plan {output.path}, write the new plan elsewhere with --csv FILE, or "
-            "delete it"
-        )
 
 
 ########################################################################################################
@@ -8212,7 +8260,7 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
 
 
 def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
-    """Plan the tags that would put findings right, or write those of a plan, or take them back."""
+    """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     if args.plan and args.undo:
@@ -8222,76 +8270,71 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     given = args.plan or args.undo
     args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
     outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
-    rows = read_plan(given, policy, UNDO_ACTIONS if args.undo else PLAN_ACTIONS) if given else []
-    if args.plan:
-        with _reading(args, None):  # a plan comes from a state, and what is written is kept there
-            pass
-    else:
-        with _reading(args, None if args.undo else policy.name) as db:
-            is_open = Selection(policy.name, None, statuses=("NEW", "REPEAT", "REOPENED"))
-            rows = (
-                check_undo(db, args.state, policy.name, rows)
-                if args.undo
-                else list(plan(fetch_history(db, is_open), policy, args.min_confidence))
-            )
-    in_scope = [
-        row
-        for row in sorted(rows, key=lambda row: (row.target, row.instance_id))
-        if (not args.region or row.target.region in args.region)
-        and (not args.account or row.target.account_id in args.account)
-    ]
-    outcomes = [
-        Outcome(row, Result.PLANNED, warning=row.warning) if row.writes else Outcome(row, Result.NOT_ASKED)
-        for row in in_scope
-    ]
-    writing = [row for row in in_scope if row.writes]
-    next_command = functools.partial(_next_command, args, len(writing))
     plans = [output for output in outputs if output.format == "csv"]
-    for output in plans:
-        check_plan_goal(output)
-    undo_file = ""
-    with contextlib.ExitStack() as stack:
+    undo_file = "" if args.apply else None
+    with sighting_errors(), contextlib.ExitStack() as stack:
+        rows = _planned_rows(args, policy)
+        changes = sum(row.writes for row in rows)
+        command = functools.partial(_next_command, args, changes)
+        for output in plans:
+            check_plan_output(output)
         staged = stack.enter_context(staged_outputs(outputs))
-        if args.apply and writing:
-            state = open_state(args, stack)
-            beside = state.path.parent if isinstance(state, LocalState) else Path()
+        if args.apply and changes:
+            beside = Path() if args.state.startswith("s3://") else Path(args.state).parent
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
-            stack.enter_context(_telling_the_way_back(undo, next_command))
-            decided = {outcome.row: outcome for outcome in _apply(args, policy, state, writing, undo, now)}
-            outcomes = [decided.get(outcome.row, outcome) for outcome in outcomes]
-            undo_file = undo.shown if undo.rows else ""
-        well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
-        code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
-        done = Remediation(policy, args.apply, outcomes, undo_file, code)
+            stack.enter_context(_printing_undo_command(undo, command))
+            _apply(args, policy, rows, open_state(args, stack), undo, now)
+            undo_file = str(undo.path) if undo.rows else ""
+        done = Remediation(policy, rows, undo_file)
         stage_report(staged, REMEDIATION_WRITERS, done)
         for output in plans:  # again, as applying takes its time
-            check_plan_goal(output)
+            check_plan_output(output)
         publish_report(staged, emit)
         if not args.quiet:
-            lines = remediation_lines(done, args.csv, next_command)
-            talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-            emit("".join(f"{printable(line)}\n" for line in lines), talk)
-    return code
+            lines = remediation_lines(done, args.csv, command)
+            stream = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
+            emit("".join(f"{printable(line)}\n" for line in lines), stream)
+        return rows.exit_code
+
+
+def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
+    """Return the rows of the plan or the undo file that was given, or else of a new plan."""
+    if args.plan:
+        rows = read_plan(args.plan, policy, PLAN_ACTIONS)
+    # A plan that is given comes from a state, too, and what is written is kept there.
+    with _reading(args, None if args.plan or args.undo else policy.name) as db:
+        if args.undo:
+            check = functools.partial(check_undo, db, args.state, policy.name)
+            rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
+        elif not args.plan:
+            is_open = Selection(policy.name, None, args.account, args.region, ("NEW", "REPEAT", "REOPENED"))
+            return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
+    return PlanRows(
+        row
+        for row in rows
+        if (not args.region or row.region in args.region)
+        and (not args.account or row.account_id in args.account)
+    )
 
 
 @contextlib.contextmanager
-def _telling_the_way_back(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
-    """Print the command that reverts a run on stderr if the run ends before it has printed it itself."""
+def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
+    """Print the command that reverts a run on stderr if the run fails before it prints its results."""
     try:
         yield
-    except BaseException as error:  # even a bug must not leave tags written and nobody told
+    except BaseException as error:  # a bug, too, must not leave tags written without a way back
         if undo.rows:
-            line = f"To take it back: {command('--undo', undo.shown, '--apply')}"
+            line = f"Undo it with: {command('--undo', str(undo.path), '--apply')}"
             emit(f"{printable(line)}\n", sys.stderr)
         if isinstance(error, KeyboardInterrupt):
-            done = "what was written is recorded, and the same command goes on from there"
+            done = "what was written is recorded, and the same command continues from there"
             raise KeyboardInterrupt(done if undo.rows else "nothing was written") from None
         raise
 
 
 def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
-    """Return the command that writes what was planned, or that takes back what was written, for a shell."""
+    """Return the command that writes what was planned, or reverts what was written, for a shell."""
     words = ["tagcheck.py", "remediate"]
     for name in ("policy", "state", "profile", "role"):
         if (value := getattr(args, name)) not in (None, OPTIONS[f"--{name}"].get("default")):
@@ -8308,41 +8351,20 @@ def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
 
 
 def _apply(
-    args: argparse.Namespace, policy: Policy, state: State, rows: list[PlanRow], undo: UndoFile, now: datetime
-) -> list[Outcome]:
-    """Carry out a plan, target by target; returns what became of each row.
-
-    All of it is intended in the state before the first call, and a row is in the undo file before its own: kill
-    it at any point, and state, file and tags together tell what was done.
-    """
-    begun = time.monotonic()
-    if len(rows) > args.max_changes:
+    args: argparse.Namespace, policy: Policy, rows: PlanRows, state: State, undo: UndoFile, now: datetime
+) -> None:
+    """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
+    begun, run = time.monotonic(), uuid.uuid4().hex
+    if (number := sum(row.writes for row in rows)) > args.max_changes:
         raise UsageError(
-            f"the plan would write {len(rows):,} tags, more than --max-changes {args.max_changes}: read it, and if "
-            f"all is well give --max-changes {len(rows)}"
+            f"the plan would write {number:,} tags, more than --max-changes {args.max_changes}: "
+            f"read it, and if all is well pass --max-changes {number}"
         )
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
-    home, caller, partition, who = _identify(aws, policy, sorted({row.target.region for row in rows}))
-    states = _account_states(policy, aws, caller, home)
-    unfit = [row for row in rows if states.get(row.target.account_id) != "ACTIVE"]
-    refuse_rows([(row, _account_complaint(row.target.account_id, policy, states, caller)) for row in unfit])
-    changes: dict[PlanRow, Change] = {}
-    run = uuid.uuid4().hex
-    for row in rows:
-        account_id, region = row.target.account_id, row.target.region
-        changes[row] = Change(
-            *(f"{run}/{len(changes)}", policy.name, account_id, region, row.instance_id, row.tag_key),
-            # To add is to write where nothing is, or blanks: which of them is known when the tag is read.
-            *(None if row.action is Action.ADD else row.current or None,),
-            row.value_after,
-            *(row.why, who, utc_text(now)),
-            status="intended",
-        )
-    record_changes(state, ((change, Result.PLANNED) for change in changes.values()))
-    outcomes: list[Outcome] = []
-    settled: list[tuple[Change, Result]] = []
-    refused: list[PlanRow] = []  # by AWS, after they were kept in the undo file
+    regions = sorted({row.region for row in rows if row.writes})
+    home, caller, partition, who = _identify(aws, policy, regions)
+    check_accounts(rows, policy, _account_states(policy, aws, caller, home))
 
     def enter(account_id: str) -> None:
         if policy.accounts is None or account_id == caller:
@@ -8351,142 +8373,36 @@ def _apply(
             role = replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
             aws.assume_role(account_id, role, home, partition)
 
-    try:
-        for target, group in itertools.groupby(rows, key=lambda row: row.target):
-            for batch in _apply_to_target(aws, target, list(group), undo, enter):
-                outcomes += batch
-                at = utc_text(now + timedelta(seconds=time.monotonic() - begun))
-                for outcome in batch:
-                    if outcome.row in undo.rows and outcome.result not in (Result.WRITTEN, Result.UNKNOWN):
-                        refused.append(outcome.row)
-                        continue
-                    change = replace(changes[outcome.row], former=outcome.former, changed_at=at)
-                    settled.append((replace(change, status="written"), outcome.result))
-                if isinstance(state, LocalState):  # one in S3 would be moved to and fro with each batch
-                    record_changes(state, settled)
-                    settled.clear()
-            LOG.info("%s: %s so far", target, counted(len(outcomes), "row"))
-    finally:
-        untouched = changes.keys() - undo.rows - {outcome.row for outcome in outcomes}
-        record_changes(state, [*settled, *((changes[row], Result.FAILED) for row in untouched)])
-        # First the file: a row of it without its record would be refused.
-        if refused:
-            undo.drop(refused)
-            record_changes(state, ((changes[row], Result.FAILED) for row in refused))
-    return outcomes
+    def change(row: PlanRow) -> Change:
+        at = now + timedelta(seconds=time.monotonic() - begun)
+        return change_of(row, run, policy.name, who, utc_text(at))
 
-
-def _account_complaint(account_id: str, policy: Policy, states: Mapping[str, str], caller: str) -> str:
-    """Return why nothing is written in an account that is not active, or not in the policy's scope."""
-    if policy.accounts is None:
-        return f"{account_id} is not the account of the credentials, {caller}"
-    how = f"is {states[account_id]}" if account_id in states else "is not there"
-    return f"in the organization the account {account_id} {how}: take the row out, or choose others with --account"
-
-
-def _apply_to_target(
-    aws: Aws, target: Target, rows: Sequence[PlanRow], undo: UndoFile, enter: Callable[[str], None]
-) -> Iterator[list[Outcome]]:
-    """Carry out the rows of one target; yields what became of them, batch by batch.
-
-    An error that is not of an instance ends it: what follows would only meet the same.
-    """
-    splits = iter(range(MAX_SPLITS))
-    failure: TargetError | None = None
-    try:
-        enter(target.account_id)
-    except TargetError as error:
-        failure = error
-    for batch in batches(rows):
-        if failure:
-            yield [Outcome(row, Result.FAILED, f"not tried: {failure}") for row in batch]
-            continue
-        with aws.account(target.account_id):
-            outcomes, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
-        yield outcomes
-
-
-def _apply_batch(
-    client: Any, rows: Sequence[PlanRow], undo: UndoFile, splits: Iterator[int]
-) -> tuple[list[Outcome], TargetError | None]:
-    """Read the tags of a batch again and write what is to be written; returns the error that ends the target, too."""
-    try:
-        tags = describe_tags(client, sorted({row.instance_id for row in rows}))
-    except TargetError as error:
-        return [Outcome(row, Result.FAILED, str(error)) for row in rows], error
-    outcomes = []
-    former: dict[PlanRow, str | None] = {}
-    for row in rows:
-        now = tags.get(row.instance_id)
-        outcome = decide(row, now)
-        if outcome:
-            outcomes.append(outcome)
-        elif now is not None:
-            former[row] = now.get(row.tag_key)
-            tags[row.instance_id] = {**now, row.tag_key: row.value}  # it counts to the limit of tags
-    if former:
-        undo.add(former)
-    refused: dict[PlanRow, TargetError] = {}
-    failure: TargetError | None = None
-    for (operation, pairs), alike in tag_calls(former).items():
-        ids = [*dict.fromkeys(row.instance_id for row in alike)]
-        errors = dict.fromkeys(ids, failure) if failure else {}
-        if not failure:
-            errors = write_tags(client, operation, ids, dict(pairs), splits)
-            failure = next((error for error in errors.values() if not is_of_instance(error)), None)
-        refused |= {row: errors[row.instance_id] for row in alike if row.instance_id in errors}
-    found: Mapping[str, Mapping[str, str]] | None = None
-    if failure:  # an answer may have been lost on its way back
-        with contextlib.suppress(TargetError):
-            found = describe_tags(client, sorted({row.instance_id for row in refused}))
-    for row, value in former.items():
-        outcome = _outcome(row, value, refused.get(row), found)
-        if row.action in PLAN_ACTIONS and outcome.result is Result.WRITTEN:
-            outcome = replace(outcome, warning=revert_warning(cause_of(tag_groups(tags[row.instance_id]))))
-        outcomes.append(outcome)
-    return outcomes, failure
-
-
-def _outcome(
-    row: PlanRow, former: str | None, error: TargetError | None, found: Mapping[str, Mapping[str, str]] | None
-) -> Outcome:
-    """Return what became of a row that was called for; `found` are the tags after an error of the whole target."""
-    if error is None:
-        return Outcome(row, Result.WRITTEN, former=former)
-    if is_of_instance(error):
-        gone = error.code.startswith("InvalidInstanceID")
-        return Outcome(row, Result.GONE if gone else Result.FAILED, str(error))
-    if found is None:
-        return Outcome(row, Result.UNKNOWN, f"{error}; whether it was written is not known: run again")
-    after = decide(row, found.get(row.instance_id))
-    if after and after.result is Result.ALREADY_THERE:
-        return Outcome(row, Result.WRITTEN, former=former)
-    return Outcome(row, Result.FAILED, str(error))
+    apply_plan(rows, aws, enter, undo, state, change)
 
 
 class Progress:
-    """Says on stderr how far the scan is: one line that changes on a terminal, elsewhere a line a target."""
+    """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
         self.live = not quiet and sys.stderr.isatty()
-        self.instances: dict[Target, int] = {}
+        self.instances: Counter[Target] = Counter()
         self.ended = 0
         self.shown_at = 0.0
 
     def page(self, target: Target, instances: int) -> None:
         """Count a page of a target; the line changes at most ten times a second."""
-        self.instances[target] = self.instances.get(target, 0) + instances
+        self.instances[target] += instances
         if self.live and time.monotonic() - self.shown_at > 0.1:
             self.shown_at = time.monotonic()
-            total = counted(sum(self.instances.values()), "instance")
+            total = counted(self.instances.total(), "instance")
             emit(f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far", sys.stderr)
 
     def end(self, target: Target, error: TargetError | None) -> None:
         """Say how a target ended."""
         self.ended += 1
         if not self.live and (error or not self.quiet):
-            how = f"not read: {error}" if error else counted(self.instances.get(target, 0), "instance")
+            how = f"not read: {error}" if error else counted(self.instances[target], "instance")
             emit(printable(f"{target}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:

@@ -137,8 +137,8 @@ def test_explain_says_the_same(main: Main) -> None:
 def test_row_of_a_plan_says_the_same(main: Main) -> None:
     write(TRAP, [])
     policy = script.load_policy("p.yaml")
-    target = script.Target("123456789012", "us-east-1")
-    row = script.PlanRow(target, "i-0", "", "CostCenter", HOSTILE[0], script.Action.ADD, None, None, "")
+    place = ("123456789012", "us-east-1", "i-0")
+    row = script.PlanRow(*place, "", "CostCenter", HOSTILE[0], script.Action.ADD, None, None, "")
     assert (script.row_complaint(row, policy) or "").endswith(STOPPED)
 
 

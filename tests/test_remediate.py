@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -168,7 +169,7 @@ def save_plan(path, *rows, columns=COLUMNS, delimiter=",", end="\n", encoding="u
 
 
 def read(path, actions=script.PLAN_ACTIONS):
-    return script.read_plan(str(path), POLICY, actions)
+    return list(script.read_plan(str(path), POLICY, actions))
 
 
 @pytest.mark.parametrize(
@@ -207,18 +208,18 @@ GOOD = row()
     [
         pytest.param([GOOD, GOOD], 3, "2 has the same tag", id="twice the same"),
         pytest.param([GOOD, row(value="bob")], 3, "2 has the same tag", id="contradiction"),
-        pytest.param([row(action="remove")], 2, "'remove' is no action", id="unknown action"),
-        pytest.param([row(action="")], 2, "'' is no action", id="no action"),
+        pytest.param([row(action="remove")], 2, "'remove' is not an action", id="unknown action"),
+        pytest.param([row(action="")], 2, "'' is not an action", id="no action"),
         pytest.param([row(action="delete")], 2, "--undo", id="action of an undo file"),
-        pytest.param([GOOD, row("i-1")], 3, "no instance id", id="no instance id"),
+        pytest.param([GOOD, row("i-1")], 3, "not an instance id", id="no instance id"),
         pytest.param([row(Account="12345678901")], 2, "cut its zeros", id="account without its zero"),
         pytest.param([row(Account="1.23457E+11")], 2, "cut its zeros", id="account as a number"),
         pytest.param([row(Region="eu-west-3")], 2, "does not cover the region", id="region outside"),
         pytest.param(
-            [GOOD, row(tag="Owner\u200b")], 3, "does not ask for Owner", id="key with what nobody sees"
+            [GOOD, row(tag="Owner\u200b")], 3, "does not require Owner", id="key with what nobody sees"
         ),
-        pytest.param([row(value="a\0")], 2, "nobody can see", id="NUL"),
-        pytest.param([row(tag="Team")], 2, "does not ask for Team in us-east-1", id="key of another region"),
+        pytest.param([row(value="a\0")], 2, "invisible", id="NUL"),
+        pytest.param([row(tag="Team")], 2, "does not require Team in us-east-1", id="key of another region"),
         pytest.param([row(tag="aws:x")], 2, "AWS's own", id="key of AWS"),
         pytest.param([row(tag="AWS:x")], 2, "AWS's own", id="key of AWS in capitals"),
         pytest.param(
@@ -226,7 +227,7 @@ GOOD = row()
         ),
         pytest.param([row(value="")], 2, "Owner is empty", id="no value"),
         pytest.param([row(value="x" * 257)], 2, "257 characters", id="long value"),
-        pytest.param([row(value="a\u200bb")], 2, "nobody can see", id="zero width space"),
+        pytest.param([row(value="a\u200bb")], 2, "invisible", id="zero width space"),
     ],
 )
 def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint):
@@ -293,7 +294,7 @@ def test_large_file_costs_no_memory(tmp_path):
     (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
     command = ("remediate", "--policy", "policy.yaml", "--plan", "plan.csv")
     err = run_tagcheck(*command, cwd=tmp_path, script=tmp_path / "limited.py", check=2).err
-    assert "plan.csv:1:1: longer than 1,048,576 bytes" in err
+    assert "plan.csv:1:1: longer than 1,048,576 characters" in err
 
 
 # ---- What becomes of a plan that was edited ----------------------------------------------------------------
@@ -334,6 +335,29 @@ def test_plan_is_replaced_only_while_it_is_as_it_was_written(aws, run, remediate
     assert (tmp_path / "other.csv").read_bytes() == second
 
 
+def test_memory_does_not_grow_with_a_plan(aws, run, remediate, tmp_path):
+    aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
+    run("scan", check=3)
+    peaks = []
+    for number in (1000, 4000):
+        with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db, db:
+            columns = [column for _, column, *_ in db.execute("PRAGMA table_info(findings)")][1:]
+            values = ", ".join(columns).replace("instance_id", "printf('i-%017x', value)")
+            numbers = json.dumps([*range(number)])
+            db.execute(
+                f"INSERT OR IGNORE INTO findings ({', '.join(columns)}) SELECT {values} FROM json_each(?), "
+                "(SELECT * FROM findings LIMIT 1)",
+                [numbers],
+            )
+        tracemalloc.start()
+        assert remediate("--csv", f"{number}.csv", "--json", "out.json")[0] == 0
+        assert remediate("--plan", f"{number}.csv", "--json", "out.json")[0] == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(json.loads((tmp_path / "out.json").read_bytes())["rows"]) == number + 1
+    assert peaks[1] - peaks[0] < 3000 * 300  # bytes; a row in memory takes a thousand
+
+
 def test_plan_edited_while_it_was_applied_is_left_alone(aws, run, tmp_path):
     [id_] = aws.launch(REGION, {"owner": "ann", "Environment": "dev"})
     run("scan", check=3)
@@ -346,12 +370,12 @@ def test_plan_edited_while_it_was_applied_is_left_alone(aws, run, tmp_path):
     result = run("remediate", "--apply", "--csv", "late.csv", check=5)
     assert (tmp_path / "late.csv").read_text() == "edited"
     assert tags_of(aws, [id_])[0]["Owner"] == "ann"
-    assert "To take it back: tagcheck.py remediate --policy policy.yaml --undo remediate-undo-" in result.err
+    assert "Undo it with: tagcheck.py remediate --policy policy.yaml --undo remediate-undo-" in result.err
 
 
 def test_value_is_replaced_only_with_its_current_one_at_hand(tmp_path):
     path = save_plan(tmp_path / "plan.csv", row(action="replace"), columns=script.PLAN_NEEDED)
-    with pytest.raises(script.PolicyError, match="takes the column Current"):
+    with pytest.raises(script.PolicyError, match="needs the column Current"):
         read(path)
 
 
@@ -473,27 +497,33 @@ def test_from_the_scan_to_the_undo(aws, run, tmp_path):
 def test_undo_file_that_another_replaces_by_a_link_harms_nobody(tmp_path):
     (tmp_path / "victim").write_text("precious")
     first, second = (
-        script.PlanRow(HERE, f"i-0000000{n}", "", "Owner", "ann", script.Action.ADD, "", "", "")
+        script.PlanRow(ACCOUNT_ID, REGION, f"i-0000000{n}", "", "Owner", "ann", script.Action.ADD, "", "", "")
         for n in (1, 2)
     )
     with closing(script.UndoFile(tmp_path / "undo.csv")) as undo:
-        undo.add({first: None})
+        undo.add([first])
         (tmp_path / "undo.csv").rename(tmp_path / "moved.csv")
         (tmp_path / "undo.csv").symlink_to("victim")
         with pytest.raises(script.OutputError, match="another process replaced it"):
-            undo.add({second: None})
+            undo.add([second])
     assert (tmp_path / "victim").read_text() == "precious"
     undone = read(tmp_path / "moved.csv", script.UNDO_ACTIONS)
     assert [each.instance_id for each in undone] == ["i-00000001"]
 
 
+def plan_text(*rows):
+    file = io.StringIO()
+    script.write_plan(file, rows)
+    return file.getvalue()
+
+
 def test_a_plan_whose_rows_were_deleted_is_not_replaced(tmp_path):
-    empty, plan = script.plan_text([]), tmp_path / "plan.csv"
+    empty, plan = plan_text(), tmp_path / "plan.csv"
     plan.write_text(empty)
     assert read(plan) == []
     assert script.is_unedited_plan(io.BytesIO(empty.encode()))
-    head = script.plan_text(
-        [script.PlanRow(HERE, "i-0000000a", "", "Owner", "ann", script.Action.ADD, "", "", "")]
+    head = plan_text(
+        script.PlanRow(ACCOUNT_ID, REGION, "i-0000000a", "", "Owner", "ann", script.Action.ADD, "", "", "")
     )
     assert not script.is_unedited_plan(io.BytesIO(head.partition("\n")[0].encode() + b"\n"))
     assert not script.is_unedited_plan(io.BytesIO(empty.encode().replace(b",,", b",x,", 1)))
@@ -689,7 +719,7 @@ def test_answer_that_was_lost_is_looked_for(aws, apply, tmp_path):
     assert [change[2:] for change in changes(tmp_path / "instance_state.db")] == [
         (None, "ann", "written")
     ] * 2
-    assert result.out.count("2 written, 0 already there, 0 left out") == 1
+    assert result.out.count("2 written, 0 already there, 0 not written") == 1
 
 
 def test_answer_of_another_is_none(aws, apply):
@@ -797,16 +827,16 @@ def test_without_a_scan_there_is_no_plan(run):
 def test_undo_file_that_cannot_grow_stays_readable(tmp_path):
     rows = read(save_plan(tmp_path / "plan.csv", row(), row("i-00000002")))
     undo = script.UndoFile(tmp_path / "undo.csv")
-    undo.add({rows[0]: "bob"})
+    undo.add([script.replace(rows[0], former="bob")])
     size = undo.path.stat().st_size
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, former[1]))
     try:
         with pytest.raises(script.OutputError, match="undo file"):
-            undo.add({rows[1]: None})
+            undo.add([rows[1]])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert set(undo.rows) == {rows[0]}
+    assert set(undo.rows) == {str(rows[0])}
     [left] = read(undo.path, script.UNDO_ACTIONS)
     assert (left.action, left.value, left.current) == ("restore", "bob", "ann")
 
@@ -965,7 +995,7 @@ def test_undo_file_of_a_run_with_refusals_has_only_what_was_written(aws, apply, 
 
 def way_back(err):
     """Find the undo command that was printed."""
-    [line] = re.findall(r"^To take it back: tagcheck\.py (.*)$", err, re.MULTILINE)
+    [line] = re.findall(r"^Undo it with: tagcheck\.py (.*)$", err, re.MULTILINE)
     command = shlex.split(line)
     assert command[0] == "remediate"
     assert command[-1] == "--apply"
@@ -1061,7 +1091,7 @@ def test_next_command_keeps_the_scope_of_this_one(aws, run, tmp_path):
     run("scan", check=3)
     save_plan(tmp_path / "plan.csv", row(here), row(there, tag="Team", value="a", Region=OTHER_REGION))
     planned = run("remediate", "--plan", "plan.csv", "--region", REGION)
-    [command] = re.findall(r"to write it: tagcheck\.py (.*)", planned.out)
+    [command] = re.findall(r"Apply it with: tagcheck\.py (.*)", planned.out)
     run(*shlex.split(command))
     assert [len(tags_of(aws, [here])[0]), len(tags_of(aws, [there], OTHER_REGION)[0])] == [1, 0]
 
