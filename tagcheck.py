@@ -64,7 +64,19 @@ from enum import Enum, IntEnum, StrEnum, unique
 from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
+from typing import (
+    IO,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
@@ -189,6 +201,12 @@ class PolicyError(UsageError):
         super().__init__("\n".join(problem_lines(self.problems)))
 
 
+# The types of fields and columns beyond Python's own; what they may hold is checked when they are loaded.
+Moment = Annotated[str, "a time in UTC, as utc_text() writes it"]
+Share = Annotated[float, "from 0 to 1"]
+Kind = Annotated[str, "a key of GROUP_KINDS"]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Target:
     """One account in one region: the unit of scanning, of failure and of resolution."""
@@ -258,7 +276,7 @@ class Suggestion:
 
     tag_key: str
     value: str
-    confidence: float
+    confidence: Share
     evidence: str
 
     def __str__(self) -> str:
@@ -268,27 +286,37 @@ class Suggestion:
 class Group(NamedTuple):
     """What instances of a target have in common, such as their Auto Scaling group."""
 
-    kind: str
+    kind: Kind
     name: str
+
+
+class Creator(NamedTuple):
+    """Who launched an instance, or the reason why that is not known."""
+
+    name: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.name or (f"unknown ({self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An instance with violations under a policy, with its history; times are text in UTC."""
+    """An instance with violations under a policy, with its history."""
 
     account_id: str
     region: str
     instance_id: str
     state: str
-    launch_time: str
+    launch_time: Moment
     tags: Mapping[str, str]
     violations: tuple[Violation, ...]
     status: Status
-    first_seen: str
-    last_seen: str
+    first_seen: Moment
+    last_seen: Moment
     times_seen: int
     times_reopened: int
-    resolved_at: str | None
+    resolved_at: Moment | None
     resolution: Resolution | None
     created_by: str | None
     suggestions: tuple[Suggestion, ...]
@@ -296,6 +324,7 @@ class Finding:
     cause: Group | None
     monthly_cost: float | None
     managed_by: str | None  # "" where no AWS service does, None where the first edition recorded it
+    created_by_reason: str | None = None
 
     @property
     def target(self) -> Target:
@@ -307,16 +336,18 @@ class Finding:
         """The instance's Name tag, as consoles show it."""
         return self.tags.get("Name", "")
 
-
-UNKNOWN = "unknown ("  # how `created_by` begins where nobody is known; why follows
+    @property
+    def creator(self) -> str:
+        """Who launched it, or why that is not known, as text."""
+        return str(Creator(self.created_by, self.created_by_reason))
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What became of a finding at a time, and the violations that it had from then on."""
+    """What happened to a finding at a time, and the violations that it had from then on."""
 
-    at: str
-    event: str
+    at: Moment
+    event: Literal["NEW", "CHANGED", "RESOLVED", "REOPENED"]
     violations: tuple[Violation, ...]
     resolution: Resolution | None
 
@@ -335,7 +366,7 @@ class Change:
     value: str | None
     why: str
     who: str
-    changed_at: str
+    changed_at: Moment
     status: Literal["intended", "written"]
 
     @property
@@ -383,7 +414,7 @@ class Standing:
 
     target: Target
     error: str | None
-    last_read: str | None
+    last_read: Moment | None
     instances: int
     compliant: int
     findings: int
@@ -394,7 +425,7 @@ class Standing:
 class TrendPoint:
     """What was open after a scan, all targets as they were last read, and what the scan changed."""
 
-    at: str
+    at: Moment
     open: int
     new: int
     reopened: int
@@ -489,25 +520,9 @@ def is_blank(text: str) -> bool:
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def violation_record(violation: Violation) -> dict[str, str | None]:
-    """Return a violation as a JSON object."""
-    return {
-        "tag_key": violation.tag_key,
-        "type": violation.type,
-        "value": violation.value,
-        "found_key": violation.found_key,
-        "message": violation.message,
-    }
-
-
-def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
-    """Return a suggestion as a JSON object."""
-    return {
-        "tag_key": suggestion.tag_key,
-        "value": suggestion.value,
-        "confidence": suggestion.confidence,
-        "evidence": suggestion.evidence,
-    }
+def to_record(item: Any) -> dict[str, Any]:
+    """Return a flat dataclass as a JSON object."""
+    return {name: getattr(item, name) for name in item.__slots__}
 
 
 CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
@@ -1836,7 +1851,7 @@ class ExemptedInstance:
 def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     """Return an exempted violation as a JSON object."""
     exemption = exempted.exemption
-    return violation_record(exempted.violation) | {
+    return to_record(exempted.violation) | {
         "reason": exemption.reason,
         "expires": exemption.expires.isoformat() if exemption.expires else None,
         "approved_by": exemption.approved_by,
@@ -2901,7 +2916,7 @@ MAX_EVENT_PAGES = 10
 
 def describe_creators(
     client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
-) -> Iterator[list[tuple[str, str]]]:
+) -> Iterator[list[tuple[str, Creator]]]:
     """Yield who made instances of the client's account and region, until a time of the monotonic clock.
 
     Takes the instances' ids and launch times. One RunInstances makes many of them, so that one lookup may answer
@@ -2913,7 +2928,7 @@ def describe_creators(
         instance_id = next(iter(waiting))
         launched = min(waiting[instance_id], LAST_LAUNCH)
         around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
-        made: list[tuple[str, str]] = []
+        made: list[tuple[str, Creator]] = []
         # To start a stopped instance renews its launch time: then any time will do.
         for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
             token: dict[str, str] = {}
@@ -2938,13 +2953,13 @@ def describe_creators(
                 token = {"NextToken": following} if following else {}
                 if made or not token:
                     break
-        nobody = (instance_id, f"{UNKNOWN}CloudTrail has no RunInstances of it)")
+        nobody = (instance_id, Creator(None, "CloudTrail has no RunInstances of it"))
         yield [pair for pair in made if waiting.pop(pair[0], None)]
         if waiting.pop(instance_id, None):
             yield [nobody]
 
 
-def creators_of(event: Any) -> list[tuple[str, str]]:
+def creators_of(event: Any) -> list[tuple[str, Creator]]:
     """Return each instance that an event of CloudTrail made, and who made it; the event may be of any JSON."""
     resources = event.get("Resources") if isinstance(event, Mapping) else None
     ids = [
@@ -2957,29 +2972,29 @@ def creators_of(event: Any) -> list[tuple[str, str]]:
     try:
         detail = json.loads(text_at(event, "CloudTrailEvent"))
     except (ValueError, RecursionError):
-        return [(instance_id, f"{UNKNOWN}the event cannot be read)") for instance_id in ids]
+        return [(instance_id, Creator(None, "the event cannot be read")) for instance_id in ids]
     if isinstance(detail, Mapping) and detail.get("errorCode"):
         return []
     who = creator_name(detail.get("userIdentity") if isinstance(detail, Mapping) else None)
     return [(instance_id, who) for instance_id in ids]
 
 
-def creator_name(identity: Any) -> str:
+def creator_name(identity: Any) -> Creator:
     """Return who a userIdentity of CloudTrail is (its user guide, CloudTrail userIdentity element)."""
     arn = text_at(identity, "arn")
     role, session = text_at(identity, "sessionContext", "sessionIssuer", "userName"), arn.rpartition("/")[2]
     service, kind = text_at(identity, "invokedBy"), text_at(identity, "type")
     if service.endswith(".amazonaws.com") or role.startswith("AWSServiceRoleFor"):
         by = service.removesuffix(".amazonaws.com") or role.removeprefix("AWSServiceRoleFor")
-        return f"{by} (automation)"
+        return Creator(f"{by} (automation)")
     if role.startswith("AWSReservedSSO_"):
-        return f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})"
+        return Creator(f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})")
     known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
     if kind == "AssumedRole":
         known = f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or known
     elif kind == "Root":
-        return f"root of {text_at(identity, 'accountId') or 'the account'}"
-    return known or f"{UNKNOWN}the event names nobody)"
+        return Creator(f"root of {text_at(identity, 'accountId') or 'the account'}")
+    return Creator(known) if known else Creator(None, "the event names nobody")
 
 
 def text_at(value: Any, *path: str) -> str:
@@ -3177,126 +3192,134 @@ def zone_region(zone: str) -> str:
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
 BUSY_TIMEOUT = 60  # seconds to wait while another scan records
 
-# One entry a version of the state, each run in one transaction with the version that it reaches.
+# One SQL script per version of the state; all that a state lacks run in one transaction.
 # `findings` has a rowid and a separate key: rows of this size make a WITHOUT ROWID table slow.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """
-        CREATE TABLE scans (
-            id INTEGER PRIMARY KEY, scan_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, policy_file TEXT NOT NULL,
-            policy_digest TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT NOT NULL
+MIGRATIONS = (
+    """
+    CREATE TABLE scans (
+        id INTEGER PRIMARY KEY, scan_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, policy_file TEXT NOT NULL,
+        policy_digest TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT NOT NULL
+    );
+    CREATE TABLE coverage (
+        scan INTEGER NOT NULL REFERENCES scans (id), account_id TEXT NOT NULL, region TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('read', 'unread')), error_code TEXT, error_message TEXT,
+        instances INTEGER NOT NULL, compliant INTEGER NOT NULL, findings INTEGER NOT NULL,
+        exempted INTEGER NOT NULL, new INTEGER NOT NULL, repeat INTEGER NOT NULL, reopened INTEGER NOT NULL,
+        resolved INTEGER NOT NULL, PRIMARY KEY (scan, account_id, region)
+    ) WITHOUT ROWID;
+    CREATE TABLE findings (
+        id INTEGER PRIMARY KEY, policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL,
+        instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL, tags TEXT NOT NULL,
+        violations TEXT NOT NULL, last_scan INTEGER NOT NULL REFERENCES scans (id),
+        status TEXT NOT NULL CHECK (status IN ('NEW', 'REPEAT', 'REOPENED', 'RESOLVED')),
+        first_seen TEXT NOT NULL, last_seen TEXT NOT NULL, times_seen INTEGER NOT NULL,
+        times_reopened INTEGER NOT NULL, resolved_at TEXT, resolution TEXT, created_by TEXT, suggestions TEXT,
+        UNIQUE (policy, account_id, region, instance_id)
+    )
+    """,
+    """
+    -- The keys of `violations`, to count a million findings without reading their JSON.
+    ALTER TABLE findings ADD COLUMN tag_keys TEXT;
+    UPDATE findings SET tag_keys =
+        (SELECT json_group_array(json_extract(value, '$.tag_key')) FROM json_each(violations));
+    ALTER TABLE findings ADD COLUMN instance_type TEXT;
+    ALTER TABLE findings ADD COLUMN cause_kind TEXT;
+    ALTER TABLE findings ADD COLUMN cause TEXT;
+    ALTER TABLE findings ADD COLUMN monthly_cost REAL;
+    -- What happened to a finding after it was NEW. `before` holds the violations that it had until then.
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY, finding INTEGER NOT NULL REFERENCES findings (id), at TEXT NOT NULL,
+        event TEXT NOT NULL CHECK (event IN ('CHANGED', 'RESOLVED', 'REOPENED')), before TEXT, resolution TEXT
+    );
+    CREATE INDEX events_of ON events (finding);
+    INSERT INTO events (finding, at, event, before, resolution)
+        SELECT id, resolved_at, 'RESOLVED', violations, resolution FROM findings WHERE resolved_at IS NOT NULL;
+    CREATE TABLE trend (
+        policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
+        reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+        targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
+    ) WITHOUT ROWID
+    """,
+    """
+    -- What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was deleted.
+    -- A row is 'intended' before the call, so that a run that was killed leaves a record of what it was doing.
+    CREATE TABLE changes (
+        id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, account_id TEXT NOT NULL,
+        region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, former TEXT, value TEXT,
+        why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
+    );
+    CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)
+    """,
+    """
+    -- What each channel of the policy's `notify` has to send, and when it was sent: NULL until then.
+    CREATE TABLE notifications (
+        policy TEXT NOT NULL, subject TEXT NOT NULL, channel TEXT NOT NULL, told_at TEXT,
+        PRIMARY KEY (policy, subject, channel)
+    ) WITHOUT ROWID
+    """,
+    "ALTER TABLE findings ADD COLUMN managed_by TEXT",
+    """
+    -- Why `created_by` is not known was a text in `created_by` itself.
+    ALTER TABLE findings ADD COLUMN created_by_reason TEXT;
+    UPDATE findings SET created_by = NULL, created_by_reason = substr(created_by, 10, length(created_by) - 10)
+        WHERE created_by GLOB 'unknown (*)';
+    -- The trend had one row per day of scans that were pruned, and was derived from the coverage of the others.
+    ALTER TABLE trend RENAME TO pruned_days;
+    CREATE TABLE trend (
+        policy TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
+        reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+        targets_unread INTEGER NOT NULL
+    );
+    INSERT INTO trend SELECT policy, at, open, new, reopened, resolved, targets, targets_unread FROM pruned_days;
+    INSERT INTO trend
+        WITH counts AS (
+            SELECT policy, started_at AS at, new, reopened, resolved, status = 'unread' AS unread,
+                iif(status = 'read', findings - lag(findings, 1, 0) OVER (
+                    PARTITION BY policy, account_id, region, status ORDER BY started_at, scan
+                ), 0) AS more
+            FROM scans JOIN coverage ON scan = scans.id
+        ), points AS (
+            SELECT policy, at, sum(sum(more)) OVER (PARTITION BY policy ORDER BY at), sum(new), sum(reopened),
+                sum(resolved), count(*), sum(unread)
+            FROM counts GROUP BY policy, at
         )
-        """,
-        """
-        CREATE TABLE coverage (
-            scan INTEGER NOT NULL REFERENCES scans (id), account_id TEXT NOT NULL, region TEXT NOT NULL,
-            status TEXT NOT NULL CHECK (status IN ('read', 'unread')), error_code TEXT, error_message TEXT,
-            instances INTEGER NOT NULL, compliant INTEGER NOT NULL, findings INTEGER NOT NULL,
-            exempted INTEGER NOT NULL, new INTEGER NOT NULL, repeat INTEGER NOT NULL, reopened INTEGER NOT NULL,
-            resolved INTEGER NOT NULL, PRIMARY KEY (scan, account_id, region)
-        ) WITHOUT ROWID
-        """,
-        """
-        CREATE TABLE findings (
-            id INTEGER PRIMARY KEY, policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL,
-            instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL, tags TEXT NOT NULL,
-            violations TEXT NOT NULL, last_scan INTEGER NOT NULL REFERENCES scans (id),
-            status TEXT NOT NULL CHECK (status IN ('NEW', 'REPEAT', 'REOPENED', 'RESOLVED')),
-            first_seen TEXT NOT NULL, last_seen TEXT NOT NULL, times_seen INTEGER NOT NULL,
-            times_reopened INTEGER NOT NULL, resolved_at TEXT, resolution TEXT, created_by TEXT, suggestions TEXT,
-            UNIQUE (policy, account_id, region, instance_id)
-        )
-        """,
-    ),
-    (
-        # The keys of `violations` by themselves, to count a million findings without reading their JSON.
-        "ALTER TABLE findings ADD COLUMN tag_keys TEXT",
-        "UPDATE findings SET tag_keys = (SELECT json_group_array(json_extract(value, '$.tag_key')) "
-        "FROM json_each(violations))",
-        "ALTER TABLE findings ADD COLUMN instance_type TEXT",
-        "ALTER TABLE findings ADD COLUMN cause_kind TEXT",
-        "ALTER TABLE findings ADD COLUMN cause TEXT",
-        "ALTER TABLE findings ADD COLUMN monthly_cost REAL",
-        # What became of a finding after it was NEW; `before` are the violations that it had until then.
-        """
-        CREATE TABLE events (
-            id INTEGER PRIMARY KEY, finding INTEGER NOT NULL REFERENCES findings (id), at TEXT NOT NULL,
-            event TEXT NOT NULL CHECK (event IN ('CHANGED', 'RESOLVED', 'REOPENED')), before TEXT, resolution TEXT
-        )
-        """,
-        "CREATE INDEX events_of ON events (finding)",
-        "INSERT INTO events (finding, at, event, before, resolution) "
-        "SELECT id, resolved_at, 'RESOLVED', violations, resolution FROM findings WHERE resolved_at IS NOT NULL",
-        # What is left of scans that were pruned: their last of each day.
-        """
-        CREATE TABLE trend (
-            policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
-            reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
-            targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
-        ) WITHOUT ROWID
-        """,
-    ),
-    (
-        # What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was taken away.
-        # It is intended before the call, so that what was under way when a run was killed is known.
-        """
-        CREATE TABLE changes (
-            id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, account_id TEXT NOT NULL,
-            region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, former TEXT, value TEXT,
-            why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
-            status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
-        )
-        """,
-        "CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)",
-    ),
-    (
-        # What each channel of the policy's `notify` is to tell, and when it has: NULL where it has not yet.
-        """
-        CREATE TABLE notifications (
-            policy TEXT NOT NULL, subject TEXT NOT NULL, channel TEXT NOT NULL, told_at TEXT,
-            PRIMARY KEY (policy, subject, channel)
-        ) WITHOUT ROWID
-        """,
-    ),
-    ("ALTER TABLE findings ADD COLUMN managed_by TEXT",),
+        SELECT * FROM points
+        WHERE at > coalesce((SELECT max(at) FROM pruned_days WHERE policy = points.policy), '');
+    DROP TABLE pruned_days
+    """,
 )
 
-# What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
-# be repeated without reading AWS again. `violations` are those that count: NULL where there are none.
-SIGHTINGS_SCHEMA = (
-    """
+# What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
+# repeated without reading AWS again. `violations` are those that count: NULL where there are none.
+SIGHTINGS = """
     CREATE TABLE target (
         id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, error_code TEXT,
         error_message TEXT, UNIQUE (account_id, region)
-    )
-    """,
-    """
+    );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL, instance_type TEXT,
-        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, tag_keys TEXT, managed_by TEXT,
-        suggestions TEXT, created_by TEXT
-    )
-    """,
-    # The values of a group's members, as JSON in the order of the rules, and how many have them: a group is
-    # counted page by page. What its members agree on comes of it when all are read.
-    """
+        tags TEXT NOT NULL, managed_by TEXT, exempted TEXT, too_young INTEGER NOT NULL, violations TEXT,
+        tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT,
+        suggestions TEXT, created_by TEXT, created_by_reason TEXT
+    );
+    CREATE VIEW seen AS
+        SELECT account_id, region, sighting.* FROM target CROSS JOIN sighting ON sighting.target = target.id
+        WHERE error_code IS NULL;
+    -- How many members of a group have which values, as JSON in the order of the rules: counted page by page.
     CREATE TABLE usage (
         target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, copies_of TEXT NOT NULL,
         tag_values TEXT NOT NULL, members INTEGER NOT NULL
-    )
-    """,
-    """
+    );
     CREATE TABLE agreement (
         target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, agreements TEXT NOT NULL,
         PRIMARY KEY (target, kind, name)
-    ) WITHOUT ROWID
-    """,
-    "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
-)
+    ) WITHOUT ROWID;
+    CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)
+"""
 
 
-WAY_OUT = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
+WAY_OUT = "restore it from a backup, or move it away to start over (every finding will be NEW again)"
 
 
 class _BadRowError(sqlite3.DatabaseError):
@@ -3305,14 +3328,15 @@ class _BadRowError(sqlite3.DatabaseError):
 
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
-    """Turn what SQLite and the rows of a state can fail with into StateErrors, but for bugs of ours."""
+    """Turn what SQLite raises for a state that cannot be used into StateErrors; bugs of ours stay as they are."""
+    temporary = tempfile.gettempdir()
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
         "SQLITE_CORRUPT": f"is damaged: {WAY_OUT}",
         "SQLITE_CONSTRAINT": f"is damaged: {WAY_OUT}",
-        "SQLITE_FULL": f"cannot grow: the disk is full (or that of {tempfile.gettempdir()}); make room and run again",
+        "SQLITE_FULL": f"cannot grow: the disk is full (or that of {temporary}); make room and run again",
         "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
         "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
@@ -3328,59 +3352,60 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
         if code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error)):
             raise
-        # SQLITE_ERROR is of a value that cannot be worked with ("malformed JSON"), as the tables are ours.
+        # Other SQLITE_ERRORs are about a value ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
 
 
-# What SQLite says of a query that does not fit the tables, which are ours where any is asked.
+# How SQLite's messages about a query that does not fit the tables begin.
 _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
-    """Find out before the scan whether the state can be used, and create it where there is none.
+    """Check before the scan that the state can be used, and create it where there is none.
 
-    Refuses what is not ours or not whole: to begin anew silently would lose every first_seen. Raises
-    StateError, which says `name` where `path` is a copy.
+    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises StateError,
+    which names `name` where `path` is a copy.
     """
     name = name or path
-    if not _exists(path):
-        if not create:
-            raise _missing(name)
+    if create and not _exists(path):
         _create_state(path)
-    with _checked_state(path, name) as db:
+    with opened_state(path, name) as db:
+        _check_integrity(db, name)
         _migrate(db, name)
 
 
-def _exists(path: Path) -> bool:
-    """Return whether there is anything of this name; raises StateError where nobody can tell."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise StateError(
-            f"the state {path} cannot be read: {error.strerror}; name another file with --state"
-        ) from error
-    return True
-
-
 def _missing(name: Path | str) -> MissingStateError:
-    """Return the error of a state that is not there."""
+    """Return the error for a state that does not exist."""
     return MissingStateError(
         f"there is no state {name}: run a scan first, or name the right one with --state"
     )
 
 
-@contextlib.contextmanager
-def _checked_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
-    """Yield a state that is there, found to be ours and whole; raises StateError."""
-    with opened_state(path, name) as db:
-        # count(*) does not notice flipped bits, and quick_check none in an index.
-        damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if damage != "ok":
-            raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
-        yield db
+def _file_status(path: Path, name: Path | str) -> os.stat_result:
+    """Return the status of a state's file; raises StateError."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(name) from None
+    except OSError as error:
+        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
+        raise StateError(message) from error
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is a state; raises StateError where that cannot be found out."""
+    try:
+        return bool(_file_status(path, path))
+    except MissingStateError:
+        return False
+
+
+def _check_integrity(db: sqlite3.Connection, name: Path | str) -> None:
+    """Raise StateError for a damaged file: count(*) does not notice flipped bits, nor quick_check in an index."""
+    damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
 
 
 def has_scan(path: Path, scan_id: str) -> bool:
@@ -3390,51 +3415,45 @@ def has_scan(path: Path, scan_id: str) -> bool:
 
 
 def copy_state(path: Path, copy: Path) -> None:
-    """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
+    """Copy a state, if there is one, as of its last transaction; raises StateError."""
     if _exists(path):
-        with _checked_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        with opened_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+            _check_integrity(source, path)
             source.backup(target)
 
 
 def resolve_state(name: str) -> Path:
-    """Return the file that a name of a state leads to; raises StateError for a link that leads nowhere."""
+    """Return the file that a state's name leads to; raises StateError for a link to nothing."""
     path = Path(os.path.realpath(name))
-    # Whoever may write the link would else choose where a new state is put.
+    # Otherwise whoever may write the link chooses where a new state is created.
     if os.path.islink(name) and not os.path.lexists(path):
-        raise StateError(
-            f"the state {name} is a link to {path}, which does not exist: put the state there, or "
-            "name its file with --state"
-        )
+        message = f"the state {name} is a link to {path}, which does not exist: put the state there"
+        raise StateError(f"{message}, or name its file with --state")
     return path
 
 
-def _refuse_unlike_state(path: Path, name: Path | str) -> None:
-    """Raise StateError for what is not a file, for an empty one, or one that may not be looked at."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
-        raise StateError(message) from error
+def _check_file(path: Path, name: Path | str) -> None:
+    """Raise StateError for what is not a file, and for one too small to be a database."""
+    status = _file_status(path, name)
     if stat.S_ISDIR(status.st_mode):
         raise StateError(f"the state {name} is a directory: name a file with --state")
-    if not stat.S_ISREG(status.st_mode):  # to open a FIFO waits for a writer
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for a writer
         raise StateError(f"the state {name} is not a regular file: name another file with --state")
     size = status.st_size
     if size == 0:
         raise StateError(f"the state {name} is empty (0 bytes): {WAY_OUT}")
-    if size < 512:  # SQLite's smallest page; it takes what is smaller for a database that is new
+    if size < 512:  # SQLite's smallest page; it treats a smaller file as a new database
         raise StateError(f"the state {name} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
 
 
 def _create_state(path: Path) -> None:
-    """Create an empty state readable by its owner alone; kill it at any point, and there is all or nothing."""
+    """Create an empty state, readable by its owner only, as a whole or not at all."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
     except OSError as error:
-        raise StateError(
-            f"the state {path} cannot be created: {error.strerror}; name another place with --state"
-        ) from error
-    os.close(handle)
+        message = f"the state {path} cannot be created: {error.strerror}; name another place with --state"
+        raise StateError(message) from error
     try:
         with _state_errors(path), contextlib.closing(_connect(Path(name))) as db:
             _migrate(db, path)
@@ -3455,18 +3474,25 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
+def _connected(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to a file that may be a state; raises StateError."""
+    _check_file(path, name)
+    with _state_errors(name), contextlib.closing(_connect(path)) as db:
+        yield db
+
+
+@contextlib.contextmanager
 def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to a state whose schema is ours; raises StateError."""
-    _refuse_unlike_state(path, name)
-    with _state_errors(name), contextlib.closing(_connect(path)) as db:
+    with _connected(path, name) as db:
         _state_version(db, name)
         yield db
 
 
 @contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Write in one transaction, which an exception in the body undoes."""
-    db.execute("BEGIN IMMEDIATE")
+def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
+    """Run the body in one transaction, which an exception undoes."""
+    db.execute(f"BEGIN {mode}")
     try:
         yield
         db.execute("COMMIT")
@@ -3476,26 +3502,31 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
+def _run(db: sqlite3.Connection, script: str, names: Mapping[str, Any] | None = None) -> None:
+    """Run the statements of a script in the open transaction, which executescript() would commit."""
+    for statement in script.split(";"):
+        db.execute(statement, names or {})
+
+
 @contextlib.contextmanager
 def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
-    """Write to a state of the present version in one transaction, which an exception in the body undoes.
+    """Write to a state of the present version in one transaction, which an exception undoes.
 
     The schema is compared again: another process may have changed the file since it was opened.
     """
-    with _transaction(db):
+    with transaction(db):
         if _state_version(db, name, schema) != len(MIGRATIONS):
             raise StateError(f"the state {name} was changed while this command ran: run it again")
         yield
 
 
 def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
-    """Bring a state to the present version in one transaction; refuse a newer one and another program's."""
+    """Bring a state to the present version in one transaction; raises StateError."""
     if _state_version(db, name) == len(MIGRATIONS):
         return
-    with _transaction(db):
-        for statements in MIGRATIONS[_state_version(db, name) :]:
-            for statement in statements:
-                db.execute(statement)
+    with transaction(db):
+        for script in MIGRATIONS[_state_version(db, name) :]:
+            _run(db, script)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
@@ -3505,10 +3536,10 @@ OLDER_COLUMNS = {"instance_id", "first_seen", "is_active"}
 
 
 def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> int:
-    """Return the version of a state: 0 of a new file and of the older tool's.
+    """Return the version of a state: 0 for a new file and for the older tool's.
 
-    Raises StateError for another program's, for a newer one, and for a schema that is not of its version: a
-    trigger or a view could change what a scan records, or what a report shows.
+    Raises StateError for another program's database, for a newer version, and for a schema that is not of its
+    version: a trigger or a view could change what a scan records or a report shows.
     """
     application_id, version = (
         db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0] for pragma in ("application_id", "user_version")
@@ -3519,9 +3550,8 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     if not (application_id == APPLICATION_ID or (is_unmarked and (older or not found))):
         raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
-        raise StateError(
-            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
-        )
+        newer = f"was written by a newer tagcheck (version {version})"
+        raise StateError(f"the state {name} {newer}: use that one")
     expected = _expected_schema(max(version, 0))
     unknown = [row for row in (found - expected) if not (older and _is_of_older_tool(row))]
     if version < 0:
@@ -3536,7 +3566,7 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     else:
         return int(version)
     raise StateError(
-        f"the state {name} is not a tagcheck state, or was changed by something else ({why}): {WAY_OUT}"
+        f"the state {name} is not a tagcheck state, or something else changed it ({why}): {WAY_OUT}"
     )
 
 
@@ -3544,7 +3574,7 @@ SchemaRow = tuple[str, str, str, str]
 
 
 def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[SchemaRow]:
-    """Return what a database consists of: type, name, table and SQL, its white space made alike."""
+    """Return the objects of a database: type, name, table and SQL with its white space made alike."""
     try:
         rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master").fetchall()
     except UnicodeDecodeError as error:  # sqlite3 fails to decode SQLite's message, which quotes a name
@@ -3554,49 +3584,48 @@ def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[Schema
 
 @functools.lru_cache
 def _expected_schema(version: int) -> Counter[SchemaRow]:
-    """Return what a state of a version consists of."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        for statement in itertools.chain.from_iterable(MIGRATIONS[:version]):
-            db.execute(statement)
+    """Return the objects of a state of a version."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for script in MIGRATIONS[:version]:
+            _run(db, script)
         return _read_schema(db)
 
 
 def _is_of_older_tool(row: SchemaRow) -> bool:
-    """Return whether a part of a schema is the older tool's table, or an index of it."""
+    """Return whether an object of a schema is the older tool's table, or an index of it."""
     kind, name, table, sql = row
     if kind == "table" and name == "sqlite_sequence":  # of AUTOINCREMENT
         return sql == "CREATE TABLE sqlite_sequence(name,seq)"
     if table != OLDER_TABLE:
         return False
-    of_key = kind == "index" and sql == "None"
-    # What the SQL says is what SQLite makes, whatever the other columns say. A virtual table is other code's.
-    return of_key or bool(
-        re.match(rf"""CREATE TABLE ["`\[]?{OLDER_TABLE}\b|{_OLDER_INDEX}""", sql, re.IGNORECASE)
-    )
+    # SQLite goes by the SQL, whatever the other columns say. A virtual table would run other code.
+    return (kind == "index" and sql == "None") or _OLDER_OBJECT.match(sql) is not None
 
 
-_OLDER_INDEX = rf"""CREATE( UNIQUE)? INDEX ["`\[]?\w+["`\]]? ON ["`\[]?{OLDER_TABLE}\b"""
+_OLDER_OBJECT = re.compile(
+    rf"""CREATE (TABLE|(UNIQUE )?INDEX ["`\[]?\w+["`\]]? ON) ["`\[]?{OLDER_TABLE}\b""", re.IGNORECASE
+)
 
 
 class LocalState:
-    """A state in a file of this machine; without `create` a missing one is a MissingStateError."""
+    """A state in a local file; without `create` a missing one is a MissingStateError."""
 
     def __init__(self, path: Path, name: str | None = None, *, create: bool = True) -> None:
         self.path, self.name, self._create = path, name or str(path), create
 
     def check(self) -> None:
-        """Find out before the scan whether it can be used; raises StateError."""
+        """Check before the scan that it can be used; raises StateError."""
         check_state(self.path, create=self._create)
 
     def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield the file to record into, once: a transaction that ends stands."""
+        """Yield the file to record into, once: a committed transaction is final."""
         yield self.path
 
     def release_signals(self) -> None:
         """Do nothing: no signal is held back."""
 
     def copy(self, copy: Path) -> None:
-        """Copy it, where there is one; raises StateError."""
+        """Copy it, if there is one; raises StateError."""
         if not (self._create or _exists(self.path)):
             raise _missing(self.name)
         copy_state(self.path, copy)
@@ -3782,63 +3811,55 @@ def open_sightings() -> sqlite3.Connection:
     """Return a private database for what a scan sees; SQLite deletes it when it is closed, or killed."""
     db = sqlite3.connect("", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
-    for statement in SIGHTINGS_SCHEMA:
-        db.execute(statement)
+    _run(db, SIGHTINGS)
     return db
 
 
 def sighting_errors() -> contextlib.AbstractContextManager[None]:
-    """Turn SQLite's errors of what this scan has seen, in the body of the `with`, into StateErrors."""
+    """Turn SQLite's errors about what this scan has seen, in the body of the `with`, into StateErrors."""
     return _state_errors(Path(tempfile.gettempdir()) / "(of this scan)")
 
 
 def add_target(db: sqlite3.Connection, target: Target) -> int:
-    """Note that a target is being read, and return its number among the sightings."""
-    row = db.execute(
-        "INSERT INTO target (account_id, region) VALUES (?, ?)", (target.account_id, target.region)
-    )
+    """Add a target that is being read, and return its number among the sightings."""
+    row = db.execute("INSERT INTO target (account_id, region) VALUES (?, ?)", astuple(target))
     return row.lastrowid or 0
 
 
 def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None:
-    """Note why a target could not be read in full; what was seen of it no longer counts."""
-    db.execute(
-        "UPDATE target SET error_code = ?, error_message = ? WHERE id = ?",
-        (error.code, error.message, target),
-    )
+    """Record why a target could not be read in full; what was seen of it no longer counts."""
+    failure = (error.code, error.message, target)
+    db.execute("UPDATE target SET error_code = ?, error_message = ? WHERE id = ?", failure)
     db.execute("DELETE FROM sighting WHERE target = ?", (target,))
 
 
 def add_sightings(
     db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, float | None]]
 ) -> None:
-    """Keep what was made of instances of a target, and what each costs in a month if that is known."""
-    db.execute("BEGIN")
-    db.executemany(
-        f"INSERT INTO sighting VALUES ({', '.join('?' * 17)})",
-        (_sighting_row(target, seen, cost) for seen, cost in sightings),
-    )
-    db.execute("COMMIT")
+    """Add the sightings of a target, each with what the instance costs per month if that is known."""
+    rows = (_sighting_row(target, seen, cost) for seen, cost in sightings)
+    with transaction(db):
+        db.executemany(f"INSERT INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
 
 
 def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
-    """Return a row of `sighting`."""
+    """Return a row of `sighting`, up to `cause`."""
     instance = seen.instance
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
-    row = (target, instance.instance_id, instance.state, launch_time, tags)
     exempted = to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
+    row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by, exempted)
     if not seen.violations:
-        return (*row, None, exempted, seen.too_young, *(None,) * 6, instance.managed_by, None, None)
-    violations = to_json([violation_record(violation) for violation in seen.violations])
-    groups = groups_of(instance)
-    kind, name = cause_of(groups) or (None, None)
+        return (*row, seen.too_young, *(None,) * 7)
+    violations = to_json([to_record(violation) for violation in seen.violations])
     keys = to_json([violation.tag_key for violation in seen.violations])
-    found = (instance.instance_type, monthly_cost, to_json(groups), kind, name, keys)
-    return (*row, violations, exempted, seen.too_young, *found, instance.managed_by, None, None)
+    groups = groups_of(instance)
+    cause = cause_of(groups) or (None, None)
+    more = (instance.instance_type, monthly_cost, to_json(groups), *cause)
+    return (*row, seen.too_young, violations, keys, *more)
 
 
 # How many instances of a target have these values of the required tags in a group. In a group that is no cause,
-# those of a cause are copies of each other, and count once: an Auto Scaling group of 30 is no 30 witnesses.
+# those of one cause are copies of each other, and count once: an Auto Scaling group of 30 is not 30 witnesses.
 Usage = Counter[tuple[int, str, str, str, tuple[str | None, ...]]]
 MAX_USAGE = 50_000  # entries to count in memory, some 15 MB
 
@@ -3850,21 +3871,20 @@ def count_usage(usage: Usage, target: int, seen: Sighting, rules: Iterable[Requi
     for kind, name in groups_of(seen.instance):
         hands_on = GROUP_KINDS[kind].remedy
         cause = cause or (name if hands_on else "")
-        # One copy with all its tags will do for its wider groups, and those without would be many entries.
+        # One copy with all its tags is enough for its wider groups, and those without would be many entries.
         if hands_on or not cause or None not in values:
             usage[target, kind, name, "" if hands_on else cause, values] += 1
 
 
 def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
-    """Keep what was counted so far of the groups' tags; a group can come again."""
+    """Add what was counted so far of the groups' tags; a group can come again."""
     rows = ((*group, to_json(values), count) for (*group, values), count in usage.items())
-    db.execute("BEGIN")
-    db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
-    db.execute("COMMIT")
+    with transaction(db):
+        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
 def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
-    """Add to what violates the policy what its tags should probably be, by all that was seen."""
+    """Add the likely values of the tags that violate the policy, from all that was seen."""
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
     rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
     reliability = _add_agreements(db, {target: [*by_key] for target, by_key in rules.items()})
@@ -3878,33 +3898,27 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     def suggestions(target: int, violations: str, groups: str) -> str | None:
         members = [Group(*group) for group in json.loads(groups)]
         found = []
-        for violation in map(_load_violation, json.loads(violations)):  # this scan's own
+        for violation in map(_as_violation, json.loads(violations)):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
-        records = [suggestion_record(suggestion) for suggestion in found if suggestion]
+        records = [to_record(suggestion) for suggestion in found if suggestion]
         return to_json(records) if records else None
 
+    query = (
+        "SELECT rowid, target, violations, groups FROM sighting WHERE rowid > ? AND violations IS NOT NULL "
+        "ORDER BY rowid LIMIT 1000"
+    )
     last = 0
-    while True:
-        rows = db.execute(
-            "SELECT rowid, target, violations, groups FROM sighting WHERE rowid > ? AND violations IS NOT NULL "
-            "ORDER BY rowid LIMIT 1000",
-            (last,),
-        ).fetchall()
-        if not rows:
-            return
+    while rows := db.execute(query, (last,)).fetchall():
         last = rows[-1][0]
-        db.execute("BEGIN")
-        db.executemany(
-            "UPDATE sighting SET suggestions = ? WHERE rowid = ?",
-            ((suggestions(*row), number) for number, *row in rows),
-        )
-        db.execute("COMMIT")
+        updates = ((suggestions(*row), number) for number, *row in rows)
+        with transaction(db):
+            db.executemany("UPDATE sighting SET suggestions = ? WHERE rowid = ?", updates)
 
 
 def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -> Reliability:
-    """Find out what the members of each group agree on, and how far groups of each kind do."""
+    """Add what the members of each group agree on, and return how far groups of each kind do."""
     reliability = Reliability()
     load_values = functools.lru_cache(10_000)(json.loads)  # an instance's groups have the same values
 
@@ -3919,46 +3933,35 @@ def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -
                 reliability.learn(kind, found)
                 yield target, kind, name, to_json(found)
 
-    db.execute("BEGIN")
-    db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
-    db.execute("COMMIT")
+    with transaction(db):
+        db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
     return reliability
 
 
-MAX_LOOKUPS = 1000  # a target and scan: more than the budget of time allows
+MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
 
 
 def fetch_uncreated(
     db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
 ) -> dict[Target, list[tuple[str, datetime]]]:
-    """Return the findings whose creator the state does not know and that were launched since a time.
+    """Return the findings launched since a time whose creator is not known, with their launch times.
 
-    By target, the youngest first, each with its launch time. Raises StateError.
+    By target, the youngest first. Raises StateError.
+    """
+    query = f"""
+        SELECT account_id, region, instance_id, launch_time FROM (
+            SELECT account_id, region, instance_id, seen.launch_time,
+                row_number() OVER (PARTITION BY target ORDER BY seen.launch_time DESC) AS number
+            FROM seen LEFT JOIN (SELECT * FROM state.findings WHERE policy = :policy) AS finding
+                USING (account_id, region, instance_id)
+            WHERE seen.violations IS NOT NULL AND NOT too_young AND seen.launch_time >= :since
+                AND finding.created_by IS NULL
+        ) WHERE number <= {MAX_LOOKUPS} ORDER BY account_id, region, launch_time DESC
     """
     with _state_errors(path):
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
         _state_version(db, path, "state")
-        rows = db.execute(
-            """
-            SELECT account_id, region, instance_id, launch_time FROM (
-                SELECT target.account_id, target.region, sighting.instance_id, sighting.launch_time,
-                    row_number() OVER (PARTITION BY target ORDER BY sighting.launch_time DESC) AS number
-                FROM target JOIN sighting ON sighting.target = target.id
-                LEFT JOIN state.findings AS finding ON finding.policy = :policy
-                    AND finding.account_id = target.account_id AND finding.region = target.region
-                    AND finding.instance_id = sighting.instance_id
-                WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL
-                    AND NOT sighting.too_young AND sighting.launch_time >= :since
-                    AND (finding.created_by IS NULL OR finding.created_by LIKE :unknown)
-            ) WHERE number <= :limit ORDER BY account_id, region, launch_time DESC
-            """,
-            {
-                "policy": scan.policy.name,
-                "since": utc_text(since),
-                "unknown": f"{UNKNOWN}%",
-                "limit": MAX_LOOKUPS,
-            },
-        ).fetchall()
+        rows = db.execute(query, {"policy": scan.policy.name, "since": utc_text(since)}).fetchall()
         db.execute("DETACH DATABASE state")
     found: dict[Target, list[tuple[str, datetime]]] = {}
     for account_id, region, instance_id, launched in rows:
@@ -3967,161 +3970,148 @@ def fetch_uncreated(
     return found
 
 
-def add_unknown_creators(db: sqlite3.Connection, before: datetime, why: str) -> None:
-    """Keep that nobody can say any more who made what was launched before a time."""
-    db.execute(
-        "UPDATE sighting SET created_by = ? WHERE violations IS NOT NULL AND launch_time < ?",
-        (f"{UNKNOWN}{why})", utc_text(before)),
-    )
+def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) -> None:
+    """Add why the creators of what was launched before a time cannot be known any more."""
+    query = "UPDATE sighting SET created_by_reason = ? WHERE violations IS NOT NULL AND launch_time < ?"
+    db.execute(query, (reason, utc_text(before)))
 
 
-def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, str]]) -> None:
-    """Keep who made instances of a target."""
+def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, Creator]]) -> None:
+    """Add who launched instances of a target, or why that is not known."""
     db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
     db.executemany(
-        "UPDATE sighting SET created_by = ? WHERE instance_id = ? "
+        "UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? "
         "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))",
-        ((printable(who), id_, target.account_id, target.region) for id_, who in creators),
+        (
+            (creator.name and printable(creator.name), creator.reason, id_, *astuple(target))
+            for id_, creator in creators
+        ),
     )
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text."""
-    return type(value) is str
-
-
-def _is_text_or_none(value: Any) -> bool:
-    """Return whether a value is text, or nothing."""
-    return value is None or type(value) is str
-
-
-def _is_count(value: Any) -> bool:
-    """Return whether a value is a number of things."""
-    return type(value) is int and 0 <= value < MAX_COUNT
-
-
-def _is_amount(value: Any) -> bool:
-    """Return whether a value is an amount of money."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_time(value: Any) -> bool:
-    """Return whether a value is a time as utc_text() writes it."""
-    return type(value) is str and _TIME.fullmatch(value) is not None and _is_moment(value)
-
-
-@functools.lru_cache(10_000)
-def _is_moment(text: str) -> bool:
-    """Return whether a time is on a day that there is; the findings of a scan have few different ones."""
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_one_of(*values: str | None) -> Callable[[Any], bool]:
-    """Return what tells whether a value is one of these."""
-    return lambda value: value in values
-
-
-def _is_absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return what tells whether a value is nothing, or passes a check."""
-    return lambda value: value is None or check(value)
 
 
 MAX_COUNT = 2**53  # as far as JSON's readers count exactly
-_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_COUNT_COLUMNS = (
-    "instances compliant findings exempted new reopened resolved open targets targets_unread times_seen "
-    "times_reopened number"
-).split()
-# What columns and JSON keys hold. A state is data that anyone may have changed: no row is used unchecked.
-_COLUMNS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_COUNT_COLUMNS, _is_count),
-    **dict.fromkeys(("at", "first_seen", "last_seen", "launch_time", "changed_at", "started_at"), _is_time),
-    **dict.fromkeys(
-        ("error_code", "error_message", "created_by", "instance_type", "managed_by", "former"),
-        _is_text_or_none,
-    ),
-    **dict.fromkeys(
-        ("policy", "account_id", "region", "instance_id", "state", "tag_key", "message"), _is_text
-    ),
-    **dict.fromkeys(("change_id", "why", "who", "subject", "channels", "evidence"), _is_text),
-    **dict.fromkeys(("value", "found_key", "cause"), _is_text_or_none),
-    "resolved_at": _is_absent_or(_is_time),
-    "status": _is_one_of(*Status),
-    "resolution": _is_one_of(None, *Resolution),
-    "cause_kind": _is_one_of(None, *GROUP_KINDS),
-    "event": _is_one_of("CHANGED", "RESOLVED", "REOPENED"),
-    "change_status": _is_one_of("intended", "written"),
-    "monthly_cost": _is_absent_or(_is_amount),
-    "cost": _is_amount,
-    "type": _is_one_of(*ViolationType),
-    "confidence": lambda value: _is_amount(value) and value <= 1,
-}
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
-def checked_row(columns: Sequence[str], row: Sequence[Any]) -> Sequence[Any]:
-    """Return a row of the state, all of whose values are what their columns hold; raises _BadRowError."""
-    for column, value in zip(columns, row, strict=True):
-        if not _COLUMNS[column](value):
-            raise _BadRowError(f"{column} is {value!r:.80}")
-    return row
-
-
-def _load_json(column: str, text: Any, kind: type) -> Any:
-    """Return a column's JSON, which is an object or a list; raises _BadRowError."""
+@functools.lru_cache(10_000)  # the findings of a scan have few different times
+def _is_moment(text: str) -> bool:
+    """Return whether a text is a time as utc_text() writes it, on a day that exists."""
     try:
-        value = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _BadRowError(f"{column} is not JSON: {text!r:.80}") from error
+        return _MOMENT.fullmatch(text) is not None and bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _is_amount(value: Any) -> bool:
+    """Return whether a value is a finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+# What a value of each type must be. A state is data that anyone may have changed: no row is used unchecked.
+_IS_VALID: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: type(value) is str,
+    Moment: lambda value: type(value) is str and _is_moment(value),
+    int: lambda value: type(value) is int and 0 <= value < MAX_COUNT,
+    float: _is_amount,
+    Share: lambda value: _is_amount(value) and value <= 1,
+    Kind: lambda value: value in GROUP_KINDS,
+}
+Loader = Callable[[Any], Any]
+Record = TypeVar("Record")
+
+
+def _loader(kind: Any) -> Loader:
+    """Return a function that makes a value of a type from what the state holds, or raises ValueError or TypeError.
+
+    A record in a column is the JSON list of its fields; several are a list of JSON objects, NULL if there are none.
+    """
+    if is_valid := _IS_VALID.get(kind):
+
+        def check(value: Any) -> Any:
+            if not is_valid(value):
+                raise ValueError
+            return value
+
+        return check
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind
+    origin, arguments = get_origin(kind), get_args(kind)
+    if type(None) in arguments:
+        load = _loader(arguments[0])
+        return lambda value: None if value is None else load(value)
+    if origin is Literal:
+        return lambda value: arguments[arguments.index(value)]
+    if origin is tuple:
+        return lambda text: _load_list(arguments[0], text)
+    if origin is Mapping:
+        return _load_tags
+    return lambda text: load_record(kind, _from_json(text, list))
+
+
+def _from_json(text: Any, kind: type) -> Any:
+    """Return the list or object that JSON holds; raises ValueError, TypeError or RecursionError."""
+    value = json.loads(text)
     if type(value) is not kind:
-        raise _BadRowError(f"{column} is {text!r:.80}")
+        raise ValueError
     return value
 
 
-def _load_records(column: str, text: Any, keys: Mapping[str, str]) -> list[Sequence[Any]]:
-    """Return the values of a column's JSON objects, whose keys name their checks; raises _BadRowError."""
-    rows = []
-    for record in _load_json(column, text, list):
-        if type(record) is not dict or record.keys() != keys.keys():
-            raise _BadRowError(f"{column} is {text!r:.80}")
-        rows.append(checked_row([*keys.values()], [record[key] for key in keys]))
-    return rows
+def _load_tags(text: Any) -> dict[str, str]:
+    """Return the tags that a JSON object holds; raises ValueError or TypeError."""
+    tags: dict[str, str] = _from_json(text, dict)
+    if not all(type(value) is str for value in tags.values()):
+        raise ValueError
+    return tags
 
 
-_VIOLATION = {key: key for key in ("tag_key", "type", "value", "found_key", "message")}
+def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
+    """Return the records that a list of JSON objects holds; raises ValueError or TypeError."""
+    records = () if text is None else _from_json(text, list)
+    names = _loaders(kind).keys()
+    if records == [] or any(type(record) is not dict or record.keys() != names for record in records):
+        raise ValueError
+    return tuple(load_record(kind, [record[name] for name in names]) for record in records)
 
 
-def _load_violations(text: str | bytes) -> tuple[Violation, ...]:
-    """Read the violations of a finding back from the state; raises _BadRowError."""
-    rows = _load_records("violations", text, _VIOLATION)
-    if not rows:
-        raise _BadRowError("violations is an empty list")
-    return tuple(Violation(key, ViolationType(kind), *more) for key, kind, *more in rows)
+@functools.cache
+def _loaders(kind: Any) -> dict[str, Loader]:
+    """Return a loader for each field of a record."""
+    return {name: _loader(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
-def _load_violation(row: Mapping[str, Any]) -> Violation:
-    """Read one violation back from the sightings."""
-    kind = ViolationType(row["type"])
-    return Violation(row["tag_key"], kind, row["value"], row["found_key"], row["message"])
+load_text = _loader(str)
+load_count = _loader(int)
 
 
-def _load_exempted(text: str) -> tuple[Exempted, ...]:
-    """Read exempted violations back from the sightings."""
-    return tuple(
-        Exempted(
-            _load_violation(row),
-            Exemption(
-                row["reason"],
-                expires=date.fromisoformat(row["expires"]) if row["expires"] else None,
-                approved_by=row["approved_by"],
-                ticket=row["ticket"],
-            ),
-        )
-        for row in json.loads(text)
-    )
+def load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
+    """Return the values of a row, whose columns the loaders name; raises _BadRowError."""
+    values = []
+    for (name, load), value in zip(loaders.items(), row, strict=True):
+        try:
+            values.append(load(value))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _BadRowError(f"{name} is {value!r:.80}") from error
+    return values
+
+
+def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
+    """Return the record whose fields are the columns of a row; raises _BadRowError."""
+    return kind(*load_row(_loaders(kind), row))
+
+
+def _columns(kind: type, table: str) -> str:
+    """Return the columns of a table or query that hold the fields of a record, in their order."""
+    lists = {
+        "target": f"json_array({table}.account_id, {table}.region)",
+        "group": f"json_array({table}.cause_kind, {table}.cause)",
+        "cause": f"nullif(json_array({table}.cause_kind, {table}.cause), '[null,null]')",
+    }
+    return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
+
+
+def _as_violation(record: Mapping[str, Any]) -> Violation:
+    """Return the violation of a JSON object that may have more keys."""
+    return load_record(Violation, [record[name] for name in _loaders(Violation)])
 
 
 @contextlib.contextmanager
@@ -4130,12 +4120,12 @@ def record_scan(
 ) -> Iterator[None]:
     """Record what was seen into the state, in one transaction; the body of the `with` runs before it is final.
 
-    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes all, so
+    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything, so
     that a report that cannot be written costs no NEW. Raises StateError.
     """
     with _state_errors(name):
         db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
-        # An instance that moved between two pages while they were read is on both: the last sight counts.
+        # An instance that moved between two pages while they were read is on both: the last one counts.
         db.execute(
             """
             DELETE FROM sighting WHERE rowid IN (
@@ -4150,242 +4140,196 @@ def record_scan(
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
         db.execute("PRAGMA state.synchronous = FULL")
         with writing_state(db, name, "state"):
-            _record(db, scan, utc_text(scan.started_at), utc_text(finished_at))
+            _record(db, scan, finished_at)
             yield
         # After an exception queries of it may still be open, and only the end of the connection detaches it.
         db.execute("DETACH DATABASE state")
 
 
-def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:
-    """Bring scans, findings and coverage of the attached state up to date."""
+def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
+    """Bring scans, findings, events, coverage and trend of the attached state up to date."""
+    policy, now = scan.policy, utc_text(scan.started_at)
+    cursor = db.execute(
+        "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        (scan.scan_id, policy.name, policy.file, policy.digest, now, utc_text(finished_at)),
+    )
+    names = {"policy": policy.name, "scan": cursor.lastrowid, "now": now, "may_hide": scan.may_hide_managed}
+    if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
+        raise _BadRowError("it has counts of a scan that was not yet made")
+    _resolve(db, names)
+    _run(db, _RECORD_FINDINGS, names)
+    if _has_table(db, "state", OLDER_TABLE):
+        _run(db, _ADOPT_OLDER, names)
+    _run(db, f"{_RECORD_REOPENED}; {_RECORD_COVERAGE}; {_RECORD_TREND}", names)
+    if differing := db.execute(_DIFFERING, names).fetchone():
+        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
+
+
+def _resolve(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+    """Find out which open findings are no longer findings, and why."""
     raised: list[BaseException] = []
 
-    def resolution_of(*row: Any) -> str | None:
+    def resolution_of(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
         try:
-            return _resolution(*row)
-        except BaseException as error:  # sqlite3 tells only that there was one, also of Ctrl-C
+            before, now = load_row(_TO_RESOLVE, (violations, tags))
+            return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
+        except _BadRowError:
+            return None  # which no column takes
+        except BaseException as error:  # sqlite3 tells only that there was one, also for Ctrl-C
             raised.append(error)
             raise
 
     db.create_function("resolution", 3, resolution_of, deterministic=True)
-    cursor = db.execute(
-        "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        (scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest, now, finished_at),
-    )
-    names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now, "unknown": f"{UNKNOWN}%"}
-    if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
-        raise _BadRowError("it has counts of a scan that was not yet made")
-    db.execute("DELETE FROM resolved")
-    # Only a target that was read in full resolves anything. Without --include-managed-resources
-    # `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
-    # In a state of the first edition managed_by is NULL, as it did not know.
-    names["may_hide"] = scan.may_hide_managed
-    resolve = """
-        INSERT INTO resolved
-        SELECT finding.id,
-            resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
-        FROM target
-        JOIN state.findings AS finding ON finding.policy = :policy
-            AND finding.account_id = target.account_id AND finding.region = target.region
-        LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
-        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL AND sighting.violations IS NULL
-            AND (sighting.instance_id IS NOT NULL OR NOT :may_hide OR finding.managed_by IS '')
-        """
     try:
-        db.execute(resolve, names)
+        _run(db, _RESOLVE, names)
     except sqlite3.OperationalError:
         if raised:
             raise raised[0] from None
         raise
-    db.execute(
-        """
-        INSERT INTO state.events (finding, at, event, before, resolution)
-        SELECT finding.id, :now, 'RESOLVED', finding.violations, resolved.resolution
-        FROM resolved JOIN state.findings AS finding ON finding.id = resolved.finding
-        """,
-        names,
-    )
-    db.execute(
-        """
-        INSERT INTO state.events (finding, at, event, before)
-        SELECT finding.id, :now, 'CHANGED', finding.violations
-        FROM target JOIN sighting ON sighting.target = target.id
-        JOIN state.findings AS finding ON finding.policy = :policy
-            AND finding.account_id = target.account_id AND finding.region = target.region
-            AND finding.instance_id = sighting.instance_id
-        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL
-            AND sighting.violations <> finding.violations
-        """,
-        names,
-    )
-    db.execute(
-        """
-        UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
-            resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
-        WHERE id IN (SELECT finding FROM resolved)
-        """,
-        names,
-    )
-    # A stopped instance that is started again has a new launch time: what is open stays open, however young.
-    db.execute(
-        """
-        INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
-            violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by,
-            suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost, managed_by)
-        SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
-            sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0,
-            sighting.created_by, sighting.suggestions, sighting.instance_type, sighting.cause_kind,
-            sighting.cause, sighting.tag_keys, sighting.monthly_cost, sighting.managed_by
-        FROM target JOIN sighting ON sighting.target = target.id
-        WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
-            NOT sighting.too_young OR EXISTS (
-                SELECT 1 FROM state.findings AS open WHERE open.policy = :policy
-                    AND open.account_id = target.account_id AND open.region = target.region
-                    AND open.instance_id = sighting.instance_id AND open.resolved_at IS NULL
-            )
-        )
-        ORDER BY target.account_id, target.region, sighting.instance_id
-        ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
-            state = excluded.state, launch_time = excluded.launch_time, tags = excluded.tags,
-            violations = excluded.violations, last_scan = excluded.last_scan,
-            status = CASE WHEN resolved_at IS NULL THEN 'REPEAT' ELSE 'REOPENED' END,
-            last_seen = max(last_seen, excluded.last_seen),
-            times_seen = times_seen + 1,
-            times_reopened = times_reopened + (resolved_at IS NOT NULL),
-            resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
-            instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
-            tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost, managed_by = excluded.managed_by,
-            created_by = CASE WHEN created_by IS NULL OR created_by LIKE :unknown
-                THEN coalesce(excluded.created_by, created_by) ELSE created_by END
-        """,
-        names,
-    )
-    if _has_table(db, "state", OLDER_TABLE):
-        _adopt_flagged_instances(db, names)
-    _record_coverage(db, names)
-    db.execute(
-        f"INSERT INTO state.events (finding, at, event) SELECT finding.id, :now, 'REOPENED' {_SEEN} "
-        "WHERE finding.status = 'REOPENED'",
-        names,
-    )
 
 
-def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
-    """Return resolution() of JSON from the state and the sightings; None, which no column takes, of damaged JSON."""
-    now = None if tags is None else json.loads(tags)
-    try:
-        before = _load_violations(violations)
-    except _BadRowError:
-        return None
-    return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
-
-
-def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Give findings of this scan the history that the older tool kept of them.
-
-    Its table `flagged_instances` has neither account nor region, so an entry is taken over when its
-    instance is found again. An entry that is not active was resolved: the finding is back.
-    """
-    db.execute(
-        """
-        UPDATE state.findings AS finding SET
-            first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
-            status = CASE WHEN coalesce(old.is_active, 0) THEN 'REPEAT' ELSE 'REOPENED' END,
-            times_seen = finding.times_seen + 1,
-            times_reopened = finding.times_reopened + NOT coalesce(old.is_active, 0)
-        FROM state.flagged_instances AS old
-        WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
-            AND finding.last_scan = :scan AND finding.status = 'NEW'
-        """,
-        names,
-    )
-    db.execute(
-        """
-        UPDATE state.flagged_instances SET is_active = 0 WHERE instance_id IN (
-            SELECT instance_id FROM sighting JOIN target ON target.id = sighting.target
-            WHERE error_code IS NULL AND violations IS NULL
-        )
-        """
-    )
-    db.execute(
-        """
-        DELETE FROM state.flagged_instances WHERE instance_id IN (
-            SELECT instance_id FROM state.findings WHERE policy = :policy AND last_scan = :scan
-        )
-        """,
-        names,
-    )
-
-
-# The findings of the attached state that this scan saw, in the order of (account, region, instance).
-_SEEN = """
-    FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target
-    CROSS JOIN sighting ON sighting.target = target.id AND sighting.violations IS NOT NULL
-    CROSS JOIN state.findings AS finding ON finding.policy = :policy
-        AND finding.account_id = target.account_id AND finding.region = target.region
-        AND finding.instance_id = sighting.instance_id AND finding.last_scan = :scan
+_TO_RESOLVE = {"violations": _loader(tuple[Violation, ...]), "tags": _loader(Mapping[str, str] | None)}
+# Only a target that was read in full resolves anything. Without --include-managed-resources
+# `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
+# In a state of the first edition managed_by is NULL, as it did not know.
+_RESOLVE = """
+    DELETE FROM resolved;
+    INSERT INTO resolved
+    SELECT finding.id, resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
+    FROM target JOIN state.findings AS finding USING (account_id, region)
+    LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
+    WHERE error_code IS NULL AND policy = :policy AND resolved_at IS NULL AND sighting.violations IS NULL
+        AND (sighting.instance_id IS NOT NULL OR NOT :may_hide OR finding.managed_by IS '')
 """
 
+# The join of what this scan saw and what the state keeps; in the order of _SORTED no sorting is needed.
+_KNOWN = """
+    FROM seen CROSS JOIN state.findings AS finding USING (account_id, region, instance_id)
+    WHERE finding.policy = :policy AND seen.violations IS NOT NULL
+"""
+_SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
+_SORTED = "ORDER BY account_id, region, instance_id"
 
-def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Keep for every target of the scan how far it was read and what was found there."""
-    db.execute(
-        f"""
-        WITH seen AS (
-            SELECT target, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
-                sum(violations IS NULL AND exempted IS NOT NULL) AS exempted
-            FROM sighting GROUP BY target
-        ), found AS (
-            SELECT target.id AS target, count(*) AS findings,
-                sum(finding.status = 'NEW') AS new, sum(finding.status = 'REPEAT') AS repeat,
-                sum(finding.status = 'REOPENED') AS reopened
-            {_SEEN} GROUP BY target.id
-        ), ended AS (
-            SELECT account_id, region, count(*) AS resolved
-            FROM resolved JOIN state.findings ON id = finding GROUP BY account_id, region
-        )
-        INSERT INTO state.coverage
-        SELECT :scan, target.account_id, target.region,
-            CASE WHEN error_code IS NULL THEN 'read' ELSE 'unread' END, error_code, error_message,
-            coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0),
-            coalesce(seen.exempted, 0), coalesce(new, 0),
-            coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
-        FROM target
-        LEFT JOIN seen ON seen.target = target.id
-        LEFT JOIN found ON found.target = target.id
-        LEFT JOIN ended ON ended.account_id = target.account_id AND ended.region = target.region
-        """,
-        names,
+# A stopped instance that is started again has a new launch time: what is open stays open, however young.
+_RECORD_FINDINGS = f"""
+    INSERT INTO state.events (finding, at, event, before, resolution)
+    SELECT id, :now, 'RESOLVED', violations, resolved.resolution
+    FROM resolved JOIN state.findings ON id = finding;
+
+    INSERT INTO state.events (finding, at, event, before)
+    SELECT finding.id, :now, 'CHANGED', finding.violations
+    {_KNOWN} AND resolved_at IS NULL AND seen.violations <> finding.violations;
+
+    UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
+        resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
+    WHERE id IN (SELECT finding FROM resolved);
+
+    INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags, violations,
+        status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by, created_by_reason,
+        suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost, managed_by)
+    SELECT :policy, account_id, region, instance_id, state, launch_time, tags, violations, 'NEW', :scan, :now,
+        :now, 1, 0, created_by, created_by_reason, suggestions, instance_type, cause_kind, cause, tag_keys,
+        monthly_cost, managed_by
+    FROM seen WHERE violations IS NOT NULL AND (NOT too_young OR EXISTS (
+        SELECT 1 FROM state.findings AS open
+        WHERE (policy, open.account_id, open.region, open.instance_id)
+            = (:policy, seen.account_id, seen.region, seen.instance_id) AND resolved_at IS NULL
+    ))
+    {_SORTED}
+    ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
+        state = excluded.state, launch_time = excluded.launch_time, tags = excluded.tags,
+        violations = excluded.violations, last_scan = excluded.last_scan,
+        status = CASE WHEN resolved_at IS NULL THEN 'REPEAT' ELSE 'REOPENED' END,
+        last_seen = max(last_seen, excluded.last_seen), times_seen = times_seen + 1,
+        times_reopened = times_reopened + (resolved_at IS NOT NULL),
+        resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
+        instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
+        tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost, managed_by = excluded.managed_by,
+        created_by = coalesce(created_by, excluded.created_by),
+        created_by_reason = iif(coalesce(created_by, excluded.created_by) IS NULL,
+            coalesce(excluded.created_by_reason, created_by_reason), NULL)
+"""
+
+# The older tool's table has neither account nor region, so an entry is adopted when its instance is found again.
+# An entry that is not active was resolved: the finding is back.
+_ADOPT_OLDER = f"""
+    UPDATE state.findings AS finding SET
+        first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
+        status = CASE WHEN coalesce(old.is_active, 0) THEN 'REPEAT' ELSE 'REOPENED' END,
+        times_seen = finding.times_seen + 1,
+        times_reopened = finding.times_reopened + NOT coalesce(old.is_active, 0)
+    FROM state.{OLDER_TABLE} AS old
+    WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
+        AND finding.last_scan = :scan AND finding.status = 'NEW';
+
+    UPDATE state.{OLDER_TABLE} SET is_active = 0
+    WHERE instance_id IN (SELECT instance_id FROM seen WHERE violations IS NULL);
+
+    DELETE FROM state.{OLDER_TABLE} WHERE instance_id IN (
+        SELECT instance_id FROM state.findings WHERE policy = :policy AND last_scan = :scan
     )
-    # A too young instance is a finding only where it was open before. All others are findings by what this
-    # scan saw alone, whatever the state holds.
-    differing = db.execute(
-        """
-        SELECT target.account_id, target.region FROM target
-        JOIN state.coverage ON scan = :scan AND coverage.account_id = target.account_id
-            AND coverage.region = target.region
-        LEFT JOIN (
-            SELECT target, count(*) AS violating, sum(NOT too_young) AS sure FROM sighting
-            WHERE violations IS NOT NULL GROUP BY target
-        ) ON target = target.id
-        WHERE findings <> new + repeat + reopened
-            OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
-        """,
-        names,
-    ).fetchone()
-    if differing:
-        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
+"""
+
+_RECORD_REOPENED = f"""
+    INSERT INTO state.events (finding, at, event)
+    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED'
+"""
+
+_RECORD_COVERAGE = f"""
+    INSERT INTO state.coverage
+    WITH instances AS (
+        SELECT target AS id, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
+            sum(violations IS NULL AND exempted IS NOT NULL) AS exempted
+        FROM sighting GROUP BY target
+    ), found AS (
+        SELECT seen.target AS id, count(*) AS findings, sum(status = 'NEW') AS new,
+            sum(status = 'REPEAT') AS repeat, sum(status = 'REOPENED') AS reopened
+        {_SEEN} GROUP BY seen.target
+    ), ended AS (
+        SELECT account_id, region, count(*) AS resolved
+        FROM resolved JOIN state.findings ON id = finding GROUP BY account_id, region
+    )
+    SELECT :scan, account_id, region, iif(error_code IS NULL, 'read', 'unread'), error_code, error_message,
+        coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), coalesce(exempted, 0),
+        coalesce(new, 0), coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
+    FROM target LEFT JOIN instances USING (id) LEFT JOIN found USING (id)
+    LEFT JOIN ended USING (account_id, region)
+"""
+
+# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
+_LATEST = """
+    SELECT *, max(scan) FROM coverage WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy)
+    GROUP BY account_id, region
+"""
+_LAST_READ = _LATEST.format("'read'")
+_RECORD_TREND = f"""
+    INSERT INTO state.trend
+    SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
+        sum(resolved), count(*), sum(status = 'unread')
+    FROM state.coverage WHERE scan = :scan GROUP BY scan
+"""
+
+# An instance that is too young is a finding only where it was open before. All others are findings by what this
+# scan saw alone, whatever the state holds.
+_DIFFERING = """
+    SELECT account_id, region
+    FROM (SELECT * FROM state.coverage WHERE scan = :scan) JOIN target USING (account_id, region)
+    LEFT JOIN (
+        SELECT target AS id, count(*) AS violating, sum(NOT too_young) AS sure
+        FROM sighting WHERE violations IS NOT NULL GROUP BY target
+    ) USING (id)
+    WHERE findings <> new + repeat + reopened OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
+"""
 
 
 def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
     rows = db.execute(
-        "SELECT account_id, region, error_code, error_message, instances, compliant, findings, exempted, new, "
-        "repeat, reopened, resolved FROM state.coverage WHERE scan = (SELECT id FROM state.scans WHERE scan_id = ?)",
-        (scan.scan_id,),
+        f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan ORDER BY account_id, region",
+        _names(db, scan),
     )
-    return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
+    return [load_record(Coverage, row) for row in rows]
 
 
 def fetch_notice(
@@ -4407,24 +4351,24 @@ def fetch_notice(
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target the scan being recorded neither saw nor resolved.
 
-    Those of targets that it names as unread are left out.
+    Leaves out the targets that it could not read.
     """
     rows = db.execute(
         """
-        SELECT finding.account_id, finding.region, count(*) FROM state.findings AS finding
+        SELECT json_array(finding.account_id, finding.region), count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
         WHERE finding.policy = :policy AND finding.resolved_at IS NULL AND finding.last_scan <> :scan
             AND target.error_code IS NULL
-        GROUP BY 1, 2 ORDER BY 1, 2
+        GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
         """,
         _names(db, scan),
     )
-    checked = (checked_row(("account_id", "region", "number"), row) for row in rows)
-    return [(Target(account_id, region), number) for account_id, region, number in checked]
+    loaders = {"target": _loader(Target), "number": load_count}
+    return [(target, number) for target, number in (load_row(loaders, row) for row in rows)]
 
 
 def require_scans(path: Path, name: str) -> None:
-    """Raise StateError for a state without a scan, of this or of the older tool."""
+    """Raise StateError for a state without a scan, by this or by the older tool."""
     with opened_state(path, name) as db:
         if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
             raise StateError(
@@ -4442,24 +4386,44 @@ def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
     """Yield the instances that were seen and all of whose violations are exempted, sorted."""
     rows = db.execute(
-        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted "
-        "FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target "
-        "CROSS JOIN sighting ON sighting.target = target.id AND violations IS NULL AND exempted IS NOT NULL "
-        "ORDER BY account_id, region, instance_id"
+        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted FROM seen "
+        f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
     )
-    for row in rows:
-        yield replace(ExemptedInstance(*row), tags=json.loads(row[5]), exempted=_load_exempted(row[6]))
+    for *columns, tags, exempted in rows:
+        values = (*columns, json.loads(tags), tuple(map(_as_exempted, json.loads(exempted))))
+        yield ExemptedInstance(*values)
+
+
+def _as_exempted(record: Mapping[str, Any]) -> Exempted:
+    """Return the exempted violation of a JSON object."""
+    expires = date.fromisoformat(record["expires"]) if record["expires"] else None
+    approval = {name: record[name] for name in ("approved_by", "ticket")}
+    return Exempted(_as_violation(record), Exemption(record["reason"], expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
     """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
-    source = (
-        "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved) "
-        "ORDER BY account_id, region, instance_id"
-        if resolved
-        else f"{_SEEN} ORDER BY target.account_id, target.region, sighting.instance_id"
-    )
-    return map(_load_finding, db.execute(f"SELECT {_FINDING} {source}", _names(db, scan)))
+    ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
+    query = f"SELECT {_FINDING} {ended if resolved else _SEEN} {_SORTED}"
+    return map(_load_finding, db.execute(query, _names(db, scan)))
+
+
+_FINDING = _columns(Finding, "finding")
+
+
+def _load_finding(row: Sequence[Any]) -> Finding:
+    """Return the finding of a row of _FINDING; raises _BadRowError."""
+    finding = load_record(Finding, row)
+    ended = {
+        finding.status is Status.RESOLVED,
+        finding.resolution is not None,
+        finding.resolved_at is not None,
+    }
+    if len(ended) > 1:
+        raise _BadRowError(f"status is {finding.status}, and resolved_at {finding.resolved_at}")
+    if not finding.violations:
+        raise _BadRowError(f"{finding.instance_id} has no violations")
+    return finding
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
@@ -4469,25 +4433,24 @@ def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
 
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
-    query = f"SELECT finding.managed_by, count(*) {_SEEN} WHERE finding.managed_by <> '' GROUP BY 1"
+    query = f"SELECT finding.managed_by, count(*) {_SEEN} AND finding.managed_by <> '' GROUP BY 1"
     return db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)).fetchall()
 
 
 def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
-    """Return what the scan's findings that lack each tag cost in a month, and how many have no price."""
+    """Return what the scan's findings that lack each tag cost per month, and how many have no price."""
     names = _names(db, scan)
-    priced, unpriced = db.execute(
-        f"SELECT count(finding.monthly_cost), sum(finding.monthly_cost IS NULL) {_SEEN}", names
-    ).fetchone()
+    query = f"SELECT count(finding.monthly_cost), count(*) - count(finding.monthly_cost) {_SEEN}"
+    priced, unpriced = db.execute(query, names).fetchone()
     rows = db.execute(
         f"""
-        SELECT tag_key.value, sum(cost) FROM (
+        SELECT tag_key.value, coalesce(sum(cost), 0.0) FROM (
             SELECT finding.tag_keys, sum(finding.monthly_cost) AS cost {_SEEN} GROUP BY 1
         ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
         """,
         names,
     )
-    return ([(key, cost or 0.0) for key, cost in rows], unpriced) if priced else ([], unpriced or 0)
+    return rows.fetchall() if priced else [], unpriced
 
 
 def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
@@ -4503,61 +4466,48 @@ def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
     """Return the causes of findings; a group of one is none."""
     rows = db.execute(
         f"""
-        SELECT account_id, region, cause_kind, cause, tag_key.value, sum(number) AS instances FROM (
-            SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
-                count(*) AS number
-            {source} WHERE finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
-        ) CROSS JOIN json_each(tag_keys) AS tag_key
-        GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
-        ORDER BY instances DESC, 1, 2, 3, 4, 5 LIMIT {MAX_CAUSES}
+        SELECT {_columns(Cause, "cause")} FROM (
+            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances FROM (
+                SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
+                    count(*) AS number
+                {source} AND finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+            ) CROSS JOIN json_each(tag_keys) AS tag_key
+            GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
+        ) AS cause ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {MAX_CAUSES}
         """,
         names,
     )
-    columns = ("account_id", "region", "cause_kind", "cause", "tag_key", "number")
-    return [
-        Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in (checked_row(columns, r) for r in rows)
-    ]
+    return [load_record(Cause, row) for row in rows]
 
 
 @contextlib.contextmanager
 def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
     """Yield a connection on which a state stays as it is now, for reading; raises StateError.
 
-    One of an older version is brought up to date in a copy: to read writes nothing.
+    One of an older version is brought up to date in a copy: reading writes nothing.
     """
-    path = state.path
     if isinstance(state, S3State):
         state.check()
-    elif not _exists(path):
-        raise _missing(path)
-    else:
-        with opened_state(path, state.name) as db:
-            version = _state_version(db, state.name)
-        if version < len(MIGRATIONS):
-            copy_state(path, copy)
-            check_state(copy, state.name)
-            path = copy
-    with opened_state(path, state.name) as db:
-        db.execute("BEGIN")
-        _state_version(db, state.name)
+    with _connected(state.path, state.name) as db, transaction(db, "DEFERRED"):
+        if _state_version(db, state.name) == len(MIGRATIONS):
+            yield db
+            return
+    copy_state(state.path, copy)
+    check_state(copy, state.name)
+    with opened_state(copy, state.name) as db:
         yield db
 
 
 def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
     """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
-    names = fetch_policies(db)
+    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
+    names = [load_row({"policy": load_text}, row)[0] for row in rows]
     if policy not in names:
         shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
-        has = (
-            f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
+        advice = f"it has scans of {shown}: name that policy's file with --policy"
+        raise StateError(
+            f"the state {name} has no scan of the policy {policy!r}; {advice if names else 'run a scan first'}"
         )
-        raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
-
-
-def fetch_policies(db: sqlite3.Connection) -> list[str]:
-    """Return the names of the policies that a state has scans of, sorted."""
-    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    return [checked_row(("policy",), row)[0] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -4573,28 +4523,32 @@ class Selection:
     first_seen_before: datetime | None = None
 
 
+_CONDITIONS = {
+    "policy": "policy = :policy",
+    "instance_id": "instance_id = :instance_id",
+    "accounts": "account_id IN (SELECT value FROM json_each(:accounts))",
+    "regions": "region IN (SELECT value FROM json_each(:regions))",
+    "statuses": "status IN (SELECT value FROM json_each(:statuses))",
+    "tag_keys": "EXISTS (SELECT value FROM json_each(findings.tag_keys) "
+    "INTERSECT SELECT value FROM json_each(:tag_keys))",
+    "first_seen_before": "first_seen < :first_seen_before",
+}
+
+
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
-    conditions, values = ["policy = ?"], [selection.policy]
-    for column in ("accounts", "regions", "statuses"):
-        if wanted := getattr(selection, column):
-            name = {"accounts": "account_id", "regions": "region", "statuses": "status"}[column]
-            conditions.append(f"{name} IN ({', '.join('?' * len(wanted))})")
-            values += wanted
-    if selection.tag_keys:
-        conditions.append(
-            f"EXISTS (SELECT 1 FROM json_each(tag_keys) WHERE value IN ({', '.join('?' * len(selection.tag_keys))}))"
-        )
-        values += selection.tag_keys
-    if selection.instance_id:
-        conditions.append("instance_id = ?")
-        values.append(selection.instance_id)
-    if selection.first_seen_before:
-        conditions.append("first_seen < ?")
-        values.append(utc_text(selection.first_seen_before))
+    names = {name: value for name in _CONDITIONS if (value := getattr(selection, name))}
+    values = {
+        name: utc_text(value)
+        if isinstance(value, datetime)
+        else value
+        if isinstance(value, str)
+        else to_json(value)
+        for name, value in names.items()
+    }
     # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
     numbers = db.execute(
-        f"SELECT id FROM findings WHERE {' AND '.join(conditions)} "
+        f"SELECT id FROM findings WHERE {' AND '.join(map(_CONDITIONS.__getitem__, names))} "
         "ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id",
         values,
     )
@@ -4604,81 +4558,70 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
 
 
 def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
-    """Return what became of a finding, from NEW on."""
+    """Return what happened to a finding, from NEW on."""
+    # An event keeps the violations before it; those after it stand in the next one, or in the finding.
     rows = db.execute(
-        "SELECT at, event, before, events.resolution FROM events JOIN findings ON findings.id = events.finding "
-        "WHERE policy = ? AND (account_id, region, instance_id) = (?, ?, ?) ORDER BY events.id",
-        (policy, finding.account_id, finding.region, finding.instance_id),
-    ).fetchall()
-    for row in rows:
-        checked_row(("at", "event", "resolution"), (row[0], row[1], row[3]))
-    befores = [_load_violations(row[2]) if row[2] is not None else () for row in rows]
-    # An event keeps what was lacking before it; so what was lacking after it stands in the next one.
-    afters = [*befores, finding.violations]
-    events = [Event(finding.first_seen, Status.NEW, next(filter(None, afters)), None)]
-    for (at, event, _, resolution), after in zip(rows, afters[1:], strict=True):
-        ended = event == Status.RESOLVED
-        events.append(
-            Event(at, event, () if ended else after, Resolution(resolution) if resolution else None)
+        """
+        WITH finding AS (
+            SELECT id, first_seen, violations FROM findings
+            WHERE (policy, account_id, region, instance_id) = (?, ?, ?, ?)
+        ), event AS (
+            SELECT events.*, lead(before) OVER (ORDER BY events.id) AS after
+            FROM events JOIN finding ON finding.id = events.finding
         )
-    return events
-
-
-def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoint], list[Standing]]:
-    """Return what was open after each scan of a policy, and how each target stands; sorted."""
-    rows = db.execute(
-        "SELECT at, open, new, reopened, resolved, targets, targets_unread FROM trend WHERE policy = ? ORDER BY at",
-        (policy,),
+        SELECT at, event, violations, resolution FROM (
+            SELECT 0 AS number, first_seen AS at, 'NEW' AS event, NULL AS resolution, coalesce(
+                (SELECT before FROM event WHERE before IS NOT NULL ORDER BY id LIMIT 1), violations
+            ) AS violations FROM finding
+            UNION ALL
+            SELECT event.id, at, event, resolution, iif(event = 'RESOLVED', NULL, coalesce(after, violations))
+            FROM event CROSS JOIN finding
+        ) ORDER BY number
+        """,
+        (policy, *astuple(finding.target), finding.instance_id),
     )
-    trend = [TrendPoint(*checked_row(_TREND, row)) for row in rows]
-    pruned_until = trend[-1].at if trend else ""
-    standings: dict[Target, Standing] = {}
-    total = 0
+    return [load_record(Event, row) for row in rows]
+
+
+def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
+    """Return what was open after each scan of a policy, and what the scan changed."""
+    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
+    return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
+
+
+def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
+    """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     rows = db.execute(
-        "SELECT scans.started_at, account_id, region, error_code, error_message, instances, compliant, findings, "
-        "exempted, new, reopened, resolved FROM scans JOIN coverage ON scan = scans.id WHERE policy = ? "
-        "ORDER BY scans.started_at, scans.id, account_id, region",
-        (policy,),
+        f"""
+        SELECT json_array(account_id, region), latest.error_code, latest.error_message, scans.started_at,
+            coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
+            coalesce(read.exempted, 0)
+        FROM ({_LATEST.format("'read', 'unread'")}) AS latest
+        LEFT JOIN ({_LAST_READ}) AS read USING (account_id, region)
+        LEFT JOIN scans ON scans.id = read.scan ORDER BY account_id, region
+        """,
+        {"policy": policy},
     )
-    for at, targets in itertools.groupby(rows, key=lambda row: row[0]):
-        counts: Counter[str] = Counter()
-        for row in targets:
-            _, account_id, region, code, message, *numbers, new, reopened, resolved = checked_row(
-                _STANDING, row
-            )
-            if sum(numbers[1:]) > numbers[0] or new + reopened > numbers[2]:
-                raise _BadRowError(f"the counts of {account_id} {region} at {at} contradict each other")
-            target = Target(account_id, region)
-            before = standings.get(target)
-            if code is None:
-                total += numbers[2] - (before.findings if before else 0)
-                standings[target] = Standing(target, None, at, *numbers)
-            else:
-                standing = before or Standing(target, None, None, 0, 0, 0, 0)
-                standings[target] = replace(standing, error=f"{code}: {message}")
-            counts.update(targets=1, unread=code is not None, new=new, reopened=reopened, resolved=resolved)
-        if at > pruned_until:
-            changes = (counts["new"], counts["reopened"], counts["resolved"])
-            trend.append(TrendPoint(at, total, *changes, counts["targets"], counts["unread"]))
-    return trend, sorted(standings.values(), key=lambda standing: standing.target)
-
-
-_TREND = ("at", "open", "new", "reopened", "resolved", "targets", "targets_unread")
-_STANDING = (
-    "started_at account_id region error_code error_message instances compliant findings exempted new reopened "
-    "resolved"
-).split()
+    known = _loaders(Coverage) | _loaders(Standing)
+    names = "target error_code error_message last_read instances compliant findings exempted".split()
+    standings = []
+    for row in rows:
+        target, code, message, last_read, *counts = load_row({name: known[name] for name in names}, row)
+        if sum(counts[1:]) > counts[0]:
+            raise _BadRowError(f"the counts of {target} contradict each other")
+        standings.append(Standing(target, None if code is None else f"{code}: {message}", last_read, *counts))
+    return standings
 
 
 # The upper ends of the ages that are counted together, in days.
-AGES = (
-    (1, "up to 1 day"),
-    (7, "2 to 7 days"),
-    (30, "8 to 30 days"),
-    (90, "31 to 90 days"),
-    (365, "91 to 365 days"),
-)
-OLDER = "over a year"
+AGES = {
+    1: "up to 1 day",
+    7: "2 to 7 days",
+    30: "8 to 30 days",
+    90: "31 to 90 days",
+    365: "91 to 365 days",
+    math.inf: "over a year",
+}
 OLDEST_FINDINGS = 25
 
 
@@ -4698,58 +4641,32 @@ class OpenFindings:
     by_operator: Sequence[tuple[str, int]]
 
 
+# The findings are read once, for what is counted: a million of them are a gigabyte.
+_OPEN = """
+    CREATE TEMP TABLE open AS
+    SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
+        monthly_cost, managed_by, CASE
+            WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
+            ELSE (
+                SELECT json_extract(value, '$.value') FROM json_each(suggestions)
+                WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
+            )
+        END AS owner
+    FROM findings WHERE policy = :policy AND resolved_at IS NULL
+"""
+
+
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that says whom to ask, or would."""
-    names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
-    names["owner_path"] = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
-    names |= {f"age{days}": utc_text(now - timedelta(days=days)) for days, _ in AGES}
-    # The findings are read once, for what is counted: a million of them are a gigabyte.
-    db.execute(
-        """
-        CREATE TEMP TABLE open AS
-        SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
-            monthly_cost, managed_by, CASE
-                WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
-                ELSE (
-                    SELECT json_extract(value, '$.value') FROM json_each(suggestions)
-                    WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
-                )
-            END AS owner
-        FROM findings WHERE policy = :policy AND resolved_at IS NULL
-        """,
-        names,
-    )
-    # What checked_row does with the rows that are loaded, in SQL, as these are only counted.
-    bad = db.execute(
-        f"""
-        SELECT id FROM temp.open WHERE typeof(account_id) <> 'text' OR typeof(region) <> 'text'
-            OR typeof(instance_id) <> 'text' OR typeof(first_seen) <> 'text' OR typeof(tag_keys) <> 'text'
-            OR typeof(created_by) NOT IN ('text', 'null') OR typeof(owner) NOT IN ('text', 'null')
-            OR typeof(managed_by) NOT IN ('text', 'null')
-            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null')
-            OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
-            OR first_seen NOT GLOB '????-??-??T??:??:??Z'
-        LIMIT 1
-        """
+    owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
+    names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
+    db.execute(_OPEN, names)
+    total, priced, *costs = db.execute(
+        "SELECT count(*), count(monthly_cost), min(monthly_cost), max(monthly_cost) FROM temp.open"
     ).fetchone()
-    if bad:
-        raise _BadRowError(f"the finding with the id {bad[0]} has a value that its column does not hold")
-
-    def counts(what: str, where: str = "1") -> list[tuple[str, int]]:
-        query = f"SELECT {what}, count(*) FROM temp.open WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
-        return db.execute(query, names).fetchall()
-
-    age = "".join(f"WHEN first_seen >= :age{days} THEN '{label}' " for days, label in AGES)
-    by_age = dict(counts(f"CASE {age} ELSE '{OLDER}' END"))
-    tags = db.execute(
-        """
-        SELECT tag_key.value, sum(number), sum(cost) FROM (
-            SELECT tag_keys, count(*) AS number, coalesce(sum(monthly_cost), 0) AS cost FROM temp.open GROUP BY 1
-        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
-        """
-    ).fetchall()
-    tags = [checked_row(("tag_key", "number", "cost"), row) for row in tags]
-    total, priced = db.execute("SELECT count(*), count(monthly_cost) FROM temp.open").fetchone()
+    # As numbers sort before texts and blobs, all costs are amounts where the least and the greatest are.
+    load_row(dict.fromkeys(("monthly_cost", "the greatest monthly_cost"), _loader(float | None)), costs)
+    tags = _open_tags(db)
     oldest = db.execute(
         f"""
         SELECT {_FINDING} FROM (
@@ -4761,15 +4678,44 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     return OpenFindings(
         total,
         by_tag=[(key, number) for key, number, _ in tags],
-        by_age=[(label, by_age.get(label, 0)) for label in (*(label for _, label in AGES), OLDER)],
-        by_creator=counts("created_by", "created_by NOT LIKE :unknown"),
-        by_owner=counts("owner", "owner IS NOT NULL"),
-        causes=_causes(db, "FROM temp.open AS finding", names),
+        by_age=_open_by_age(db, now),
+        by_creator=_open_by(db, "created_by"),
+        by_owner=_open_by(db, "owner"),
+        causes=_causes(db, "FROM temp.open AS finding WHERE true", names),
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
         cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
-        by_operator=counts("managed_by", "managed_by <> ''"),
+        by_operator=_open_by(db, "managed_by"),
     )
+
+
+def _open_by(db: sqlite3.Connection, column: str, kind: Any = str) -> list[tuple[str, int]]:
+    """Return how many open findings have each value of a column; those without one are left out."""
+    query = f"SELECT {column}, count(*) FROM temp.open WHERE {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
+    loaders = {column: _loader(kind), "count": load_count}
+    return [(value, number) for value, number in (load_row(loaders, row) for row in db.execute(query))]
+
+
+def _open_by_age(db: sqlite3.Connection, now: datetime) -> list[tuple[str, int]]:
+    """Return how many open findings are of each age."""
+    counts = dict.fromkeys(AGES.values(), 0)
+    for first_seen, number in _open_by(db, "first_seen", Moment):
+        age = (now - datetime.fromisoformat(first_seen)) / timedelta(days=1)
+        counts[next(label for days, label in AGES.items() if age <= days)] += number
+    return [*counts.items()]
+
+
+def _open_tags(db: sqlite3.Connection) -> list[list[Any]]:
+    """Return how many open findings fail each tag, and what they cost per month."""
+    rows = db.execute(
+        """
+        SELECT tag_key.value, sum(number), sum(cost) FROM (
+            SELECT tag_keys, count(*) AS number, coalesce(sum(monthly_cost), 0) AS cost FROM temp.open GROUP BY 1
+        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
+        """
+    )
+    loaders = {"tag_key": load_text, "number": _loader(int), "cost": _loader(float)}
+    return [load_row(loaders, row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -4782,42 +4728,28 @@ class Pruned:
 
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
-    """Delete from a state what is older than a time, and give back the room; raises StateError."""
+    """Delete from a state what is older than a time, but for the trend, and free the space; raises StateError."""
     with opened_state(path, name) as db:
         with writing_state(db, name):
-            pruned = _prune(db, before)
-        free, pages = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
-        )
+            pruned = _prune(db, utc_text(before))
+        free, pages = (db.execute(f"PRAGMA {what}_count").fetchone()[0] for what in ("freelist", "page"))
         if free > pages / 4:
             try:
                 db.execute("VACUUM")
-            except sqlite3.OperationalError as error:  # it needs the room of a copy, for a moment
+            except sqlite3.OperationalError as error:  # it needs space for a copy
                 LOG.info("the file keeps its size: %s", error)
     return pruned
 
 
-def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
-    """Delete findings resolved before a time, and scans; the trend keeps a row a day.
+def _prune(db: sqlite3.Connection, before: str) -> Pruned:
+    """Delete findings resolved before a time and the scans before it.
 
-    What a target's last full reading found stays, however old: of a target that cannot be read any more it is
-    all that is known.
+    A target's last full reading stays, however old: of a target that cannot be read any more it is all that is
+    known. So does the last scan of each finding.
     """
-    names = {"before": utc_text(before)}
-    for (policy,) in db.execute("SELECT DISTINCT policy FROM scans").fetchall():
-        points = [point for point in fetch_standings(db, policy)[0] if point.at < names["before"]]
-        for day, group in itertools.groupby(points, key=lambda point: point.at[:10]):
-            *earlier, last = group
-            changes = {
-                name: sum(getattr(point, name) for point in (*earlier, last))
-                for name in ("new", "reopened", "resolved")
-            }
-            row = (policy, day, *astuple(replace(last, **changes)))
-            db.execute("INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-    resolved = "FROM findings WHERE resolved_at < :before"
-    db.execute(f"DELETE FROM events WHERE finding IN (SELECT id {resolved})", names)
-    findings = db.execute(f"DELETE {resolved}", names).rowcount
-    coverage = db.execute(
+    queries = (
+        "DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before)",
+        "DELETE FROM findings WHERE resolved_at < :before",
         """
         DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
             AND (scan, account_id, region) NOT IN (
@@ -4825,13 +4757,10 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
                 WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
             )
         """,
-        names,
-    ).rowcount
-    scans = db.execute(
         "DELETE FROM scans WHERE started_at < :before AND id NOT IN (SELECT scan FROM coverage) "
         "AND id NOT IN (SELECT last_scan FROM findings)",
-        names,
-    ).rowcount
+    )
+    _, findings, coverage, scans = (db.execute(query, {"before": before}).rowcount for query in queries)
     return Pruned(findings, scans, coverage)
 
 
@@ -4860,7 +4789,7 @@ def owe_notifications(
         names["channel"] = channel
         db.execute(
             f"INSERT OR REPLACE INTO state.notifications SELECT :policy, {_FINDING_SUBJECT}, :channel, NULL {_SEEN} "
-            "WHERE finding.status IN ('NEW', 'REOPENED')",
+            "AND finding.status IN ('NEW', 'REOPENED')",
             names,
         )
         db.execute(
@@ -4877,7 +4806,8 @@ def owe_notifications(
 def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
     """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
     query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    rows = (checked_row(("subject", "channels"), row) for row in db.execute(query, (policy,)))
+    loaders = {"subject": load_text, "channels": load_text}
+    rows = (load_row(loaders, row) for row in db.execute(query, (policy,)))
     return {subject: channels.split(",") for subject, channels in rows}
 
 
@@ -4889,40 +4819,6 @@ def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], 
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
-_FINDING_COLUMNS = (
-    "account_id region instance_id state launch_time status first_seen last_seen times_seen times_reopened "
-    "resolved_at resolution created_by instance_type cause_kind monthly_cost managed_by cause"
-).split()
-_FINDING = ", ".join(
-    f"finding.{column}" for column in (*_FINDING_COLUMNS, "tags", "violations", "suggestions")
-)
-
-
-def _load_finding(row: Sequence[Any]) -> Finding:
-    """Build a Finding from the columns of _FINDING; raises _BadRowError."""
-    *columns, tags_text, violations, suggestions = row
-    values = dict(zip(_FINDING_COLUMNS, checked_row(_FINDING_COLUMNS, columns), strict=True))
-    status, ended, kind, cause = (values.pop(c) for c in ("status", "resolution", "cause_kind", "cause"))
-    if len({status == Status.RESOLVED, ended is not None, values["resolved_at"] is not None}) > 1:
-        raise _BadRowError(f"status is {status}, and resolved_at {values['resolved_at']}")
-    if (kind is None) is not (cause is None):
-        raise _BadRowError(f"cause_kind is {kind!r}, and cause {cause!r:.80}")
-    tags = _load_json("tags", tags_text, dict)
-    if not all(type(value) is str for value in tags.values()):
-        raise _BadRowError(f"tags is {tags_text!r:.80}")
-    rows = _load_records("suggestions", suggestions, _SUGGESTION) if suggestions is not None else ()
-    return Finding(
-        **values,
-        tags=tags,
-        violations=_load_violations(violations),
-        status=Status(status),
-        resolution=Resolution(ended) if ended else None,
-        suggestions=tuple(Suggestion(*columns) for columns in rows),
-        cause=Group(kind, cause) if kind else None,
-    )
-
-
-_SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confidence", "evidence": "evidence"}
 
 
 ########################################################################################################
@@ -5009,7 +4905,7 @@ def _csv_row(finding: Finding) -> tuple[str, ...]:
         finding.region,
         finding.name,
         finding.state,
-        finding.created_by or "",
+        finding.creator,
         ", ".join(map(str, finding.suggestions)),
         "",
         finding.managed_by or "",
@@ -5132,7 +5028,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "state": finding.state,
         "launch_time": finding.launch_time,
         "status": finding.status,
-        "violations": [violation_record(violation) for violation in finding.violations],
+        "violations": [to_record(violation) for violation in finding.violations],
         "first_seen": finding.first_seen,
         "last_seen": finding.last_seen,
         "times_seen": finding.times_seen,
@@ -5140,9 +5036,9 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "instance_type": finding.instance_type,
         "monthly_cost": finding.monthly_cost,
         "managed_by": finding.managed_by or None,
-        "created_by": finding.created_by,
+        "created_by": finding.creator or None,
         "cause": finding.cause and finding.cause._asdict(),
-        "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
+        "suggestions": [to_record(suggestion) for suggestion in finding.suggestions],
     }
     if finding.status is Status.RESOLVED:
         record |= {"resolved_at": finding.resolved_at, "resolution": finding.resolution}
@@ -5454,7 +5350,7 @@ def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
 
 def _event_record(event: Event) -> dict[str, Any]:
     """Return what became of a finding as a JSON object."""
-    violations = [violation_record(violation) for violation in event.violations]
+    violations = [to_record(violation) for violation in event.violations]
     return {"at": event.at, "event": event.event, "violations": violations, "resolution": event.resolution}
 
 
@@ -5538,8 +5434,8 @@ def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
         yield f"  {event.at}  {event.event:<8}  {how}"
     yield _history(finding)
     yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
-    if finding.created_by:
-        yield f"  Created by: {finding.created_by}"
+    if finding.creator:
+        yield f"  Created by: {finding.creator}"
 
 
 def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
@@ -6284,7 +6180,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
             240,
         ),
         _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
-        _brief(finding.created_by or ""),
+        _brief(finding.creator),
         "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
     )
 
@@ -6424,8 +6320,7 @@ def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container
     value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
     owner = stripped(value)
     known = {"owner": "" if owner.casefold() in placeholder_values else owner}
-    creator = finding.created_by or ""
-    known["created by"] = "" if creator.startswith(UNKNOWN) else creator
+    known["created by"] = finding.created_by or ""
     return {role: name for role, name in known.items() if name}
 
 
@@ -6911,8 +6806,7 @@ def fetch_changes(
         where += " AND account_id = ? AND region = ?"
         values += astuple(target)
     rows = db.execute(f"SELECT {_CHANGE} FROM changes WHERE {where} ORDER BY id", values)
-    columns = _CHANGE.replace("status", "change_status").split(", ")
-    return [Change(*checked_row(columns, row)) for row in rows]
+    return [load_record(Change, row) for row in rows]
 
 
 def check_undo(db: sqlite3.Connection, name: str, policy_name: str, rows: Iterable[PlanRow]) -> list[PlanRow]:
@@ -7704,14 +7598,14 @@ def _look_up_creators(
     if number:
         LOG.info("Looking up who made %s, for at most %s", counted(number, "instance"), args.creators_budget)
 
-    def describe(target: Target) -> Iterator[list[tuple[str, str]]]:
+    def describe(target: Target) -> Iterator[list[tuple[str, Creator]]]:
         with aws.account(target.account_id):
             client = aws.client("cloudtrail", target.region)
             yield from describe_creators(client, waiting[target], deadline)
 
     for target, creators in read_in_parallel([*waiting], describe, args.workers):
         if isinstance(creators, TargetError):
-            rest = [(instance_id, f"{UNKNOWN}{creators.code})") for instance_id, _ in waiting[target]]
+            rest = [(instance_id, Creator(None, creators.code)) for instance_id, _ in waiting[target]]
             number -= len(rest)
             add_creators(db, target, rest)
             yield f"Who made the instances in {target} was not looked up: {creators}"
@@ -8373,8 +8267,8 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
     keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
     owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
     with _reading(args, policy.name) as db:
-        trend, standings = fetch_standings(db, policy.name)
-        if not standings:
+        trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
+        if not (trend and standings):
             raise StateError(
                 f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
             )
@@ -8400,7 +8294,7 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
     emit(
         f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
         f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
-        "from before it; the trend keeps a row a day\n"
+        "from before it; the trend is kept\n"
     )
     return ExitCode.COMPLIANT
 
