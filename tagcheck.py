@@ -2121,31 +2121,7 @@ class Agreement(NamedTuple):
 
 
 MIN_MEMBERS = 3  # fewer say nothing of a group
-MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees, and they need not be counted
-
-
-def agreements(
-    values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
-) -> dict[str, Agreement]:
-    """Return for each tag key what the members of one group agree on, of their values and how many have them."""
-    counts: list[dict[str, int]] = [{} for _ in keys]
-    size = 0
-    for row, number in values:
-        size += number
-        for count, value in zip(counts, row, strict=True):
-            if value is not None and len(count) < MAX_VALUES:
-                count[value] = count.get(value, 0) + number
-    found = {}
-    for key, count in zip(keys, counts, strict=True):
-        members = sum(count.values())
-        if members >= MIN_MEMBERS and len(count) < MAX_VALUES:
-            agreeing = max(count.values())
-            # Of equally many the first by name, so that the order of the answers does not matter.
-            value = min(value for value, number in count.items() if number == agreeing)
-            found[key] = Agreement(value, agreeing, members)
-        elif members < MIN_MEMBERS <= size:
-            found[key] = Agreement("", 0, size)
-    return found
+MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees
 
 
 class Reliability:
@@ -3312,8 +3288,9 @@ SIGHTINGS = """
         tag_values TEXT NOT NULL, members INTEGER NOT NULL
     );
     CREATE TABLE agreement (
-        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, agreements TEXT NOT NULL,
-        PRIMARY KEY (target, kind, name)
+        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, rule INTEGER NOT NULL,
+        value TEXT NOT NULL, agreeing INTEGER NOT NULL, members INTEGER NOT NULL,
+        PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)
 """
@@ -3329,20 +3306,14 @@ class _BadRowError(sqlite3.DatabaseError):
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn what SQLite raises for a state that cannot be used into StateErrors; bugs of ours stay as they are."""
-    temporary = tempfile.gettempdir()
+    denied = "cannot be opened or written: check the permissions of the file and of its directory"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
-        "SQLITE_CORRUPT": f"is damaged: {WAY_OUT}",
-        "SQLITE_CONSTRAINT": f"is damaged: {WAY_OUT}",
-        "SQLITE_FULL": f"cannot grow: the disk is full (or that of {temporary}); make room and run again",
-        "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
-        "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
+        "SQLITE_FULL": f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again",
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
-        "SQLITE_PERM": "cannot be opened: check its permissions",
-        "SQLITE_AUTH": "cannot be opened: check its permissions",
-        "SQLITE_TOOBIG": f"holds a value too large for SQLite: {WAY_OUT}",
+        **dict.fromkeys(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH"), denied),
     }
     try:
         yield
@@ -3382,23 +3353,15 @@ def _missing(name: Path | str) -> MissingStateError:
     )
 
 
-def _file_status(path: Path, name: Path | str) -> os.stat_result:
-    """Return the status of a state's file; raises StateError."""
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing(name) from None
-    except OSError as error:
-        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
-        raise StateError(message) from error
-
-
 def _exists(path: Path) -> bool:
-    """Return whether there is a state; raises StateError where that cannot be found out."""
+    """Return whether something has this name; opening it says why it cannot be used."""
     try:
-        return bool(_file_status(path, path))
-    except MissingStateError:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        pass
+    return True
 
 
 def _check_integrity(db: sqlite3.Connection, name: Path | str) -> None:
@@ -3432,37 +3395,19 @@ def resolve_state(name: str) -> Path:
     return path
 
 
-def _check_file(path: Path, name: Path | str) -> None:
-    """Raise StateError for what is not a file, and for one too small to be a database."""
-    status = _file_status(path, name)
-    if stat.S_ISDIR(status.st_mode):
-        raise StateError(f"the state {name} is a directory: name a file with --state")
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for a writer
-        raise StateError(f"the state {name} is not a regular file: name another file with --state")
-    size = status.st_size
-    if size == 0:
-        raise StateError(f"the state {name} is empty (0 bytes): {WAY_OUT}")
-    if size < 512:  # SQLite's smallest page; it treats a smaller file as a new database
-        raise StateError(f"the state {name} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
-
-
 def _create_state(path: Path) -> None:
     """Create an empty state, readable by its owner only, as a whole or not at all."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            new = Path(directory) / "state.db"
+            new.touch(0o600)
+            with _state_errors(path), contextlib.closing(_connect(new)) as db:
+                _migrate(db, path)
+            with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
+                os.link(new, path)
     except OSError as error:
         message = f"the state {path} cannot be created: {error.strerror}; name another place with --state"
         raise StateError(message) from error
-    try:
-        with _state_errors(path), contextlib.closing(_connect(Path(name))) as db:
-            _migrate(db, path)
-        with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
-            os.link(name, path)
-    except OSError as error:
-        raise StateError(f"the state {path} cannot be created: {error.strerror}") from error
-    finally:
-        os.unlink(name)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -3476,7 +3421,24 @@ def _connect(path: Path) -> sqlite3.Connection:
 @contextlib.contextmanager
 def _connected(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to a file that may be a state; raises StateError."""
-    _check_file(path, name)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(name) from None
+    except OSError as error:
+        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
+        raise StateError(message) from error
+    size = status.st_size
+    for is_so, what in (
+        (stat.S_ISDIR(status.st_mode), "is a directory: name a file with --state"),
+        # Opening a FIFO waits for a writer.
+        (not stat.S_ISREG(status.st_mode), "is not a regular file: name another file with --state"),
+        (size == 0, f"is empty (0 bytes): {WAY_OUT}"),
+        # SQLite's smallest page: it treats a smaller file as a new database.
+        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}"),
+    ):
+        if is_so:
+            raise StateError(f"the state {name} {what}")
     with _state_errors(name), contextlib.closing(_connect(path)) as db:
         yield db
 
@@ -3885,57 +3847,87 @@ def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
 
 def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     """Add the likely values of the tags that violate the policy, from all that was seen."""
+    reliability = Reliability()
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
-    rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
-    reliability = _add_agreements(db, {target: [*by_key] for target, by_key in rules.items()})
+    rules = {target: policy.rules(region) for target, region in targets}
+    add_agreements(db)
+    for target, kind, rule, *counts in db.execute(
+        "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing GROUP BY 1, 2, 3"
+    ):
+        reliability.learn(kind, {rules[target][rule].key: Agreement("", *counts)})
 
     @functools.lru_cache(10_000)
     def agreements_of(target: int, kind: str, name: str) -> dict[str, Agreement]:
-        query = "SELECT agreements FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
-        row = db.execute(query, (target, kind, name)).fetchone()
-        return {key: Agreement(*found) for key, found in json.loads(row[0]).items()} if row else {}
+        query = "SELECT rule, value, agreeing, members FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
+        rows = db.execute(query, (target, kind, name))
+        return {rules[target][rule].key: Agreement(*found) for rule, *found in rows}
 
     def suggestions(target: int, violations: str, groups: str) -> str | None:
+        by_key = {rule.key: rule for rule in rules[target]}
         members = [Group(*group) for group in json.loads(groups)]
         found = []
-        for violation in map(_as_violation, json.loads(violations)):
+        for violation in (load_object(Violation, record) for record in json.loads(violations)):
             siblings = ((group, agreements_of(target, *group)) for group in members)
-            rule = rules[target][violation.tag_key]
+            rule = by_key[violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
         records = [to_record(suggestion) for suggestion in found if suggestion]
         return to_json(records) if records else None
 
-    query = (
-        "SELECT rowid, target, violations, groups FROM sighting WHERE rowid > ? AND violations IS NOT NULL "
-        "ORDER BY rowid LIMIT 1000"
-    )
-    last = 0
-    while rows := db.execute(query, (last,)).fetchall():
-        last = rows[-1][0]
-        updates = ((suggestions(*row), number) for number, *row in rows)
-        with transaction(db):
-            db.executemany("UPDATE sighting SET suggestions = ? WHERE rowid = ?", updates)
+    update = "UPDATE sighting SET suggestions = suggestions(target, violations, groups) WHERE violations IS NOT NULL"
+    with _sql_function(db, suggestions), transaction(db):
+        db.execute(update)
 
 
-def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -> Reliability:
-    """Add what the members of each group agree on, and return how far groups of each kind do."""
-    reliability = Reliability()
-    load_values = functools.lru_cache(10_000)(json.loads)  # an instance's groups have the same values
-
-    def rows() -> Iterator[tuple[int, str, str, str]]:
-        usage = db.execute(
-            "SELECT target, kind, name, tag_values, CASE copies_of WHEN '' THEN sum(members) ELSE 1 END FROM usage "
-            "GROUP BY target, kind, name, copies_of, tag_values ORDER BY target, kind, name"
-        )
-        for (target, kind, name), members in itertools.groupby(usage, key=lambda row: row[:3]):
-            values = ((load_values(row[3]), row[4]) for row in members)
-            if target in keys and (found := agreements(values, keys[target])):
-                reliability.learn(kind, found)
-                yield target, kind, name, to_json(found)
-
+def add_agreements(db: sqlite3.Connection) -> None:
+    """Add for each rule the value that most members of a group have, or that hardly any member has one."""
     with transaction(db):
-        db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
-    return reliability
+        db.execute(_AGREEMENTS)
+
+
+# The copies of one cause are one member of its wider groups. Of equally many values the first one wins, so that
+# the order of the answers does not matter.
+_AGREEMENTS = f"""
+    WITH member AS (
+        SELECT target, kind, name, tag_values, iif(copies_of = '', sum(members), 1) AS number FROM usage
+        WHERE target IN (SELECT id FROM target WHERE error_code IS NULL)
+        GROUP BY target, kind, name, copies_of, tag_values
+    ), vote AS (
+        SELECT target, kind, name, rule.key AS rule, rule.value, sum(number) AS votes
+        FROM member CROSS JOIN json_each(tag_values) AS rule GROUP BY 1, 2, 3, 4, 5
+    ), ranked AS (
+        SELECT *, row_number() OVER of_rule AS place, count(value) OVER of_rule AS different,
+            sum(votes) OVER of_rule AS size, sum(iif(value IS NULL, 0, votes)) OVER of_rule AS members
+        FROM vote WINDOW of_rule AS (
+            PARTITION BY target, kind, name, rule ORDER BY value IS NULL, votes DESC, value
+            ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
+        )
+    )
+    INSERT INTO agreement
+    SELECT target, kind, name, rule, iif(members < {MIN_MEMBERS}, '', value), iif(members < {MIN_MEMBERS}, 0, votes),
+        iif(members < {MIN_MEMBERS}, size, members)
+    FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
+"""
+
+
+@contextlib.contextmanager
+def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Iterator[None]:
+    """Let SQL call a function by its name; an exception in it, also of Ctrl-C, leaves the body of the `with`."""
+    raised: list[BaseException] = []
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except BaseException as error:  # sqlite3 tells only that there was one
+            raised.append(error)
+            raise
+
+    db.create_function(function.__name__, -1, call, deterministic=True)
+    try:
+        yield
+    except sqlite3.OperationalError:
+        if raised:
+            raise raised[0] from None
+        raise
 
 
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
@@ -4044,24 +4036,18 @@ def _loader(kind: Any) -> Loader:
     if origin is tuple:
         return lambda text: _load_list(arguments[0], text)
     if origin is Mapping:
-        return _load_tags
+        return lambda text: {key: load_text(value) for key, value in _from_json(text, dict).items()}
     return lambda text: load_record(kind, _from_json(text, list))
+
+
+load_text, load_count = _loader(str), _loader(int)
 
 
 def _from_json(text: Any, kind: type) -> Any:
     """Return the list or object that JSON holds; raises ValueError, TypeError or RecursionError."""
-    value = json.loads(text)
-    if type(value) is not kind:
+    if type(value := json.loads(text)) is not kind:
         raise ValueError
     return value
-
-
-def _load_tags(text: Any) -> dict[str, str]:
-    """Return the tags that a JSON object holds; raises ValueError or TypeError."""
-    tags: dict[str, str] = _from_json(text, dict)
-    if not all(type(value) is str for value in tags.values()):
-        raise ValueError
-    return tags
 
 
 def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
@@ -4070,17 +4056,13 @@ def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
     names = _loaders(kind).keys()
     if records == [] or any(type(record) is not dict or record.keys() != names for record in records):
         raise ValueError
-    return tuple(load_record(kind, [record[name] for name in names]) for record in records)
+    return tuple(load_object(kind, record) for record in records)
 
 
 @functools.cache
 def _loaders(kind: Any) -> dict[str, Loader]:
     """Return a loader for each field of a record."""
     return {name: _loader(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-
-
-load_text = _loader(str)
-load_count = _loader(int)
 
 
 def load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
@@ -4099,19 +4081,20 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return kind(*load_row(_loaders(kind), row))
 
 
+def load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
+    """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
+    return load_record(kind, [value[name] for name in _loaders(kind)])
+
+
 def _columns(kind: type, table: str) -> str:
     """Return the columns of a table or query that hold the fields of a record, in their order."""
+    cause = f"json_array({table}.cause_kind, {table}.cause)"
     lists = {
         "target": f"json_array({table}.account_id, {table}.region)",
-        "group": f"json_array({table}.cause_kind, {table}.cause)",
-        "cause": f"nullif(json_array({table}.cause_kind, {table}.cause), '[null,null]')",
+        "group": cause,
+        "cause": f"nullif({cause}, '[null,null]')",
     }
     return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
-
-
-def _as_violation(record: Mapping[str, Any]) -> Violation:
-    """Return the violation of a JSON object that may have more keys."""
-    return load_record(Violation, [record[name] for name in _loaders(Violation)])
 
 
 @contextlib.contextmanager
@@ -4157,7 +4140,8 @@ def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
     names = {"policy": policy.name, "scan": cursor.lastrowid, "now": now, "may_hide": scan.may_hide_managed}
     if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
         raise _BadRowError("it has counts of a scan that was not yet made")
-    _resolve(db, names)
+    with _sql_function(db, resolution_of):
+        _run(db, _RESOLVE, names)
     _run(db, _RECORD_FINDINGS, names)
     if _has_table(db, "state", OLDER_TABLE):
         _run(db, _ADOPT_OLDER, names)
@@ -4166,27 +4150,13 @@ def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
         raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
 
 
-def _resolve(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Find out which open findings are no longer findings, and why."""
-    raised: list[BaseException] = []
-
-    def resolution_of(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
-        try:
-            before, now = load_row(_TO_RESOLVE, (violations, tags))
-            return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
-        except _BadRowError:
-            return None  # which no column takes
-        except BaseException as error:  # sqlite3 tells only that there was one, also for Ctrl-C
-            raised.append(error)
-            raise
-
-    db.create_function("resolution", 3, resolution_of, deterministic=True)
+def resolution_of(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
+    """Return why a finding is resolved; nothing, which no column takes, where its JSON is damaged."""
     try:
-        _run(db, _RESOLVE, names)
-    except sqlite3.OperationalError:
-        if raised:
-            raise raised[0] from None
-        raise
+        before, now = load_row(_TO_RESOLVE, (violations, tags))
+    except _BadRowError:
+        return None
+    return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
 
 
 _TO_RESOLVE = {"violations": _loader(tuple[Violation, ...]), "tags": _loader(Mapping[str, str] | None)}
@@ -4196,7 +4166,7 @@ _TO_RESOLVE = {"violations": _loader(tuple[Violation, ...]), "tags": _loader(Map
 _RESOLVE = """
     DELETE FROM resolved;
     INSERT INTO resolved
-    SELECT finding.id, resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
+    SELECT finding.id, resolution_of(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
     FROM target JOIN state.findings AS finding USING (account_id, region)
     LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
     WHERE error_code IS NULL AND policy = :policy AND resolved_at IS NULL AND sighting.violations IS NULL
@@ -4397,8 +4367,8 @@ def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
 def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     """Return the exempted violation of a JSON object."""
     expires = date.fromisoformat(record["expires"]) if record["expires"] else None
-    approval = {name: record[name] for name in ("approved_by", "ticket")}
-    return Exempted(_as_violation(record), Exemption(record["reason"], expires=expires, **approval))
+    approval = {name: record[name] for name in ("reason", "approved_by", "ticket")}
+    return Exempted(load_object(Violation, record), Exemption(expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
