@@ -5,6 +5,7 @@ import sqlite3
 import ssl
 import threading
 import time
+import uuid
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -172,6 +173,30 @@ def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
     assert text.startswith("tagcheck test: 1 target not read, 1 exemption at an end")
     assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
     assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
+
+
+def test_an_account_that_cannot_be_read_is_told_again_after_it_could(tmp_path):
+    policy_file, state = tmp_path / "policy.yaml", tmp_path / "state.db"
+    policy_file.write_text("version: 1\nname: test\nrequired_tags: [Owner]\nregions: {us-east-1: }\n")
+    policy, now = script.load_policy(str(policy_file)), datetime(2026, 3, 1, tzinfo=UTC)
+    script.check_state(state)
+
+    def pending(region):
+        with closing(script.open_sightings()) as db:
+            scan = script.Scan(str(uuid.uuid4()), policy, now)
+            target = script.add_target(db, script.Target(ACCOUNT_ID, region))
+            if region == "*":
+                script.fail_target(db, target, script.TargetError("AccessDenied", "no"))
+            with script.record_scan(db, state, scan, now, str(state)):
+                script.owe_notifications(db, scan, ["slack"], ())
+                return [*script.fetch_owed(db, "test")]
+
+    subject = f"unread {ACCOUNT_ID} *"
+    assert pending("*") == [subject]
+    script.record_told(state, "test", "slack", [subject], now)
+    assert pending("*") == []
+    assert pending(REGION) == []
+    assert pending("*") == [subject]
 
 
 def test_tags_ping_nobody_and_what_is_cut_is_counted(scan, slack):
