@@ -3933,13 +3933,20 @@ def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Itera
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
 
 
+@contextlib.contextmanager
+def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
+    """Attach a state to the sightings; raises StateError."""
+    with _state_errors(name):
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+        yield
+        # After an exception queries of it may still be open, and only the end of the connection detaches it.
+        db.execute("DETACH DATABASE state")
+
+
 def fetch_uncreated(
     db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
 ) -> dict[Target, list[tuple[str, datetime]]]:
-    """Return the findings launched since a time whose creator is not known, with their launch times.
-
-    By target, the youngest first. Raises StateError.
-    """
+    """Return by target the findings launched since a time whose creator is not known, and when; youngest first."""
     query = f"""
         SELECT account_id, region, instance_id, launch_time FROM (
             SELECT account_id, region, instance_id, seen.launch_time,
@@ -3950,16 +3957,13 @@ def fetch_uncreated(
                 AND finding.created_by IS NULL
         ) WHERE number <= {MAX_LOOKUPS} ORDER BY account_id, region, launch_time DESC
     """
-    with _state_errors(path):
-        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+    with _attached(db, path, path):
         _state_version(db, path, "state")
         rows = db.execute(query, {"policy": scan.policy.name, "since": utc_text(since)}).fetchall()
-        db.execute("DETACH DATABASE state")
-    found: dict[Target, list[tuple[str, datetime]]] = {}
-    for account_id, region, instance_id, launched in rows:
-        entry = (instance_id, datetime.fromisoformat(launched))
-        found.setdefault(Target(account_id, region), []).append(entry)
-    return found
+    return {
+        Target(*key): [(instance_id, datetime.fromisoformat(launched)) for *_, instance_id, launched in group]
+        for key, group in itertools.groupby(rows, key=lambda row: row[:2])
+    }
 
 
 def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) -> None:
@@ -4081,6 +4085,12 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return kind(*load_row(_loaders(kind), row))
 
 
+def load_pairs(kind: Any, rows: Iterable[Sequence[Any]]) -> list[tuple[Any, int]]:
+    """Return values of a type and how often there are; raises _BadRowError."""
+    loaders = {"value": _loader(kind), "number": load_count}
+    return [(value, number) for value, number in (load_row(loaders, row) for row in rows)]
+
+
 def load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
     """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
     return load_record(kind, [value[name] for name in _loaders(kind)])
@@ -4106,27 +4116,24 @@ def record_scan(
     In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything, so
     that a report that cannot be written costs no NEW. Raises StateError.
     """
-    with _state_errors(name):
-        db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
-        # An instance that moved between two pages while they were read is on both: the last one counts.
-        db.execute(
-            """
-            DELETE FROM sighting WHERE rowid IN (
-                SELECT older.rowid FROM (
-                    SELECT target, instance_id, max(rowid) AS latest FROM sighting
-                    GROUP BY target, instance_id HAVING count(*) > 1
-                ) AS twice
-                JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
-            )
-            """
-        )
-        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
-        db.execute("PRAGMA state.synchronous = FULL")
+    with _attached(db, path, name):
+        _run(db, _PREPARE)
         with writing_state(db, name, "state"):
             _record(db, scan, finished_at)
             yield
-        # After an exception queries of it may still be open, and only the end of the connection detaches it.
-        db.execute("DETACH DATABASE state")
+
+
+# An instance that moved between two pages while they were read is on both: the last one counts.
+_PREPARE = """
+    CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id);
+    DELETE FROM sighting WHERE rowid IN (
+        SELECT older.rowid FROM (
+            SELECT target, instance_id, max(rowid) AS latest FROM sighting
+            GROUP BY target, instance_id HAVING count(*) > 1
+        ) AS twice JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
+    );
+    PRAGMA state.synchronous = FULL
+"""
 
 
 def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
@@ -4179,13 +4186,16 @@ _KNOWN = """
     WHERE finding.policy = :policy AND seen.violations IS NOT NULL
 """
 _SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
-_SORTED = "ORDER BY account_id, region, instance_id"
+_KEY = "account_id, region, instance_id"
+_SORTED = f"ORDER BY {_KEY}"
 
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
+_COPIED = (
+    "state launch_time tags violations suggestions instance_type cause_kind cause tag_keys monthly_cost managed_by"
+).split()
 _RECORD_FINDINGS = f"""
     INSERT INTO state.events (finding, at, event, before, resolution)
-    SELECT id, :now, 'RESOLVED', violations, resolved.resolution
-    FROM resolved JOIN state.findings ON id = finding;
+    SELECT id, :now, 'RESOLVED', violations, resolved.resolution FROM resolved JOIN state.findings ON id = finding;
 
     INSERT INTO state.events (finding, at, event, before)
     SELECT finding.id, :now, 'CHANGED', finding.violations
@@ -4195,28 +4205,20 @@ _RECORD_FINDINGS = f"""
         resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
     WHERE id IN (SELECT finding FROM resolved);
 
-    INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags, violations,
-        status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by, created_by_reason,
-        suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost, managed_by)
-    SELECT :policy, account_id, region, instance_id, state, launch_time, tags, violations, 'NEW', :scan, :now,
-        :now, 1, 0, created_by, created_by_reason, suggestions, instance_type, cause_kind, cause, tag_keys,
-        monthly_cost, managed_by
+    INSERT INTO state.findings (policy, account_id, region, instance_id, status, last_scan, first_seen, last_seen,
+        times_seen, times_reopened, created_by, created_by_reason, {", ".join(_COPIED)})
+    SELECT :policy, account_id, region, instance_id, 'NEW', :scan, :now, :now, 1, 0, created_by, created_by_reason,
+        {", ".join(_COPIED)}
     FROM seen WHERE violations IS NOT NULL AND (NOT too_young OR EXISTS (
         SELECT 1 FROM state.findings AS open
         WHERE (policy, open.account_id, open.region, open.instance_id)
             = (:policy, seen.account_id, seen.region, seen.instance_id) AND resolved_at IS NULL
-    ))
-    {_SORTED}
+    )) {_SORTED}
     ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
-        state = excluded.state, launch_time = excluded.launch_time, tags = excluded.tags,
-        violations = excluded.violations, last_scan = excluded.last_scan,
-        status = CASE WHEN resolved_at IS NULL THEN 'REPEAT' ELSE 'REOPENED' END,
-        last_seen = max(last_seen, excluded.last_seen), times_seen = times_seen + 1,
-        times_reopened = times_reopened + (resolved_at IS NOT NULL),
-        resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
-        instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
-        tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost, managed_by = excluded.managed_by,
-        created_by = coalesce(created_by, excluded.created_by),
+        {", ".join(f"{column} = excluded.{column}" for column in (*_COPIED, "last_scan"))},
+        status = iif(resolved_at IS NULL, 'REPEAT', 'REOPENED'), last_seen = max(last_seen, excluded.last_seen),
+        times_seen = times_seen + 1, times_reopened = times_reopened + (resolved_at IS NOT NULL),
+        resolved_at = NULL, resolution = NULL, created_by = coalesce(created_by, excluded.created_by),
         created_by_reason = iif(coalesce(created_by, excluded.created_by) IS NULL,
             coalesce(excluded.created_by_reason, created_by_reason), NULL)
 """
@@ -4295,10 +4297,8 @@ _DIFFERING = """
 
 def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
-    rows = db.execute(
-        f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan ORDER BY account_id, region",
-        _names(db, scan),
-    )
+    query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
+    rows = db.execute(f"{query} ORDER BY account_id, region", _names(db, scan))
     return [load_record(Coverage, row) for row in rows]
 
 
@@ -4319,22 +4319,17 @@ def fetch_notice(
 
 
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
-    """Return how many open findings of each target the scan being recorded neither saw nor resolved.
-
-    Leaves out the targets that it could not read.
-    """
+    """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     rows = db.execute(
         """
         SELECT json_array(finding.account_id, finding.region), count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
-        WHERE finding.policy = :policy AND finding.resolved_at IS NULL AND finding.last_scan <> :scan
-            AND target.error_code IS NULL
+        WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
         GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
         """,
         _names(db, scan),
     )
-    loaders = {"target": _loader(Target), "number": load_count}
-    return [(target, number) for target, number in (load_row(loaders, row) for row in rows)]
+    return load_pairs(Target, rows)
 
 
 def require_scans(path: Path, name: str) -> None:
@@ -4404,7 +4399,7 @@ def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
     query = f"SELECT finding.managed_by, count(*) {_SEEN} AND finding.managed_by <> '' GROUP BY 1"
-    return db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)).fetchall()
+    return load_pairs(str, db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)))
 
 
 def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
@@ -4412,15 +4407,16 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
     names = _names(db, scan)
     query = f"SELECT count(finding.monthly_cost), count(*) - count(finding.monthly_cost) {_SEEN}"
     priced, unpriced = db.execute(query, names).fetchone()
-    rows = db.execute(
-        f"""
-        SELECT tag_key.value, coalesce(sum(cost), 0.0) FROM (
-            SELECT finding.tag_keys, sum(finding.monthly_cost) AS cost {_SEEN} GROUP BY 1
-        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
-        """,
-        names,
-    )
-    return rows.fetchall() if priced else [], unpriced
+    rows = db.execute(_BY_TAG.format(_SEEN), names)
+    return [(key, cost) for key, _, cost in rows] if priced else [], unpriced
+
+
+# How many findings fail each tag, and what they cost per month; as few different lists of keys are read as can be.
+_BY_TAG = """
+    SELECT tag_key.value, sum(number), sum(cost) FROM (
+        SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost {} GROUP BY 1
+    ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
+"""
 
 
 def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
@@ -4631,61 +4627,47 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
     names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
     db.execute(_OPEN, names)
-    total, priced, *costs = db.execute(
-        "SELECT count(*), count(monthly_cost), min(monthly_cost), max(monthly_cost) FROM temp.open"
+    total, *costs, priced = db.execute(
+        "SELECT count(*), min(monthly_cost), max(monthly_cost), count(monthly_cost) FROM temp.open"
     ).fetchone()
-    # As numbers sort before texts and blobs, all costs are amounts where the least and the greatest are.
-    load_row(dict.fromkeys(("monthly_cost", "the greatest monthly_cost"), _loader(float | None)), costs)
-    tags = _open_tags(db)
+    # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
+    load_row({"monthly_cost": _loader(float | None), "monthly_cost of another": _loader(float | None)}, costs)
+    loaders = {"tag_key": load_text, "number": load_count, "cost": _loader(float)}
+    rows = db.execute(_BY_TAG.format("FROM temp.open AS finding"))
+    tags = [tuple(load_row(loaders, row)) for row in rows]
     oldest = db.execute(
         f"""
-        SELECT {_FINDING} FROM (
-            SELECT * FROM temp.open ORDER BY first_seen, account_id, region, instance_id LIMIT {OLDEST_FINDINGS}
-        ) AS oldest CROSS JOIN findings AS finding USING (id)
-        ORDER BY finding.first_seen, finding.account_id, finding.region, finding.instance_id
+        SELECT {_FINDING} FROM (SELECT id FROM temp.open ORDER BY first_seen, {_KEY} LIMIT {OLDEST_FINDINGS})
+        CROSS JOIN findings AS finding USING (id) ORDER BY finding.first_seen, {_KEY}
         """
     )
     return OpenFindings(
         total,
-        by_tag=[(key, number) for key, number, _ in tags],
-        by_age=_open_by_age(db, now),
-        by_creator=_open_by(db, "created_by"),
-        by_owner=_open_by(db, "owner"),
+        by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
+        by_age=_ages(_count_open(db, "first_seen", Moment), now),
+        by_creator=_count_open(db, "created_by"),
+        by_owner=_count_open(db, "owner"),
         causes=_causes(db, "FROM temp.open AS finding WHERE true", names),
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
-        cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
-        by_operator=_open_by(db, "managed_by"),
+        cost_by_tag=[(key, cost) for key, _, cost in tags if priced],
+        by_operator=_count_open(db, "managed_by"),
     )
 
 
-def _open_by(db: sqlite3.Connection, column: str, kind: Any = str) -> list[tuple[str, int]]:
+def _count_open(db: sqlite3.Connection, column: str, kind: Any = str) -> list[tuple[Any, int]]:
     """Return how many open findings have each value of a column; those without one are left out."""
     query = f"SELECT {column}, count(*) FROM temp.open WHERE {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
-    loaders = {column: _loader(kind), "count": load_count}
-    return [(value, number) for value, number in (load_row(loaders, row) for row in db.execute(query))]
+    return load_pairs(kind, db.execute(query))
 
 
-def _open_by_age(db: sqlite3.Connection, now: datetime) -> list[tuple[str, int]]:
-    """Return how many open findings are of each age."""
+def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[str, int]]:
+    """Return how many findings are of each age, by when they were first seen."""
     counts = dict.fromkeys(AGES.values(), 0)
-    for first_seen, number in _open_by(db, "first_seen", Moment):
-        age = (now - datetime.fromisoformat(first_seen)) / timedelta(days=1)
+    for moment, number in first_seen:
+        age = (now - datetime.fromisoformat(moment)) / timedelta(days=1)
         counts[next(label for days, label in AGES.items() if age <= days)] += number
     return [*counts.items()]
-
-
-def _open_tags(db: sqlite3.Connection) -> list[list[Any]]:
-    """Return how many open findings fail each tag, and what they cost per month."""
-    rows = db.execute(
-        """
-        SELECT tag_key.value, sum(number), sum(cost) FROM (
-            SELECT tag_keys, count(*) AS number, coalesce(sum(monthly_cost), 0) AS cost FROM temp.open GROUP BY 1
-        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
-        """
-    )
-    loaders = {"tag_key": load_text, "number": _loader(int), "cost": _loader(float)}
-    return [load_row(loaders, row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
