@@ -3162,7 +3162,7 @@ def zone_region(zone: str) -> str:
 
 
 ########################################################################################################
-# 6 State: LocalState, S3State, the sightings, record_scan, fetch_findings, fetch_open, prune_state, record_changes
+# 6 State: LocalState, S3State, sightings, load_record, record_scan, fetch_findings, fetch_open, prune_state
 ########################################################################################################
 
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
@@ -3209,20 +3209,21 @@ MIGRATIONS = (
     );
     CREATE INDEX events_of ON events (finding);
     INSERT INTO events (finding, at, event, before, resolution)
-        SELECT id, resolved_at, 'RESOLVED', violations, resolution FROM findings WHERE resolved_at IS NOT NULL;
+        SELECT id, resolved_at, 'RESOLVED', violations, resolution
+        FROM findings WHERE resolved_at IS NOT NULL;
     CREATE TABLE trend (
-        policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
-        reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+        policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL,
+        new INTEGER NOT NULL, reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
         targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
     ) WITHOUT ROWID
     """,
     """
     -- What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was deleted.
-    -- A row is 'intended' before the call, so that a run that was killed leaves a record of what it was doing.
+    -- A row is 'intended' before the call, so that a run that was killed leaves a record of what it did.
     CREATE TABLE changes (
-        id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, account_id TEXT NOT NULL,
-        region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, former TEXT, value TEXT,
-        why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
+        id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL,
+        account_id TEXT NOT NULL, region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL,
+        former TEXT, value TEXT, why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
         status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
     );
     CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)
@@ -3240,14 +3241,15 @@ MIGRATIONS = (
     ALTER TABLE findings ADD COLUMN created_by_reason TEXT;
     UPDATE findings SET created_by = NULL, created_by_reason = substr(created_by, 10, length(created_by) - 10)
         WHERE created_by GLOB 'unknown (*)';
-    -- The trend had one row per day of scans that were pruned, and was derived from the coverage of the others.
+    -- The trend had one row per day of pruned scans, and was derived from the coverage of the others.
     ALTER TABLE trend RENAME TO pruned_days;
     CREATE TABLE trend (
         policy TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
         reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
         targets_unread INTEGER NOT NULL
     );
-    INSERT INTO trend SELECT policy, at, open, new, reopened, resolved, targets, targets_unread FROM pruned_days;
+    INSERT INTO trend
+        SELECT policy, at, open, new, reopened, resolved, targets, targets_unread FROM pruned_days;
     INSERT INTO trend
         WITH counts AS (
             SELECT policy, started_at AS at, new, reopened, resolved, status = 'unread' AS unread,
@@ -3305,13 +3307,14 @@ class _BadRowError(sqlite3.DatabaseError):
 
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
-    """Turn what SQLite raises for a state that cannot be used into StateErrors; bugs of ours stay as they are."""
+    """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
     denied = "cannot be opened or written: check the permissions of the file and of its directory"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
-        "SQLITE_FULL": f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again",
+        "SQLITE_FULL": full,
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
         **dict.fromkeys(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH"), denied),
     }
@@ -3335,8 +3338,8 @@ _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
     """Check before the scan that the state can be used, and create it where there is none.
 
-    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises StateError,
-    which names `name` where `path` is a copy.
+    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises
+    StateError, which names `name` where `path` is a copy.
     """
     name = name or path
     if create and not _exists(path):
@@ -3365,7 +3368,7 @@ def _exists(path: Path) -> bool:
 
 
 def _check_integrity(db: sqlite3.Connection, name: Path | str) -> None:
-    """Raise StateError for a damaged file: count(*) does not notice flipped bits, nor quick_check in an index."""
+    """Raise StateError for a damaged file; quick_check would not notice flipped bits in an index."""
     damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if damage != "ok":
         raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
@@ -3378,11 +3381,10 @@ def has_scan(path: Path, scan_id: str) -> bool:
 
 
 def copy_state(path: Path, copy: Path) -> None:
-    """Copy a state, if there is one, as of its last transaction; raises StateError."""
-    if _exists(path):
-        with opened_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-            _check_integrity(source, path)
-            source.backup(target)
+    """Copy a state as of its last transaction; raises StateError."""
+    with opened_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        _check_integrity(source, path)
+        source.backup(target)
 
 
 def resolve_state(name: str) -> Path:
@@ -3588,9 +3590,8 @@ class LocalState:
 
     def copy(self, copy: Path) -> None:
         """Copy it, if there is one; raises StateError."""
-        if not (self._create or _exists(self.path)):
-            raise _missing(self.name)
-        copy_state(self.path, copy)
+        if _exists(self.path) or not self._create:
+            copy_state(self.path, copy)
 
 
 S3_TRIES = 40
@@ -3820,8 +3821,8 @@ def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tu
     return (*row, seen.too_young, violations, keys, *more)
 
 
-# How many instances of a target have these values of the required tags in a group. In a group that is no cause,
-# those of one cause are copies of each other, and count once: an Auto Scaling group of 30 is not 30 witnesses.
+# How many instances of a target have these values of the required tags in a group. In a group that is not a
+# cause, those of one cause are copies of each other and count once: an Auto Scaling group is one witness.
 Usage = Counter[tuple[int, str, str, str, tuple[str | None, ...]]]
 MAX_USAGE = 50_000  # entries to count in memory, some 15 MB
 
@@ -3851,9 +3852,8 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
     rules = {target: policy.rules(region) for target, region in targets}
     add_agreements(db)
-    for target, kind, rule, *counts in db.execute(
-        "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing GROUP BY 1, 2, 3"
-    ):
+    query = "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing"
+    for target, kind, rule, *counts in db.execute(f"{query} GROUP BY 1, 2, 3"):
         reliability.learn(kind, {rules[target][rule].key: Agreement("", *counts)})
 
     @functools.lru_cache(10_000)
@@ -3873,9 +3873,9 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         records = [to_record(suggestion) for suggestion in found if suggestion]
         return to_json(records) if records else None
 
-    update = "UPDATE sighting SET suggestions = suggestions(target, violations, groups) WHERE violations IS NOT NULL"
+    update = "UPDATE sighting SET suggestions = suggestions(target, violations, groups)"
     with _sql_function(db, suggestions), transaction(db):
-        db.execute(update)
+        db.execute(f"{update} WHERE violations IS NOT NULL")
 
 
 def add_agreements(db: sqlite3.Connection) -> None:
@@ -3884,7 +3884,7 @@ def add_agreements(db: sqlite3.Connection) -> None:
         db.execute(_AGREEMENTS)
 
 
-# The copies of one cause are one member of its wider groups. Of equally many values the first one wins, so that
+# The copies of one cause are one member of its wider groups. Of equally frequent values the first one wins:
 # the order of the answers does not matter.
 _AGREEMENTS = f"""
     WITH member AS (
@@ -3903,15 +3903,15 @@ _AGREEMENTS = f"""
         )
     )
     INSERT INTO agreement
-    SELECT target, kind, name, rule, iif(members < {MIN_MEMBERS}, '', value), iif(members < {MIN_MEMBERS}, 0, votes),
-        iif(members < {MIN_MEMBERS}, size, members)
+    SELECT target, kind, name, rule, iif(members < {MIN_MEMBERS}, '', value),
+        iif(members < {MIN_MEMBERS}, 0, votes), iif(members < {MIN_MEMBERS}, size, members)
     FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
 """
 
 
 @contextlib.contextmanager
 def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Iterator[None]:
-    """Let SQL call a function by its name; an exception in it, also of Ctrl-C, leaves the body of the `with`."""
+    """Let SQL call a function by its name; an exception in it, even Ctrl-C, ends the body of the `with`."""
     raised: list[BaseException] = []
 
     def call(*arguments: Any) -> Any:
@@ -3946,7 +3946,7 @@ def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[
 def fetch_uncreated(
     db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
 ) -> dict[Target, list[tuple[str, datetime]]]:
-    """Return by target the findings launched since a time whose creator is not known, and when; youngest first."""
+    """Return by target the findings launched since a time that have no known creator, the youngest first."""
     query = f"""
         SELECT account_id, region, instance_id, launch_time FROM (
             SELECT account_id, region, instance_id, seen.launch_time,
@@ -4017,9 +4017,9 @@ Record = TypeVar("Record")
 
 
 def _loader(kind: Any) -> Loader:
-    """Return a function that makes a value of a type from what the state holds, or raises ValueError or TypeError.
+    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError.
 
-    A record in a column is the JSON list of its fields; several are a list of JSON objects, NULL if there are none.
+    A record in a column is the JSON list of its fields, several are a list of JSON objects, or NULL.
     """
     if is_valid := _IS_VALID.get(kind):
 
@@ -4111,10 +4111,10 @@ def _columns(kind: type, table: str) -> str:
 def record_scan(
     db: sqlite3.Connection, path: Path, scan: Scan, finished_at: datetime, name: str
 ) -> Iterator[None]:
-    """Record what was seen into the state, in one transaction; the body of the `with` runs before it is final.
+    """Record what was seen into the state, in one transaction that ends after the body of the `with`.
 
-    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything, so
-    that a report that cannot be written costs no NEW. Raises StateError.
+    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
+    a report that cannot be written costs no NEW. Raises StateError.
     """
     with _attached(db, path, name):
         _run(db, _PREPARE)
@@ -4191,11 +4191,13 @@ _SORTED = f"ORDER BY {_KEY}"
 
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
 _COPIED = (
-    "state launch_time tags violations suggestions instance_type cause_kind cause tag_keys monthly_cost managed_by"
+    "state launch_time tags violations suggestions instance_type cause_kind cause tag_keys monthly_cost "
+    "managed_by"
 ).split()
 _RECORD_FINDINGS = f"""
     INSERT INTO state.events (finding, at, event, before, resolution)
-    SELECT id, :now, 'RESOLVED', violations, resolved.resolution FROM resolved JOIN state.findings ON id = finding;
+    SELECT id, :now, 'RESOLVED', violations, resolved.resolution
+    FROM resolved JOIN state.findings ON id = finding;
 
     INSERT INTO state.events (finding, at, event, before)
     SELECT finding.id, :now, 'CHANGED', finding.violations
@@ -4205,9 +4207,9 @@ _RECORD_FINDINGS = f"""
         resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
     WHERE id IN (SELECT finding FROM resolved);
 
-    INSERT INTO state.findings (policy, account_id, region, instance_id, status, last_scan, first_seen, last_seen,
-        times_seen, times_reopened, created_by, created_by_reason, {", ".join(_COPIED)})
-    SELECT :policy, account_id, region, instance_id, 'NEW', :scan, :now, :now, 1, 0, created_by, created_by_reason,
+    INSERT INTO state.findings (policy, {_KEY}, status, last_scan, first_seen, last_seen, times_seen,
+        times_reopened, created_by, created_by_reason, {", ".join(_COPIED)})
+    SELECT :policy, {_KEY}, 'NEW', :scan, :now, :now, 1, 0, created_by, created_by_reason,
         {", ".join(_COPIED)}
     FROM seen WHERE violations IS NOT NULL AND (NOT too_young OR EXISTS (
         SELECT 1 FROM state.findings AS open
@@ -4216,15 +4218,16 @@ _RECORD_FINDINGS = f"""
     )) {_SORTED}
     ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
         {", ".join(f"{column} = excluded.{column}" for column in (*_COPIED, "last_scan"))},
-        status = iif(resolved_at IS NULL, 'REPEAT', 'REOPENED'), last_seen = max(last_seen, excluded.last_seen),
-        times_seen = times_seen + 1, times_reopened = times_reopened + (resolved_at IS NOT NULL),
-        resolved_at = NULL, resolution = NULL, created_by = coalesce(created_by, excluded.created_by),
+        status = iif(resolved_at IS NULL, 'REPEAT', 'REOPENED'),
+        last_seen = max(last_seen, excluded.last_seen), times_seen = times_seen + 1,
+        times_reopened = times_reopened + (resolved_at IS NOT NULL), resolved_at = NULL, resolution = NULL,
+        created_by = coalesce(created_by, excluded.created_by),
         created_by_reason = iif(coalesce(created_by, excluded.created_by) IS NULL,
             coalesce(excluded.created_by_reason, created_by_reason), NULL)
 """
 
-# The older tool's table has neither account nor region, so an entry is adopted when its instance is found again.
-# An entry that is not active was resolved: the finding is back.
+# The older tool's table has neither account nor region, so an entry is adopted when its instance is found
+# again. An entry that is not active was resolved: the finding is back.
 _ADOPT_OLDER = f"""
     UPDATE state.findings AS finding SET
         first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
@@ -4271,8 +4274,8 @@ _RECORD_COVERAGE = f"""
 
 # The latest coverage of each target, of those with a status; max() picks the row of the other columns.
 _LATEST = """
-    SELECT *, max(scan) FROM coverage WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy)
-    GROUP BY account_id, region
+    SELECT *, max(scan) FROM coverage
+    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
 """
 _LAST_READ = _LATEST.format("'read'")
 _RECORD_TREND = f"""
@@ -4282,8 +4285,8 @@ _RECORD_TREND = f"""
     FROM state.coverage WHERE scan = :scan GROUP BY scan
 """
 
-# An instance that is too young is a finding only where it was open before. All others are findings by what this
-# scan saw alone, whatever the state holds.
+# An instance that is too young is a finding only where it was open before. All others are findings by what
+# this scan saw alone, whatever the state holds.
 _DIFFERING = """
     SELECT account_id, region
     FROM (SELECT * FROM state.coverage WHERE scan = :scan) JOIN target USING (account_id, region)
@@ -4291,7 +4294,8 @@ _DIFFERING = """
         SELECT target AS id, count(*) AS violating, sum(NOT too_young) AS sure
         FROM sighting WHERE violations IS NOT NULL GROUP BY target
     ) USING (id)
-    WHERE findings <> new + repeat + reopened OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
+    WHERE findings <> new + repeat + reopened
+        OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
 """
 
 
@@ -4336,10 +4340,8 @@ def require_scans(path: Path, name: str) -> None:
     """Raise StateError for a state without a scan, by this or by the older tool."""
     with opened_state(path, name) as db:
         if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
-            raise StateError(
-                f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, "
-                "or run once without --require-state"
-            )
+            advice = "restore it from a backup, or run once without --require-state"
+            raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
 def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
@@ -4411,10 +4413,11 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
     return [(key, cost) for key, _, cost in rows] if priced else [], unpriced
 
 
-# How many findings fail each tag, and what they cost per month; as few different lists of keys are read as can be.
+# How many findings fail each tag, and what they cost per month; each different list of keys is read once.
 _BY_TAG = """
     SELECT tag_key.value, sum(number), sum(cost) FROM (
-        SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost {} GROUP BY 1
+        SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost {}
+        GROUP BY 1
     ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
 """
 
@@ -4430,20 +4433,20 @@ MAX_CAUSES = 100
 
 def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[Cause]:
     """Return the causes of findings; a group of one is none."""
-    rows = db.execute(
-        f"""
-        SELECT {_columns(Cause, "cause")} FROM (
-            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances FROM (
-                SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
-                    count(*) AS number
-                {source} AND finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
-            ) CROSS JOIN json_each(tag_keys) AS tag_key
+    query = f"""
+        WITH grouped AS (
+            SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
+                count(*) AS number
+            {source} AND finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+        ), cause AS (
+            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances
+            FROM grouped CROSS JOIN json_each(tag_keys) AS tag_key
             GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
-        ) AS cause ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {MAX_CAUSES}
-        """,
-        names,
-    )
-    return [load_record(Cause, row) for row in rows]
+        )
+        SELECT {_columns(Cause, "cause")} FROM cause
+        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {MAX_CAUSES}
+    """
+    return [load_record(Cause, row) for row in db.execute(query, names)]
 
 
 @contextlib.contextmanager
@@ -4470,10 +4473,10 @@ def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> Non
     names = [load_row({"policy": load_text}, row)[0] for row in rows]
     if policy not in names:
         shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
-        advice = f"it has scans of {shown}: name that policy's file with --policy"
-        raise StateError(
-            f"the state {name} has no scan of the policy {policy!r}; {advice if names else 'run a scan first'}"
+        has = (
+            f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
         )
+        raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -4489,36 +4492,28 @@ class Selection:
     first_seen_before: datetime | None = None
 
 
-_CONDITIONS = {
-    "policy": "policy = :policy",
-    "instance_id": "instance_id = :instance_id",
-    "accounts": "account_id IN (SELECT value FROM json_each(:accounts))",
-    "regions": "region IN (SELECT value FROM json_each(:regions))",
-    "statuses": "status IN (SELECT value FROM json_each(:statuses))",
-    "tag_keys": "EXISTS (SELECT value FROM json_each(findings.tag_keys) "
-    "INTERSECT SELECT value FROM json_each(:tag_keys))",
-    "first_seen_before": "first_seen < :first_seen_before",
-}
+# Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
+_SELECTED = """
+    SELECT id FROM findings WHERE policy = :policy
+        AND (:instance_id IS NULL OR instance_id = :instance_id)
+        AND (:accounts = '[]' OR account_id IN (SELECT value FROM json_each(:accounts)))
+        AND (:regions = '[]' OR region IN (SELECT value FROM json_each(:regions)))
+        AND (:statuses = '[]' OR status IN (SELECT value FROM json_each(:statuses)))
+        AND (:tag_keys = '[]' OR EXISTS (
+            SELECT value FROM json_each(findings.tag_keys) INTERSECT SELECT value FROM json_each(:tag_keys)
+        ))
+        AND (:before IS NULL OR first_seen < :before)
+    ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id
+"""
 
 
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
-    names = {name: value for name in _CONDITIONS if (value := getattr(selection, name))}
-    values = {
-        name: utc_text(value)
-        if isinstance(value, datetime)
-        else value
-        if isinstance(value, str)
-        else to_json(value)
-        for name, value in names.items()
-    }
-    # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
-    numbers = db.execute(
-        f"SELECT id FROM findings WHERE {' AND '.join(map(_CONDITIONS.__getitem__, names))} "
-        "ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id",
-        values,
-    )
-    for number in numbers:
+    before = selection.first_seen_before and utc_text(selection.first_seen_before)
+    names = {"policy": selection.policy, "instance_id": selection.instance_id, "before": before}
+    lists = ("accounts", "regions", "statuses", "tag_keys")
+    names |= {name: to_json(getattr(selection, name)) for name in lists}
+    for number in db.execute(_SELECTED, names):
         query = f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?"
         yield _load_finding(db.execute(query, number).fetchone())
 
@@ -4615,7 +4610,8 @@ _OPEN = """
             WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
             ELSE (
                 SELECT json_extract(value, '$.value') FROM json_each(suggestions)
-                WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
+                WHERE json_extract(value, '$.tag_key') = :owner
+                    AND json_extract(value, '$.confidence') >= :sure
             )
         END AS owner
     FROM findings WHERE policy = :policy AND resolved_at IS NULL
@@ -4670,8 +4666,7 @@ def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[st
     return [*counts.items()]
 
 
-@dataclass(frozen=True, slots=True)
-class Pruned:
+class Pruned(NamedTuple):
     """What was deleted, or would be."""
 
     findings: int
@@ -4680,40 +4675,36 @@ class Pruned:
 
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
-    """Delete from a state what is older than a time, but for the trend, and free the space; raises StateError."""
+    """Delete from a state what is older than a time, except the trend, and free the space."""
     with opened_state(path, name) as db:
         with writing_state(db, name):
-            pruned = _prune(db, utc_text(before))
+            names = {"before": utc_text(before)}
+            deleted = {table: db.execute(query, names).rowcount for table, query in _PRUNE.items()}
         free, pages = (db.execute(f"PRAGMA {what}_count").fetchone()[0] for what in ("freelist", "page"))
         if free > pages / 4:
             try:
                 db.execute("VACUUM")
             except sqlite3.OperationalError as error:  # it needs space for a copy
                 LOG.info("the file keeps its size: %s", error)
-    return pruned
+    return Pruned(deleted["findings"], deleted["scans"], deleted["coverage"])
 
 
-def _prune(db: sqlite3.Connection, before: str) -> Pruned:
-    """Delete findings resolved before a time and the scans before it.
-
-    A target's last full reading stays, however old: of a target that cannot be read any more it is all that is
-    known. So does the last scan of each finding.
-    """
-    queries = (
-        "DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before)",
-        "DELETE FROM findings WHERE resolved_at < :before",
-        """
+# A target's last full reading stays, however old: it is all that is known of one no longer readable.
+_PRUNE = {
+    "events": "DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before)",
+    "findings": "DELETE FROM findings WHERE resolved_at < :before",
+    "coverage": """
         DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
             AND (scan, account_id, region) NOT IN (
                 SELECT max(scan), account_id, region FROM coverage JOIN scans ON scans.id = scan
                 WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
             )
-        """,
-        "DELETE FROM scans WHERE started_at < :before AND id NOT IN (SELECT scan FROM coverage) "
-        "AND id NOT IN (SELECT last_scan FROM findings)",
-    )
-    _, findings, coverage, scans = (db.execute(query, {"before": before}).rowcount for query in queries)
-    return Pruned(findings, scans, coverage)
+    """,
+    "scans": """
+        DELETE FROM scans WHERE started_at < :before
+            AND id NOT IN (SELECT scan FROM coverage) AND id NOT IN (SELECT last_scan FROM findings)
+    """,
+}
 
 
 def owe_notifications(
@@ -8242,7 +8233,7 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
         for path in state.attempts(str(uuid.uuid4())):
             # An attempt that is repeated because its answer was lost finds nothing any more.
             again = prune_state(path, before, state.name)
-            pruned = max(pruned, again, key=lambda pruned: astuple(pruned))
+            pruned = max(pruned, again)
     emit(
         f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
         f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
