@@ -3850,25 +3850,25 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     """Add the likely values of the tags that violate the policy, from all that was seen."""
     reliability = Reliability()
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
-    rules = {target: policy.rules(region) for target, region in targets}
+    rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
+    keys = {target: [*by_key] for target, by_key in rules.items()}
     add_agreements(db)
     query = "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing"
     for target, kind, rule, *counts in db.execute(f"{query} GROUP BY 1, 2, 3"):
-        reliability.learn(kind, {rules[target][rule].key: Agreement("", *counts)})
+        reliability.learn(kind, {keys[target][rule]: Agreement("", *counts)})
 
     @functools.lru_cache(10_000)
     def agreements_of(target: int, kind: str, name: str) -> dict[str, Agreement]:
         query = "SELECT rule, value, agreeing, members FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
         rows = db.execute(query, (target, kind, name))
-        return {rules[target][rule].key: Agreement(*found) for rule, *found in rows}
+        return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
     def suggestions(target: int, violations: str, groups: str) -> str | None:
-        by_key = {rule.key: rule for rule in rules[target]}
         members = [Group(*group) for group in json.loads(groups)]
         found = []
         for violation in (load_object(Violation, record) for record in json.loads(violations)):
             siblings = ((group, agreements_of(target, *group)) for group in members)
-            rule = by_key[violation.tag_key]
+            rule = rules[target][violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
         records = [to_record(suggestion) for suggestion in found if suggestion]
         return to_json(records) if records else None
