@@ -4627,7 +4627,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         "SELECT count(*), min(monthly_cost), max(monthly_cost), count(monthly_cost) FROM temp.open"
     ).fetchone()
     # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
-    load_row({"monthly_cost": _loader(float | None), "monthly_cost of another": _loader(float | None)}, costs)
+    load_row({name: _loader(float | None) for name in ("least monthly_cost", "greatest monthly_cost")}, costs)
     loaders = {"tag_key": load_text, "number": load_count, "cost": _loader(float)}
     rows = db.execute(_BY_TAG.format("FROM temp.open AS finding"))
     tags = [tuple(load_row(loaders, row)) for row in rows]
@@ -7319,7 +7319,7 @@ _COMMANDS = {
     ),
     "report": ("write the dashboard: trends as one HTML page", "--html", "--policy", "--state", "--profile"),
     "prune": (
-        "delete findings that were resolved more than N days ago, and scans; the trend keeps a row a day",
+        "delete findings that were resolved more than N days ago, and scans; the trend is kept",
         *("--days", "--dry-run", "--state", "--profile"),
     ),
     "remediate": (
