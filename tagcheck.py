@@ -3924,9 +3924,11 @@ def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Itera
     db.create_function(function.__name__, -1, call, deterministic=True)
     try:
         yield
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
         if raised:
             raise raised[0] from None
+        if str(error) == "user-defined function raised exception":
+            raise KeyboardInterrupt from None  # only a signal strikes before the `try` in call()
         raise
 
 
