@@ -65,7 +65,19 @@ from enum import Enum, IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeVar
+from typing import (
+    IO,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import XMLGenerator
@@ -190,6 +202,12 @@ class PolicyError(UsageError):
         super().__init__("\n".join(problem_lines(self.problems)))
 
 
+# The types of fields and columns beyond Python's own; what they may hold is checked when they are loaded.
+Moment = Annotated[str, "a time in UTC, as utc_text() writes it"]
+Share = Annotated[float, "from 0 to 1"]
+Kind = Annotated[str, "a key of GROUP_KINDS"]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Target:
     """One account in one region: the unit of scanning, of failure and of resolution."""
@@ -259,7 +277,7 @@ class Suggestion:
 
     tag_key: str
     value: str
-    confidence: float
+    confidence: Share
     evidence: str
 
     def __str__(self) -> str:
@@ -269,27 +287,37 @@ class Suggestion:
 class Group(NamedTuple):
     """What instances of a target have in common, such as their Auto Scaling group."""
 
-    kind: str
+    kind: Kind
     name: str
+
+
+class Creator(NamedTuple):
+    """Who launched an instance, or the reason why that is not known."""
+
+    name: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.name or (f"unknown ({self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An instance with violations under a policy, with its history; times are text in UTC."""
+    """An instance with violations under a policy, with its history."""
 
     account_id: str
     region: str
     instance_id: str
     state: str
-    launch_time: str
+    launch_time: Moment
     tags: Mapping[str, str]
     violations: tuple[Violation, ...]
     status: Status
-    first_seen: str
-    last_seen: str
+    first_seen: Moment
+    last_seen: Moment
     times_seen: int
     times_reopened: int
-    resolved_at: str | None
+    resolved_at: Moment | None
     resolution: Resolution | None
     created_by: str | None
     suggestions: tuple[Suggestion, ...]
@@ -297,6 +325,7 @@ class Finding:
     cause: Group | None
     monthly_cost: float | None
     managed_by: str | None  # "" where no AWS service does, None where the first edition recorded it
+    created_by_reason: str | None = None
 
     @property
     def target(self) -> Target:
@@ -308,16 +337,18 @@ class Finding:
         """The instance's Name tag, as consoles show it."""
         return self.tags.get("Name", "")
 
-
-UNKNOWN = "unknown ("  # how `created_by` begins where nobody is known; why follows
+    @property
+    def creator(self) -> str:
+        """Who launched it, or why that is not known, as text."""
+        return str(Creator(self.created_by, self.created_by_reason))
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What became of a finding at a time, and the violations that it had from then on."""
+    """What happened to a finding at a time, and the violations that it had from then on."""
 
-    at: str
-    event: str
+    at: Moment
+    event: Literal["NEW", "CHANGED", "RESOLVED", "REOPENED"]
     violations: tuple[Violation, ...]
     resolution: Resolution | None
 
@@ -336,7 +367,7 @@ class Change:
     value: str | None
     why: str
     who: str
-    changed_at: str
+    changed_at: Moment
     status: Literal["intended", "written"]
 
     @property
@@ -384,7 +415,7 @@ class Standing:
 
     target: Target
     error: str | None
-    last_read: str | None
+    last_read: Moment | None
     instances: int
     compliant: int
     findings: int
@@ -395,7 +426,7 @@ class Standing:
 class TrendPoint:
     """What was open after a scan, all targets as they were last read, and what the scan changed."""
 
-    at: str
+    at: Moment
     open: int
     new: int
     reopened: int
@@ -490,25 +521,9 @@ def is_blank(text: str) -> bool:
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def violation_record(violation: Violation) -> dict[str, str | None]:
-    """Return a violation as a JSON object."""
-    return {
-        "tag_key": violation.tag_key,
-        "type": violation.type,
-        "value": violation.value,
-        "found_key": violation.found_key,
-        "message": violation.message,
-    }
-
-
-def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
-    """Return a suggestion as a JSON object."""
-    return {
-        "tag_key": suggestion.tag_key,
-        "value": suggestion.value,
-        "confidence": suggestion.confidence,
-        "evidence": suggestion.evidence,
-    }
+def to_record(item: Any, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Return these fields of a dataclass, or all of them, by name: a JSON object."""
+    return {name: getattr(item, name) for name in names or item.__slots__}
 
 
 CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
@@ -1834,7 +1849,7 @@ class ExemptedInstance:
 def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     """Return an exempted violation as a JSON object."""
     exemption = exempted.exemption
-    return violation_record(exempted.violation) | {
+    return to_record(exempted.violation) | {
         "reason": exemption.reason,
         "expires": str(exemption.expires) if exemption.expires else None,
         "approved_by": exemption.approved_by,
@@ -2053,31 +2068,8 @@ class Agreement(NamedTuple):
     members: int
 
 
-MIN_MEMBERS = 3  # that have a tag; fewer say nothing about the group
-MAX_VALUES = 1000  # of a tag in one group, to bound memory; with more there is no agreement
-
-
-def agreements(
-    values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
-) -> dict[str, Agreement]:
-    """Return the agreement on each tag key of a group: rows of values, and how many members have each."""
-    counts: list[Counter[str]] = [Counter() for _ in keys]
-    size = 0
-    for row, number in values:
-        size += number
-        for count, value in zip(counts, row, strict=True):
-            if value is not None and len(count) < MAX_VALUES:
-                count[value] += number
-    found = {}
-    for key, count in zip(keys, counts, strict=True):
-        members = count.total()
-        if members < MIN_MEMBERS <= size:
-            found[key] = Agreement("", 0, size)
-        elif members >= MIN_MEMBERS and len(count) < MAX_VALUES:
-            # On a tie the first by name, so that the order of the answers does not matter.
-            value, agreeing = min(count.items(), key=lambda item: (-item[1], item[0]))
-            found[key] = Agreement(value, agreeing, members)
-    return found
+MIN_MEMBERS = 3  # fewer say nothing of a group
+MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees
 
 
 class Reliability:
@@ -2844,7 +2836,7 @@ MAX_EVENT_PAGES = 10
 
 def describe_creators(
     client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
-) -> Iterator[list[tuple[str, str]]]:
+) -> Iterator[list[tuple[str, Creator]]]:
     """Yield who made instances of the client's account and region, until a time of the monotonic clock.
 
     Takes the instances' ids and launch times. One RunInstances makes many of them, so that one lookup may answer
@@ -2856,7 +2848,7 @@ def describe_creators(
         instance_id = next(iter(waiting))
         launched = min(waiting[instance_id], LAST_LAUNCH)
         around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
-        made: list[tuple[str, str]] = []
+        made: list[tuple[str, Creator]] = []
         # To start a stopped instance renews its launch time: then any time will do.
         for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
             token: dict[str, str] = {}
@@ -2881,13 +2873,13 @@ def describe_creators(
                 token = {"NextToken": following} if following else {}
                 if made or not token:
                     break
-        nobody = (instance_id, f"{UNKNOWN}CloudTrail has no RunInstances of it)")
+        nobody = (instance_id, Creator(None, "CloudTrail has no RunInstances of it"))
         yield [pair for pair in made if waiting.pop(pair[0], None)]
         if waiting.pop(instance_id, None):
             yield [nobody]
 
 
-def creators_of(event: Any) -> list[tuple[str, str]]:
+def creators_of(event: Any) -> list[tuple[str, Creator]]:
     """Return each instance that an event of CloudTrail made, and who made it; the event may be of any JSON."""
     resources = event.get("Resources") if isinstance(event, Mapping) else None
     ids = [
@@ -2900,29 +2892,29 @@ def creators_of(event: Any) -> list[tuple[str, str]]:
     try:
         detail = json.loads(text_at(event, "CloudTrailEvent"))
     except (ValueError, RecursionError):
-        return [(instance_id, f"{UNKNOWN}the event cannot be read)") for instance_id in ids]
+        return [(instance_id, Creator(None, "the event cannot be read")) for instance_id in ids]
     if isinstance(detail, Mapping) and detail.get("errorCode"):
         return []
     who = creator_name(detail.get("userIdentity") if isinstance(detail, Mapping) else None)
     return [(instance_id, who) for instance_id in ids]
 
 
-def creator_name(identity: Any) -> str:
+def creator_name(identity: Any) -> Creator:
     """Return who a userIdentity of CloudTrail is (its user guide, CloudTrail userIdentity element)."""
     arn = text_at(identity, "arn")
     role, session = text_at(identity, "sessionContext", "sessionIssuer", "userName"), arn.rpartition("/")[2]
     service, kind = text_at(identity, "invokedBy"), text_at(identity, "type")
     if service.endswith(".amazonaws.com") or role.startswith("AWSServiceRoleFor"):
         by = service.removesuffix(".amazonaws.com") or role.removeprefix("AWSServiceRoleFor")
-        return f"{by} (automation)"
+        return Creator(f"{by} (automation)")
     if role.startswith("AWSReservedSSO_"):
-        return f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})"
+        return Creator(f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})")
     known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
     if kind == "AssumedRole":
         known = f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or known
     elif kind == "Root":
-        return f"root of {text_at(identity, 'accountId') or 'the account'}"
-    return known or f"{UNKNOWN}the event names nobody)"
+        return Creator(f"root of {text_at(identity, 'accountId') or 'the account'}")
+    return Creator(known) if known else Creator(None, "the event names nobody")
 
 
 def text_at(value: Any, *path: str) -> str:
@@ -3114,136 +3106,147 @@ def zone_region(zone: str) -> str:
 
 
 ########################################################################################################
-# 6 State: LocalState, S3State, the sightings, record_scan, fetch_findings, fetch_open, prune_state, record_changes
+# 6 State: LocalState, S3State, sightings, load_record, record_scan, fetch_findings, fetch_open, prune_state
 ########################################################################################################
 
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
 BUSY_TIMEOUT = 60  # seconds to wait while another scan records
 
-# One entry a version of the state, each run in one transaction with the version that it reaches.
+# One SQL script per version of the state; all that a state lacks run in one transaction.
 # `findings` has a rowid and a separate key: rows of this size make a WITHOUT ROWID table slow.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """
-        CREATE TABLE scans (
-            id INTEGER PRIMARY KEY, scan_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, policy_file TEXT NOT NULL,
-            policy_digest TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT NOT NULL
+MIGRATIONS = (
+    """
+    CREATE TABLE scans (
+        id INTEGER PRIMARY KEY, scan_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, policy_file TEXT NOT NULL,
+        policy_digest TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT NOT NULL
+    );
+    CREATE TABLE coverage (
+        scan INTEGER NOT NULL REFERENCES scans (id), account_id TEXT NOT NULL, region TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('read', 'unread')), error_code TEXT, error_message TEXT,
+        instances INTEGER NOT NULL, compliant INTEGER NOT NULL, findings INTEGER NOT NULL,
+        exempted INTEGER NOT NULL, new INTEGER NOT NULL, repeat INTEGER NOT NULL, reopened INTEGER NOT NULL,
+        resolved INTEGER NOT NULL, PRIMARY KEY (scan, account_id, region)
+    ) WITHOUT ROWID;
+    CREATE TABLE findings (
+        id INTEGER PRIMARY KEY, policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL,
+        instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL, tags TEXT NOT NULL,
+        violations TEXT NOT NULL, last_scan INTEGER NOT NULL REFERENCES scans (id),
+        status TEXT NOT NULL CHECK (status IN ('NEW', 'REPEAT', 'REOPENED', 'RESOLVED')),
+        first_seen TEXT NOT NULL, last_seen TEXT NOT NULL, times_seen INTEGER NOT NULL,
+        times_reopened INTEGER NOT NULL, resolved_at TEXT, resolution TEXT, created_by TEXT, suggestions TEXT,
+        UNIQUE (policy, account_id, region, instance_id)
+    )
+    """,
+    """
+    -- The keys of `violations`, to count a million findings without reading their JSON.
+    ALTER TABLE findings ADD COLUMN tag_keys TEXT;
+    UPDATE findings SET tag_keys =
+        (SELECT json_group_array(json_extract(value, '$.tag_key')) FROM json_each(violations));
+    ALTER TABLE findings ADD COLUMN instance_type TEXT;
+    ALTER TABLE findings ADD COLUMN cause_kind TEXT;
+    ALTER TABLE findings ADD COLUMN cause TEXT;
+    ALTER TABLE findings ADD COLUMN monthly_cost REAL;
+    -- What happened to a finding after it was NEW. `before` holds the violations that it had until then.
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY, finding INTEGER NOT NULL REFERENCES findings (id), at TEXT NOT NULL,
+        event TEXT NOT NULL CHECK (event IN ('CHANGED', 'RESOLVED', 'REOPENED')), before TEXT, resolution TEXT
+    );
+    CREATE INDEX events_of ON events (finding);
+    INSERT INTO events (finding, at, event, before, resolution)
+        SELECT id, resolved_at, 'RESOLVED', violations, resolution
+        FROM findings WHERE resolved_at IS NOT NULL;
+    CREATE TABLE trend (
+        policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL,
+        new INTEGER NOT NULL, reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+        targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
+    ) WITHOUT ROWID
+    """,
+    """
+    -- What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was deleted.
+    -- A row is 'intended' before the call, so that a run that was killed leaves a record of what it did.
+    CREATE TABLE changes (
+        id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL,
+        account_id TEXT NOT NULL, region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL,
+        former TEXT, value TEXT, why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
+    );
+    CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)
+    """,
+    """
+    -- What each channel of the policy's `notify` has to send, and when it was sent: NULL until then.
+    CREATE TABLE notifications (
+        policy TEXT NOT NULL, subject TEXT NOT NULL, channel TEXT NOT NULL, told_at TEXT,
+        PRIMARY KEY (policy, subject, channel)
+    ) WITHOUT ROWID
+    """,
+    "ALTER TABLE findings ADD COLUMN managed_by TEXT",
+    """
+    -- Why `created_by` is not known was a text in `created_by` itself.
+    ALTER TABLE findings ADD COLUMN created_by_reason TEXT;
+    UPDATE findings SET created_by = NULL, created_by_reason = substr(created_by, 10, length(created_by) - 10)
+        WHERE created_by GLOB 'unknown (*)';
+    -- The trend had one row per day of pruned scans, and was derived from the coverage of the others.
+    ALTER TABLE trend RENAME TO pruned_days;
+    CREATE TABLE trend (
+        policy TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
+        reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
+        targets_unread INTEGER NOT NULL
+    );
+    INSERT INTO trend
+        SELECT policy, at, open, new, reopened, resolved, targets, targets_unread FROM pruned_days;
+    INSERT INTO trend
+        WITH counts AS (
+            SELECT policy, started_at AS at, new, reopened, resolved, status = 'unread' AS unread,
+                iif(status = 'read', findings - lag(findings, 1, 0) OVER (
+                    PARTITION BY policy, account_id, region, status ORDER BY started_at, scan
+                ), 0) AS more
+            FROM scans JOIN coverage ON scan = scans.id
+        ), points AS (
+            SELECT policy, at, sum(sum(more)) OVER (PARTITION BY policy ORDER BY at), sum(new), sum(reopened),
+                sum(resolved), count(*), sum(unread)
+            FROM counts GROUP BY policy, at
         )
-        """,
-        """
-        CREATE TABLE coverage (
-            scan INTEGER NOT NULL REFERENCES scans (id), account_id TEXT NOT NULL, region TEXT NOT NULL,
-            status TEXT NOT NULL CHECK (status IN ('read', 'unread')), error_code TEXT, error_message TEXT,
-            instances INTEGER NOT NULL, compliant INTEGER NOT NULL, findings INTEGER NOT NULL,
-            exempted INTEGER NOT NULL, new INTEGER NOT NULL, repeat INTEGER NOT NULL, reopened INTEGER NOT NULL,
-            resolved INTEGER NOT NULL, PRIMARY KEY (scan, account_id, region)
-        ) WITHOUT ROWID
-        """,
-        """
-        CREATE TABLE findings (
-            id INTEGER PRIMARY KEY, policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL,
-            instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL, tags TEXT NOT NULL,
-            violations TEXT NOT NULL, last_scan INTEGER NOT NULL REFERENCES scans (id),
-            status TEXT NOT NULL CHECK (status IN ('NEW', 'REPEAT', 'REOPENED', 'RESOLVED')),
-            first_seen TEXT NOT NULL, last_seen TEXT NOT NULL, times_seen INTEGER NOT NULL,
-            times_reopened INTEGER NOT NULL, resolved_at TEXT, resolution TEXT, created_by TEXT, suggestions TEXT,
-            UNIQUE (policy, account_id, region, instance_id)
-        )
-        """,
-    ),
-    (
-        # The keys of `violations` by themselves, to count a million findings without reading their JSON.
-        "ALTER TABLE findings ADD COLUMN tag_keys TEXT",
-        "UPDATE findings SET tag_keys = (SELECT json_group_array(json_extract(value, '$.tag_key')) "
-        "FROM json_each(violations))",
-        "ALTER TABLE findings ADD COLUMN instance_type TEXT",
-        "ALTER TABLE findings ADD COLUMN cause_kind TEXT",
-        "ALTER TABLE findings ADD COLUMN cause TEXT",
-        "ALTER TABLE findings ADD COLUMN monthly_cost REAL",
-        # What became of a finding after it was NEW; `before` are the violations that it had until then.
-        """
-        CREATE TABLE events (
-            id INTEGER PRIMARY KEY, finding INTEGER NOT NULL REFERENCES findings (id), at TEXT NOT NULL,
-            event TEXT NOT NULL CHECK (event IN ('CHANGED', 'RESOLVED', 'REOPENED')), before TEXT, resolution TEXT
-        )
-        """,
-        "CREATE INDEX events_of ON events (finding)",
-        "INSERT INTO events (finding, at, event, before, resolution) "
-        "SELECT id, resolved_at, 'RESOLVED', violations, resolution FROM findings WHERE resolved_at IS NOT NULL",
-        # What is left of scans that were pruned: their last of each day.
-        """
-        CREATE TABLE trend (
-            policy TEXT NOT NULL, day TEXT NOT NULL, at TEXT NOT NULL, open INTEGER NOT NULL, new INTEGER NOT NULL,
-            reopened INTEGER NOT NULL, resolved INTEGER NOT NULL, targets INTEGER NOT NULL,
-            targets_unread INTEGER NOT NULL, PRIMARY KEY (policy, day)
-        ) WITHOUT ROWID
-        """,
-    ),
-    (
-        # What `remediate` wrote: `former` is NULL where the tag was missing, `value` where it was taken away.
-        # It is intended before the call, so that what was under way when a run was killed is known.
-        """
-        CREATE TABLE changes (
-            id INTEGER PRIMARY KEY, change_id TEXT NOT NULL UNIQUE, policy TEXT NOT NULL, account_id TEXT NOT NULL,
-            region TEXT NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, former TEXT, value TEXT,
-            why TEXT NOT NULL, who TEXT NOT NULL, changed_at TEXT NOT NULL,
-            status TEXT NOT NULL CHECK (status IN ('intended', 'written'))
-        )
-        """,
-        "CREATE INDEX changes_of ON changes (policy, account_id, region, instance_id)",
-    ),
-    (
-        # What each channel of the policy's `notify` is to tell, and when it has: NULL where it has not yet.
-        """
-        CREATE TABLE notifications (
-            policy TEXT NOT NULL, subject TEXT NOT NULL, channel TEXT NOT NULL, told_at TEXT,
-            PRIMARY KEY (policy, subject, channel)
-        ) WITHOUT ROWID
-        """,
-    ),
-    ("ALTER TABLE findings ADD COLUMN managed_by TEXT",),
+        SELECT * FROM points
+        WHERE at > coalesce((SELECT max(at) FROM pruned_days WHERE policy = points.policy), '');
+    DROP TABLE pruned_days
+    """,
 )
 
-# What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can
-# be repeated without reading AWS again. `violations` are those that count: NULL where there are none.
-SIGHTINGS_SCHEMA = (
-    """
+# What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
+# repeated without reading AWS again. `violations` are those that count: NULL where there are none.
+SIGHTINGS = """
     CREATE TABLE target (
         id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, error_code TEXT,
         error_message TEXT, UNIQUE (account_id, region)
-    )
-    """,
-    """
+    );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, violations TEXT, exempted TEXT, too_young INTEGER NOT NULL, instance_type TEXT,
-        monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT, tag_keys TEXT, managed_by TEXT,
-        suggestions TEXT, created_by TEXT
-    )
-    """,
-    # The values of a group's members, as JSON in the order of the rules, and how many have them: a group is
-    # counted page by page. What its members agree on comes of it when all are read.
-    """
+        tags TEXT NOT NULL, managed_by TEXT, exempted TEXT, too_young INTEGER NOT NULL, violations TEXT,
+        tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT,
+        suggestions TEXT, created_by TEXT, created_by_reason TEXT
+    );
+    CREATE VIEW seen AS
+        SELECT account_id, region, sighting.* FROM target CROSS JOIN sighting ON sighting.target = target.id
+        WHERE error_code IS NULL;
+    -- How many members of a group have which values, as JSON in the order of the rules: counted page by page.
     CREATE TABLE usage (
         target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, copies_of TEXT NOT NULL,
         tag_values TEXT NOT NULL, members INTEGER NOT NULL
-    )
-    """,
-    """
+    );
     CREATE TABLE agreement (
-        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, agreements TEXT NOT NULL,
-        PRIMARY KEY (target, kind, name)
-    ) WITHOUT ROWID
-    """,
-    "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
-    # What belongs in digests. The recipient is "" except for owners, the subject NULL if the channel was sent it
-    # before. Only a finding has a line; it is "" where no digest lists it.
-    "CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT)",
-    "CREATE INDEX digest_of ON digest_line (channel, recipient)",
-)
+        target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, rule INTEGER NOT NULL,
+        value TEXT NOT NULL, agreeing INTEGER NOT NULL, members INTEGER NOT NULL,
+        PRIMARY KEY (target, kind, name, rule)
+    ) WITHOUT ROWID;
+    CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
+    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent it
+    -- before. Only a finding has a line. It is '' where no digest lists it.
+    CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
+    CREATE INDEX digest_of ON digest_line (channel, recipient)
+"""
 
 
-WAY_OUT = "restore it from a backup, or move it away to start anew (every finding will be NEW again)"
+WAY_OUT = "restore it from a backup, or move it away to start over (every finding will be NEW again)"
 
 
 class _BadRowError(sqlite3.DatabaseError):
@@ -3252,20 +3255,16 @@ class _BadRowError(sqlite3.DatabaseError):
 
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
-    """Turn what SQLite and the rows of a state can fail with into StateErrors, but for bugs of ours."""
+    """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
+    denied = "cannot be opened or written: check the permissions of the file and of its directory"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
-        "SQLITE_CORRUPT": f"is damaged: {WAY_OUT}",
-        "SQLITE_CONSTRAINT": f"is damaged: {WAY_OUT}",
-        "SQLITE_FULL": f"cannot grow: the disk is full (or that of {tempfile.gettempdir()}); make room and run again",
-        "SQLITE_READONLY": "cannot be written: check the permissions of the file and of its directory",
-        "SQLITE_CANTOPEN": "cannot be opened: check the permissions of the file and of its directory",
+        "SQLITE_FULL": full,
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
-        "SQLITE_PERM": "cannot be opened: check its permissions",
-        "SQLITE_AUTH": "cannot be opened: check its permissions",
-        "SQLITE_TOOBIG": f"holds a value too large for SQLite: {WAY_OUT}",
+        **dict.fromkeys(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH"), denied),
     }
     try:
         yield
@@ -3275,59 +3274,52 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
         if code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error)):
             raise
-        # SQLITE_ERROR is of a value that cannot be worked with ("malformed JSON"), as the tables are ours.
+        # Other SQLITE_ERRORs are about a value ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
 
 
-# What SQLite says of a query that does not fit the tables, which are ours where any is asked.
+# How SQLite's messages about a query that does not fit the tables begin.
 _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
-    """Find out before the scan whether the state can be used, and create it where there is none.
+    """Check before the scan that the state can be used, and create it where there is none.
 
-    Refuses what is not ours or not whole: to begin anew silently would lose every first_seen. Raises
-    StateError, which says `name` where `path` is a copy.
+    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises
+    StateError, which names `name` where `path` is a copy.
     """
     name = name or path
-    if not _exists(path):
-        if not create:
-            raise _missing(name)
+    if create and not _exists(path):
         _create_state(path)
-    with _checked_state(path, name) as db:
+    with opened_state(path, name) as db:
+        _check_integrity(db, name)
         _migrate(db, name)
 
 
-def _exists(path: Path) -> bool:
-    """Return whether there is anything of this name; raises StateError where nobody can tell."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise StateError(
-            f"the state {path} cannot be read: {error.strerror}; name another file with --state"
-        ) from error
-    return True
-
-
 def _missing(name: Path | str) -> MissingStateError:
-    """Return the error of a state that is not there."""
+    """Return the error for a state that does not exist."""
     return MissingStateError(
         f"there is no state {name}: run a scan first, or name the right one with --state"
     )
 
 
-@contextlib.contextmanager
-def _checked_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
-    """Yield a state that is there, found to be ours and whole; raises StateError."""
-    with opened_state(path, name) as db:
-        # count(*) does not notice flipped bits, and quick_check none in an index.
-        damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if damage != "ok":
-            raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
-        yield db
+def _exists(path: Path) -> bool:
+    """Return whether something has this name; opening it says why it cannot be used."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _check_integrity(db: sqlite3.Connection, name: Path | str) -> None:
+    """Raise StateError for a damaged file; quick_check would not notice flipped bits in an index."""
+    damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
 
 
 def has_scan(path: Path, scan_id: str) -> bool:
@@ -3337,60 +3329,35 @@ def has_scan(path: Path, scan_id: str) -> bool:
 
 
 def copy_state(path: Path, copy: Path) -> None:
-    """Copy a state, where there is one, as it is after its last transaction; raises StateError."""
-    if _exists(path):
-        with _checked_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
+    """Copy a state as of its last transaction; raises StateError."""
+    with opened_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        _check_integrity(source, path)
+        source.backup(target)
 
 
 def resolve_state(name: str) -> Path:
-    """Return the file that a name of a state leads to; raises StateError for a link that leads nowhere."""
+    """Return the file that a state's name leads to; raises StateError for a link to nothing."""
     path = Path(os.path.realpath(name))
-    # Whoever may write the link would else choose where a new state is put.
+    # Otherwise whoever may write the link chooses where a new state is created.
     if os.path.islink(name) and not os.path.lexists(path):
-        raise StateError(
-            f"the state {name} is a link to {path}, which does not exist: put the state there, or "
-            "name its file with --state"
-        )
+        message = f"the state {name} is a link to {path}, which does not exist: put the state there"
+        raise StateError(f"{message}, or name its file with --state")
     return path
 
 
-def _refuse_unlike_state(path: Path, name: Path | str) -> None:
-    """Raise StateError for what is not a file, for an empty one, or one that may not be looked at."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
-        raise StateError(message) from error
-    if stat.S_ISDIR(status.st_mode):
-        raise StateError(f"the state {name} is a directory: name a file with --state")
-    if not stat.S_ISREG(status.st_mode):  # to open a FIFO waits for a writer
-        raise StateError(f"the state {name} is not a regular file: name another file with --state")
-    size = status.st_size
-    if size == 0:
-        raise StateError(f"the state {name} is empty (0 bytes): {WAY_OUT}")
-    if size < 512:  # SQLite's smallest page; it takes what is smaller for a database that is new
-        raise StateError(f"the state {name} is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}")
-
-
 def _create_state(path: Path) -> None:
-    """Create an empty state readable by its owner alone; kill it at any point, and there is all or nothing."""
+    """Create an empty state, readable by its owner only, as a whole or not at all."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            new = Path(directory) / "state.db"
+            new.touch(0o600)
+            with _state_errors(path), contextlib.closing(_connect(new)) as db:
+                _migrate(db, path)
+            with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
+                os.link(new, path)
     except OSError as error:
-        raise StateError(
-            f"the state {path} cannot be created: {error.strerror}; name another place with --state"
-        ) from error
-    os.close(handle)
-    try:
-        with _state_errors(path), contextlib.closing(_connect(Path(name))) as db:
-            _migrate(db, path)
-        with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
-            os.link(name, path)
-    except OSError as error:
-        raise StateError(f"the state {path} cannot be created: {error.strerror}") from error
-    finally:
-        os.unlink(name)
+        message = f"the state {path} cannot be created: {error.strerror}; name another place with --state"
+        raise StateError(message) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -3402,18 +3369,42 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
+def _connected(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to a file that may be a state; raises StateError."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(name) from None
+    except OSError as error:
+        message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
+        raise StateError(message) from error
+    size = status.st_size
+    for is_so, what in (
+        (stat.S_ISDIR(status.st_mode), "is a directory: name a file with --state"),
+        # Opening a FIFO waits for a writer.
+        (not stat.S_ISREG(status.st_mode), "is not a regular file: name another file with --state"),
+        (size == 0, f"is empty (0 bytes): {WAY_OUT}"),
+        # SQLite's smallest page: it treats a smaller file as a new database.
+        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}"),
+    ):
+        if is_so:
+            raise StateError(f"the state {name} {what}")
+    with _state_errors(name), contextlib.closing(_connect(path)) as db:
+        yield db
+
+
+@contextlib.contextmanager
 def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to a state whose schema is ours; raises StateError."""
-    _refuse_unlike_state(path, name)
-    with _state_errors(name), contextlib.closing(_connect(path)) as db:
+    with _connected(path, name) as db:
         _state_version(db, name)
         yield db
 
 
 @contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Write in one transaction, which an exception in the body undoes."""
-    db.execute("BEGIN IMMEDIATE")
+def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
+    """Run the body in one transaction, which an exception undoes."""
+    db.execute(f"BEGIN {mode}")
     try:
         yield
         db.execute("COMMIT")
@@ -3423,26 +3414,31 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
+def _run(db: sqlite3.Connection, script: str, names: Mapping[str, Any] | None = None) -> None:
+    """Run the statements of a script in the open transaction, which executescript() would commit."""
+    for statement in script.split(";"):
+        db.execute(statement, names or {})
+
+
 @contextlib.contextmanager
 def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
-    """Write to a state of the present version in one transaction, which an exception in the body undoes.
+    """Write to a state of the present version in one transaction, which an exception undoes.
 
     The schema is compared again: another process may have changed the file since it was opened.
     """
-    with _transaction(db):
+    with transaction(db):
         if _state_version(db, name, schema) != len(MIGRATIONS):
             raise StateError(f"the state {name} was changed while this command ran: run it again")
         yield
 
 
 def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
-    """Bring a state to the present version in one transaction; refuse a newer one and another program's."""
+    """Bring a state to the present version in one transaction; raises StateError."""
     if _state_version(db, name) == len(MIGRATIONS):
         return
-    with _transaction(db):
-        for statements in MIGRATIONS[_state_version(db, name) :]:
-            for statement in statements:
-                db.execute(statement)
+    with transaction(db):
+        for script in MIGRATIONS[_state_version(db, name) :]:
+            _run(db, script)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
@@ -3452,10 +3448,10 @@ OLDER_COLUMNS = {"instance_id", "first_seen", "is_active"}
 
 
 def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> int:
-    """Return the version of a state: 0 of a new file and of the older tool's.
+    """Return the version of a state: 0 for a new file and for the older tool's.
 
-    Raises StateError for another program's, for a newer one, and for a schema that is not of its version: a
-    trigger or a view could change what a scan records, or what a report shows.
+    Raises StateError for another program's database, for a newer version, and for a schema that is not of its
+    version: a trigger or a view could change what a scan records or a report shows.
     """
     application_id, version = (
         db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0] for pragma in ("application_id", "user_version")
@@ -3466,9 +3462,8 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     if not (application_id == APPLICATION_ID or (is_unmarked and (older or not found))):
         raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
-        raise StateError(
-            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
-        )
+        newer = f"was written by a newer tagcheck (version {version})"
+        raise StateError(f"the state {name} {newer}: use that one")
     expected = _expected_schema(max(version, 0))
     unknown = [row for row in (found - expected) if not (older and _is_of_older_tool(row))]
     if version < 0:
@@ -3483,7 +3478,7 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     else:
         return int(version)
     raise StateError(
-        f"the state {name} is not a tagcheck state, or was changed by something else ({why}): {WAY_OUT}"
+        f"the state {name} is not a tagcheck state, or something else changed it ({why}): {WAY_OUT}"
     )
 
 
@@ -3491,7 +3486,7 @@ SchemaRow = tuple[str, str, str, str]
 
 
 def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[SchemaRow]:
-    """Return what a database consists of: type, name, table and SQL, its white space made alike."""
+    """Return the objects of a database: type, name, table and SQL with its white space made alike."""
     try:
         rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master").fetchall()
     except UnicodeDecodeError as error:  # sqlite3 fails to decode SQLite's message, which quotes a name
@@ -3501,52 +3496,50 @@ def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[Schema
 
 @functools.lru_cache
 def _expected_schema(version: int) -> Counter[SchemaRow]:
-    """Return what a state of a version consists of."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        for statement in itertools.chain.from_iterable(MIGRATIONS[:version]):
-            db.execute(statement)
+    """Return the objects of a state of a version."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for script in MIGRATIONS[:version]:
+            _run(db, script)
         return _read_schema(db)
 
 
 def _is_of_older_tool(row: SchemaRow) -> bool:
-    """Return whether a part of a schema is the older tool's table, or an index of it."""
+    """Return whether an object of a schema is the older tool's table, or an index of it."""
     kind, name, table, sql = row
     if kind == "table" and name == "sqlite_sequence":  # of AUTOINCREMENT
         return sql == "CREATE TABLE sqlite_sequence(name,seq)"
     if table != OLDER_TABLE:
         return False
-    of_key = kind == "index" and sql == "None"
-    # What the SQL says is what SQLite makes, whatever the other columns say. A virtual table is other code's.
-    return of_key or bool(
-        re.match(rf"""CREATE TABLE ["`\[]?{OLDER_TABLE}\b|{_OLDER_INDEX}""", sql, re.IGNORECASE)
-    )
+    # SQLite goes by the SQL, whatever the other columns say. A virtual table would run other code.
+    return (kind == "index" and sql == "None") or _OLDER_OBJECT.match(sql) is not None
 
 
-_OLDER_INDEX = rf"""CREATE( UNIQUE)? INDEX ["`\[]?\w+["`\]]? ON ["`\[]?{OLDER_TABLE}\b"""
+_OLDER_OBJECT = re.compile(
+    rf"""CREATE (TABLE|(UNIQUE )?INDEX ["`\[]?\w+["`\]]? ON) ["`\[]?{OLDER_TABLE}\b""", re.IGNORECASE
+)
 
 
 class LocalState:
-    """A state in a file of this machine; without `create` a missing one is a MissingStateError."""
+    """A state in a local file; without `create` a missing one is a MissingStateError."""
 
     def __init__(self, path: Path, name: str | None = None, *, create: bool = True) -> None:
         self.path, self.name, self._create = path, name or str(path), create
 
     def check(self) -> None:
-        """Find out before the scan whether it can be used; raises StateError."""
+        """Check before the scan that it can be used; raises StateError."""
         check_state(self.path, create=self._create)
 
     def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield the file to record into, once: a transaction that ends stands."""
+        """Yield the file to record into, once: a committed transaction is final."""
         yield self.path
 
     def release_signals(self) -> None:
         """Do nothing: no signal is held back."""
 
     def copy(self, copy: Path) -> None:
-        """Copy it, where there is one; raises StateError."""
-        if not (self._create or _exists(self.path)):
-            raise _missing(self.name)
-        copy_state(self.path, copy)
+        """Copy it, if there is one; raises StateError."""
+        if _exists(self.path) or not self._create:
+            copy_state(self.path, copy)
 
 
 S3_TRIES = 40
@@ -3729,63 +3722,55 @@ def open_sightings() -> sqlite3.Connection:
     """Return a private database for what a scan sees; SQLite deletes it when it is closed, or killed."""
     db = sqlite3.connect("", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
-    for statement in SIGHTINGS_SCHEMA:
-        db.execute(statement)
+    _run(db, SIGHTINGS)
     return db
 
 
 def sighting_errors() -> contextlib.AbstractContextManager[None]:
-    """Turn SQLite's errors of what this scan has seen, in the body of the `with`, into StateErrors."""
+    """Turn SQLite's errors about what this scan has seen, in the body of the `with`, into StateErrors."""
     return _state_errors(Path(tempfile.gettempdir()) / "(of this scan)")
 
 
 def add_target(db: sqlite3.Connection, target: Target) -> int:
-    """Note that a target is being read, and return its number among the sightings."""
-    row = db.execute(
-        "INSERT INTO target (account_id, region) VALUES (?, ?)", (target.account_id, target.region)
-    )
+    """Add a target that is being read, and return its number among the sightings."""
+    row = db.execute("INSERT INTO target (account_id, region) VALUES (?, ?)", astuple(target))
     return row.lastrowid or 0
 
 
 def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None:
-    """Note why a target could not be read in full; what was seen of it no longer counts."""
-    db.execute(
-        "UPDATE target SET error_code = ?, error_message = ? WHERE id = ?",
-        (error.code, error.message, target),
-    )
+    """Record why a target could not be read in full; what was seen of it no longer counts."""
+    failure = (error.code, error.message, target)
+    db.execute("UPDATE target SET error_code = ?, error_message = ? WHERE id = ?", failure)
     db.execute("DELETE FROM sighting WHERE target = ?", (target,))
 
 
 def add_sightings(
     db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, float | None]]
 ) -> None:
-    """Keep what was made of instances of a target, and what each costs in a month if that is known."""
-    db.execute("BEGIN")
-    db.executemany(
-        f"INSERT INTO sighting VALUES ({', '.join('?' * 17)})",
-        (_sighting_row(target, seen, cost) for seen, cost in sightings),
-    )
-    db.execute("COMMIT")
+    """Add the sightings of a target, each with what the instance costs per month if that is known."""
+    rows = (_sighting_row(target, seen, cost) for seen, cost in sightings)
+    with transaction(db):
+        db.executemany(f"INSERT INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
 
 
 def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
-    """Return a row of `sighting`."""
+    """Return a row of `sighting`, up to `cause`."""
     instance = seen.instance
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
-    row = (target, instance.instance_id, instance.state, launch_time, tags)
     exempted = to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
+    row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by, exempted)
     if not seen.violations:
-        return (*row, None, exempted, seen.too_young, *(None,) * 6, instance.managed_by, None, None)
-    violations = to_json([violation_record(violation) for violation in seen.violations])
-    groups = groups_of(instance)
-    kind, name = cause_of(groups) or (None, None)
+        return (*row, seen.too_young, *(None,) * 7)
+    violations = to_json([to_record(violation) for violation in seen.violations])
     keys = to_json([violation.tag_key for violation in seen.violations])
-    found = (instance.instance_type, monthly_cost, to_json(groups), kind, name, keys)
-    return (*row, violations, exempted, seen.too_young, *found, instance.managed_by, None, None)
+    groups = groups_of(instance)
+    cause = cause_of(groups) or (None, None)
+    more = (instance.instance_type, monthly_cost, to_json(groups), *cause)
+    return (*row, seen.too_young, violations, keys, *more)
 
 
-# How many instances of a target have these values of the required tags in a group. In a group that is no cause,
-# those of a cause are copies of each other, and count once: an Auto Scaling group of 30 is no 30 witnesses.
+# How many instances of a target have these values of the required tags in a group. In a group that is not a
+# cause, those of one cause are copies of each other and count once: an Auto Scaling group is one witness.
 Usage = Counter[tuple[int, str, str, str, tuple[str | None, ...]]]
 MAX_USAGE = 50_000  # entries to count in memory, some 15 MB
 
@@ -3797,542 +3782,478 @@ def count_usage(usage: Usage, target: int, seen: Sighting, rules: Iterable[Requi
     for kind, name in groups_of(seen.instance):
         hands_on = GROUP_KINDS[kind].remedy
         cause = cause or (name if hands_on else "")
-        # One copy with all its tags will do for its wider groups, and those without would be many entries.
+        # One copy with all its tags is enough for its wider groups, and those without would be many entries.
         if hands_on or not cause or None not in values:
             usage[target, kind, name, "" if hands_on else cause, values] += 1
 
 
 def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
-    """Keep what was counted so far of the groups' tags; a group can come again."""
+    """Add what was counted so far of the groups' tags; a group can come again."""
     rows = ((*group, to_json(values), count) for (*group, values), count in usage.items())
-    db.execute("BEGIN")
-    db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
-    db.execute("COMMIT")
+    with transaction(db):
+        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
 def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
-    """Add to what violates the policy what its tags should probably be, by all that was seen."""
+    """Add the likely values of the tags that violate the policy, from all that was seen."""
+    reliability = Reliability()
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
     rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
-    reliability = _add_agreements(db, {target: [*by_key] for target, by_key in rules.items()})
+    keys = {target: [*by_key] for target, by_key in rules.items()}
+    add_agreements(db)
+    query = "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing"
+    for target, kind, rule, *counts in db.execute(f"{query} GROUP BY 1, 2, 3"):
+        reliability.learn(kind, {keys[target][rule]: Agreement("", *counts)})
 
     @functools.lru_cache(10_000)
     def agreements_of(target: int, kind: str, name: str) -> dict[str, Agreement]:
-        query = "SELECT agreements FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
-        row = db.execute(query, (target, kind, name)).fetchone()
-        return {key: Agreement(*found) for key, found in json.loads(row[0]).items()} if row else {}
+        query = "SELECT rule, value, agreeing, members FROM agreement WHERE (target, kind, name) = (?, ?, ?)"
+        rows = db.execute(query, (target, kind, name))
+        return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
     def suggestions(target: int, violations: str, groups: str) -> str | None:
         members = [Group(*group) for group in json.loads(groups)]
         found = []
-        for violation in map(_load_violation, json.loads(violations)):  # this scan's own
+        for violation in (load_object(Violation, record) for record in json.loads(violations)):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
             found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
-        records = [suggestion_record(suggestion) for suggestion in found if suggestion]
+        records = [to_record(suggestion) for suggestion in found if suggestion]
         return to_json(records) if records else None
 
-    last = 0
-    while True:
-        rows = db.execute(
-            "SELECT rowid, target, violations, groups FROM sighting WHERE rowid > ? AND violations IS NOT NULL "
-            "ORDER BY rowid LIMIT 1000",
-            (last,),
-        ).fetchall()
-        if not rows:
-            return
-        last = rows[-1][0]
-        db.execute("BEGIN")
-        db.executemany(
-            "UPDATE sighting SET suggestions = ? WHERE rowid = ?",
-            ((suggestions(*row), number) for number, *row in rows),
+    update = "UPDATE sighting SET suggestions = suggestions(target, violations, groups)"
+    with _sql_function(db, suggestions), transaction(db):
+        db.execute(f"{update} WHERE violations IS NOT NULL")
+
+
+def add_agreements(db: sqlite3.Connection) -> None:
+    """Add for each rule the value that most members of a group have, or that hardly any member has one."""
+    with transaction(db):
+        db.execute(_AGREEMENTS)
+
+
+# The copies of one cause are one member of its wider groups. Of equally frequent values the first one wins:
+# the order of the answers does not matter.
+_AGREEMENTS = f"""
+    WITH member AS (
+        SELECT target, kind, name, tag_values, iif(copies_of = '', sum(members), 1) AS number FROM usage
+        WHERE target IN (SELECT id FROM target WHERE error_code IS NULL)
+        GROUP BY target, kind, name, copies_of, tag_values
+    ), vote AS (
+        SELECT target, kind, name, rule.key AS rule, rule.value, sum(number) AS votes
+        FROM member CROSS JOIN json_each(tag_values) AS rule GROUP BY 1, 2, 3, 4, 5
+    ), ranked AS (
+        SELECT *, row_number() OVER of_rule AS place, count(value) OVER of_rule AS different,
+            sum(votes) OVER of_rule AS size, sum(iif(value IS NULL, 0, votes)) OVER of_rule AS members
+        FROM vote WINDOW of_rule AS (
+            PARTITION BY target, kind, name, rule ORDER BY value IS NULL, votes DESC, value
+            ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING
         )
-        db.execute("COMMIT")
+    )
+    INSERT INTO agreement
+    SELECT target, kind, name, rule, iif(members < {MIN_MEMBERS}, '', value),
+        iif(members < {MIN_MEMBERS}, 0, votes), iif(members < {MIN_MEMBERS}, size, members)
+    FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
+"""
 
 
-def _add_agreements(db: sqlite3.Connection, keys: Mapping[int, Sequence[str]]) -> Reliability:
-    """Find out what the members of each group agree on, and how far groups of each kind do."""
-    reliability = Reliability()
-    load_values = functools.lru_cache(10_000)(json.loads)  # an instance's groups have the same values
+@contextlib.contextmanager
+def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Iterator[None]:
+    """Let SQL call a function by its name; an exception in it, even Ctrl-C, ends the body of the `with`."""
+    raised: list[BaseException] = []
 
-    def rows() -> Iterator[tuple[int, str, str, str]]:
-        usage = db.execute(
-            "SELECT target, kind, name, tag_values, CASE copies_of WHEN '' THEN sum(members) ELSE 1 END FROM usage "
-            "GROUP BY target, kind, name, copies_of, tag_values ORDER BY target, kind, name"
-        )
-        for (target, kind, name), members in itertools.groupby(usage, key=lambda row: row[:3]):
-            values = ((load_values(row[3]), row[4]) for row in members)
-            if target in keys and (found := agreements(values, keys[target])):
-                reliability.learn(kind, found)
-                yield target, kind, name, to_json(found)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except BaseException as error:  # sqlite3 tells only that there was one
+            raised.append(error)
+            raise
 
-    db.execute("BEGIN")
-    db.executemany("INSERT INTO agreement VALUES (?, ?, ?, ?)", rows())
-    db.execute("COMMIT")
-    return reliability
+    db.create_function(function.__name__, -1, call, deterministic=True)
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if raised:
+            raise raised[0] from None
+        if str(error) == "user-defined function raised exception":
+            raise KeyboardInterrupt from None  # only a signal strikes before the `try` in call()
+        raise
 
 
-MAX_LOOKUPS = 1000  # a target and scan: more than the budget of time allows
+MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
+
+
+@contextlib.contextmanager
+def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
+    """Attach a state to the sightings; raises StateError."""
+    with _state_errors(name):
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+        yield
+        # After an exception queries of it may still be open, and only the end of the connection detaches it.
+        db.execute("DETACH DATABASE state")
 
 
 def fetch_uncreated(
     db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
 ) -> dict[Target, list[tuple[str, datetime]]]:
-    """Return the findings whose creator the state does not know and that were launched since a time.
-
-    By target, the youngest first, each with its launch time. Raises StateError.
+    """Return by target the findings launched since a time that have no known creator, the youngest first."""
+    query = f"""
+        SELECT account_id, region, instance_id, launch_time FROM (
+            SELECT account_id, region, instance_id, seen.launch_time,
+                row_number() OVER (PARTITION BY target ORDER BY seen.launch_time DESC) AS number
+            FROM seen LEFT JOIN (SELECT * FROM state.findings WHERE policy = :policy) AS finding
+                USING (account_id, region, instance_id)
+            WHERE seen.violations IS NOT NULL AND NOT too_young AND seen.launch_time >= :since
+                AND finding.created_by IS NULL
+        ) WHERE number <= {MAX_LOOKUPS} ORDER BY account_id, region, launch_time DESC
     """
-    with _state_errors(path):
-        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+    with _attached(db, path, path):
         _state_version(db, path, "state")
-        rows = db.execute(
-            """
-            SELECT account_id, region, instance_id, launch_time FROM (
-                SELECT target.account_id, target.region, sighting.instance_id, sighting.launch_time,
-                    row_number() OVER (PARTITION BY target ORDER BY sighting.launch_time DESC) AS number
-                FROM target JOIN sighting ON sighting.target = target.id
-                LEFT JOIN state.findings AS finding ON finding.policy = :policy
-                    AND finding.account_id = target.account_id AND finding.region = target.region
-                    AND finding.instance_id = sighting.instance_id
-                WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL
-                    AND NOT sighting.too_young AND sighting.launch_time >= :since
-                    AND (finding.created_by IS NULL OR finding.created_by LIKE :unknown)
-            ) WHERE number <= :limit ORDER BY account_id, region, launch_time DESC
-            """,
-            {
-                "policy": scan.policy.name,
-                "since": utc_text(since),
-                "unknown": f"{UNKNOWN}%",
-                "limit": MAX_LOOKUPS,
-            },
-        ).fetchall()
-        db.execute("DETACH DATABASE state")
-    found: dict[Target, list[tuple[str, datetime]]] = {}
-    for account_id, region, instance_id, launched in rows:
-        entry = (instance_id, datetime.fromisoformat(launched))
-        found.setdefault(Target(account_id, region), []).append(entry)
-    return found
+        rows = db.execute(query, {"policy": scan.policy.name, "since": utc_text(since)}).fetchall()
+    return {
+        Target(*key): [(instance_id, datetime.fromisoformat(launched)) for *_, instance_id, launched in group]
+        for key, group in itertools.groupby(rows, key=lambda row: row[:2])
+    }
 
 
-def add_unknown_creators(db: sqlite3.Connection, before: datetime, why: str) -> None:
-    """Keep that nobody can say any more who made what was launched before a time."""
-    db.execute(
-        "UPDATE sighting SET created_by = ? WHERE violations IS NOT NULL AND launch_time < ?",
-        (f"{UNKNOWN}{why})", utc_text(before)),
-    )
+def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) -> None:
+    """Add why the creators of what was launched before a time cannot be known any more."""
+    query = "UPDATE sighting SET created_by_reason = ? WHERE violations IS NOT NULL AND launch_time < ?"
+    db.execute(query, (reason, utc_text(before)))
 
 
-def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, str]]) -> None:
-    """Keep who made instances of a target."""
+def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, Creator]]) -> None:
+    """Add who launched instances of a target, or why that is not known."""
     db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
     db.executemany(
-        "UPDATE sighting SET created_by = ? WHERE instance_id = ? "
+        "UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? "
         "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))",
-        ((printable(who), id_, target.account_id, target.region) for id_, who in creators),
+        (
+            (creator.name and printable(creator.name), creator.reason, id_, *astuple(target))
+            for id_, creator in creators
+        ),
     )
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text."""
-    return type(value) is str
-
-
-def _is_text_or_none(value: Any) -> bool:
-    """Return whether a value is text, or nothing."""
-    return value is None or type(value) is str
-
-
-def _is_count(value: Any) -> bool:
-    """Return whether a value is a number of things."""
-    return type(value) is int and 0 <= value < MAX_COUNT
-
-
-def _is_amount(value: Any) -> bool:
-    """Return whether a value is an amount of money."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_time(value: Any) -> bool:
-    """Return whether a value is a time as utc_text() writes it."""
-    return type(value) is str and _TIME.fullmatch(value) is not None and _is_moment(value)
-
-
-@functools.lru_cache(10_000)
-def _is_moment(text: str) -> bool:
-    """Return whether a time is on a day that there is; the findings of a scan have few different ones."""
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_one_of(*values: str | None) -> Callable[[Any], bool]:
-    """Return what tells whether a value is one of these."""
-    return lambda value: value in values
-
-
-def _is_absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return what tells whether a value is nothing, or passes a check."""
-    return lambda value: value is None or check(value)
 
 
 MAX_COUNT = 2**53  # as far as JSON's readers count exactly
-_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_COUNT_COLUMNS = (
-    "instances compliant findings exempted new reopened resolved open targets targets_unread times_seen "
-    "times_reopened number"
-).split()
-# What columns and JSON keys hold. A state is data that anyone may have changed: no row is used unchecked.
-_COLUMNS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_COUNT_COLUMNS, _is_count),
-    **dict.fromkeys(("at", "first_seen", "last_seen", "launch_time", "changed_at", "started_at"), _is_time),
-    **dict.fromkeys(
-        ("error_code", "error_message", "created_by", "instance_type", "managed_by", "former"),
-        _is_text_or_none,
-    ),
-    **dict.fromkeys(
-        ("policy", "account_id", "region", "instance_id", "state", "tag_key", "message"), _is_text
-    ),
-    **dict.fromkeys(("change_id", "why", "who", "subject", "channels", "evidence"), _is_text),
-    **dict.fromkeys(("value", "found_key", "cause"), _is_text_or_none),
-    "resolved_at": _is_absent_or(_is_time),
-    "status": _is_one_of(*Status),
-    "resolution": _is_one_of(None, *Resolution),
-    "cause_kind": _is_one_of(None, *GROUP_KINDS),
-    "event": _is_one_of("CHANGED", "RESOLVED", "REOPENED"),
-    "change_status": _is_one_of("intended", "written"),
-    "monthly_cost": _is_absent_or(_is_amount),
-    "cost": _is_amount,
-    "type": _is_one_of(*ViolationType),
-    "confidence": lambda value: _is_amount(value) and value <= 1,
-}
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
-def checked_row(columns: Sequence[str], row: Sequence[Any]) -> Sequence[Any]:
-    """Return a row of the state, all of whose values are what their columns hold; raises _BadRowError."""
-    for column, value in zip(columns, row, strict=True):
-        if not _COLUMNS[column](value):
-            raise _BadRowError(f"{column} is {value!r:.80}")
-    return row
-
-
-def _load_json(column: str, text: Any, kind: type) -> Any:
-    """Return a column's JSON, which is an object or a list; raises _BadRowError."""
+@functools.lru_cache(10_000)  # the findings of a scan have few different times
+def _is_moment(text: str) -> bool:
+    """Return whether a text is a time as utc_text() writes it, on a day that exists."""
     try:
-        value = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _BadRowError(f"{column} is not JSON: {text!r:.80}") from error
-    if type(value) is not kind:
-        raise _BadRowError(f"{column} is {text!r:.80}")
+        return _MOMENT.fullmatch(text) is not None and bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _is_amount(value: Any) -> bool:
+    """Return whether a value is a finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+# What a value of each type must be. A state is data that anyone may have changed: no row is used unchecked.
+_IS_VALID: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: type(value) is str,
+    Moment: lambda value: type(value) is str and _is_moment(value),
+    int: lambda value: type(value) is int and 0 <= value < MAX_COUNT,
+    float: _is_amount,
+    Share: lambda value: _is_amount(value) and value <= 1,
+    Kind: lambda value: value in GROUP_KINDS,
+}
+Loader = Callable[[Any], Any]
+Record = TypeVar("Record")
+
+
+def _loader(kind: Any) -> Loader:
+    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError.
+
+    A record in a column is the JSON list of its fields, several are a list of JSON objects, or NULL.
+    """
+    if is_valid := _IS_VALID.get(kind):
+
+        def check(value: Any) -> Any:
+            if not is_valid(value):
+                raise ValueError
+            return value
+
+        return check
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind
+    origin, arguments = get_origin(kind), get_args(kind)
+    if type(None) in arguments:
+        load = _loader(arguments[0])
+        return lambda value: None if value is None else load(value)
+    if origin is Literal:
+        return lambda value: arguments[arguments.index(value)]
+    if origin is tuple:
+        return lambda text: _load_list(arguments[0], text)
+    if origin is Mapping:
+        return lambda text: {key: load_text(value) for key, value in _from_json(text, dict).items()}
+    return lambda text: load_record(kind, _from_json(text, list))
+
+
+load_text, load_count = _loader(str), _loader(int)
+
+
+def _from_json(text: Any, kind: type) -> Any:
+    """Return the list or object that JSON holds; raises ValueError, TypeError or RecursionError."""
+    if type(value := json.loads(text)) is not kind:
+        raise ValueError
     return value
 
 
-def _load_records(column: str, text: Any, keys: Mapping[str, str]) -> list[Sequence[Any]]:
-    """Return the values of a column's JSON objects, whose keys name their checks; raises _BadRowError."""
-    rows = []
-    for record in _load_json(column, text, list):
-        if type(record) is not dict or record.keys() != keys.keys():
-            raise _BadRowError(f"{column} is {text!r:.80}")
-        rows.append(checked_row([*keys.values()], [record[key] for key in keys]))
-    return rows
+def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
+    """Return the records that a list of JSON objects holds; raises ValueError or TypeError."""
+    records = () if text is None else _from_json(text, list)
+    names = _loaders(kind).keys()
+    if records == [] or any(type(record) is not dict or record.keys() != names for record in records):
+        raise ValueError
+    return tuple(load_object(kind, record) for record in records)
 
 
-_VIOLATION = {key: key for key in ("tag_key", "type", "value", "found_key", "message")}
+@functools.cache
+def _loaders(kind: Any) -> dict[str, Loader]:
+    """Return a loader for each field of a record."""
+    return {name: _loader(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
-def _load_violations(text: str | bytes) -> tuple[Violation, ...]:
-    """Read the violations of a finding back from the state; raises _BadRowError."""
-    rows = _load_records("violations", text, _VIOLATION)
-    if not rows:
-        raise _BadRowError("violations is an empty list")
-    return tuple(Violation(key, ViolationType(kind), *more) for key, kind, *more in rows)
+def load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
+    """Return the values of a row, whose columns the loaders name; raises _BadRowError."""
+    values = []
+    for (name, load), value in zip(loaders.items(), row, strict=True):
+        try:
+            values.append(load(value))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _BadRowError(f"{name} is {value!r:.80}") from error
+    return values
 
 
-def _load_violation(row: Mapping[str, Any]) -> Violation:
-    """Read one violation back from the sightings."""
-    kind = ViolationType(row["type"])
-    return Violation(row["tag_key"], kind, row["value"], row["found_key"], row["message"])
+def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
+    """Return the record whose fields are the columns of a row; raises _BadRowError."""
+    return kind(*load_row(_loaders(kind), row))
 
 
-def _load_exempted(text: str) -> tuple[Exempted, ...]:
-    """Read exempted violations back from the sightings."""
-    return tuple(
-        Exempted(
-            _load_violation(row),
-            Exemption(
-                row["reason"],
-                expires=date.fromisoformat(row["expires"]) if row["expires"] else None,
-                approved_by=row["approved_by"],
-                ticket=row["ticket"],
-            ),
-        )
-        for row in json.loads(text)
-    )
+def load_pairs(kind: Any, rows: Iterable[Sequence[Any]]) -> list[tuple[Any, int]]:
+    """Return values of a type and how often there are; raises _BadRowError."""
+    loaders = {"value": _loader(kind), "number": load_count}
+    return [(value, number) for value, number in (load_row(loaders, row) for row in rows)]
+
+
+def load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
+    """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
+    return load_record(kind, [value[name] for name in _loaders(kind)])
+
+
+def _columns(kind: type, table: str) -> str:
+    """Return the columns of a table or query that hold the fields of a record, in their order."""
+    cause = f"json_array({table}.cause_kind, {table}.cause)"
+    lists = {
+        "target": f"json_array({table}.account_id, {table}.region)",
+        "group": cause,
+        "cause": f"nullif({cause}, '[null,null]')",
+    }
+    return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
 
 
 @contextlib.contextmanager
 def record_scan(
     db: sqlite3.Connection, path: Path, scan: Scan, finished_at: datetime, name: str
 ) -> Iterator[None]:
-    """Record what was seen into the state, in one transaction; the body of the `with` runs before it is final.
+    """Record what was seen into the state, in one transaction that ends after the body of the `with`.
 
-    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes all, so
-    that a report that cannot be written costs no NEW. Raises StateError.
+    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
+    a report that cannot be written costs no NEW. Raises StateError.
     """
-    with _state_errors(name):
-        db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
-        # An instance that moved between two pages while they were read is on both: the last sight counts.
-        db.execute(
-            """
-            DELETE FROM sighting WHERE rowid IN (
-                SELECT older.rowid FROM (
-                    SELECT target, instance_id, max(rowid) AS latest FROM sighting
-                    GROUP BY target, instance_id HAVING count(*) > 1
-                ) AS twice
-                JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
-            )
-            """
-        )
-        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
-        db.execute("PRAGMA state.synchronous = FULL")
+    with _attached(db, path, name):
+        _run(db, _PREPARE)
         with writing_state(db, name, "state"):
-            _record(db, scan, utc_text(scan.started_at), utc_text(finished_at))
+            _record(db, scan, finished_at)
             yield
-        # After an exception queries of it may still be open, and only the end of the connection detaches it.
-        db.execute("DETACH DATABASE state")
 
 
-def _record(db: sqlite3.Connection, scan: Scan, now: str, finished_at: str) -> None:
-    """Bring scans, findings and coverage of the attached state up to date."""
-    raised: list[BaseException] = []
+# An instance that moved between two pages while they were read is on both: the last one counts.
+_PREPARE = """
+    CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id);
+    DELETE FROM sighting WHERE rowid IN (
+        SELECT older.rowid FROM (
+            SELECT target, instance_id, max(rowid) AS latest FROM sighting
+            GROUP BY target, instance_id HAVING count(*) > 1
+        ) AS twice JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
+    );
+    PRAGMA state.synchronous = FULL
+"""
 
-    def resolution_of(*row: Any) -> str | None:
-        try:
-            return _resolution(*row)
-        except BaseException as error:  # sqlite3 tells only that there was one, also of Ctrl-C
-            raised.append(error)
-            raise
 
-    db.create_function("resolution", 3, resolution_of, deterministic=True)
+def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
+    """Bring scans, findings, events, coverage and trend of the attached state up to date."""
+    policy, now = scan.policy, utc_text(scan.started_at)
     cursor = db.execute(
         "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
         "VALUES (?, ?, ?, ?, ?, ?)",
-        (scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest, now, finished_at),
+        (scan.scan_id, policy.name, policy.file, policy.digest, now, utc_text(finished_at)),
     )
-    names = {"policy": scan.policy.name, "scan": cursor.lastrowid, "now": now, "unknown": f"{UNKNOWN}%"}
+    names = {"policy": policy.name, "scan": cursor.lastrowid, "now": now, "may_hide": scan.may_hide_managed}
     if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
         raise _BadRowError("it has counts of a scan that was not yet made")
-    db.execute("DELETE FROM resolved")
-    # Only a target that was read in full resolves anything. Without --include-managed-resources
-    # `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
-    # In a state of the first edition managed_by is NULL, as it did not know.
-    names["may_hide"] = scan.may_hide_managed
-    resolve = """
-        INSERT INTO resolved
-        SELECT finding.id,
-            resolution(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
-        FROM target
-        JOIN state.findings AS finding ON finding.policy = :policy
-            AND finding.account_id = target.account_id AND finding.region = target.region
-        LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
-        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL AND sighting.violations IS NULL
-            AND (sighting.instance_id IS NOT NULL OR NOT :may_hide OR finding.managed_by IS '')
-        """
-    try:
-        db.execute(resolve, names)
-    except sqlite3.OperationalError:
-        if raised:
-            raise raised[0] from None
-        raise
-    db.execute(
-        """
-        INSERT INTO state.events (finding, at, event, before, resolution)
-        SELECT finding.id, :now, 'RESOLVED', finding.violations, resolved.resolution
-        FROM resolved JOIN state.findings AS finding ON finding.id = resolved.finding
-        """,
-        names,
-    )
-    db.execute(
-        """
-        INSERT INTO state.events (finding, at, event, before)
-        SELECT finding.id, :now, 'CHANGED', finding.violations
-        FROM target JOIN sighting ON sighting.target = target.id
-        JOIN state.findings AS finding ON finding.policy = :policy
-            AND finding.account_id = target.account_id AND finding.region = target.region
-            AND finding.instance_id = sighting.instance_id
-        WHERE target.error_code IS NULL AND finding.resolved_at IS NULL
-            AND sighting.violations <> finding.violations
-        """,
-        names,
-    )
-    db.execute(
-        """
-        UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
-            resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
-        WHERE id IN (SELECT finding FROM resolved)
-        """,
-        names,
-    )
-    # A stopped instance that is started again has a new launch time: what is open stays open, however young.
-    db.execute(
-        """
-        INSERT INTO state.findings (policy, account_id, region, instance_id, state, launch_time, tags,
-            violations, status, last_scan, first_seen, last_seen, times_seen, times_reopened, created_by,
-            suggestions, instance_type, cause_kind, cause, tag_keys, monthly_cost, managed_by)
-        SELECT :policy, target.account_id, target.region, sighting.instance_id, sighting.state,
-            sighting.launch_time, sighting.tags, sighting.violations, 'NEW', :scan, :now, :now, 1, 0,
-            sighting.created_by, sighting.suggestions, sighting.instance_type, sighting.cause_kind,
-            sighting.cause, sighting.tag_keys, sighting.monthly_cost, sighting.managed_by
-        FROM target JOIN sighting ON sighting.target = target.id
-        WHERE target.error_code IS NULL AND sighting.violations IS NOT NULL AND (
-            NOT sighting.too_young OR EXISTS (
-                SELECT 1 FROM state.findings AS open WHERE open.policy = :policy
-                    AND open.account_id = target.account_id AND open.region = target.region
-                    AND open.instance_id = sighting.instance_id AND open.resolved_at IS NULL
-            )
-        )
-        ORDER BY target.account_id, target.region, sighting.instance_id
-        ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
-            state = excluded.state, launch_time = excluded.launch_time, tags = excluded.tags,
-            violations = excluded.violations, last_scan = excluded.last_scan,
-            status = CASE WHEN resolved_at IS NULL THEN 'REPEAT' ELSE 'REOPENED' END,
-            last_seen = max(last_seen, excluded.last_seen),
-            times_seen = times_seen + 1,
-            times_reopened = times_reopened + (resolved_at IS NOT NULL),
-            resolved_at = NULL, resolution = NULL, suggestions = excluded.suggestions,
-            instance_type = excluded.instance_type, cause_kind = excluded.cause_kind, cause = excluded.cause,
-            tag_keys = excluded.tag_keys, monthly_cost = excluded.monthly_cost, managed_by = excluded.managed_by,
-            created_by = CASE WHEN created_by IS NULL OR created_by LIKE :unknown
-                THEN coalesce(excluded.created_by, created_by) ELSE created_by END
-        """,
-        names,
-    )
+    with _sql_function(db, resolution_of):
+        _run(db, _RESOLVE, names)
+    _run(db, _RECORD_FINDINGS, names)
     if _has_table(db, "state", OLDER_TABLE):
-        _adopt_flagged_instances(db, names)
-    _record_coverage(db, names)
-    db.execute(
-        f"INSERT INTO state.events (finding, at, event) SELECT finding.id, :now, 'REOPENED' {_SEEN} "
-        "WHERE finding.status = 'REOPENED'",
-        names,
-    )
+        _run(db, _ADOPT_OLDER, names)
+    _run(db, f"{_RECORD_REOPENED}; {_RECORD_COVERAGE}; {_RECORD_TREND}", names)
+    if differing := db.execute(_DIFFERING, names).fetchone():
+        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
 
 
-def _resolution(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
-    """Return resolution() of JSON from the state and the sightings; None, which no column takes, of damaged JSON."""
-    now = None if tags is None else json.loads(tags)
+def resolution_of(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
+    """Return why a finding is resolved; nothing, which no column takes, where its JSON is damaged."""
     try:
-        before = _load_violations(violations)
+        before, now = load_row(_TO_RESOLVE, (violations, tags))
     except _BadRowError:
         return None
     return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
 
 
-def _adopt_flagged_instances(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Give findings of this scan the history that the older tool kept of them.
-
-    Its table `flagged_instances` has neither account nor region, so an entry is taken over when its
-    instance is found again. An entry that is not active was resolved: the finding is back.
-    """
-    db.execute(
-        """
-        UPDATE state.findings AS finding SET
-            first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
-            status = CASE WHEN coalesce(old.is_active, 0) THEN 'REPEAT' ELSE 'REOPENED' END,
-            times_seen = finding.times_seen + 1,
-            times_reopened = finding.times_reopened + NOT coalesce(old.is_active, 0)
-        FROM state.flagged_instances AS old
-        WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
-            AND finding.last_scan = :scan AND finding.status = 'NEW'
-        """,
-        names,
-    )
-    db.execute(
-        """
-        UPDATE state.flagged_instances SET is_active = 0 WHERE instance_id IN (
-            SELECT instance_id FROM sighting JOIN target ON target.id = sighting.target
-            WHERE error_code IS NULL AND violations IS NULL
-        )
-        """
-    )
-    db.execute(
-        """
-        DELETE FROM state.flagged_instances WHERE instance_id IN (
-            SELECT instance_id FROM state.findings WHERE policy = :policy AND last_scan = :scan
-        )
-        """,
-        names,
-    )
-
-
-# The findings of the attached state that this scan saw, in the order of (account, region, instance).
-_SEEN = """
-    FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target
-    CROSS JOIN sighting ON sighting.target = target.id AND sighting.violations IS NOT NULL
-    CROSS JOIN state.findings AS finding ON finding.policy = :policy
-        AND finding.account_id = target.account_id AND finding.region = target.region
-        AND finding.instance_id = sighting.instance_id AND finding.last_scan = :scan
+_TO_RESOLVE = {"violations": _loader(tuple[Violation, ...]), "tags": _loader(Mapping[str, str] | None)}
+# Only a target that was read in full resolves anything. Without --include-managed-resources
+# `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
+# In a state of the first edition managed_by is NULL, as it did not know.
+_RESOLVE = """
+    DELETE FROM resolved;
+    INSERT INTO resolved
+    SELECT finding.id, resolution_of(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
+    FROM target JOIN state.findings AS finding USING (account_id, region)
+    LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
+    WHERE error_code IS NULL AND policy = :policy AND resolved_at IS NULL AND sighting.violations IS NULL
+        AND (sighting.instance_id IS NOT NULL OR NOT :may_hide OR finding.managed_by IS '')
 """
 
+# The join of what this scan saw and what the state keeps; in the order of _SORTED no sorting is needed.
+_KNOWN = """
+    FROM seen CROSS JOIN state.findings AS finding USING (account_id, region, instance_id)
+    WHERE finding.policy = :policy AND seen.violations IS NOT NULL
+"""
+_SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
+_KEY = "account_id, region, instance_id"
+_SORTED = f"ORDER BY {_KEY}"
 
-def _record_coverage(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
-    """Keep for every target of the scan how far it was read and what was found there."""
-    db.execute(
-        f"""
-        WITH seen AS (
-            SELECT target, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
-                sum(violations IS NULL AND exempted IS NOT NULL) AS exempted
-            FROM sighting GROUP BY target
-        ), found AS (
-            SELECT target.id AS target, count(*) AS findings,
-                sum(finding.status = 'NEW') AS new, sum(finding.status = 'REPEAT') AS repeat,
-                sum(finding.status = 'REOPENED') AS reopened
-            {_SEEN} GROUP BY target.id
-        ), ended AS (
-            SELECT account_id, region, count(*) AS resolved
-            FROM resolved JOIN state.findings ON id = finding GROUP BY account_id, region
-        )
-        INSERT INTO state.coverage
-        SELECT :scan, target.account_id, target.region,
-            CASE WHEN error_code IS NULL THEN 'read' ELSE 'unread' END, error_code, error_message,
-            coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0),
-            coalesce(seen.exempted, 0), coalesce(new, 0),
-            coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
-        FROM target
-        LEFT JOIN seen ON seen.target = target.id
-        LEFT JOIN found ON found.target = target.id
-        LEFT JOIN ended ON ended.account_id = target.account_id AND ended.region = target.region
-        """,
-        names,
+# A stopped instance that is started again has a new launch time: what is open stays open, however young.
+_COPIED = (
+    "state launch_time tags violations suggestions instance_type cause_kind cause tag_keys monthly_cost "
+    "managed_by"
+).split()
+_RECORD_FINDINGS = f"""
+    INSERT INTO state.events (finding, at, event, before, resolution)
+    SELECT id, :now, 'RESOLVED', violations, resolved.resolution
+    FROM resolved JOIN state.findings ON id = finding;
+
+    INSERT INTO state.events (finding, at, event, before)
+    SELECT finding.id, :now, 'CHANGED', finding.violations
+    {_KNOWN} AND resolved_at IS NULL AND seen.violations <> finding.violations;
+
+    UPDATE state.findings SET status = 'RESOLVED', resolved_at = :now, last_scan = :scan,
+        resolution = (SELECT resolution FROM resolved WHERE finding = findings.id)
+    WHERE id IN (SELECT finding FROM resolved);
+
+    INSERT INTO state.findings (policy, {_KEY}, status, last_scan, first_seen, last_seen, times_seen,
+        times_reopened, created_by, created_by_reason, {", ".join(_COPIED)})
+    SELECT :policy, {_KEY}, 'NEW', :scan, :now, :now, 1, 0, created_by, created_by_reason,
+        {", ".join(_COPIED)}
+    FROM seen WHERE violations IS NOT NULL AND (NOT too_young OR EXISTS (
+        SELECT 1 FROM state.findings AS open
+        WHERE (policy, open.account_id, open.region, open.instance_id)
+            = (:policy, seen.account_id, seen.region, seen.instance_id) AND resolved_at IS NULL
+    )) {_SORTED}
+    ON CONFLICT (policy, account_id, region, instance_id) DO UPDATE SET
+        {", ".join(f"{column} = excluded.{column}" for column in (*_COPIED, "last_scan"))},
+        status = iif(resolved_at IS NULL, 'REPEAT', 'REOPENED'),
+        last_seen = max(last_seen, excluded.last_seen), times_seen = times_seen + 1,
+        times_reopened = times_reopened + (resolved_at IS NOT NULL), resolved_at = NULL, resolution = NULL,
+        created_by = coalesce(created_by, excluded.created_by),
+        created_by_reason = iif(coalesce(created_by, excluded.created_by) IS NULL,
+            coalesce(excluded.created_by_reason, created_by_reason), NULL)
+"""
+
+# The older tool's table has neither account nor region, so an entry is adopted when its instance is found
+# again. An entry that is not active was resolved: the finding is back.
+_ADOPT_OLDER = f"""
+    UPDATE state.findings AS finding SET
+        first_seen = coalesce(strftime('%Y-%m-%dT%H:%M:%SZ', old.first_seen), finding.first_seen),
+        status = CASE WHEN coalesce(old.is_active, 0) THEN 'REPEAT' ELSE 'REOPENED' END,
+        times_seen = finding.times_seen + 1,
+        times_reopened = finding.times_reopened + NOT coalesce(old.is_active, 0)
+    FROM state.{OLDER_TABLE} AS old
+    WHERE old.instance_id = finding.instance_id AND finding.policy = :policy
+        AND finding.last_scan = :scan AND finding.status = 'NEW';
+
+    UPDATE state.{OLDER_TABLE} SET is_active = 0
+    WHERE instance_id IN (SELECT instance_id FROM seen WHERE violations IS NULL);
+
+    DELETE FROM state.{OLDER_TABLE} WHERE instance_id IN (
+        SELECT instance_id FROM state.findings WHERE policy = :policy AND last_scan = :scan
     )
-    # A too young instance is a finding only where it was open before. All others are findings by what this
-    # scan saw alone, whatever the state holds.
-    differing = db.execute(
-        """
-        SELECT target.account_id, target.region FROM target
-        JOIN state.coverage ON scan = :scan AND coverage.account_id = target.account_id
-            AND coverage.region = target.region
-        LEFT JOIN (
-            SELECT target, count(*) AS violating, sum(NOT too_young) AS sure FROM sighting
-            WHERE violations IS NOT NULL GROUP BY target
-        ) ON target = target.id
-        WHERE findings <> new + repeat + reopened
-            OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
-        """,
-        names,
-    ).fetchone()
-    if differing:
-        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
+"""
+
+_RECORD_REOPENED = f"""
+    INSERT INTO state.events (finding, at, event)
+    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED'
+"""
+
+_RECORD_COVERAGE = f"""
+    INSERT INTO state.coverage
+    WITH instances AS (
+        SELECT target AS id, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
+            sum(violations IS NULL AND exempted IS NOT NULL) AS exempted
+        FROM sighting GROUP BY target
+    ), found AS (
+        SELECT seen.target AS id, count(*) AS findings, sum(status = 'NEW') AS new,
+            sum(status = 'REPEAT') AS repeat, sum(status = 'REOPENED') AS reopened
+        {_SEEN} GROUP BY seen.target
+    ), ended AS (
+        SELECT account_id, region, count(*) AS resolved
+        FROM resolved JOIN state.findings ON id = finding GROUP BY account_id, region
+    )
+    SELECT :scan, account_id, region, iif(error_code IS NULL, 'read', 'unread'), error_code, error_message,
+        coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), coalesce(exempted, 0),
+        coalesce(new, 0), coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
+    FROM target LEFT JOIN instances USING (id) LEFT JOIN found USING (id)
+    LEFT JOIN ended USING (account_id, region)
+"""
+
+# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
+_LATEST = """
+    SELECT *, max(scan) FROM coverage
+    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
+"""
+_LAST_READ = _LATEST.format("'read'")
+_RECORD_TREND = f"""
+    INSERT INTO state.trend
+    SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
+        sum(resolved), count(*), sum(status = 'unread')
+    FROM state.coverage WHERE scan = :scan GROUP BY scan
+"""
+
+# An instance that is too young is a finding only where it was open before. All others are findings by what
+# this scan saw alone, whatever the state holds.
+_DIFFERING = """
+    SELECT account_id, region
+    FROM (SELECT * FROM state.coverage WHERE scan = :scan) JOIN target USING (account_id, region)
+    LEFT JOIN (
+        SELECT target AS id, count(*) AS violating, sum(NOT too_young) AS sure
+        FROM sighting WHERE violations IS NOT NULL GROUP BY target
+    ) USING (id)
+    WHERE findings <> new + repeat + reopened
+        OR findings NOT BETWEEN coalesce(sure, 0) AND coalesce(violating, 0)
+"""
 
 
 def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
-    rows = db.execute(
-        "SELECT account_id, region, error_code, error_message, instances, compliant, findings, exempted, new, "
-        "repeat, reopened, resolved FROM state.coverage WHERE scan = (SELECT id FROM state.scans WHERE scan_id = ?)",
-        (scan.scan_id,),
-    )
-    return [Coverage(Target(*row[:2]), *row[2:]) for row in rows]
+    query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
+    rows = db.execute(f"{query} ORDER BY account_id, region", _names(db, scan))
+    return [load_record(Coverage, row) for row in rows]
 
 
 def fetch_notice(
@@ -4352,32 +4273,25 @@ def fetch_notice(
 
 
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
-    """Return how many open findings of each target the scan being recorded neither saw nor resolved.
-
-    Those of targets that it names as unread are left out.
-    """
+    """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     rows = db.execute(
         """
-        SELECT finding.account_id, finding.region, count(*) FROM state.findings AS finding
+        SELECT json_array(finding.account_id, finding.region), count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
-        WHERE finding.policy = :policy AND finding.resolved_at IS NULL AND finding.last_scan <> :scan
-            AND target.error_code IS NULL
-        GROUP BY 1, 2 ORDER BY 1, 2
+        WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
+        GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
         """,
         _names(db, scan),
     )
-    checked = (checked_row(("account_id", "region", "number"), row) for row in rows)
-    return [(Target(account_id, region), number) for account_id, region, number in checked]
+    return load_pairs(Target, rows)
 
 
 def require_scans(path: Path, name: str) -> None:
-    """Raise StateError for a state without a scan, of this or of the older tool."""
+    """Raise StateError for a state without a scan, by this or by the older tool."""
     with opened_state(path, name) as db:
         if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
-            raise StateError(
-                f"the state {name} has no scan yet, and --require-state is given: restore it from a backup, "
-                "or run once without --require-state"
-            )
+            advice = "restore it from a backup, or run once without --require-state"
+            raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
 def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
@@ -4389,24 +4303,44 @@ def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
     """Yield the instances that were seen and all of whose violations are exempted, sorted."""
     rows = db.execute(
-        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted "
-        "FROM (SELECT * FROM target WHERE error_code IS NULL ORDER BY account_id, region) AS target "
-        "CROSS JOIN sighting ON sighting.target = target.id AND violations IS NULL AND exempted IS NOT NULL "
-        "ORDER BY account_id, region, instance_id"
+        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted FROM seen "
+        f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
     )
-    for row in rows:
-        yield replace(ExemptedInstance(*row), tags=json.loads(row[5]), exempted=_load_exempted(row[6]))
+    for *columns, tags, exempted in rows:
+        values = (*columns, json.loads(tags), tuple(map(_as_exempted, json.loads(exempted))))
+        yield ExemptedInstance(*values)
+
+
+def _as_exempted(record: Mapping[str, Any]) -> Exempted:
+    """Return the exempted violation of a JSON object."""
+    expires = date.fromisoformat(record["expires"]) if record["expires"] else None
+    approval = {name: record[name] for name in ("reason", "approved_by", "ticket")}
+    return Exempted(load_object(Violation, record), Exemption(expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
     """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
-    source = (
-        "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved) "
-        "ORDER BY account_id, region, instance_id"
-        if resolved
-        else f"{_SEEN} ORDER BY target.account_id, target.region, sighting.instance_id"
-    )
-    return map(_load_finding, db.execute(f"SELECT {_FINDING} {source}", _names(db, scan)))
+    ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
+    query = f"SELECT {_FINDING} {ended if resolved else _SEEN} {_SORTED}"
+    return map(_load_finding, db.execute(query, _names(db, scan)))
+
+
+_FINDING = _columns(Finding, "finding")
+
+
+def _load_finding(row: Sequence[Any]) -> Finding:
+    """Return the finding of a row of _FINDING; raises _BadRowError."""
+    finding = load_record(Finding, row)
+    ended = {
+        finding.status is Status.RESOLVED,
+        finding.resolution is not None,
+        finding.resolved_at is not None,
+    }
+    if len(ended) > 1:
+        raise _BadRowError(f"status is {finding.status}, and resolved_at {finding.resolved_at}")
+    if not finding.violations:
+        raise _BadRowError(f"{finding.instance_id} has no violations")
+    return finding
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
@@ -4416,25 +4350,26 @@ def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
 
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
-    query = f"SELECT finding.managed_by, count(*) {_SEEN} WHERE finding.managed_by <> '' GROUP BY 1"
-    return db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)).fetchall()
+    query = f"SELECT finding.managed_by, count(*) {_SEEN} AND finding.managed_by <> '' GROUP BY 1"
+    return load_pairs(str, db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)))
 
 
 def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
-    """Return what the scan's findings that lack each tag cost in a month, and how many have no price."""
+    """Return what the scan's findings that lack each tag cost per month, and how many have no price."""
     names = _names(db, scan)
-    priced, unpriced = db.execute(
-        f"SELECT count(finding.monthly_cost), sum(finding.monthly_cost IS NULL) {_SEEN}", names
-    ).fetchone()
-    rows = db.execute(
-        f"""
-        SELECT tag_key.value, sum(cost) FROM (
-            SELECT finding.tag_keys, sum(finding.monthly_cost) AS cost {_SEEN} GROUP BY 1
-        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
-        """,
-        names,
-    )
-    return ([(key, cost or 0.0) for key, cost in rows], unpriced) if priced else ([], unpriced or 0)
+    query = f"SELECT count(finding.monthly_cost), count(*) - count(finding.monthly_cost) {_SEEN}"
+    priced, unpriced = db.execute(query, names).fetchone()
+    rows = db.execute(_BY_TAG.format(_SEEN), names)
+    return [(key, cost) for key, _, cost in rows] if priced else [], unpriced
+
+
+# How many findings fail each tag, and what they cost per month; each different list of keys is read once.
+_BY_TAG = """
+    SELECT tag_key.value, sum(number), sum(cost) FROM (
+        SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost {}
+        GROUP BY 1
+    ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
+"""
 
 
 def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
@@ -4448,63 +4383,50 @@ MAX_CAUSES = 100
 
 def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[Cause]:
     """Return the causes of findings; a group of one is none."""
-    rows = db.execute(
-        f"""
-        SELECT account_id, region, cause_kind, cause, tag_key.value, sum(number) AS instances FROM (
+    query = f"""
+        WITH grouped AS (
             SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
                 count(*) AS number
-            {source} WHERE finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
-        ) CROSS JOIN json_each(tag_keys) AS tag_key
-        GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
-        ORDER BY instances DESC, 1, 2, 3, 4, 5 LIMIT {MAX_CAUSES}
-        """,
-        names,
-    )
-    columns = ("account_id", "region", "cause_kind", "cause", "tag_key", "number")
-    return [
-        Cause(Target(*row[:2]), Group(*row[2:4]), *row[4:]) for row in (checked_row(columns, r) for r in rows)
-    ]
+            {source} AND finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+        ), cause AS (
+            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances
+            FROM grouped CROSS JOIN json_each(tag_keys) AS tag_key
+            GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
+        )
+        SELECT {_columns(Cause, "cause")} FROM cause
+        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {MAX_CAUSES}
+    """
+    return [load_record(Cause, row) for row in db.execute(query, names)]
 
 
 @contextlib.contextmanager
 def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
     """Yield a connection on which a state stays as it is now, for reading; raises StateError.
 
-    One of an older version is brought up to date in a copy: to read writes nothing.
+    One of an older version is brought up to date in a copy: reading writes nothing.
     """
-    path = state.path
     if isinstance(state, S3State):
         state.check()
-    elif not _exists(path):
-        raise _missing(path)
-    else:
-        with opened_state(path, state.name) as db:
-            version = _state_version(db, state.name)
-        if version < len(MIGRATIONS):
-            copy_state(path, copy)
-            check_state(copy, state.name)
-            path = copy
-    with opened_state(path, state.name) as db:
-        db.execute("BEGIN")
-        _state_version(db, state.name)
+    with _connected(state.path, state.name) as db, transaction(db, "DEFERRED"):
+        if _state_version(db, state.name) == len(MIGRATIONS):
+            yield db
+            return
+    copy_state(state.path, copy)
+    check_state(copy, state.name)
+    with opened_state(copy, state.name) as db:
         yield db
 
 
 def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
     """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
-    names = fetch_policies(db)
+    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
+    names = [load_row({"policy": load_text}, row)[0] for row in rows]
     if policy not in names:
         shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
         has = (
             f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
         )
         raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
-
-
-def fetch_policies(db: sqlite3.Connection) -> list[str]:
-    """Return the names of the policies that a state has scans of, sorted."""
-    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    return [checked_row(("policy",), row)[0] for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -4520,112 +4442,97 @@ class Selection:
     first_seen_before: datetime | None = None
 
 
+# Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
+_SELECTED = """
+    SELECT id FROM findings WHERE policy = :policy
+        AND (:instance_id IS NULL OR instance_id = :instance_id)
+        AND (:accounts = '[]' OR account_id IN (SELECT value FROM json_each(:accounts)))
+        AND (:regions = '[]' OR region IN (SELECT value FROM json_each(:regions)))
+        AND (:statuses = '[]' OR status IN (SELECT value FROM json_each(:statuses)))
+        AND (:tag_keys = '[]' OR EXISTS (
+            SELECT value FROM json_each(findings.tag_keys) INTERSECT SELECT value FROM json_each(:tag_keys)
+        ))
+        AND (:before IS NULL OR first_seen < :before)
+    ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id
+"""
+
+
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
-    conditions, values = ["policy = ?"], [selection.policy]
-    for column in ("accounts", "regions", "statuses"):
-        if wanted := getattr(selection, column):
-            name = {"accounts": "account_id", "regions": "region", "statuses": "status"}[column]
-            conditions.append(f"{name} IN ({', '.join('?' * len(wanted))})")
-            values += wanted
-    if selection.tag_keys:
-        conditions.append(
-            f"EXISTS (SELECT 1 FROM json_each(tag_keys) WHERE value IN ({', '.join('?' * len(selection.tag_keys))}))"
-        )
-        values += selection.tag_keys
-    if selection.instance_id:
-        conditions.append("instance_id = ?")
-        values.append(selection.instance_id)
-    if selection.first_seen_before:
-        conditions.append("first_seen < ?")
-        values.append(utc_text(selection.first_seen_before))
-    # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
-    numbers = db.execute(
-        f"SELECT id FROM findings WHERE {' AND '.join(conditions)} "
-        "ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id",
-        values,
-    )
-    for number in numbers:
+    before = selection.first_seen_before and utc_text(selection.first_seen_before)
+    names = {"policy": selection.policy, "instance_id": selection.instance_id, "before": before}
+    lists = ("accounts", "regions", "statuses", "tag_keys")
+    names |= {name: to_json(getattr(selection, name)) for name in lists}
+    for number in db.execute(_SELECTED, names):
         query = f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?"
         yield _load_finding(db.execute(query, number).fetchone())
 
 
 def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
-    """Return what became of a finding, from NEW on."""
+    """Return what happened to a finding, from NEW on."""
+    # An event keeps the violations before it; those after it stand in the next one, or in the finding.
     rows = db.execute(
-        "SELECT at, event, before, events.resolution FROM events JOIN findings ON findings.id = events.finding "
-        "WHERE policy = ? AND (account_id, region, instance_id) = (?, ?, ?) ORDER BY events.id",
-        (policy, finding.account_id, finding.region, finding.instance_id),
-    ).fetchall()
-    for row in rows:
-        checked_row(("at", "event", "resolution"), (row[0], row[1], row[3]))
-    befores = [_load_violations(row[2]) if row[2] is not None else () for row in rows]
-    # An event keeps what was lacking before it; so what was lacking after it stands in the next one.
-    afters = [*befores, finding.violations]
-    events = [Event(finding.first_seen, Status.NEW, next(filter(None, afters)), None)]
-    for (at, event, _, resolution), after in zip(rows, afters[1:], strict=True):
-        ended = event == Status.RESOLVED
-        events.append(
-            Event(at, event, () if ended else after, Resolution(resolution) if resolution else None)
+        """
+        WITH finding AS (
+            SELECT id, first_seen, violations FROM findings
+            WHERE (policy, account_id, region, instance_id) = (?, ?, ?, ?)
+        ), event AS (
+            SELECT events.*, lead(before) OVER (ORDER BY events.id) AS after
+            FROM events JOIN finding ON finding.id = events.finding
         )
-    return events
-
-
-def fetch_standings(db: sqlite3.Connection, policy: str) -> tuple[list[TrendPoint], list[Standing]]:
-    """Return what was open after each scan of a policy, and how each target stands; sorted."""
-    rows = db.execute(
-        "SELECT at, open, new, reopened, resolved, targets, targets_unread FROM trend WHERE policy = ? ORDER BY at",
-        (policy,),
+        SELECT at, event, violations, resolution FROM (
+            SELECT 0 AS number, first_seen AS at, 'NEW' AS event, NULL AS resolution, coalesce(
+                (SELECT before FROM event WHERE before IS NOT NULL ORDER BY id LIMIT 1), violations
+            ) AS violations FROM finding
+            UNION ALL
+            SELECT event.id, at, event, resolution, iif(event = 'RESOLVED', NULL, coalesce(after, violations))
+            FROM event CROSS JOIN finding
+        ) ORDER BY number
+        """,
+        (policy, *astuple(finding.target), finding.instance_id),
     )
-    trend = [TrendPoint(*checked_row(_TREND, row)) for row in rows]
-    pruned_until = trend[-1].at if trend else ""
-    standings: dict[Target, Standing] = {}
-    total = 0
+    return [load_record(Event, row) for row in rows]
+
+
+def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
+    """Return what was open after each scan of a policy, and what the scan changed."""
+    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
+    return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
+
+
+def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
+    """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     rows = db.execute(
-        "SELECT scans.started_at, account_id, region, error_code, error_message, instances, compliant, findings, "
-        "exempted, new, reopened, resolved FROM scans JOIN coverage ON scan = scans.id WHERE policy = ? "
-        "ORDER BY scans.started_at, scans.id, account_id, region",
-        (policy,),
+        f"""
+        SELECT json_array(account_id, region), latest.error_code, latest.error_message, scans.started_at,
+            coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
+            coalesce(read.exempted, 0)
+        FROM ({_LATEST.format("'read', 'unread'")}) AS latest
+        LEFT JOIN ({_LAST_READ}) AS read USING (account_id, region)
+        LEFT JOIN scans ON scans.id = read.scan ORDER BY account_id, region
+        """,
+        {"policy": policy},
     )
-    for at, targets in itertools.groupby(rows, key=lambda row: row[0]):
-        counts: Counter[str] = Counter()
-        for row in targets:
-            _, account_id, region, code, message, *numbers, new, reopened, resolved = checked_row(
-                _STANDING, row
-            )
-            if sum(numbers[1:]) > numbers[0] or new + reopened > numbers[2]:
-                raise _BadRowError(f"the counts of {account_id} {region} at {at} contradict each other")
-            target = Target(account_id, region)
-            before = standings.get(target)
-            if code is None:
-                total += numbers[2] - (before.findings if before else 0)
-                standings[target] = Standing(target, None, at, *numbers)
-            else:
-                standing = before or Standing(target, None, None, 0, 0, 0, 0)
-                standings[target] = replace(standing, error=f"{code}: {message}")
-            counts.update(targets=1, unread=code is not None, new=new, reopened=reopened, resolved=resolved)
-        if at > pruned_until:
-            changes = (counts["new"], counts["reopened"], counts["resolved"])
-            trend.append(TrendPoint(at, total, *changes, counts["targets"], counts["unread"]))
-    return trend, sorted(standings.values(), key=lambda standing: standing.target)
-
-
-_TREND = ("at", "open", "new", "reopened", "resolved", "targets", "targets_unread")
-_STANDING = (
-    "started_at account_id region error_code error_message instances compliant findings exempted new reopened "
-    "resolved"
-).split()
+    known = _loaders(Coverage) | _loaders(Standing)
+    names = "target error_code error_message last_read instances compliant findings exempted".split()
+    standings = []
+    for row in rows:
+        target, code, message, last_read, *counts = load_row({name: known[name] for name in names}, row)
+        if sum(counts[1:]) > counts[0]:
+            raise _BadRowError(f"the counts of {target} contradict each other")
+        standings.append(Standing(target, None if code is None else f"{code}: {message}", last_read, *counts))
+    return standings
 
 
 # The upper ends of the ages that are counted together, in days.
-AGES = (
-    (1, "up to 1 day"),
-    (7, "2 to 7 days"),
-    (30, "8 to 30 days"),
-    (90, "31 to 90 days"),
-    (365, "91 to 365 days"),
-)
-OLDER = "over a year"
+AGES = {
+    1: "up to 1 day",
+    7: "2 to 7 days",
+    30: "8 to 30 days",
+    90: "31 to 90 days",
+    365: "91 to 365 days",
+    math.inf: "over a year",
+}
 OLDEST_FINDINGS = 25
 
 
@@ -4645,82 +4552,71 @@ class OpenFindings:
     by_operator: Sequence[tuple[str, int]]
 
 
+# The findings are read once, for what is counted: a million of them are a gigabyte.
+_OPEN = """
+    CREATE TEMP TABLE open AS
+    SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
+        monthly_cost, managed_by, CASE
+            WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
+            ELSE (
+                SELECT json_extract(value, '$.value') FROM json_each(suggestions)
+                WHERE json_extract(value, '$.tag_key') = :owner
+                    AND json_extract(value, '$.confidence') >= :sure
+            )
+        END AS owner
+    FROM findings WHERE policy = :policy AND resolved_at IS NULL
+"""
+
+
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that says whom to ask, or would."""
-    names = {"policy": policy, "owner": owner_tag, "unknown": f"{UNKNOWN}%", "sure": MIN_CONFIDENCE}
-    names["owner_path"] = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
-    names |= {f"age{days}": utc_text(now - timedelta(days=days)) for days, _ in AGES}
-    # The findings are read once, for what is counted: a million of them are a gigabyte.
-    db.execute(
-        """
-        CREATE TEMP TABLE open AS
-        SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
-            monthly_cost, managed_by, CASE
-                WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
-                ELSE (
-                    SELECT json_extract(value, '$.value') FROM json_each(suggestions)
-                    WHERE json_extract(value, '$.tag_key') = :owner AND json_extract(value, '$.confidence') >= :sure
-                )
-            END AS owner
-        FROM findings WHERE policy = :policy AND resolved_at IS NULL
-        """,
-        names,
-    )
-    # What checked_row does with the rows that are loaded, in SQL, as these are only counted.
-    bad = db.execute(
-        f"""
-        SELECT id FROM temp.open WHERE typeof(account_id) <> 'text' OR typeof(region) <> 'text'
-            OR typeof(instance_id) <> 'text' OR typeof(first_seen) <> 'text' OR typeof(tag_keys) <> 'text'
-            OR typeof(created_by) NOT IN ('text', 'null') OR typeof(owner) NOT IN ('text', 'null')
-            OR typeof(managed_by) NOT IN ('text', 'null')
-            OR typeof(monthly_cost) NOT IN ('real', 'integer', 'null')
-            OR monthly_cost NOT BETWEEN 0 AND {sys.float_info.max}
-            OR first_seen NOT GLOB '????-??-??T??:??:??Z'
-        LIMIT 1
-        """
+    owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
+    names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
+    db.execute(_OPEN, names)
+    total, *costs, priced = db.execute(
+        "SELECT count(*), min(monthly_cost), max(monthly_cost), count(monthly_cost) FROM temp.open"
     ).fetchone()
-    if bad:
-        raise _BadRowError(f"the finding with the id {bad[0]} has a value that its column does not hold")
-
-    def counts(what: str, where: str = "1") -> list[tuple[str, int]]:
-        query = f"SELECT {what}, count(*) FROM temp.open WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
-        return db.execute(query, names).fetchall()
-
-    age = "".join(f"WHEN first_seen >= :age{days} THEN '{label}' " for days, label in AGES)
-    by_age = dict(counts(f"CASE {age} ELSE '{OLDER}' END"))
-    tags = db.execute(
-        """
-        SELECT tag_key.value, sum(number), sum(cost) FROM (
-            SELECT tag_keys, count(*) AS number, coalesce(sum(monthly_cost), 0) AS cost FROM temp.open GROUP BY 1
-        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 2 DESC, 1
-        """
-    ).fetchall()
-    tags = [checked_row(("tag_key", "number", "cost"), row) for row in tags]
-    total, priced = db.execute("SELECT count(*), count(monthly_cost) FROM temp.open").fetchone()
+    # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
+    load_row({name: _loader(float | None) for name in ("least monthly_cost", "greatest monthly_cost")}, costs)
+    loaders = {"tag_key": load_text, "number": load_count, "cost": _loader(float)}
+    rows = db.execute(_BY_TAG.format("FROM temp.open AS finding"))
+    tags = [tuple(load_row(loaders, row)) for row in rows]
     oldest = db.execute(
         f"""
-        SELECT {_FINDING} FROM (
-            SELECT * FROM temp.open ORDER BY first_seen, account_id, region, instance_id LIMIT {OLDEST_FINDINGS}
-        ) AS oldest CROSS JOIN findings AS finding USING (id)
-        ORDER BY finding.first_seen, finding.account_id, finding.region, finding.instance_id
+        SELECT {_FINDING} FROM (SELECT id FROM temp.open ORDER BY first_seen, {_KEY} LIMIT {OLDEST_FINDINGS})
+        CROSS JOIN findings AS finding USING (id) ORDER BY finding.first_seen, {_KEY}
         """
     )
     return OpenFindings(
         total,
-        by_tag=[(key, number) for key, number, _ in tags],
-        by_age=[(label, by_age.get(label, 0)) for label in (*(label for _, label in AGES), OLDER)],
-        by_creator=counts("created_by", "created_by NOT LIKE :unknown"),
-        by_owner=counts("owner", "owner IS NOT NULL"),
-        causes=_causes(db, "FROM temp.open AS finding", names),
+        by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
+        by_age=_ages(_count_open(db, "first_seen", Moment), now),
+        by_creator=_count_open(db, "created_by"),
+        by_owner=_count_open(db, "owner"),
+        causes=_causes(db, "FROM temp.open AS finding WHERE true", names),
         oldest=[*map(_load_finding, oldest)],
         priced=priced,
-        cost_by_tag=sorted(((key, cost) for key, _, cost in tags if priced), key=lambda pair: -pair[1]),
-        by_operator=counts("managed_by", "managed_by <> ''"),
+        cost_by_tag=[(key, cost) for key, _, cost in tags if priced],
+        by_operator=_count_open(db, "managed_by"),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Pruned:
+def _count_open(db: sqlite3.Connection, column: str, kind: Any = str) -> list[tuple[Any, int]]:
+    """Return how many open findings have each value of a column; those without one are left out."""
+    query = f"SELECT {column}, count(*) FROM temp.open WHERE {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
+    return load_pairs(kind, db.execute(query))
+
+
+def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[str, int]]:
+    """Return how many findings are of each age, by when they were first seen."""
+    counts = dict.fromkeys(AGES.values(), 0)
+    for moment, number in first_seen:
+        age = (now - datetime.fromisoformat(moment)) / timedelta(days=1)
+        counts[next(label for days, label in AGES.items() if age <= days)] += number
+    return [*counts.items()]
+
+
+class Pruned(NamedTuple):
     """What was deleted, or would be."""
 
     findings: int
@@ -4729,57 +4625,36 @@ class Pruned:
 
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
-    """Delete from a state what is older than a time, and give back the room; raises StateError."""
+    """Delete from a state what is older than a time, except the trend, and free the space."""
     with opened_state(path, name) as db:
         with writing_state(db, name):
-            pruned = _prune(db, before)
-        free, pages = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
-        )
+            names = {"before": utc_text(before)}
+            deleted = {table: db.execute(query, names).rowcount for table, query in _PRUNE.items()}
+        free, pages = (db.execute(f"PRAGMA {what}_count").fetchone()[0] for what in ("freelist", "page"))
         if free > pages / 4:
             try:
                 db.execute("VACUUM")
-            except sqlite3.OperationalError as error:  # it needs the room of a copy, for a moment
+            except sqlite3.OperationalError as error:  # it needs space for a copy
                 LOG.info("the file keeps its size: %s", error)
-    return pruned
+    return Pruned(deleted["findings"], deleted["scans"], deleted["coverage"])
 
 
-def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
-    """Delete findings resolved before a time, and scans; the trend keeps a row a day.
-
-    What a target's last full reading found stays, however old: of a target that cannot be read any more it is
-    all that is known.
-    """
-    names = {"before": utc_text(before)}
-    for (policy,) in db.execute("SELECT DISTINCT policy FROM scans").fetchall():
-        points = [point for point in fetch_standings(db, policy)[0] if point.at < names["before"]]
-        for day, group in itertools.groupby(points, key=lambda point: point.at[:10]):
-            *earlier, last = group
-            changes = {
-                name: sum(getattr(point, name) for point in (*earlier, last))
-                for name in ("new", "reopened", "resolved")
-            }
-            row = (policy, day, *astuple(replace(last, **changes)))
-            db.execute("INSERT OR REPLACE INTO trend VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-    resolved = "FROM findings WHERE resolved_at < :before"
-    db.execute(f"DELETE FROM events WHERE finding IN (SELECT id {resolved})", names)
-    findings = db.execute(f"DELETE {resolved}", names).rowcount
-    coverage = db.execute(
-        """
+# A target's last full reading stays, however old: it is all that is known of one no longer readable.
+_PRUNE = {
+    "events": "DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before)",
+    "findings": "DELETE FROM findings WHERE resolved_at < :before",
+    "coverage": """
         DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
             AND (scan, account_id, region) NOT IN (
                 SELECT max(scan), account_id, region FROM coverage JOIN scans ON scans.id = scan
                 WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
             )
-        """,
-        names,
-    ).rowcount
-    scans = db.execute(
-        "DELETE FROM scans WHERE started_at < :before AND id NOT IN (SELECT scan FROM coverage) "
-        "AND id NOT IN (SELECT last_scan FROM findings)",
-        names,
-    ).rowcount
-    return Pruned(findings, scans, coverage)
+    """,
+    "scans": """
+        DELETE FROM scans WHERE started_at < :before
+            AND id NOT IN (SELECT scan FROM coverage) AND id NOT IN (SELECT last_scan FROM findings)
+    """,
+}
 
 
 def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
@@ -4801,7 +4676,7 @@ def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[st
         """,
         names,
     )
-    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
+    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} AND finding.status IN ('NEW', 'REOPENED')"
     others = f"SELECT value AS subject FROM json_each(:endings) UNION ALL {unread}"
     for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
@@ -4850,40 +4725,6 @@ def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str,
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
-_FINDING_COLUMNS = (
-    "account_id region instance_id state launch_time status first_seen last_seen times_seen times_reopened "
-    "resolved_at resolution created_by instance_type cause_kind monthly_cost managed_by cause"
-).split()
-_FINDING = ", ".join(
-    f"finding.{column}" for column in (*_FINDING_COLUMNS, "tags", "violations", "suggestions")
-)
-
-
-def _load_finding(row: Sequence[Any]) -> Finding:
-    """Build a Finding from the columns of _FINDING; raises _BadRowError."""
-    *columns, tags_text, violations, suggestions = row
-    values = dict(zip(_FINDING_COLUMNS, checked_row(_FINDING_COLUMNS, columns), strict=True))
-    status, ended, kind, cause = (values.pop(c) for c in ("status", "resolution", "cause_kind", "cause"))
-    if len({status == Status.RESOLVED, ended is not None, values["resolved_at"] is not None}) > 1:
-        raise _BadRowError(f"status is {status}, and resolved_at {values['resolved_at']}")
-    if (kind is None) is not (cause is None):
-        raise _BadRowError(f"cause_kind is {kind!r}, and cause {cause!r:.80}")
-    tags = _load_json("tags", tags_text, dict)
-    if not all(type(value) is str for value in tags.values()):
-        raise _BadRowError(f"tags is {tags_text!r:.80}")
-    rows = _load_records("suggestions", suggestions, _SUGGESTION) if suggestions is not None else ()
-    return Finding(
-        **values,
-        tags=tags,
-        violations=_load_violations(violations),
-        status=Status(status),
-        resolution=Resolution(ended) if ended else None,
-        suggestions=tuple(Suggestion(*columns) for columns in rows),
-        cause=Group(kind, cause) if kind else None,
-    )
-
-
-_SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confidence", "evidence": "evidence"}
 
 
 ########################################################################################################
@@ -4966,7 +4807,7 @@ def _finding_cells(finding: Finding) -> dict[str, str]:
         "Region": finding.region,
         "Name": finding.name,
         "State": finding.state,
-        "CreatedBy": finding.created_by or "",
+        "CreatedBy": finding.creator,
         "SuggestedTags": ", ".join(map(str, finding.suggestions)),
         "ManagedBy": finding.managed_by or "",
     }
@@ -5011,13 +4852,8 @@ def csv_line(texts: Iterable[str]) -> str:
     return f"{','.join(quoted)}\n"
 
 
-def picked(record: Any, names: Iterable[str] = ()) -> dict[str, Any]:
-    """Return these fields of a record, by default all those of a dataclass with slots, as a JSON object."""
-    return {name: getattr(record, name) for name in names or record.__slots__}
-
-
 _encode = json.JSONEncoder(
-    default=picked
+    default=to_record
 ).encode  # violations, suggestions, events and changes are dataclasses
 
 
@@ -5040,7 +4876,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
     scan = report.scan
     head = {
         "version": __version__,
-        "policy": picked(scan.policy, ("name", "file", "digest")),
+        "policy": to_record(scan.policy, ("name", "file", "digest")),
         "scan_id": scan.scan_id,
         "started_at": utc_text(scan.started_at),
         "finished_at": utc_text(report.finished_at),
@@ -5081,14 +4917,14 @@ def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
     status = {"status": "read" if coverage.read else "unread", "error": error}
-    counts = picked(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
-    return picked(coverage.target) | status | counts
+    counts = to_record(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
+    return to_record(coverage.target) | status | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
     """Return what findings have in common as a JSON object."""
     what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
-    return picked(cause.target) | cause.group._asdict() | what
+    return to_record(cause.target) | cause.group._asdict() | what
 
 
 _FINDING_KEYS = (
@@ -5100,14 +4936,15 @@ _FINDING_KEYS = (
 def _finding_record(finding: Finding) -> dict[str, Any]:
     """Return a finding as a JSON object; a resolved one says when and why it was resolved."""
     ending = ("resolved_at", "resolution") if finding.status is Status.RESOLVED else ()
-    plain = {"managed_by": finding.managed_by or None, "cause": finding.cause and finding.cause._asdict()}
-    return picked(finding, [*_FINDING_KEYS, *ending]) | plain
+    others = {"managed_by": finding.managed_by or None, "created_by": finding.creator or None}
+    cause = {"cause": finding.cause and finding.cause._asdict()}
+    return to_record(finding, [*_FINDING_KEYS, *ending]) | others | cause
 
 
 def _exempted_record(exempted: ExemptedInstance) -> dict[str, Any]:
     """Return an exempted instance as a JSON object."""
-    where = picked(exempted, ("account_id", "region", "instance_id"))
-    instance = {"name": exempted.tags.get("Name", ""), **picked(exempted, ("state", "launch_time"))}
+    where = to_record(exempted, ("account_id", "region", "instance_id"))
+    instance = {"name": exempted.tags.get("Name", ""), **to_record(exempted, ("state", "launch_time"))}
     return where | instance | {"violations": [exempted_record(case) for case in exempted.exempted]}
 
 
@@ -5432,8 +5269,8 @@ def _timeline(finding: Finding, events: Iterable[Event], changes: Iterable[Chang
         yield f"  {event.at}  {event.event:<8}  {how}"
     yield from _past(finding, finding.target, changes)
     yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
-    if finding.created_by:
-        yield f"  Created by: {finding.created_by}"
+    if finding.creator:
+        yield f"  Created by: {finding.creator}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -6161,7 +5998,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
     likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
     cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"
     where = (finding.instance_id, _brief(finding.name, 40), finding.account_id, finding.region)
-    return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.created_by or ""), cost)
+    return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.creator), cost)
 
 
 ########################################################################################################
@@ -6279,10 +6116,10 @@ def _section(title: str, lines: Iterable[str]) -> Section:
 def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
     """Return who may know about an instance: its owner, then its creator, where they are known."""
     key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
-    owner, creator = stripped(finding.tags.get(key, "")), finding.created_by or ""
+    owner = stripped(finding.tags.get(key, ""))
     names = {
         "owner": "" if owner.casefold() in placeholders else owner,
-        "created by": "" if creator.startswith(UNKNOWN) else creator,
+        "created by": finding.created_by or "",
     }
     return {role: name for role, name in names.items() if name}
 
@@ -7006,7 +6843,7 @@ def fetch_changes(
         where += " AND account_id = ? AND region = ?"
         values += astuple(target)
     rows = db.execute(f"SELECT {', '.join(_CHANGE)} FROM changes WHERE {where} ORDER BY id", values)
-    return [Change(*checked_row((*_CHANGE[:-1], "change_status"), row)) for row in rows]
+    return [load_record(Change, row) for row in rows]
 
 
 def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow) -> PlanRow:
@@ -7161,7 +6998,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
     policy, rows, totals = done.policy, done.rows, done.rows.counts("result")
     head = {
         "version": __version__,
-        "policy": picked(policy, ("name", "file", "digest")),
+        "policy": to_record(policy, ("name", "file", "digest")),
         "changed": bool(totals[Result.WRITTEN] or totals[Result.UNKNOWN]),  # read by Ansible
         "applied": done.undo_file is not None,
         "undo_file": done.undo_file or None,
@@ -7365,7 +7202,7 @@ _COMMANDS = {
     ),
     "report": ("write the dashboard: trends as one HTML page", "--html", "--policy", "--state", "--profile"),
     "prune": (
-        "delete findings that were resolved more than N days ago, and scans; the trend keeps a row a day",
+        "delete findings that were resolved more than N days ago, and scans; the trend is kept",
         *("--days", "--dry-run", "--state", "--profile"),
     ),
     "remediate": (
@@ -7584,14 +7421,14 @@ def _look_up_creators(
     if number:
         LOG.info("Looking up who made %s, for at most %s", counted(number, "instance"), args.creators_budget)
 
-    def describe(target: Target) -> Iterator[list[tuple[str, str]]]:
+    def describe(target: Target) -> Iterator[list[tuple[str, Creator]]]:
         with aws.account(target.account_id):
             client = aws.client("cloudtrail", target.region)
             yield from describe_creators(client, waiting[target], deadline)
 
     for target, creators in read_in_parallel([*waiting], describe, args.workers):
         if isinstance(creators, TargetError):
-            rest = [(instance_id, f"{UNKNOWN}{creators.code})") for instance_id, _ in waiting[target]]
+            rest = [(instance_id, Creator(None, creators.code)) for instance_id, _ in waiting[target]]
             number -= len(rest)
             add_creators(db, target, rest)
             yield f"Who made the instances in {target} was not looked up: {creators}"
@@ -8229,8 +8066,8 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
     keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
     owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
     with _reading(args, policy.name) as db:
-        trend, standings = fetch_standings(db, policy.name)
-        if not standings:
+        trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
+        if not (trend and standings):
             raise StateError(
                 f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
             )
@@ -8250,11 +8087,11 @@ def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
         for path in state.attempts(str(uuid.uuid4())):
             # An attempt that is repeated because its answer was lost finds nothing any more.
             again = prune_state(path, before, state.name)
-            pruned = max(pruned, again, key=lambda pruned: astuple(pruned))
+            pruned = max(pruned, again)
     emit(
         f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
         f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
-        "from before it; the trend keeps a row a day\n"
+        "from before it; the trend is kept\n"
     )
     return ExitCode.COMPLIANT
 

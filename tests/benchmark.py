@@ -400,10 +400,10 @@ def run_report(fleet: Fleet, directory: str) -> None:
         for key in REQUIRED_TAGS
     ]
     violations = [
-        json.dumps([tagcheck.violation_record(violation) for violation in missing[: n + 1]]) for n in range(3)
+        json.dumps([tagcheck.to_record(violation) for violation in missing[: n + 1]]) for n in range(3)
     ]
     suggested = tagcheck.Suggestion("Owner", "team@example.com", 0.98, "38 of 38 in web-asg")
-    suggestions = json.dumps([tagcheck.suggestion_record(suggested)])
+    suggestions = json.dumps([tagcheck.to_record(suggested)])
     tagcheck.check_state(state)
     begun = datetime.now(UTC)
     times = [tagcheck.utc_text(begun - timedelta(days=REPORT_SCANS - n)) for n in range(REPORT_SCANS)]
@@ -433,6 +433,10 @@ def run_report(fleet: Fleet, directory: str) -> None:
                 for n in range(REPORT_SCANS)
                 for target in targets
             ),
+        )
+        db.executemany(
+            "INSERT INTO trend VALUES ('report', ?, ?, 1000, 100, 1100, 100, 0)",
+            ((time_, REPORT_TARGETS * (10_000 - n)) for n, time_ in enumerate(times)),
         )
         columns = (
             "policy, account_id, region, instance_id, state, launch_time, tags, violations, last_scan, status, "

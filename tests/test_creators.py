@@ -76,7 +76,7 @@ def remember(aws, ids, identity, ago=0.0, region=REGION, account_id=ACCOUNT_ID, 
     }.values(),
 )  # fmt: skip
 def test_creator_name(identity, expected):
-    assert script.creator_name(identity) == expected
+    assert str(script.creator_name(identity)) == expected
 
 
 def test_creators_are_found_shown_kept_and_not_asked_for_again(aws, scan, hasty, tagcheck, tmp_path):
@@ -201,8 +201,8 @@ def test_an_event_may_be_of_any_shape(path):
             event |= {"CloudTrailEvent": json.dumps(detail)} if path[0] == "detail" else {}
             for instance_id, who in script.creators_of(event):
                 assert isinstance(instance_id, str)
-                assert isinstance(who, str)
-                assert who
+                assert isinstance(who, script.Creator)
+                assert str(who)
     assert [script.creators_of(value) for value in ODD] == [[]] * len(ODD)
 
 

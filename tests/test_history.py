@@ -6,7 +6,9 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import drift
 import pytest
@@ -17,6 +19,7 @@ import tagcheck as script
 ACCOUNT, REGION, OTHER = "123456789012", "us-east-1", "eu-west-1"
 START = datetime(2026, 3, 1, 6, tzinfo=UTC)
 GOOD = {"Owner": "ann", "Project": "shop"}
+DATA = Path(__file__).parent / "data"
 HOSTILE = '</title><script>alert(1)</script>\x1b[2J\u202e=HYPERLINK("http://x")'
 
 
@@ -191,8 +194,7 @@ def test_what_cannot_be_told_is_refused(kept, args, code, message):
 def first_version(path):
     """Write a state as the first version did, with a finding that is open and one that is resolved."""
     with closing(sqlite3.connect(path)) as db, db:
-        for statement in script.MIGRATIONS[0]:
-            db.execute(statement)
+        db.executescript(script.MIGRATIONS[0])
         db.execute(f"PRAGMA application_id = {script.APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
         db.execute(
@@ -202,7 +204,7 @@ def first_version(path):
             [("REPEAT", None, None), ("RESOLVED", "2026-02-09T00:00:00Z", "tagged")], 1
         ):
             violations = [
-                script.violation_record(
+                script.to_record(
                     script.Violation("Owner", script.ViolationType.MISSING, None, None, "Owner is missing")
                 )
             ]
@@ -237,7 +239,7 @@ def rows(directory, table):
 
 def standings(directory):
     with closing(sqlite3.connect(directory / "instance_state.db")) as db:
-        return script.fetch_standings(db, "test")
+        return script.fetch_trend(db, "test"), script.fetch_standings(db, "test")
 
 
 # ---- prune -------------------------------------------------------------------------------------------------
@@ -255,8 +257,13 @@ def test_prune_forgets_what_is_old_and_keeps_what_is_known(state):
     assert ids(history(state)) == ["3", "1"]
     after_points, after = standings(state)
     assert after == before
-    assert after_points == points  # one scan a day: the trend has lost nothing
-    assert {row[1] for row in rows(state, "trend")} == {"2026-03-01", "2026-03-11", "2026-03-21"}
+    assert after_points == points
+    assert {row[1][:10] for row in rows(state, "trend")} == {
+        "2026-03-01",
+        "2026-03-11",
+        "2026-03-21",
+        "2026-03-31",
+    }
     assert "0 findings" in command(state, "prune", "--days", "15", check=0).out
 
 
@@ -266,13 +273,41 @@ def test_prune_dry_run_changes_no_byte(state):
     assert (state / "instance_state.db").read_bytes() == before
 
 
-def test_of_a_day_the_trend_keeps_the_last_and_the_sum_of_changes(tmp_path):
+def test_prune_keeps_the_trend_of_every_scan(tmp_path):
     for hour, tags in enumerate([{}, GOOD, {}]):
         scan(tmp_path, hour / 24, {REGION: {1: tags}, OTHER: {2: {}}})
-    points, _ = standings(tmp_path)
+    before, _ = standings(tmp_path)
+    changes = [(2, 2, 0, 0), (1, 0, 0, 1), (2, 0, 1, 0)]
+    assert [(point.open, point.new, point.reopened, point.resolved) for point in before] == changes
     command(tmp_path, "prune", "--days", "3", check=0)
-    ((point,), _) = standings(tmp_path)
-    assert point == script.TrendPoint(points[-1].at, 2, 2, 1, 1, 2, 0)
+    assert standings(tmp_path)[0] == before
+    assert len(rows(tmp_path, "scans")) == 1
+
+
+def test_prune_keeps_the_scan_that_saw_a_finding_last(state):
+    with closing(sqlite3.connect(state / "instance_state.db")) as db, db:
+        db.execute("UPDATE findings SET last_scan = 1 WHERE resolved_at IS NULL")
+        db.execute("DELETE FROM coverage WHERE scan = 1")
+    command(state, "prune", "--days", "15", check=0)
+    assert 1 in {row[0] for row in rows(state, "scans")}
+
+
+def test_a_state_of_version_5_keeps_its_trend_and_its_creators(tmp_path):
+    """The state and what was shown of it are from the last script that derived the trend of its scans."""
+    with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db:
+        db.executescript((DATA / "state_5.sql").read_text())
+    shown = json.loads((DATA / "state_5.json").read_text())
+    script.check_state(tmp_path / "instance_state.db")
+    assert rows(tmp_path, "pragma_user_version") == [(6,)]
+    for policy, of_policy in shown.items():
+        with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db:
+            trend, of = script.fetch_trend(db, policy), script.fetch_standings(db, policy)
+            creators = {
+                f.instance_id[-1]: f.creator for f in script.fetch_history(db, script.Selection(policy))
+            }
+        assert [list(astuple(point)) for point in trend] == of_policy["trend"]
+        assert [[*astuple(s.target), *astuple(s)[1:]] for s in of] == of_policy["standings"]
+        assert creators == of_policy["creators"]
 
 
 def test_prune_refuses_what_is_no_state(tmp_path):

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 import tracemalloc
+import uuid
 from collections import Counter
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -177,6 +178,35 @@ def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
     assert text.startswith("tagcheck test: 1 target not read, 1 exemption ending")
     assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
     assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
+
+
+def test_an_account_that_cannot_be_read_is_told_again_after_it_could(tmp_path):
+    policy_file, state = tmp_path / "policy.yaml", tmp_path / "state.db"
+    policy_file.write_text(
+        "version: 1\nname: test\nrequired_tags: [Owner]\nregions: {us-east-1: }\n"
+        "notify: {slack: {webhook_url_env: HOOK}}\n"
+    )
+    policy, now = script.load_policy(str(policy_file)), datetime(2026, 3, 1, tzinfo=UTC)
+    subject = f"unread {ACCOUNT_ID} *"
+    script.check_state(state)
+
+    def pending(region):
+        with closing(script.open_sightings()) as db:
+            scan = script.Scan(str(uuid.uuid4()), policy, now)
+            target = script.add_target(db, script.Target(ACCOUNT_ID, region))
+            if region == "*":
+                script.fail_target(db, target, script.TargetError("AccessDenied", "no"))
+            with script.record_scan(db, state, scan, now, str(state)):
+                script.queue_notifications(db, scan, ())
+                return script.fetch_pending(db, "test", subject)
+
+    assert pending("*") == {"slack"}
+    with closing(script.open_sightings()) as db:
+        script.add_digest_lines(db, [("slack", "", subject, None)])
+        script.record_sent(db, script.LocalState(state), "test", "slack", now)
+    assert pending("*") == set()
+    assert pending(REGION) == set()
+    assert pending("*") == {"slack"}
 
 
 def test_tags_ping_nobody_and_what_is_cut_is_counted(scan, slack):

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -22,11 +23,14 @@ from tagcheck import (
     RequiredTag,
     Target,
     ValuePattern,
-    agreements,
+    add_agreements,
+    add_target,
+    add_usage,
     cause_lines,
     cause_of,
     check_tag,
     groups_of,
+    open_sightings,
     suggest,
 )
 
@@ -119,6 +123,17 @@ def test_a_cause_is_the_most_specific_group_that_hands_tags_on(keys, kind):
 
 
 # ---- What the members of a group agree on ------------------------------------------------------------------
+
+
+def agreements(values, keys):
+    """What the members of one group agree on, by their values and how many have them, as pages bring them."""
+    with closing(open_sightings()) as db:
+        target = add_target(db, TARGET)
+        for row, number in values:
+            add_usage(db, Counter({(target, *VPC, "", tuple(row)): number}))
+        add_agreements(db)
+        found = db.execute("SELECT rule, value, agreeing, members FROM agreement ORDER BY rule")
+        return {keys[rule]: Agreement(*agreement) for rule, *agreement in found}
 
 
 @pytest.mark.parametrize(
