@@ -803,16 +803,15 @@ class ValuePattern:
         return Verdict.ALLOWED if matches is True else Verdict.REFUSED
 
 
-def _form(pattern: str, complaint: str, example: str, **more: Any) -> dict[str, Any]:
-    """Return the schema of a text of some form; validate and editors show the complaint about any other."""
-    form = {"type": "string", "pattern": f"^{pattern}$", "patternErrorMessage": complaint}
-    return form | more | {"examples": [example]}
+def _string(example: str, **more: Any) -> dict[str, Any]:
+    """Return the schema of a text that is not empty; what editors see as a number, tagcheck reads as text."""
+    return {"type": ["string", "number"], "minLength": 1, "examples": [example]} | more
 
 
-def _any_text(example: str, **more: Any) -> dict[str, Any]:
-    """Return the schema of a text that is not empty."""
-    # tagcheck reads every scalar as text; editors see numbers.
-    return {"type": ["string", "number"], "minLength": 1} | more | {"examples": [example]}
+def _form(what: str, pattern: str, example: str) -> dict[str, Any]:
+    """Return the schema of a text of some form; validate and editors say what any other text is not."""
+    complaint = f"is not {what}, such as {example}"
+    return _string(example, type="string", pattern=f"^({pattern})$", patternErrorMessage=complaint)
 
 
 def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -820,27 +819,19 @@ def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": items, "examples": [items["examples"]]} | more
 
 
-def _mapping(values: Mapping[str, Any], example: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return the schema of a mapping of any keys that is not empty."""
-    return {
-        "type": "object",
-        "minProperties": 1,
-        "additionalProperties": values,
-        "examples": [example],
-    } | more
+def _mapping(values: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a mapping that has any keys and is not empty."""
+    return {"type": "object", "minProperties": 1, "additionalProperties": values, "examples": [example]}
 
 
-def _key(description: str, schema: Any, default: Any = MISSING, *, name: str = "", read: Any = None) -> Any:
-    """Return a field that a policy key fills, with the key's description and schema; a default makes it optional.
+def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", read: Any = None) -> Any:
+    """Return a field that a policy key fills: its description, its schema, and the default of an optional one.
 
     `read` turns the value, or each item of a list, into that of the field: a function, or a record's class.
     """
-    metadata = {
-        "name": name,
-        "schema": schema | {"description": description},
-        "read": read or (lambda value: value),
-    }
-    return field(default=default, metadata=metadata)
+    return field(
+        default=default, metadata={"name": name, "schema": schema | {"description": about}, "read": read}
+    )
 
 
 def _keys(record: Any) -> dict[str, Any]:
@@ -857,39 +848,23 @@ def _schema(record: Any, example: Any, **more: Any) -> dict[str, Any]:
     return {"type": "object", "examples": [example]} | more | closed
 
 
-STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 _TRUE, _FALSE = ({"type": "boolean", "examples": [example]} for example in (True, False))
-_TAG_KEY = _any_text("Owner", maxLength=MAX_KEY_LENGTH)
-_TAG_VALUE = _any_text("prod", maxLength=MAX_VALUE_LENGTH)
-_ACCOUNT = _any_text(
-    "012345678901", pattern=f"^{ACCOUNT_ID}$", patternErrorMessage="is not an account id: it has 12 digits"
-)
-_INSTANCE_TEXT = _form(
-    INSTANCE_ID, "is not an instance id: it looks like i-0123456789abcdef0", "i-0123456789abcdef0"
-)
-_REGION = _any_text("eu-west-1")
-_ROLE = _form(ROLE_NAME, "is not a role name: give the name alone, not the ARN", "tagcheck-read")
-_DATE_TEXT = _form(_DATE, "is not a date: write year-month-day, such as 2027-01-31", "2027-01-31")
-_TIME_TEXT = _form(_DURATION, "is not a duration: write a number and s, m, h or d, such as 2h", "2h")
-_ADDRESS = _form(EMAIL_ADDRESS, "is not an email address", "ops@example.com")
-_RECIPIENT = _form(
-    f"({EMAIL_ADDRESS}|{SLACK_MEMBER})",
-    "is neither an email address nor the id of a Slack member, such as U012ABCDEF",
-    "ops@example.com",
-)
-_VARIABLE = _form(
-    "[A-Za-z_][A-Za-z0-9_]*",
-    "is not the name of an environment variable: keep secrets out of the policy",
-    "SLACK_WEBHOOK_URL",
-)
-_HOST = _form(
-    "[a-z0-9.-]+(:[0-9]{1,5})?", "is not a host: write its name, and :port if that is not 443", "example.com"
-)
-_TOPIC = _form(
-    f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}",
-    "is not the ARN of an SNS topic (FIFO topics do not work here)",
-    "arn:aws:sns:eu-west-1:012345678901:tags",
-)
+_TAG_KEY, _TAG_VALUE = _string("Owner", maxLength=MAX_KEY_LENGTH), _string("prod", maxLength=MAX_VALUE_LENGTH)
+_REGION = _string("eu-west-1")
+_ACCOUNT = _form("an account id (12 digits)", ACCOUNT_ID, "012345678901") | {"type": ["string", "number"]}
+_INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
+_ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
+_DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
+_TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
+_ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
+_MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
+_RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
+_HOST = _form("a host (with :port if that is not 443)", "[a-z0-9.-]+(:[0-9]{1,5})?", "slack.example.com")
+_SECRET = "the name of an environment variable (keep secrets out of the policy)"
+_VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
+_ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
+_TOPIC = _form("the ARN of an SNS topic that is not FIFO", _ARN, "arn:aws:sns:eu-west-1:012345678901:tags")
+STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -899,7 +874,7 @@ class RequiredTag:
     key: str = _key("The tag key. Case matters.", _TAG_KEY)
     values: tuple[str, ...] = _key("The allowed values. Case matters.", _list(_TAG_VALUE), ())
     pattern: ValuePattern | None = _key(
-        "A Python regular expression for the whole value.", _any_text("CC-[0-9]{4}"), None, read=ValuePattern
+        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None, read=ValuePattern
     )
     default: str | None = _key("What remediate may write when it finds no better value.", _TAG_VALUE, None)
     line: int = 0
@@ -923,10 +898,8 @@ class RequiredTag:
         return " and ".join(filter(None, (values, pattern)))
 
 
-_TAG_RULE = _schema(RequiredTag, "Owner", **_TAG_KEY | {"type": ["string", "number", "object"]})
-_REQUIRED_TAGS = _list(
-    _TAG_RULE | {"description": "A required tag: its key, or its key and rules for its value."}
-)
+_TAG_OR_KEY = _TAG_KEY | {"type": ["string", "number", "object"]}
+_REQUIRED_TAGS = _list(_schema(RequiredTag, "Owner", **_TAG_OR_KEY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -943,7 +916,7 @@ class Region:
 class Exemption:
     """Instances that may lack some tags; what is left empty restricts nothing."""
 
-    reason: str = _key("Why. Every report shows it.", _any_text("EKS nodes are tagged by the cluster team"))
+    reason: str = _key("Why. Every report shows it.", _string("EKS nodes are tagged by the cluster team"))
     tags: tuple[tuple[str, str], ...] = _key(
         "Tags that they have. In a value, * matches any text and ? one character.",
         _mapping(_TAG_VALUE | {"minLength": 0}, {"eks:cluster-name": "*"}),
@@ -955,13 +928,13 @@ class Exemption:
     regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
     managed_by: str | None = _key(
         'The AWS service that operates them; * and ? as in tags, so "*" is any.',
-        _any_text("eks.amazonaws.com"),
+        _string("eks.amazonaws.com"),
         None,
     )
     required_tags: tuple[str, ...] = _key("The tags that they may lack. Default: all.", _list(_TAG_KEY), ())
     expires: date | None = _key("The last day it applies (UTC).", _DATE_TEXT, None, read=date.fromisoformat)
-    approved_by: str | None = _key("Who approved it.", _any_text("head of platform"), None)
-    ticket: str | None = _key("Where it was approved.", _any_text("OPS-1234"), None)
+    approved_by: str | None = _key("Who approved it.", _string("head of platform"), None)
+    ticket: str | None = _key("Where it was approved.", _string("OPS-1234"), None)
     line: int = 0
     column: int = 0
 
@@ -1006,7 +979,7 @@ class Accounts:
     organization: bool = _key("true: every active account of the organization.", _TRUE, False)
     ids: tuple[str, ...] = _key("The account ids.", _list(_ACCOUNT), ())
     exclude: tuple[str, ...] = _key("Accounts to skip.", _list(_ACCOUNT), ())
-    external_id: str | None = _key("The external id that the role requires.", _any_text("tagcheck"), None)
+    external_id: str | None = _key("The external id that the role requires.", _string("tagcheck"), None)
 
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
@@ -1137,9 +1110,7 @@ class Policy:
     file: str
     digest: str
     version: str = _key("The version of this format: 1.", _VERSION)
-    name: str = _key(
-        "Findings are stored under this name; a new name starts afresh.", _any_text("org-tagging")
-    )
+    name: str = _key("Findings are stored under this name; a new name starts afresh.", _string("org-tagging"))
     regions: Mapping[str, tuple[RequiredTag, ...]] = _key(
         'The regions to scan, each with its rules. "*" is every other enabled region.', _REGIONS
     )
@@ -1219,9 +1190,7 @@ class YamlDocument:
 
         self.file = file
         self.problems: list[Problem] = []
-        self.pattern = functools.cache(
-            ValuePattern
-        )  # of all rules with a pattern, that they share its limits
+        self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
         self._nodes = 0
         self._key_marks: dict[KeyPath, Any] = {}
         self._value_marks: dict[KeyPath, Any] = {}
@@ -1253,20 +1222,13 @@ class YamlDocument:
         mark = (self._key_marks if at_key else self._value_marks)[path]
         return mark.line + 1, mark.column + 1
 
-    def add(
-        self, path: KeyPath, message: str, *, at_key: bool = False, near: Any = (), mark: Any = None
-    ) -> None:
-        """Add a problem with the value at a path, or with the key that leads to it.
-
-        `near` is a word and the known ones, one of which may have been meant.
-        """
+    def add(self, path: KeyPath, message: str, *, at_key: bool = False, near: Any = ()) -> None:
+        """Add a problem with the value at a path, or with its key; `near` is a word and what it may mean."""
         # Only as many problems as are shown are worth the search.
         hint = did_you_mean(*near) if near and len(self.problems) < MAX_PROBLEMS else ""
-        place = (mark.line + 1, mark.column + 1) if mark else self.place(path, at_key=at_key)
-        steps = (
-            f"[{step}]" if isinstance(step, int) else f".{step}" for step in path[: -1 if at_key else None]
-        )
+        steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path[: len(path) - at_key])
         where = "".join(steps).removeprefix(".")  # regions.eu-west-1.required_tags[1]
+        place = self.place(path, at_key=at_key)
         self.problems.append(Problem(self.file, *place, where, message + hint))
 
     def _build(self, node: Any, path: KeyPath) -> Any:
@@ -1275,8 +1237,9 @@ class YamlDocument:
         if self._nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
             message = "the nesting or the aliases make this larger than any policy"
             raise _broken(self.file, node.start_mark, message)
+        self._value_marks[path] = node.start_mark
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
-            self.add(path, f"{node.tag} has no meaning in a policy; remove it", mark=node.start_mark)
+            self.add(path, f"{node.tag} has no meaning in a policy; remove it")
         value: Any
         if node.id == "mapping":
             value = self._build_mapping(node, path)
@@ -1285,7 +1248,7 @@ class YamlDocument:
         else:
             self._check_text(node, path)
             value = _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
-        self._value_marks[path] = node.start_mark  # last, as what is merged in has left its own here
+        self._value_marks[path] = node.start_mark  # again, as what is merged in has left its own here
         return value
 
     def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
@@ -1315,17 +1278,13 @@ class YamlDocument:
     def _check_text(self, node: Any, path: KeyPath, *, at_key: bool = False) -> None:
         """Add what in a text no tag would ever match, though it may look right; prose may hold what it likes."""
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
-        odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
-        message = ""
         if plain and not prose and node.start_mark.line != node.end_mark.line:
-            both = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
-            message = f"{both}: indent the lines alike"
-        elif found := _find_odd(node.value, odd):
-            message = found[1]
+            message = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
+            self.add(path, f"{message}: indent the lines alike", at_key=at_key)
+        elif found := _find_odd(node.value, _ODD[:1] if prose else _ODD if plain else _ODD[:4]):
+            self.add(path, found[1], at_key=at_key)
         elif node.value.strip() and is_blank(node.value):
-            message = "only invisible characters stand here: type the text again"
-        if message:
-            self.add(path, message, at_key=at_key, mark=node.start_mark)
+            self.add(path, "only invisible characters stand here: type the text again", at_key=at_key)
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -1334,22 +1293,16 @@ _YAML_MERGE = "tag:yaml.org,2002:merge"
 _PROSE = (("reason",), ("approved_by",), ("ticket",))
 
 # Characters that no tag would ever match, though they may look right, and what to say about the first one.
-_HALF = (("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),)
-_CONTROL = (
-    (
-        "[\0-\x1f\x7f-\x9f]",
-        "the control character U+{:04X} stands here: remove it (| and > add one at the end)",
-    ),
-)
-_UNSEEN = (
+# Prose is only checked for the first row, a text in quotes for all but the last two.
+_ODD = (
+    ("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),
+    ("[\0-\x1f\x7f-\x9f]", "the control character U+{:04X} stands here (| and > add one): remove it"),
     ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it again"),
     # A variation selector after a visible character is part of many an emoji.
     (
-        f"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
+        rf"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
         "an invisible character (U+{:04X}) stands here: type it again",
     ),
-)
-_UNQUOTED = (
     (
         "^[\u201c\u201d\u201e\u2018\u2019\u201a]",
         "a typographic quote stands here: type a straight one, or none",
@@ -1399,8 +1352,9 @@ def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
     advice, at_beginning = next(row[1:] for row in _YAML_ADVICE if re.search(row[0], said))
     mark = begun if at_beginning else mark
     line = "".join(text.splitlines(keepends=True)[mark.line : mark.line + 1])
-    if odd := _find_odd(line, _UNSEEN):
-        return SimpleNamespace(line=mark.line, column=odd[0]), odd[1]
+    if odd := _find_odd(line, _ODD[2:4]):
+        mark.column = odd[0]
+        return mark, odd[1]
     return mark, advice.format(begun=text[mark.index :][:1], problem=error.problem)
 
 
@@ -1516,6 +1470,7 @@ def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ..
 def _type_hint(path: KeyPath, found: Any) -> str:
     """Return what to write where something of another kind stands, as far as the place tells."""
     text = found[:40] if isinstance(found, str) else ""
+    words = text and ("," in text or " " not in text)
     if text.startswith("-"):
         return "; a space is missing after the dash: - Owner"
     match path:
@@ -1523,14 +1478,12 @@ def _type_hint(path: KeyPath, found: Any) -> str:
             return "; write each region on its own line, indented, with a colon after it: us-east-1:"
         case ("regions", _):
             return "; put required_tags: before it"
-        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
-            return (
-                f"; write [{text}]" if "," in text or " " not in text else "; begin each with a dash: - Owner"
-            )
-        case (*_, "required_tags" | "exemptions" as key):
-            return (
-                f"; begin each with a dash and a space: - {'reason: …' if key == 'exemptions' else 'Owner'}"
-            )
+        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if words:
+            return f"; write [{text}]"
+        case (*_, "exemptions"):
+            return "; begin each with a dash and a space: - reason: …"
+        case (*_, "required_tags" | "values" as key) if text or key == "required_tags":
+            return "; begin each with a dash and a space: - Owner"
         case (*_, "pattern"):
             return "; put single quotes round it: '[0-9]'"
         case (*_, "inherit"):
@@ -1638,6 +1591,9 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
             document.add(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
 
 
+_Complaint = Callable[[str], str]  # why a policy cannot use a pattern, or ""
+
+
 def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
     """Add a region that AWS does not have."""
     if not is_region(region):
@@ -1645,9 +1601,7 @@ def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key:
         document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
 
 
-def _check_tags(
-    document: YamlDocument, path: KeyPath, entry: Any, complaint: Callable[[str], str]
-) -> set[str]:
+def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _Complaint) -> set[str]:
     """Add what is wrong with the rules of one required_tags list; returns the keys that it requires."""
     seen: set[str] = set()
     for index, tag in enumerate(_given(entry, "required_tags", list)):
@@ -1667,9 +1621,7 @@ def _check_tags(
     return seen
 
 
-def _check_values(
-    document: YamlDocument, path: KeyPath, rule: Mapping[str, Any], complaint: Callable[[str], str]
-) -> None:
+def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _Complaint) -> None:
     """Add what is wrong with the values, the pattern and the default of a rule."""
     values: set[str] = set()
     for number, text in _texts(rule, "values").items():
@@ -1699,12 +1651,9 @@ def _pattern_complaint(began: float, pattern: str) -> str:
             return _not_a_pattern(str(error))
         return ""
     # Long values of one character each, and the same behind the text that the pattern begins with.
-    begun = re.match(r"[^\\.^$*+?{}\[\]|()]*", pattern)
-    before = dict.fromkeys(("", begun[0] if begun else ""))
-    long = MAX_VALUE_LENGTH - 1
-    values = [
-        f"{(text + sign * long)[:long]}\0" for text in before for sign in dict.fromkeys("aA0 " + pattern)
-    ]
+    begun = re.split(r"[\\.^$*+?{}\[\]|()]", pattern, maxsplit=1)[0]
+    long, signs = MAX_VALUE_LENGTH - 1, dict.fromkeys(f"aA0 {pattern}")
+    values = [f"{(text + sign * long)[:long]}\0" for text in {"": 1, begun: 1} for sign in signs]
     for value in ("", *values):
         if _MATCHER.seconds - began >= (MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS):
             # Untried is no risk, as every value has its limit; what may not compile cannot be used.
@@ -1713,9 +1662,7 @@ def _pattern_complaint(began: float, pattern: str) -> str:
         if answer is None and not value:
             return "takes too much time or memory to compile: shorten it, or list the values"
         if answer is None:
-            return (
-                "can run forever on long values: repeat no part that holds a repetition, or list the values"
-            )
+            return "can run forever on long values: do not repeat a repetition, or list the values"
         if isinstance(answer[0], str):
             return _not_a_pattern(answer[0])
     return ""
@@ -1751,7 +1698,7 @@ def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, *
 
 def _read_field(each: Any, value: Any, document: YamlDocument, path: KeyPath) -> Any:
     """Return the value of a record's field; a list becomes what the field's default is."""
-    read = each.metadata["read"]
+    read = each.metadata["read"] or (lambda value: value)
     if isinstance(value, list):
         kind = type(each.default)
         return kind(_read_field(each, item, document, (*path, index)) for index, item in enumerate(value))
