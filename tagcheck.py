@@ -107,10 +107,19 @@ class TagcheckError(Exception):
     exit_code = ExitCode.FAILED
 
 
+# The oldest versions that CI tests, as in requirements.txt, the README and the block at the top of this file.
+# boto3 1.42.93 has no IncludeManagedResources. A lock file may hold an older botocore than boto3 brings.
+MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
+
+
 class PackageError(TagcheckError):
     """A package that tagcheck needs is missing or too old."""
 
     exit_code = ExitCode.CRASHED
+
+    def __init__(self, problem: str) -> None:
+        wanted = [f"{name}>={minimum}" for name, minimum in MINIMUM_VERSIONS.items()]
+        super().__init__(f"{problem}: pip install --upgrade {shlex.join(wanted)}")
 
 
 class UsageError(TagcheckError):
@@ -120,7 +129,7 @@ class UsageError(TagcheckError):
 
 
 class CredentialsError(TagcheckError):
-    """AWS knows no caller: there is nothing to scan with."""
+    """AWS does not accept the credentials, so nothing can be scanned."""
 
 
 class StateError(TagcheckError):
@@ -128,11 +137,11 @@ class StateError(TagcheckError):
 
 
 class MissingStateError(StateError):
-    """There is no state where one was named."""
+    """The state that was named does not exist."""
 
 
 class UploadError(StateError):
-    """The scan is recorded in a copy of the state that could not be put in the state's place."""
+    """The scan is recorded in a local copy of the state that could not be uploaded."""
 
 
 class OutputError(TagcheckError):
@@ -140,7 +149,7 @@ class OutputError(TagcheckError):
 
 
 class NotificationError(TagcheckError):
-    """Somebody was not told of a scan, which is recorded and reported."""
+    """A notification failed; the scan is recorded and reported."""
 
 
 class TargetError(TagcheckError):
@@ -150,13 +159,12 @@ class TargetError(TagcheckError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
+        self.code, self.message = code, message
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a policy file, with its place (line and column count from 1), written as compilers do."""
+    """One mistake in a file, with its place as compilers write it (line and column count from 1)."""
 
     file: str
     line: int
@@ -175,14 +183,13 @@ MAX_PROBLEMS = 100
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """Return a line for each of the first problems of a file, and one that counts the others."""
-    more = len(problems) - MAX_PROBLEMS
-    rest = [f"… and {counted(more, 'more problem')}"] if more > 0 else []
-    return [*map(str, problems[:MAX_PROBLEMS]), *rest]
+    """Return a line for each of the first problems of a file, and one that counts the rest."""
+    lines, more = [*map(str, problems[:MAX_PROBLEMS])], len(problems) - MAX_PROBLEMS
+    return [*lines, f"… and {counted(more, 'more problem')}"] if more > 0 else lines
 
 
 class PolicyError(UsageError):
-    """A policy file, or an edited plan, is wrong; holds every problem that was found in it."""
+    """A policy file or an edited plan is wrong; has every problem that was found in it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
@@ -403,11 +410,6 @@ class TrendPoint:
     targets_unread: int
 
 
-# The oldest versions that CI tests; requirements.txt, the block at the top of this file and the README name the same.
-# boto3 1.42.93 has no IncludeManagedResources. botocore comes with boto3, but a lock file may hold an older one.
-MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
-
-
 def check_packages(*names: str) -> None:
     """Raise PackageError if a package is missing or older than MINIMUM_VERSIONS."""
     import importlib.metadata  # here, as it takes tens of milliseconds that --help does not need
@@ -415,29 +417,12 @@ def check_packages(*names: str) -> None:
     for name in names:
         minimum = MINIMUM_VERSIONS[name]
         try:
-            version = importlib.metadata.version(name)
+            version = str(importlib.metadata.version(name))  # "None" if the installed package is damaged
         except importlib.metadata.PackageNotFoundError as error:
-            raise missing_package(name) from error
-        if _numbers(str(version)) < _numbers(minimum):  # None, if what pip left of the package is damaged
-            raise PackageError(
-                f"{name} {version} is too old ({minimum} or later is needed): {_install_command()}"
-            )
-
-
-def missing_package(name: str) -> PackageError:
-    """Return the error for a package that cannot be imported."""
-    return PackageError(f"the package {name} is missing: {_install_command()}")
-
-
-def _install_command() -> str:
-    """Return the command that installs all packages, each new enough."""
-    wanted = [f"{name}>={minimum}" for name, minimum in MINIMUM_VERSIONS.items()]
-    return f"pip install --upgrade {shlex.join(wanted)}"
-
-
-def _numbers(version: str) -> list[int]:
-    """Return the numbers that a version begins with, to compare it by."""
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+            raise PackageError(f"the package {name} is missing") from error
+        numbers, least = ([int(number) for number in re.findall(r"\d+", v)[:3]] for v in (version, minimum))
+        if numbers < least:
+            raise PackageError(f"{name} {version} is too old ({minimum} or later is needed)")
 
 
 # Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern, the
@@ -449,6 +434,11 @@ INVISIBLE = re.compile(
 )
 
 
+def is_printable(text: str) -> bool:
+    """Return whether every character of a text is visible or a space."""
+    return text.isprintable() and (text.isascii() or not INVISIBLE.search(text))
+
+
 def printable(text: str) -> str:
     r"""Return text with control, format and other invisible characters escaped (`\x1b`, `\u202e`).
 
@@ -457,32 +447,19 @@ def printable(text: str) -> str:
     """
     if is_printable(text):
         return text
-    return "".join(
-        character if is_printable(character) else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-
-
-def is_printable(text: str) -> bool:
-    """Return whether every character of a text can be seen, or is a space."""
-    return text.isprintable() and (text.isascii() or not INVISIBLE.search(text))
+    return "".join(sign if is_printable(sign) else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def stripped(text: str) -> str:
     """Return text without the spaces and invisible characters around it; nothing is left of a blank text."""
     if is_printable(text):
         return text.strip()
-    visible = [
-        index
-        for index, character in enumerate(text)
-        if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Zs")
-        and not INVISIBLE.match(character)
-    ]
-    return text[visible[0] : visible[-1] + 1] if visible else ""
+    unseen = ("Cc", "Cf", "Zl", "Zp", "Zs")
+    return text.strip("".join(c for c in {*text} if unicodedata.category(c) in unseen or INVISIBLE.match(c)))
 
 
 def is_blank(text: str) -> bool:
-    """Return whether nothing of a text can be seen."""
+    """Return whether a text has no visible character."""
     return not stripped(text)
 
 
@@ -510,7 +487,7 @@ def suggestion_record(suggestion: Suggestion) -> dict[str, Any]:
     }
 
 
-CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
+CHUNK_SIZE = 65_536  # bytes or characters to hold in memory of what is only copied
 
 
 def utc_text(moment: datetime) -> str:
@@ -525,36 +502,37 @@ def counted(number: int, word: str, plural: str = "") -> str:
 
 
 def cut_text(text: str, width: int) -> str:
-    """Return text of at most this width, its end cut off visibly."""
+    """Return text of at most this width, with … in place of what was cut off."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
 _ADVICE = (
-    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
-     "region, or take it out of the policy"),
-    ("OptInRequired", "the region is not enabled in this account: enable it, or take it out of the policy"),
-    ("UnauthorizedOperation AccessDenied AccessDeniedException", "the credentials may not call {operation}: "
-     "allow it (tagcheck.py iam-policy prints how)"),
+    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: "
+     "enable the region, or remove it from the policy"),
+    ("OptInRequired", "the region is not enabled in this account: enable it, or remove it from the policy"),
+    ("UnauthorizedOperation AccessDenied AccessDeniedException",
+     "the credentials may not call {operation}: allow it (tagcheck.py iam-policy prints how)"),
     ("ExpiredToken ExpiredTokenException", "the credentials have expired: renew them and run again"),
-    ("RequestExpired", "the request was too old when it arrived: check this machine's clock, then renew the "
-     "credentials"),
+    ("RequestExpired", "the request came too late: check this machine's clock, then renew the credentials"),
     ("SignatureDoesNotMatch", "the secret key is wrong, or this machine's clock is"),
-    ("InvalidClientTokenId UnrecognizedClientException", "AWS does not know these credentials: check the profile "
-     "or the environment"),
-    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException", "AWS throttled the calls, and "
-     "went on after every retry: run again later, or with fewer --workers"),
-    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
-     "the network, the proxy and the region's name"),
+    ("InvalidClientTokenId UnrecognizedClientException",
+     "AWS does not know these credentials: check the profile or the environment"),
+    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException",
+     "AWS throttled the calls, and went on after every retry: run again later, or with fewer --workers"),
+    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError",
+     "no connection: check the network, the proxy and the region's name"),
     ("ReadTimeoutError CallTimeout", "no answer in time: check the network and run again"),
     ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ForeignAnswer IncompleteAnswer", "the answer was cut short or is not AWS's: check the network and the proxy"),
-    ("InvalidHeader", "the session token or the access key has a line break or another character that HTTP cannot send: "
-     "copy it again"),
+    ("ForeignAnswer IncompleteAnswer",
+     "the answer was cut short or is not AWS's: check the network and the proxy"),
+    ("InvalidHeader",
+     "the session token or the access key has a line break or another bad character: copy it again"),
     ("HTTPClientError", "the HTTP request failed: check the network, the proxy and the AWS configuration"),
-    ("UnknownAccountState", "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
-    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
-     "retry: run again later"),
+    ("UnknownAccountState",
+     "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
+    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504",
+     "AWS failed, and went on failing after every retry: run again later"),
 )  # fmt: skip
 ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
 
@@ -642,7 +620,7 @@ for line in sys.stdin:
 
 
 class _Matcher:
-    """Matches patterns in a child process, which is started when needed and ended when a match takes too long.
+    """Matches patterns in a child process, which is started when needed and killed when it takes too long.
 
     `re` holds the interpreter lock, and only a signal in the main thread of POSIX could interrupt it.
     """
@@ -764,7 +742,7 @@ class Verdict(Enum):
 
 
 class ValuePattern:
-    """A regular expression for whole tag values, which strangers write: no value can keep it busy for long."""
+    """A regular expression for whole tag values: strangers write them, but none can keep it busy for long."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -825,7 +803,7 @@ def _mapping(values: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str,
 
 
 def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", read: Any = None) -> Any:
-    """Return a field that a policy key fills: its description, its schema, and the default of an optional one.
+    """Return a field that a policy key fills, with the key's schema; one with a default is optional.
 
     `read` turns the value, or each item of a list, into that of the field: a function, or a record's class.
     """
@@ -1252,7 +1230,7 @@ class YamlDocument:
         return value
 
     def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
-        """Return a mapping; what it merges in comes first, so that its own keys and their places replace that."""
+        """Return a mapping; merged ones come first, so that its own keys and their places replace theirs."""
         mapping: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _YAML_MERGE):
@@ -1276,7 +1254,7 @@ class YamlDocument:
         return mapping
 
     def _check_text(self, node: Any, path: KeyPath, *, at_key: bool = False) -> None:
-        """Add what in a text no tag would ever match, though it may look right; prose may hold what it likes."""
+        """Add a problem if a text has what no tag would ever match, though it may look right."""
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
         if plain and not prose and node.start_mark.line != node.end_mark.line:
             message = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
@@ -1324,7 +1302,7 @@ _YAML_ADVICE = (
     (r"character '\\t'", "a TAB stands here; use spaces", False),
     ("cannot start any token|expected alphabetic|block scalar",
      "a text that begins with {begun!r} needs quotes round it", True),
-    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)", False),
+    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it is an alias)", False),
     ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
     ("quoted scalar", "the quote opened here is not closed", True),
     ("flow (sequence|mapping)", "the [ or {{ opened here is not closed, or a comma in it is missing", True),
@@ -1333,9 +1311,9 @@ _YAML_ADVICE = (
      "indented as it should be, or the one above lacks its colon", False),
     ("could not find expected ':'.*-", "a space is missing after the dash", True),
     ("could not find expected ':'", "a colon and a space after it are missing in this line", True),
-    ("sequence entries", "a list cannot begin with - in the line of its key; begin it on the next line", False),
+    ("sequence entries", "a list cannot begin on the line of its key; begin it on the next line", False),
     ("duplicate anchor", "the anchor is there twice", False),
-    ("<block end>.* after text", "text goes on after a closing quote or bracket: put quotes round all of it", False),
+    ("<block end>.* after text", "text follows a closing quote or bracket: put all of it in quotes", False),
     ("<block end>", "not indented like the lines above that it belongs to", False),
     ("node content", "a value is missing here", False),
     ("", "not YAML: {problem}", False),
@@ -1641,7 +1619,7 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _
 
 
 def _pattern_complaint(began: float, pattern: str) -> str:
-    """Return why a policy cannot use a pattern, or ""; the matcher's seconds before its first one are given."""
+    """Return why a policy cannot use a pattern, or ""; `began` are the matcher's seconds before the first."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
     if is_quick(pattern):
@@ -1686,7 +1664,7 @@ def _policy(document: YamlDocument, digest: str) -> Policy:
 
 
 def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, **more: Any) -> Any:
-    """Return the record of a mapping, of a tag's key alone, or of nothing: each key fills the field of its name."""
+    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field."""
     given = {"key": value} if isinstance(value, str) else value or {}
     if "line" in kind.__slots__:
         more["line"], more["column"] = document.place(path)
@@ -2530,7 +2508,7 @@ def describe_caller(sts: Any) -> tuple[str, str, str]:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
     account_id, arn = str(answer.get("Account")), str(answer.get("Arn"))
     partition = re.match("arn:(aws[a-z-]*):", arn)
-    if not partition or not re.fullmatch("[0-9]{12}", account_id):
+    if not partition or not re.fullmatch(ACCOUNT_ID, account_id):
         raise CredentialsError("the answer is not AWS's: check the network and the proxy")
     return account_id, partition[1], arn
 
@@ -3109,7 +3087,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _account_id(text: Any) -> str:
     """Return an account id if the text is one; raises ValueError."""
-    if not isinstance(text, str) or not re.fullmatch("[0-9]{12}", text):
+    if not isinstance(text, str) or not re.fullmatch(ACCOUNT_ID, text):
         raise ValueError(f"{shown_value(text)} is no account id")
     return text
 
@@ -6777,7 +6755,7 @@ def write_tags(
                 message = "the answer does not say that it is done"
                 raise target_error("ForeignAnswer", message, f"ec2:{operation}")
         except TargetError as error:
-            named = set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch)
+            named = set(re.findall(INSTANCE_ID, error.message)).intersection(batch)
             gone = named if error.code.startswith("InvalidInstanceID") else set()
             if gone:
                 refused |= dict.fromkeys(gone, error)
@@ -7040,9 +7018,9 @@ def _read_row(cells: Mapping[str, str], place: str) -> PlanRow | str:
     """Return a row of a plan, or what is wrong with its cells."""
     account_id, region, instance_id = (cells[name].strip() for name in PLAN_NEEDED[:3])
     action = cells["Action"].strip().lower()
-    if not re.fullmatch("[0-9]{12}", account_id):
+    if not re.fullmatch(ACCOUNT_ID, account_id):
         return f"{account_id!r} is no account id: it has 12 digits (a spreadsheet may have cut its zeros)"
-    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+    if not re.fullmatch(INSTANCE_ID, instance_id):
         return f"{instance_id!r} is no instance id: it looks like i-0123456789abcdef0"
     if action not in list(Action):
         return f"{action!r} is no action: write {', '.join(PLAN_ACTIONS[:-1])} or {PLAN_ACTIONS[-1]}"
@@ -7688,7 +7666,7 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
                 f"--region {printable(region)}: {policy.file} does not cover it (it has {covered})"
             )
     for account_id in args.account:
-        if not re.fullmatch("[0-9]{12}", account_id):
+        if not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
 
 
@@ -8756,7 +8734,7 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
             raise
-        emit(f"tagcheck: {missing_package(error.name)}\n", sys.stderr)
+        emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
         return ExitCode.CRASHED
 
 
