@@ -425,8 +425,8 @@ def check_packages(*names: str) -> None:
             raise PackageError(f"{name} {version} is too old ({minimum} or later is needed)")
 
 
-# Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern, the
-# musical note head and the Khitan filler. str.isprintable() is true for many of them.
+# Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern,
+# the musical note head and the Khitan filler. str.isprintable() is true for many of them.
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
@@ -628,6 +628,7 @@ class _Matcher:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: Any = None
+        self._exit_code = 0
         self.seconds = 0.0  # what all matches have cost
 
     def match(self, pattern: str, value: str) -> tuple[bool | str, float] | None:
@@ -635,74 +636,56 @@ class _Matcher:
         request = json.dumps([pattern, value, PATTERN_SECONDS]).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # a busy machine or too little memory can stop a harmless match
-                answer, exit_code = self._ask(request)
-                if answer:
+                if self._process is None:
+                    self._start()
+                if answer := self._ask(request, PATTERN_WAIT):
                     matches, seconds = json.loads(answer)
                     self.seconds += TRY_SECONDS + seconds
                     return matches, seconds
-                if exit_code == -getattr(signal, "SIGPROF", 0):
+                if self._exit_code == -getattr(signal, "SIGPROF", 0):
                     break
             self.seconds += TRY_SECONDS + PATTERN_SECONDS
         return None
 
-    def _ask(self, request: bytes) -> tuple[bytes, int | None]:
-        """Return the child's answer; where there is none, the code that it ended with."""
-        answer, exit_code = b"", None
+    def _ask(self, request: bytes, seconds: float) -> bytes:
+        """Return the child's answer; nothing if it ended, or had to be killed after these seconds."""
+        answer, timer = b"", threading.Timer(seconds, self._process.kill)
+        timer.daemon = True
         try:
-            if self._process is None:
-                self._start()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no new thread
+                timer.start()
                 self._process.stdin.write(request)
                 self._process.stdin.flush()
-                answer = self._read_line(PATTERN_WAIT)
-        finally:
-            if not answer:  # also on Ctrl-C: the answer to this must not become that to the next
-                exit_code = self.stop()
-        return answer, exit_code
-
-    def _read_line(self, seconds: float) -> bytes:
-        """Return the child's next line; nothing where it ended, or had to be ended after these seconds."""
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            line: bytes = self._process.stdout.readline()
-            return line
+                answer = self._process.stdout.readline()
         finally:
             timer.cancel()
+            if not answer:  # also on Ctrl-C: the answer to this must not become that to the next
+                self.stop()
+        return answer
 
     def _start(self) -> None:
         """Start the child, in a session of its own so that Ctrl-C does not reach it; raises TagcheckError."""
         import subprocess  # most policies do not need it
 
+        files: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        command = [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE]
         try:
-            self._process = subprocess.Popen(
-                [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-            if not self._read_line(PATTERN_START):
+            self._process = subprocess.Popen(command, **files, start_new_session=True, creationflags=flags)
+            if not self._ask(b"", PATTERN_START):
                 raise OSError("it ended at once")
-        except (OSError, RuntimeError) as error:  # RuntimeError: no new thread
-            self.stop()
+        except OSError as error:
             advice = "allow one more process, or list the values in the policy instead of a pattern"
             message = f"cannot start a Python process to check a pattern in: {error}; {advice}"
             raise TagcheckError(message) from error
 
-    def stop(self) -> int | None:
-        """End the child if there is one; returns its exit code."""
+    def stop(self) -> None:
+        """End the child if there is one."""
         process, self._process = self._process, None
-        if process is None:
-            return None
-        process.kill()
-        with contextlib.suppress(OSError):  # what could not be written
-            process.stdin.close()
-        process.stdout.close()
-        exit_code: int = process.wait()
-        return exit_code
+        if process:
+            with contextlib.suppress(OSError), process:  # what could not be written
+                process.kill()
+            self._exit_code = process.returncode
 
 
 _MATCHER = _Matcher()
@@ -753,32 +736,26 @@ class ValuePattern:
 
     @property
     def given_up(self) -> bool:
-        """Whether it took so long that no other value is checked."""
+        """Whether it took so long that no more values are checked."""
         return self.stopped >= MAX_STOPPED or self.slow_seconds >= MAX_SLOW_SECONDS
 
     def judge(self, value: str) -> Verdict:
-        """Return whether the whole value matches, where that can be said in time."""
+        """Return whether the whole value matches, if that can be found out in time."""
         if self._quick and len(value) <= MAX_VALUE_LENGTH:
             return Verdict.ALLOWED if self._quick.fullmatch(value) else Verdict.REFUSED
-        if value not in self._verdicts:
-            if self.given_up:
-                return Verdict.NOT_CHECKED
-            # Only a saved file can hold longer values than AWS allows, of any length.
-            if len(self._verdicts) >= 2000 or len(value) > MAX_VALUE_LENGTH:
-                self._verdicts.clear()
-            self._verdicts[value] = self._ask(value)
-        return self._verdicts[value]
-
-    def _ask(self, value: str) -> Verdict:
-        """Let the child process match a value."""
+        if value in self._verdicts:
+            return self._verdicts[value]
+        if self.given_up:
+            return Verdict.NOT_CHECKED
         answer = _MATCHER.match(self.text, value)
-        if answer is None:
-            self.stopped += 1
-            self.slow_seconds += PATTERN_SECONDS
-            return Verdict.STOPPED
-        matches, seconds = answer
+        self.stopped += answer is None
+        matches, seconds = answer or (False, PATTERN_SECONDS)
         self.slow_seconds += seconds if seconds > 0.001 else 0
-        return Verdict.ALLOWED if matches is True else Verdict.REFUSED
+        # Only a saved file can hold longer values than AWS allows, of any length.
+        if len(self._verdicts) >= 2000 or len(value) > MAX_VALUE_LENGTH:
+            self._verdicts.clear()
+        verdict = Verdict.ALLOWED if matches is True else Verdict.REFUSED if answer else Verdict.STOPPED
+        return self._verdicts.setdefault(value, verdict)
 
 
 def _string(example: str, **more: Any) -> dict[str, Any]:
@@ -847,7 +824,7 @@ STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "termina
 
 @dataclass(frozen=True, slots=True)
 class RequiredTag:
-    """One rule: a key that must be there, what its value must be, and the policy's line that says so."""
+    """One rule: a required tag key, what its value must be, and its line in the policy."""
 
     key: str = _key("The tag key. Case matters.", _TAG_KEY)
     values: tuple[str, ...] = _key("The allowed values. Case matters.", _list(_TAG_VALUE), ())
@@ -859,18 +836,18 @@ class RequiredTag:
     column: int = 0
 
     def judge(self, value: str) -> Verdict:
-        """Return what the rule says about a value that is not empty."""
+        """Return the verdict on a value that is not empty."""
         if self.values and value not in self.values:
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
     def allows(self, value: str) -> bool:
-        """Return whether the rule holds for a value that is not empty."""
+        """Return whether the rule allows a value that is not empty."""
         return self.judge(value) is Verdict.ALLOWED
 
     @property
     def wanted(self) -> str:
-        """What the value should have been, for messages."""
+        """What the value should be, for messages."""
         values = f"one of {', '.join(self.values)}" if self.values else ""
         pattern = f"a match of {self.pattern.text}" if self.pattern else ""
         return " and ".join(filter(None, (values, pattern)))
@@ -918,15 +895,15 @@ class Exemption:
 
     @property
     def conditions(self) -> list[object]:
-        """What an instance must meet: each list that is given, and each tag."""
+        """What an instance must match: each list that is given, and each tag."""
         return [*filter(None, (self.instances, self.accounts, self.regions, self.managed_by)), *self.tags]
 
     def holds(self, today: date) -> bool:
-        """Return whether it has not ended; the day that it names is its last."""
+        """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
 
     def mismatches(self, target: Target, instance: Instance) -> Iterator[str]:
-        """Yield why it does not cover an instance; nothing where it does."""
+        """Yield why it does not cover an instance; nothing if it does."""
         operator = instance.managed_by
         if self.accounts and target.account_id not in self.accounts:
             yield f"it is for account {', '.join(self.accounts)}"
@@ -945,13 +922,13 @@ class Exemption:
 
 @functools.cache
 def _glob(text: str) -> re.Pattern[str]:
-    """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
+    """Return the pattern of a text with the wildcards `*` and `?`."""
     return re.compile(fnmatch.translate(text.replace("[", "[[]")))
 
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """Which accounts are scanned, and how they are entered."""
+    """Which accounts are scanned, and with which role."""
 
     role_name: str = _key("The role to assume in every account but your own.", _ROLE)
     organization: bool = _key("true: every active account of the organization.", _TRUE, False)
@@ -981,7 +958,7 @@ class Sns:
 
 @dataclass(frozen=True, slots=True)
 class Email:
-    """Who sends email, and who gets the digest of everything."""
+    """The sender of email, and who gets the digest of everything."""
 
     sender: str = _key("The sender, an address verified in SES.", _ADDRESS, name="from")
     to: tuple[str, ...] = _key("Who gets the digest of everything.", _list(_ADDRESS, maxItems=50), ())
@@ -990,7 +967,7 @@ class Email:
 
 @dataclass(frozen=True, slots=True)
 class Owners:
-    """How a name becomes an address or a Slack member; the names of `mapping` are in lower case."""
+    """How to find the address or Slack member of an owner; the names in `mapping` are lower case."""
 
     tag: str = _key("The tag that names the owner. Default: Owner.", _TAG_KEY, "Owner")
     mapping: tuple[tuple[str, str], ...] = _key(
@@ -1008,7 +985,7 @@ class Owners:
     default: str | None = _key("Who gets the rest. Default: nobody.", _RECIPIENT, None)
 
     def recipient(self, names: Iterable[str]) -> str | None:
-        """Return whom to write to: for the first of the names that is known, else the default.
+        """Return the recipient for the first of the names that is known, else the default.
 
         Tags are written by strangers, so an address in one is used only where its domain is in the policy. A
         creator may be `role/session`, or `alice@example.com (SSO Admin)`.
@@ -1045,7 +1022,7 @@ class Notify:
 
     @property
     def channels(self) -> list[str]:
-        """What is told each finding, and marked as told, apart from the others."""
+        """The channels; each is sent every finding, and remembers what it was sent."""
         channels = (self.slack, self.sns, self.email and self.email.to, self.owners)
         return [
             name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
@@ -1053,7 +1030,7 @@ class Notify:
 
 
 def duration(text: str) -> timedelta:
-    """Return the time that 90s, 30m, 2h or 1d stand for; raises ValueError."""
+    """Return the duration that 90s, 30m, 2h or 1d mean; raises ValueError."""
     if not re.fullmatch(_DURATION, text):
         raise ValueError(text)
     return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
@@ -1083,7 +1060,7 @@ _STATES = _list({"enum": list(STATES), "examples": ["running", "stopped"]})
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy file that was found right; nothing behind it asks whether a key is there."""
+    """A valid policy file; no code after this checks whether a key exists."""
 
     file: str
     digest: str
@@ -1132,7 +1109,7 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
     def includes(self, state: str) -> bool:
-        """Return whether instances in a state are judged; those in a state that AWS added later are."""
+        """Return whether instances in a state are checked; states that AWS added later are included."""
         return state in self.states or is_new_state(state)
 
 
@@ -1156,7 +1133,7 @@ KeyPath = tuple[str | int, ...]
 
 
 class YamlDocument:
-    """The value of a YAML text, where in it each key and value stands, and its problems.
+    """The value of a YAML text, the place of each key and value in it, and its problems.
 
     Every scalar is the text as it was written, so `NO`, `0123` and `2027-01-31` stay what they look like;
     only `true`, `false` and null without quotes are special. Raises PolicyError.
@@ -1173,7 +1150,7 @@ class YamlDocument:
         self._key_marks: dict[KeyPath, Any] = {}
         self._value_marks: dict[KeyPath, Any] = {}
         if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
-            message = f"the character U+{ord(control[0]):04X} cannot stand here; remove it"
+            message = f"the character U+{ord(control[0]):04X} is not allowed; remove it"
             raise _broken(file, _mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
         compose, nodes = loader.compose_node, itertools.count(1)
@@ -1242,7 +1219,7 @@ class YamlDocument:
                     mapping |= merged
                 continue
             if key.id != "scalar":
-                raise _broken(self.file, key.start_mark, "a key must be plain text; put quotes round it")
+                raise _broken(self.file, key.start_mark, "a key must be plain text; put it in quotes")
             name, key_path = key.value, (*path, key.value)
             self._key_marks[key_path] = key.start_mark
             self._check_text(key, key_path, at_key=True)
@@ -1262,7 +1239,7 @@ class YamlDocument:
         elif found := _find_odd(node.value, _ODD[:1] if prose else _ODD if plain else _ODD[:4]):
             self.add(path, found[1], at_key=at_key)
         elif node.value.strip() and is_blank(node.value):
-            self.add(path, "only invisible characters stand here: type the text again", at_key=at_key)
+            self.add(path, "found only invisible characters: type the text again", at_key=at_key)
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -1273,24 +1250,24 @@ _PROSE = (("reason",), ("approved_by",), ("ticket",))
 # Characters that no tag would ever match, though they may look right, and what to say about the first one.
 # Prose is only checked for the first row, a text in quotes for all but the last two.
 _ODD = (
-    ("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),
-    ("[\0-\x1f\x7f-\x9f]", "the control character U+{:04X} stands here (| and > add one): remove it"),
-    ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it again"),
+    ("[\ud800-\udfff]", "found half of a character (U+{:04X}): write the character itself"),
+    ("[\0-\x1f\x7f-\x9f]", "found the control character U+{:04X}: remove it (| and > add one at the end)"),
+    ("[\u00a0\u2007\u202f]", "found a no-break space (U+{:04X}): type a space"),
     # A variation selector after a visible character is part of many an emoji.
     (
         rf"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
-        "an invisible character (U+{:04X}) stands here: type it again",
+        "found an invisible character (U+{:04X}): type the text again",
     ),
     (
         "^[\u201c\u201d\u201e\u2018\u2019\u201a]",
-        "a typographic quote stands here: type a straight one, or none",
+        "found a typographic quote: type a straight one, or none",
     ),
     ("['\"]$", "{text} ends with a quote that nothing opens: remove it, or write both"),
 )
 
 
 def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
-    """Return where in a text the first of such characters stands, and what to say of it."""
+    """Return the place of the first of such characters in a text, and what to say about it."""
     for characters, message in odd:
         if found := re.search(characters, text):
             return found.start(), message.format(ord(found[0]), text=shown_value(text))
@@ -1299,15 +1276,15 @@ def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | No
 
 # What PyYAML says (context and problem), what to do about it, and whether the place is where it began.
 _YAML_ADVICE = (
-    (r"character '\\t'", "a TAB stands here; use spaces", False),
+    (r"character '\\t'", "found a TAB: use spaces", False),
     ("cannot start any token|expected alphabetic|block scalar",
-     "a text that begins with {begun!r} needs quotes round it", True),
-    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it is an alias)", False),
+     "a text that begins with {begun!r} needs quotes", True),
+    ("undefined alias", "a text that begins with * needs quotes (as it is, it is an alias)", False),
     ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
     ("quoted scalar", "the quote opened here is not closed", True),
     ("flow (sequence|mapping)", "the [ or {{ opened here is not closed, or a comma in it is missing", True),
     ("another document", "a second document begins here; a policy is one document", False),
-    ("mapping values are not allowed", "a text with ': ' in it needs quotes round it; or this line is not "
+    ("mapping values are not allowed", "a text with ': ' in it needs quotes; or this line is not "
      "indented as it should be, or the one above lacks its colon", False),
     ("could not find expected ':'.*-", "a space is missing after the dash", True),
     ("could not find expected ':'", "a colon and a space after it are missing in this line", True),
@@ -1337,12 +1314,12 @@ def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
 
 
 def _broken(file: str, mark: Any, message: str) -> PolicyError:
-    """Return the error of a file that is not a YAML document of a policy, with the place where that shows."""
+    """Return the error of a file that cannot be read as a policy at all."""
     return PolicyError([Problem(file, mark.line + 1, mark.column + 1, "", message)])
 
 
 def _mark(before: str) -> SimpleNamespace:
-    """Return the place that comes after a text, counted from 0 as PyYAML does."""
+    """Return the place after a text, counted from 0 as PyYAML does."""
     return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
 
 
@@ -1385,7 +1362,7 @@ def _decode(content: bytes, file: str) -> str:
 
 
 def _check_schema(document: YamlDocument) -> None:
-    """Add what POLICY_SCHEMA finds wrong, in words of our own.
+    """Check a document against POLICY_SCHEMA, with our own messages.
 
     jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
     """
@@ -1446,7 +1423,7 @@ def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ..
 
 
 def _type_hint(path: KeyPath, found: Any) -> str:
-    """Return what to write where something of another kind stands, as far as the place tells."""
+    """Return what to write in place of a value of the wrong type, as far as that can be told."""
     text = found[:40] if isinstance(found, str) else ""
     words = text and ("," in text or " " not in text)
     if text.startswith("-"):
@@ -1463,7 +1440,7 @@ def _type_hint(path: KeyPath, found: Any) -> str:
         case (*_, "required_tags" | "values" as key) if text or key == "required_tags":
             return "; begin each with a dash and a space: - Owner"
         case (*_, "pattern"):
-            return "; put single quotes round it: '[0-9]'"
+            return "; put it in single quotes: '[0-9]'"
         case (*_, "inherit"):
             return "; write it in lower case and without quotes"
         case (*_, "tags", _) if found is None:
@@ -1471,11 +1448,11 @@ def _type_hint(path: KeyPath, found: Any) -> str:
         case () if re.match(r"[\w-]+:\S", text):
             return "; a space must follow each colon"
         case (_, *_) if found is None:
-            return "; if it begins with #, put quotes round it"
+            return "; if it begins with #, put it in quotes"
     return ""
 
 
-# What people write for our keys, beside typing errors.
+# What people write for our keys, besides typing errors.
 _SYNONYMS = {
     "values": "allowed allowed_values value enum",
     "pattern": "regex regexp match format",
@@ -1490,7 +1467,7 @@ _SYNONYMS = {
 
 
 def did_you_mean(word: Any, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    """Return " (did you mean 'x'?)" if a known word or a synonym of one is near."""
     if len(known) > 1000:
         return ""  # takes too long
     words = {synonym: key for key in known for synonym in _SYNONYMS.get(key, "").split()}
@@ -1503,9 +1480,9 @@ def did_you_mean(word: Any, known: Sequence[str]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """Return a value of a policy for a message: short, whatever is in it."""
+    """Return a value for a message: short, and without secrets."""
     if isinstance(value, str):
-        # A webhook's URL is a secret, wherever it stands.
+        # A webhook's URL is a secret, wherever it is.
         return repr(cut_text(re.sub(r"(?s)(://|hooks\.slack).*", r"\1…", value), 100))
     if isinstance(value, bool):
         return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
@@ -1514,18 +1491,18 @@ def shown_value(value: Any) -> str:
 
 
 def _given(mapping: Any, key: str, kind: type[Any]) -> Any:
-    """Return what a mapping has under a key; something empty of this kind where the schema finds it wrong."""
+    """Return the value of a key; an empty one of this kind if the schema refuses it."""
     value = mapping.get(key) if isinstance(mapping, dict) else None
     return value if isinstance(value, kind) else kind()
 
 
 def _texts(mapping: Any, key: str) -> dict[int, str]:
-    """Return the texts of a list under a key, by their places in it."""
+    """Return the texts of the list at a key, by their index."""
     return {index: text for index, text in enumerate(_given(mapping, key, list)) if isinstance(text, str)}
 
 
 def _check_rules(document: YamlDocument) -> None:
-    """Add what a schema cannot say; what the schema has found wrong is passed over."""
+    """Check what a schema cannot express, and skip what the schema refuses."""
     value = document.value
     complaint = functools.cache(functools.partial(_pattern_complaint, _MATCHER.seconds))
     asked = _check_tags(document, (), value, complaint)
@@ -1553,7 +1530,7 @@ def _check_rules(document: YamlDocument) -> None:
 
 
 def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
-    """Add what is wrong with who is notified: nobody is, or some by a channel that is not there."""
+    """Add a problem where nobody is notified, or somebody by a channel that is not configured."""
     if not notify.keys() & {"slack", "sns", "email"}:
         document.add(("notify",), "does not say how: give it slack, sns or email")
     email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
@@ -1573,14 +1550,14 @@ _Complaint = Callable[[str], str]  # why a policy cannot use a pattern, or ""
 
 
 def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
-    """Add a region that AWS does not have."""
+    """Add a problem if AWS has no such region."""
     if not is_region(region):
         near = (region, tuple(sorted(AWS_REGIONS)))
         document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
 
 
 def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _Complaint) -> set[str]:
-    """Add what is wrong with the rules of one required_tags list; returns the keys that it requires."""
+    """Check the rules of one required_tags list; returns the keys that it requires."""
     seen: set[str] = set()
     for index, tag in enumerate(_given(entry, "required_tags", list)):
         rule_path = (*path, "required_tags", index)
@@ -1600,7 +1577,7 @@ def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _C
 
 
 def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _Complaint) -> None:
-    """Add what is wrong with the values, the pattern and the default of a rule."""
+    """Check the values, the pattern and the default of a rule."""
     values: set[str] = set()
     for number, text in _texts(rule, "values").items():
         if text in values:
@@ -1647,7 +1624,7 @@ def _pattern_complaint(began: float, pattern: str) -> str:
 
 
 def _not_a_pattern(error: str) -> str:
-    """Return what to say of a pattern that `re` does not take."""
+    """Return the complaint about a pattern that `re` does not accept."""
     hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
     return f"is not a regular expression: {cut_text(error, 200)}{hint}"
 
@@ -1688,13 +1665,14 @@ def _read_field(each: Any, value: Any, document: YamlDocument, path: KeyPath) ->
 def check_patterns(policy: Policy) -> Iterator[str]:
     """Yield a notice for each rule whose pattern took too long on values."""
     for rule in dict.fromkeys(itertools.chain.from_iterable(policy.regions.values())):
-        if rule.pattern is None or not (rule.pattern.stopped or rule.pattern.given_up):
-            continue
-        what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
-        if rule.pattern.given_up:
-            what = "takes too long on some tag values, so others were not checked and count as not matching"
-        advice = "list the values, or repeat no part that holds a repetition"
-        yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
+        if rule.pattern and (rule.pattern.stopped or rule.pattern.given_up):
+            what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
+            if rule.pattern.given_up:
+                what = (
+                    "takes too long on some tag values, so others were not checked and count as not matching"
+                )
+            advice = "list the values, or repeat no part that holds a repetition"
+            yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
 
 
 NOTICE_DAYS = 14

@@ -195,7 +195,7 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
         ),
         pytest.param(HEAD.encode() + b"x: \xe9", "p.yaml:3:4: not UTF-8 (byte 0xE9)", id="Latin-1"),
         pytest.param(
-            HEAD + "x: \a", "p.yaml:3:4: the character U+0007 cannot stand here", id="control character"
+            HEAD + "x: \a", "p.yaml:3:4: the character U+0007 is not allowed", id="control character"
         ),
         pytest.param("&a [*a]", "p.yaml:1:1: the nesting or the aliases", id="an alias of itself"),
         pytest.param("[" * 5000, "p.yaml:1:", id="5,000 levels"),
