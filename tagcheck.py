@@ -629,6 +629,7 @@ class _Matcher:
         self._lock = threading.Lock()
         self._process: Any = None
         self._exit_code = 0
+        self._deadline = math.inf  # of the answer that is waited for
         self.seconds = 0.0  # what all matches have cost
 
     def match(self, pattern: str, value: str) -> tuple[bool | str, float] | None:
@@ -649,16 +650,14 @@ class _Matcher:
 
     def _ask(self, request: bytes, seconds: float) -> bytes:
         """Return the child's answer; nothing if it ended, or had to be killed after these seconds."""
-        answer, timer = b"", threading.Timer(seconds, self._process.kill)
-        timer.daemon = True
+        answer, self._deadline = b"", time.monotonic() + seconds
         try:
-            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no new thread
-                timer.start()
+            with contextlib.suppress(OSError):
                 self._process.stdin.write(request)
                 self._process.stdin.flush()
                 answer = self._process.stdout.readline()
         finally:
-            timer.cancel()
+            self._deadline = math.inf
             if not answer:  # also on Ctrl-C: the answer to this must not become that to the next
                 self.stop()
         return answer
@@ -672,12 +671,21 @@ class _Matcher:
         command = [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE]
         try:
             self._process = subprocess.Popen(command, **files, start_new_session=True, creationflags=flags)
+            threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
             if not self._ask(b"", PATTERN_START):
                 raise OSError("it ended at once")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no new thread
+            self.stop()
             advice = "allow one more process, or list the values in the policy instead of a pattern"
             message = f"cannot start a Python process to check a pattern in: {error}; {advice}"
             raise TagcheckError(message) from error
+
+    def _watch(self, process: Any) -> None:
+        """Kill a child that takes too long; one thread does it, as a timer for each match costs more than it."""
+        while process.poll() is None:
+            if time.monotonic() > self._deadline:
+                process.kill()
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """End the child if there is one."""
