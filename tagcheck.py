@@ -839,7 +839,7 @@ class RequiredTag:
     pattern: ValuePattern | None = _key(
         "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None, read=ValuePattern
     )
-    default: str | None = _key("What remediate may write when it finds no better value.", _TAG_VALUE, None)
+    default: str | None = _key("What remediate may write if it finds no better value.", _TAG_VALUE, None)
     line: int = 0
     column: int = 0
 
@@ -1087,7 +1087,7 @@ class Policy:
         read=lambda text: stripped(text).casefold(),
     )
     states: frozenset[str] = _key(
-        "The instance states to check. Default: the first four.", _STATES, frozenset(STATES[:4])
+        "States to check. Default: all but shutting-down and terminated.", _STATES, frozenset(STATES[:4])
     )
     grace_period: timedelta = _key(
         "How long after its launch an instance may lack tags.", _TIME_TEXT, timedelta(0), read=duration
@@ -1616,8 +1616,8 @@ def _pattern_complaint(began: float, pattern: str) -> str:
     # Long values of one character each, and the same behind the text that the pattern begins with.
     begun = re.split(r"[\\.^$*+?{}\[\]|()]", pattern, maxsplit=1)[0]
     long, signs = MAX_VALUE_LENGTH - 1, dict.fromkeys(f"aA0 {pattern}")
-    values = [f"{(text + sign * long)[:long]}\0" for text in {"": 1, begun: 1} for sign in signs]
-    for value in ("", *values):
+    values = [f"{(text + sign * long)[:long]}\0" for text in ("", begun) for sign in signs]
+    for value in dict.fromkeys(("", *values)):
         if _MATCHER.seconds - began >= (MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS):
             # Untried is no risk, as every value has its limit; what may not compile cannot be used.
             return "" if value else "was not checked: the patterns before it took too long"
