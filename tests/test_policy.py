@@ -175,7 +175,9 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
             id="pattern that does not compile",
         ),
         pytest.param(
-            BODY + "grace_period: 2 hours", "p.yaml:4:15: grace_period: '2 hours' is not a duration", id="duration"
+            BODY + "grace_period: 2 hours",
+            "p.yaml:4:15: grace_period: '2 hours' is not a duration",
+            id="duration",
         ),
         pytest.param(
             BODY + "states: [run]", "p.yaml:4:10: states[0]: 'run' is not one of pending", id="state"
