@@ -681,7 +681,7 @@ class _Matcher:
             raise TagcheckError(message) from error
 
     def _watch(self, process: Any) -> None:
-        """Kill a child that takes too long; one thread does it, as a timer for each match costs more than it."""
+        """Kill a child that takes too long; a timer for each match would cost more than the match."""
         while process.poll() is None:
             if time.monotonic() > self._deadline:
                 process.kill()
