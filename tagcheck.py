@@ -2797,7 +2797,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
-    if not re.fullmatch(INSTANCE_ID, instance_id):
+    if not re.fullmatch("i-[0-9a-f]+", instance_id):
         raise ValueError(f"{shown_value(instance_id)} is no instance id")
     launched = datetime.fromisoformat(launch_time)
     try:

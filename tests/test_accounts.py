@@ -508,7 +508,7 @@ def test_account_in_a_state_that_is_new_is_unread_and_keeps_its_findings(
 
 
 SAVED = {
-    "InstanceId": "i-0000000a",
+    "InstanceId": "i-0a",
     "State": {"Name": "running"},
     "Placement": {"AvailabilityZone": "us-east-1a"},
     "LaunchTime": "2026-02-24T10:30:45+00:00",

@@ -125,7 +125,7 @@ def in_root(xml: str) -> bytes:
 
 # ---- Every trouble at once: a scan of many regions, each with a trouble of its own -------------------------
 
-LAUNCHED_AT_NO_TIME = page_of("i-0000000a")[2].replace(b"launchTime", b"launchDate")
+LAUNCHED_AT_NO_TIME = page_of("i-0a")[2].replace(b"launchTime", b"launchDate")
 NOT_VALIDATED = "AWS was not able to validate the provided access credentials"
 DENIED = "You are not authorized to perform this operation."
 ENCODED = " Encoded authorization failure message: " + "xyzzy" * 300
@@ -192,10 +192,10 @@ TROUBLES = {
         error(403, "UnauthorizedOperation", skip=1), "UnauthorizedOperation", ("allow it",), 2
     ),
     "the same token again": Trouble(
-        endless(lambda: itertools.repeat("same"), "i-0000000a"), "EndlessPages", ("next page",), 3
+        endless(lambda: itertools.repeat("same"), "i-0a"), "EndlessPages", ("next page",), 3
     ),
     "two tokens in turn": Trouble(
-        endless(lambda: itertools.cycle("ab"), "i-0000000a"), "EndlessPages", ("next page",), 4
+        endless(lambda: itertools.cycle("ab"), "i-0a"), "EndlessPages", ("next page",), 4
     ),
     "new tokens and no instance": Trouble(endless(numbers), "EndlessPages", ("next page",), 110),
     "page of a captive portal": Trouble(body(PORTAL), "ForeignAnswer", ("network", "proxy")),
@@ -569,7 +569,7 @@ def test_credentials_that_cannot_be_sent_are_not_printed(
     elif service == "s3":
         args = ("--state", "s3://bucket/state.db")
     elif service != "sts":
-        (tmp_path / "saved.json").write_text(json.dumps(saved(item("i-0000000a"))))
+        (tmp_path / "saved.json").write_text(json.dumps(saved(item("i-0a"))))
         args = ("--instances", "saved.json")
         topic = {"topic_arn": f"arn:aws:sns:us-east-1:{ACCOUNT_ID}:topic"}
         email = {"from": "a@example.com", "to": ["b@example.com"]}
@@ -679,13 +679,10 @@ def test_page_by_page_with_no_call_too_many(aws: AwsServer, scan: Scan) -> None:
 
 
 def test_instance_on_two_pages_is_one_finding(aws: AwsServer, scan: Scan) -> None:
-    pages = {
-        None: page_of("i-0000000a", "i-0000000b", token="next"),
-        "next": page_of("i-0000000b", "i-0000000c"),
-    }
+    pages = {None: page_of("i-0a", "i-0b", token="next"), "next": page_of("i-0b", "i-0c")}
     aws.fault("answer", action="DescribeInstances", answer=lambda r: pages[r.params.get("NextToken")])
     result = scan(REGION, check=3)
-    assert found(result) == {REGION: ["i-0000000a", "i-0000000b", "i-0000000c"]}
+    assert found(result) == {REGION: ["i-0a", "i-0b", "i-0c"]}
     assert result.json("out.json")["summary"]["instances"] == 3
     assert [row["TimesSeen"] for row in result.csv("out.csv")] == ["1", "1", "1"]
 
@@ -839,10 +836,10 @@ def test_moto_in_process_gives_instances_and_regions(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("piece", [1, 7, 1000], ids=lambda size: f"pieces of {size}")
 def test_answer_is_read_the_same_in_whatever_pieces_it_comes(piece: int) -> None:
-    xml = page_of("i-0000000a", "i-0000000b", token="né&amp;xt")[2]
+    xml = page_of("i-0a", "i-0b", token="né&amp;xt")[2]
     stream = io.BytesIO(xml)
     instances, token = script.parse_instances(iter(lambda: stream.read(piece), b""))
-    assert ([i.instance_id for i in instances or []], token) == (["i-0000000a", "i-0000000b"], "né&xt")
+    assert ([i.instance_id for i in instances or []], token) == (["i-0a", "i-0b"], "né&xt")
 
 
 ITEM = (
@@ -868,7 +865,7 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
     [
         pytest.param(b"<!DOCTYPE x [<!ENTITY e 'x'>]>" + with_items(), "DOCTYPE", id="DOCTYPE"),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", ""), after="<reservationSet/>"),
+            with_items(ITEM.format("i-0a", ""), after="<reservationSet/>"),
             "a second reservationSet",
             id="two lists",
         ),
@@ -887,21 +884,21 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             id="token of a namespace",
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", TAG.format("a") + "<item><value>b</value></item>")),
+            with_items(ITEM.format("i-0a", TAG.format("a") + "<item><value>b</value></item>")),
             "a tag without a key",
             id="tag without a key",
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", TAG.format("a") * 2)), "'Owner' twice", id="tag key twice"
+            with_items(ITEM.format("i-0a", TAG.format("a") * 2)), "'Owner' twice", id="tag key twice"
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a</instanceId><instanceId>i-0000000b", "")),
+            with_items(ITEM.format("i-0a</instanceId><instanceId>i-0b", "")),
             "a second instanceId",
             id="two ids",
         ),
         pytest.param(
-            with_items(*(ITEM.format("i-0000000a", TAG.format(owner)) for owner in ("a", "b"))),
-            "i-0000000a twice",
+            with_items(*(ITEM.format("i-0a", TAG.format(owner)) for owner in ("a", "b"))),
+            "i-0a twice",
             id="instance twice, with other tags",
         ),
         pytest.param(
@@ -915,17 +912,15 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             id="two lists of instances",
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a<b>7</b>", "")),
-            "<b> within the text",
-            id="an element within a text",
+            with_items(ITEM.format("i-0a<b>7</b>", "")), "<b> within the text", id="an element within a text"
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", "")[:-7] + "<a>" * 600 + "</a>" * 600 + "</item>"),
+            with_items(ITEM.format("i-0a", "")[:-7] + "<a>" * 600 + "</a>" * 600 + "</item>"),
             "nested too deeply",
             id="nested too deeply",
         ),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", "").replace("2026-", "1969-")),
+            with_items(ITEM.format("i-0a", "").replace("2026-", "1969-")),
             "before 1970",
             id="launched in 1969",
         ),
@@ -938,7 +933,7 @@ def test_answer_that_cannot_be_ec2s_is_refused(xml: bytes, says: str) -> None:
     assert "check the network and the proxy" in caught.value.message
 
 
-WHOLE = with_items(ITEM.format("i-0000000a", TAG.format("a"))).decode()
+WHOLE = with_items(ITEM.format("i-0a", TAG.format("a"))).decode()
 
 
 def swapped(old: str, new: str) -> bytes:
@@ -965,7 +960,7 @@ def swapped(old: str, new: str) -> bytes:
         ),
         pytest.param(with_items("<member/>"), "unknown <member>", id="no item in a reservation"),
         pytest.param(
-            with_items(ITEM.format("i-0000000a", "<member/>")), "unknown <member>", id="no item in the tags"
+            with_items(ITEM.format("i-0a", "<member/>")), "unknown <member>", id="no item in the tags"
         ),
         pytest.param(swapped("<value>a</value>", ""), "'Owner' without a value", id="tag without a value"),
         pytest.param(swapped("tagSet", "tags"), "<key> out of place", id="tags of another name"),
@@ -1001,8 +996,8 @@ def swapped(old: str, new: str) -> bytes:
             swapped(ACCOUNT_ID, OTHER_ACCOUNT), f"account '{OTHER_ACCOUNT}'", id="another account's instance"
         ),
         pytest.param(swapped(OWNER, OWNER * 2), "a second ownerId", id="owner twice"),
-        pytest.param(swapped("i-0000000a", "../../x"), "no instance id", id="id that is a path"),
-        pytest.param(swapped("i-0000000a", " i-0000000a "), "no instance id", id="id with blanks"),
+        pytest.param(swapped("i-0a", "../../x"), "no instance id", id="id that is a path"),
+        pytest.param(swapped("i-0a", " i-0a "), "no instance id", id="id with blanks"),
         pytest.param(
             swapped("<tagSet>", "<operator><managed>TRUE</managed></operator><tagSet>"),
             "'TRUE', not true or false",
@@ -1044,9 +1039,9 @@ def test_scan_keeps_the_findings_of_a_region_whose_answer_is_anothers(aws: AwsSe
 
 def test_instance_twice_in_one_answer_with_the_same_tags_is_one() -> None:
     instances, token = parse(
-        with_items(*[ITEM.format("i-0000000a", TAG.format("a"))] * 2, after="<nextToken>t</nextToken>")
+        with_items(*[ITEM.format("i-0a", TAG.format("a"))] * 2, after="<nextToken>t</nextToken>")
     )
-    assert ([instance.instance_id for instance in instances or []], token) == (["i-0000000a"], "t")
+    assert ([instance.instance_id for instance in instances or []], token) == (["i-0a"], "t")
 
 
 # ---- Hostile answers: any status, any headers and any body -------------------------------------------------
@@ -1153,9 +1148,7 @@ def test_account_with_a_hostile_answer_is_unread_and_keeps_its_findings(
         aws.disabled.add((None, name))
     keys = {"accounts": {"ids": [*hostile.answers], "role_name": "r"}}
     shown = aws.fault(
-        "answer",
-        action="DescribeInstances",
-        answer=lambda request: page_of("i-0000000a", owner=request.account_id),
+        "answer", action="DescribeInstances", answer=lambda request: page_of("i-0a", owner=request.account_id)
     )
     hasty = script_with(tmp_path, SDK_ATTEMPTS=1, NETWORK_PAUSES=(0.01,))
     scan(*regions, keys=keys, check=3, script=hasty)
@@ -1180,7 +1173,7 @@ def test_hostile_answers_of_cloudtrail_cost_only_the_creators(
     yesterday = (datetime.now(UTC) - timedelta(days=1)).strftime("%Y-%m-%d").encode()
 
     def launched_yesterday(request: Request) -> tuple[int, dict[str, str], bytes]:
-        status, headers, page = page_of("i-0000000a", owner=request.account_id)
+        status, headers, page = page_of("i-0a", owner=request.account_id)
         return status, headers, page.replace(b"2026-02-24", yesterday)
 
     aws.fault("answer", action="DescribeInstances", answer=launched_yesterday)
@@ -1224,15 +1217,15 @@ def test_hostile_answer_about_the_caller_or_the_accounts_ends_the_run(
 
 
 def test_instance_that_moved_to_a_later_page_counts_as_it_was_seen_last(aws: AwsServer, scan: Scan) -> None:
-    first = with_items(ITEM.format("i-0000000a", TAG.format("ann")), after="<nextToken>next</nextToken>")
-    pages = {None: first, "next": with_items(ITEM.format("i-0000000a", ""))}
+    first = with_items(ITEM.format("i-0a", TAG.format("ann")), after="<nextToken>next</nextToken>")
+    pages = {None: first, "next": with_items(ITEM.format("i-0a", ""))}
     aws.fault(
         "answer",
         action="DescribeInstances",
         answer=lambda r: (200, {"Content-Type": "text/xml"}, pages[r.params.get("NextToken")]),
     )
     result = scan(REGION, check=3)
-    assert found(result) == {REGION: ["i-0000000a"]}
+    assert found(result) == {REGION: ["i-0a"]}
     assert result.json("out.json")["summary"]["instances"] == 1
 
 
@@ -1277,16 +1270,16 @@ def scan_saved(tagcheck: Callable[..., Result], tmp_path: Path) -> ScanSaved:
 
 def test_several_files_are_one_scan(scan_saved: ScanSaved) -> None:
     files = [
-        saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "Owner", "Value": "ann"}])),
-        saved(item("i-0000000a"), item("i-0000000c", "us-west-2a")),
-        saved(item("i-0000000d"), owner=OTHER_ACCOUNT),
+        saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": "ann"}])),
+        saved(item("i-0a"), item("i-0c", "us-west-2a")),
+        saved(item("i-0d"), owner=OTHER_ACCOUNT),
     ]
     result = scan_saved(*files, regions=(REGION, "*"), check=3)
     findings = result.json("out.json")["findings"]
     assert [(f["account_id"], f["region"], f["instance_id"]) for f in findings] == [
-        (ACCOUNT_ID, REGION, "i-0000000a"),
-        (ACCOUNT_ID, "us-west-2", "i-0000000c"),
-        (OTHER_ACCOUNT, REGION, "i-0000000d"),
+        (ACCOUNT_ID, REGION, "i-0a"),
+        (ACCOUNT_ID, "us-west-2", "i-0c"),
+        (OTHER_ACCOUNT, REGION, "i-0d"),
     ]
     assert result.json("out.json")["summary"]["instances"] == 4
 
@@ -1301,7 +1294,7 @@ def test_several_files_are_one_scan(scan_saved: ScanSaved) -> None:
     ],
 )
 def test_saved_answer_in_many_encodings(scan_saved: ScanSaved, tmp_path: Path, encoding: str) -> None:
-    answer = saved(item("i-0000000a", Tags=[{"Key": "Name", "Value": "zoë"}]))
+    answer = saved(item("i-0a", Tags=[{"Key": "Name", "Value": "zoë"}]))
     text = json.dumps(answer, ensure_ascii=False, indent=4).replace("\n", "\r\n")
     content = ("\ufeff" + text if encoding == "utf-16-be" else text).encode(encoding)
     (tmp_path / "saved.json").write_bytes(content)
@@ -1331,8 +1324,8 @@ def test_zone_tells_the_region(zone: str, region: str) -> None:
 
 
 def test_local_zone_belongs_to_its_region(scan_saved: ScanSaved) -> None:
-    result = scan_saved(saved(item("i-0000000a", "us-east-1-bos-1a"), item("i-0000000b")), check=3)
-    assert found(result) == {REGION: ["i-0000000a", "i-0000000b"]}
+    result = scan_saved(saved(item("i-0a", "us-east-1-bos-1a"), item("i-0b")), check=3)
+    assert found(result) == {REGION: ["i-0a", "i-0b"]}
 
 
 @pytest.mark.parametrize(
@@ -1346,19 +1339,19 @@ def test_local_zone_belongs_to_its_region(scan_saved: ScanSaved) -> None:
     ],
 )
 def test_launch_time_as_it_was_written(tmp_path: Path, text: str) -> None:
-    (tmp_path / "saved.json").write_text(json.dumps(saved(item("i-0000000a", LaunchTime=text))))
+    (tmp_path / "saved.json").write_text(json.dumps(saved(item("i-0a", LaunchTime=text))))
     [[instance]] = script.load_instances(str(tmp_path / "saved.json"))[0].values()
     assert script.utc_text(instance.launch_time) == "2026-02-24T10:30:45Z"
 
 
 def lacking(*path: str) -> dict[str, Any]:
     """Write a saved instance that lacks something, after one that is whole."""
-    broken = item("i-0000000b")
+    broken = item("i-0b")
     inner = broken
     for step in path[:-1]:
         inner = inner[step]
     del inner[path[-1]]
-    return saved(item("i-0000000a"), broken)
+    return saved(item("i-0a"), broken)
 
 
 SECOND = "Reservations[0].Instances[1]: "
@@ -1385,103 +1378,77 @@ SECOND = "Reservations[0].Instances[1]: "
             "Reservations[0]",
             id="a reservation without Instances",
         ),
-        pytest.param({"Reservations": [{"Instances": [item("i-0000000a")]}]}, "'OwnerId'", id="no owner"),
-        pytest.param(
-            saved(item("i-0000000a"), owner="1234"), "is no account id", id="an owner that is no account"
-        ),
-        pytest.param(saved(item("i-0000000a"), 7), SECOND, id="a number in place of an instance"),  # type: ignore[arg-type]
-        pytest.param(saved(item("i-0000000a"), item("")), SECOND, id="an empty id"),
+        pytest.param({"Reservations": [{"Instances": [item("i-0a")]}]}, "'OwnerId'", id="no owner"),
+        pytest.param(saved(item("i-0a"), owner="1234"), "is no account id", id="an owner that is no account"),
+        pytest.param(saved(item("i-0a"), 7), SECOND, id="a number in place of an instance"),  # type: ignore[arg-type]
+        pytest.param(saved(item("i-0a"), item("")), SECOND, id="an empty id"),
         pytest.param(lacking("InstanceId"), SECOND + "it has no 'InstanceId'", id="no id"),
         pytest.param(lacking("State", "Name"), SECOND + "it has no 'Name'", id="no state"),
         pytest.param(lacking("LaunchTime"), SECOND + "it has no 'LaunchTime'", id="no launch time"),
         pytest.param(lacking("Placement"), SECOND + "it has no 'Placement'", id="no placement"),
+        pytest.param(saved(item("i-0a"), item("i-0b", "nowhere")), SECOND + "'nowhere' is no", id="no zone"),
+        pytest.param(saved(item("i-0a"), item("i-0b", LaunchTime="soon")), SECOND, id="no time"),
+        pytest.param(saved(item("i-0a"), item("i-0b", Tags={"Owner": "x"})), SECOND, id="tags as a mapping"),
+        pytest.param(saved(item("i-0a"), item("i-0b", Tags=None)), SECOND, id="null in place of the tags"),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", "nowhere")), SECOND + "'nowhere' is no", id="no zone"
-        ),
-        pytest.param(saved(item("i-0000000a"), item("i-0000000b", LaunchTime="soon")), SECOND, id="no time"),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags={"Owner": "x"})), SECOND, id="tags as a mapping"
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=None)), SECOND, id="null in place of the tags"
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "Owner", "Value": 7}])),
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": 7}])),
             SECOND,
             id="a number as value",
         ),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "Owner", "Value": None}])),
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": None}])),
             SECOND,
             id="null as value",
         ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", InstanceId=7)), SECOND, id="a number as id"
-        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", InstanceId=7)), SECOND, id="a number as id"),
         pytest.param(
             b'{"Reservations": [], "Reservations": []}', "'Reservations' appears twice", id="a key twice"
         ),
         pytest.param(
-            json.dumps(saved(item("i-0000000a"))).replace("{", '{"Tags": [], "Tags": [],', 3).encode(),
+            json.dumps(saved(item("i-0a"))).replace("{", '{"Tags": [], "Tags": [],', 3).encode(),
             "'Tags' appears twice",
             id="a key twice in an instance",
         ),
         pytest.param(b'{"Reservations": [], "x": NaN}', "NaN is not JSON", id="NaN"),
         pytest.param(
-            saved(item("i-0000000a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
+            saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
         ),
         pytest.param(
-            saved(item("i-0000000a"), nextToken="a"),
-            "NextToken: the key 'nextToken' in place",
-            id="small token",
+            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' in place", id="small token"
+        ),
+        pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),
+        pytest.param(saved(item("i-0a"), item("i-0b", Placement=[])), SECOND, id="a list as placement"),
+        pytest.param(
+            saved(item("i-0a"), item("i-0b", LaunchTime=7)), SECOND + "its LaunchTime", id="a number as time"
         ),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", State={"Name": ""})), SECOND, id="an empty state"
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", State="running")), SECOND, id="text as state"
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Placement=[])), SECOND, id="a list as placement"
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", LaunchTime=7)),
-            SECOND + "its LaunchTime",
-            id="a number as time",
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", LaunchTime="0001-01-01T00:00:00Z")),
+            saved(item("i-0a"), item("i-0b", LaunchTime="0001-01-01T00:00:00Z")),
             SECOND + "launched",
             id="year 1",
         ),
+        pytest.param(saved(item("i-0a"), item("i-0b", IamInstanceProfile="p")), SECOND, id="text as profile"),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", IamInstanceProfile="p")),
-            SECOND,
-            id="text as profile",
+            saved(item("i-0a"), item("i-0b", Tags=[{"Value": "a"}])), SECOND, id="a tag without a key"
         ),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Value": "a"}])),
-            SECOND,
-            id="a tag without a key",
-        ),
-        pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "", "Value": "a"}])),
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "", "Value": "a"}])),
             SECOND,
             id="a tag with an empty key",
         ),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "Owner", "Value": v} for v in "ab"])),
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": v} for v in "ab"])),
             SECOND + "it has the tag key 'Owner' twice",
             id="a tag key twice",
         ),
         pytest.param(
-            saved(item("i-0000000a"), item("i-0000000b", Tags=[{"Key": "Owner", "Value": "\ud800"}])),
+            saved(item("i-0a"), item("i-0b", Tags=[{"Key": "Owner", "Value": "\ud800"}])),
             SECOND + "its Value '\\ud800' holds half a character",
             id="a lone surrogate",
         ),
         pytest.param(
             json.dumps(
-                saved(item("i-0000000a", Tags=[{"Key": "Owner", "Value": "\ud800"}])), ensure_ascii=False
+                saved(item("i-0a", Tags=[{"Key": "Owner", "Value": "\ud800"}])), ensure_ascii=False
             ).encode("utf-8", "surrogatepass"),
             "is not what",
             id="a lone surrogate in UTF-8",
@@ -1504,7 +1471,7 @@ def test_file_that_is_no_saved_answer_is_refused(
 def test_one_wrong_file_is_a_usage_error_and_nothing_is_recorded(
     scan_saved: ScanSaved, tmp_path: Path
 ) -> None:
-    result = scan_saved(saved(item("i-0000000a")), b"[]", check=2)
+    result = scan_saved(saved(item("i-0a")), b"[]", check=2)
     assert result.err.startswith("tagcheck: saved1.json is not what")
     assert not (tmp_path / "out.csv").exists()
     assert remembered(tmp_path) == []
@@ -1514,19 +1481,18 @@ def test_one_wrong_file_is_a_usage_error_and_nothing_is_recorded(
 def test_files_that_contradict_each_other_are_refused(
     scan_saved: ScanSaved, tagcheck: Callable[..., Result], command: str
 ) -> None:
-    owners = [saved(item("i-0000000a", Tags=[{"Key": "Owner", "Value": value}])) for value in ("ann", "bob")]
+    owners = [saved(item("i-0a", Tags=[{"Key": "Owner", "Value": value}])) for value in ("ann", "bob")]
     result = scan_saved(*owners, check=2)
     if command == "explain":
         files = ("--instances", "saved0.json", "--instances", "saved1.json")
-        result = tagcheck("explain", "--policy", "policy.yaml", "i-0000000a", *files, check=2)
+        result = tagcheck("explain", "--policy", "policy.yaml", "i-0a", *files, check=2)
     assert (
-        "i-0000000a in 123456789012 us-east-1 is in saved0.json and in saved1.json, with other tags"
-        in result.err
+        "i-0a in 123456789012 us-east-1 is in saved0.json and in saved1.json, with other tags" in result.err
     )
 
 
 def test_file_that_contradicts_itself_is_refused(scan_saved: ScanSaved) -> None:
-    twice = saved(item("i-0000000a"), item("i-0000000a", Tags=[{"Key": "Owner", "Value": "ann"}]))
+    twice = saved(item("i-0a"), item("i-0a", Tags=[{"Key": "Owner", "Value": "ann"}]))
     assert "is twice in saved0.json, with other tags" in scan_saved(twice, check=2).err
 
 
@@ -1536,34 +1502,32 @@ def test_file_that_cannot_be_read_is_refused(scan_saved: ScanSaved, name: str) -
 
 
 def test_part_of_an_answer_is_not_the_whole(scan_saved: ScanSaved, tmp_path: Path) -> None:
-    scan_saved(saved(item("i-0000000a"), item("i-0000000b")), check=3)
+    scan_saved(saved(item("i-0a"), item("i-0b")), check=3)
     before = remembered(tmp_path)
-    result = scan_saved(saved(item("i-0000000a"), NextToken="eyJ"), check=4)
+    result = scan_saved(saved(item("i-0a"), NextToken="eyJ"), check=4)
     assert errors(result) == {REGION: "Truncated"}
     assert "saved0.json has a NextToken" in coverage(result)[REGION]["error"]["message"]
     assert remembered(tmp_path) == before
 
 
 def test_instances_out_of_scope_are_left_out_with_a_word(scan_saved: ScanSaved) -> None:
-    result = scan_saved(
-        saved(item("i-0000000a"), item("i-0000000b", "eu-west-1b"), item("i-0000000c", "eu-west-1c")), check=3
-    )
-    assert found(result) == {REGION: ["i-0000000a"]}
+    result = scan_saved(saved(item("i-0a"), item("i-0b", "eu-west-1b"), item("i-0c", "eu-west-1c")), check=3)
+    assert found(result) == {REGION: ["i-0a"]}
     assert f"2 instances left out, not in scope: {ACCOUNT_ID} eu-west-1" in result.err
 
 
 def test_region_that_no_file_has_is_not_read(scan_saved: ScanSaved, tmp_path: Path) -> None:
     both = (REGION, "us-west-2")
-    scan_saved(saved(item("i-0000000a"), item("i-0000000b", "us-west-2b")), regions=both, check=3)
+    scan_saved(saved(item("i-0a"), item("i-0b", "us-west-2b")), regions=both, check=3)
     before = remembered(tmp_path, "us-west-2")
-    result = scan_saved(saved(item("i-0000000a")), regions=both, check=4)
+    result = scan_saved(saved(item("i-0a")), regions=both, check=4)
     assert errors(result) == {REGION: None, "us-west-2": "NotInFiles"}
     assert "say so with --region" in coverage(result)["us-west-2"]["error"]["message"]
     assert remembered(tmp_path, "us-west-2") == before
     args = ("--region", REGION, "--region", "us-west-2")
-    result = scan_saved(saved(item("i-0000000a")), regions=both, args=args, check=3)
+    result = scan_saved(saved(item("i-0a")), regions=both, args=args, check=3)
     assert errors(result) == {REGION: None, "us-west-2": None}
-    assert found(result, "resolved") == {"us-west-2": ["i-0000000b"]}
+    assert found(result, "resolved") == {"us-west-2": ["i-0b"]}
 
 
 def test_files_without_an_instance_need_an_account(scan_saved: ScanSaved) -> None:
@@ -1581,5 +1545,5 @@ def test_saved_instances_need_neither_boto3_nor_credentials(scan_saved: ScanSave
     for name in ("boto3", "botocore"):
         (packages / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
     env = {"PYTHONPATH": str(packages), "AWS_PROFILE": "none", "AWS_CONFIG_FILE": os.devnull}
-    result = scan_saved(saved(item("i-0000000a")), env=env, check=3)
-    assert found(result) == {REGION: ["i-0000000a"]}
+    result = scan_saved(saved(item("i-0a")), env=env, check=3)
+    assert found(result) == {REGION: ["i-0a"]}

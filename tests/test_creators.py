@@ -191,7 +191,7 @@ def test_an_event_may_be_of_any_shape(path):
         {"type": "AssumedRole"},
     ):
         for value in ODD:
-            event = run_instances_event(["i-0000000a"], 0, identity)
+            event = run_instances_event(["i-0a"], 0, identity)
             event["detail"] = json.loads(event["CloudTrailEvent"])
             inner = event
             for step in path[:-1]:

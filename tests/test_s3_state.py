@@ -71,7 +71,7 @@ class State:
 
     def compete(self, _: object) -> None:
         """Scan into the state, without any faults, while another's request is held."""
-        self.scan(cwd=self.new_agent("i-0000000c"), env=self.aws.env | {"AWS_SDK_UA_APP_ID": "competitor"})
+        self.scan(cwd=self.new_agent("i-0c"), env=self.aws.env | {"AWS_SDK_UA_APP_ID": "competitor"})
 
     def delete(self, _: object) -> None:
         """Delete the state while another's request is held."""
@@ -170,16 +170,14 @@ def test_agents_remember_what_other_agents_found_and_leave_nothing_behind(
     state: State, tmp_path: Path
 ) -> None:
     (temporary := tmp_path / "temporary").mkdir()
-    assert statuses(state.scan(cwd=state.new_agent("i-0000000a"))) == ["NEW", "NEW"]
+    assert statuses(state.scan(cwd=state.new_agent("i-0a"))) == ["NEW", "NEW"]
     for _ in range(2):
         result = state.scan(env=state.aws.env | {"TMPDIR": str(temporary)})
         assert statuses(result) == ["REPEAT"]
         assert list(temporary.iterdir()) == []
         assert {file.name for file in result.cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
     assert state.counted == (3, 3)
-    assert state.query("SELECT instance_id, resolution FROM findings WHERE resolved_at") == [
-        ("i-0000000a", "gone")
-    ]
+    assert state.query("SELECT instance_id, resolution FROM findings WHERE resolved_at") == [("i-0a", "gone")]
     conditions = [
         (request.params.get("IfNoneMatch"), "IfMatch" in request.params)
         for request in state.calls("PutObject")
@@ -373,10 +371,10 @@ def test_trouble_passes_and_every_scan_is_counted_once(
 
 def test_report_is_of_the_recording_that_stands(state: State) -> None:
     state.fault("answer", action="PutObject", times=1, **COMPETE)
-    result = state.scan(cwd=state.new_agent("i-0000000b"))
+    result = state.scan(cwd=state.new_agent("i-0b"))
     found = {each["instance_id"]: each["status"] for each in result.json("out.json")["findings"]}
-    assert found == {SHARED: "REPEAT", "i-0000000b": "NEW"}
-    assert [each["instance_id"] for each in result.json("out.json")["resolved"]] == ["i-0000000c"]
+    assert found == {SHARED: "REPEAT", "i-0b": "NEW"}
+    assert [each["instance_id"] for each in result.json("out.json")["resolved"]] == ["i-0c"]
     assert {row["InstanceId"]: row["Status"] for row in result.csv("out.csv")} == found
     assert "1 NEW, 1 REPEAT" in result.out
 
@@ -619,7 +617,7 @@ def scan_at_once(state: State, agents: int, rounds: int, seed: int) -> None:
         (0.05, download("cut")),
     )
     faults = [state.aws.fault(**fault, when=lambda _, share=share: chance() < share) for share, fault in mix]
-    own = [state.new_agent(f"i-00000000{number:x}") for number in range(1, agents + 1)]
+    own = [state.new_agent(f"i-0{number:x}") for number in range(1, agents + 1)]
     with ThreadPoolExecutor(agents) as pool:
         for _ in range(rounds):
             list(pool.map(lambda cwd: state.scan(cwd=cwd, timeout=300), own))
@@ -627,7 +625,7 @@ def scan_at_once(state: State, agents: int, rounds: int, seed: int) -> None:
     assert sum(fault.hits for fault in faults) > 0
     assert state.counted == (agents * rounds, agents * rounds)
     seen = state.query("SELECT instance_id, times_seen FROM findings ORDER BY instance_id")[1:]
-    assert seen == [(f"i-00000000{number:x}", rounds) for number in range(1, agents + 1)]
+    assert seen == [(f"i-0{number:x}", rounds) for number in range(1, agents + 1)]
 
 
 def test_scans_at_once_are_all_counted(state: State) -> None:
