@@ -59,7 +59,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -120,10 +120,19 @@ class TagcheckError(Exception):
     exit_code = ExitCode.FAILED
 
 
+# The oldest versions that CI tests, as in requirements.txt, the README and the block at the top of this file.
+# boto3 1.42.93 has no IncludeManagedResources. A lock file may hold an older botocore than boto3 brings.
+MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
+
+
 class PackageError(TagcheckError):
     """A package that tagcheck needs is missing or too old."""
 
     exit_code = ExitCode.CRASHED
+
+    def __init__(self, problem: str) -> None:
+        wanted = [f"{name}>={minimum}" for name, minimum in MINIMUM_VERSIONS.items()]
+        super().__init__(f"{problem}: pip install --upgrade {shlex.join(wanted)}")
 
 
 class UsageError(TagcheckError):
@@ -133,7 +142,7 @@ class UsageError(TagcheckError):
 
 
 class CredentialsError(TagcheckError):
-    """AWS knows no caller: there is nothing to scan with."""
+    """AWS does not accept the credentials, so nothing can be scanned."""
 
 
 class StateError(TagcheckError):
@@ -141,11 +150,11 @@ class StateError(TagcheckError):
 
 
 class MissingStateError(StateError):
-    """There is no state where one was named."""
+    """The state that was named does not exist."""
 
 
 class UploadError(StateError):
-    """The scan is recorded in a copy of the state that could not be put in the state's place."""
+    """The scan is recorded in a local copy of the state that could not be uploaded."""
 
 
 class OutputError(TagcheckError):
@@ -153,7 +162,7 @@ class OutputError(TagcheckError):
 
 
 class NotificationError(TagcheckError):
-    """Somebody was not told of a scan, which is recorded and reported."""
+    """A notification failed; the scan is recorded and reported."""
 
 
 class TargetError(TagcheckError):
@@ -163,13 +172,12 @@ class TargetError(TagcheckError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
+        self.code, self.message = code, message
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a policy file, with its place (line and column count from 1), written as compilers do."""
+    """One mistake in a file, with its place as compilers write it (line and column count from 1)."""
 
     file: str
     line: int
@@ -188,14 +196,13 @@ MAX_PROBLEMS = 100
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """Return a line for each of the first problems of a file, and one that counts the others."""
-    more = len(problems) - MAX_PROBLEMS
-    rest = [f"… and {counted(more, 'more problem')}"] if more > 0 else []
-    return [*map(str, problems[:MAX_PROBLEMS]), *rest]
+    """Return a line for each of the first problems of a file, and one that counts the rest."""
+    lines, more = [*map(str, problems[:MAX_PROBLEMS])], len(problems) - MAX_PROBLEMS
+    return [*lines, f"… and {counted(more, 'more problem')}"] if more > 0 else lines
 
 
 class PolicyError(UsageError):
-    """A policy file, or an edited plan, is wrong; holds every problem that was found in it."""
+    """A policy file or an edited plan is wrong; has every problem that was found in it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
@@ -435,11 +442,6 @@ class TrendPoint:
     targets_unread: int
 
 
-# The oldest versions that CI tests; requirements.txt, the block at the top of this file and the README name the same.
-# boto3 1.42.93 has no IncludeManagedResources. botocore comes with boto3, but a lock file may hold an older one.
-MINIMUM_VERSIONS = {"boto3": "1.42.95", "botocore": "1.42.95", "PyYAML": "6.0.1", "jsonschema": "4.0.1"}
-
-
 def check_packages(*names: str) -> None:
     """Raise PackageError if a package is missing or older than MINIMUM_VERSIONS."""
     import importlib.metadata  # here, as it takes tens of milliseconds that --help does not need
@@ -447,38 +449,26 @@ def check_packages(*names: str) -> None:
     for name in names:
         minimum = MINIMUM_VERSIONS[name]
         try:
-            version = importlib.metadata.version(name)
+            version = str(importlib.metadata.version(name))  # "None" if the installed package is damaged
         except importlib.metadata.PackageNotFoundError as error:
-            raise missing_package(name) from error
-        if _numbers(str(version)) < _numbers(minimum):  # None, if what pip left of the package is damaged
-            raise PackageError(
-                f"{name} {version} is too old ({minimum} or later is needed): {_install_command()}"
-            )
+            raise PackageError(f"the package {name} is missing") from error
+        numbers, least = ([int(number) for number in re.findall(r"\d+", v)[:3]] for v in (version, minimum))
+        if numbers < least:
+            raise PackageError(f"{name} {version} is too old ({minimum} or later is needed)")
 
 
-def missing_package(name: str) -> PackageError:
-    """Return the error for a package that cannot be imported."""
-    return PackageError(f"the package {name} is missing: {_install_command()}")
-
-
-def _install_command() -> str:
-    """Return the command that installs all packages, each new enough."""
-    wanted = [f"{name}>={minimum}" for name, minimum in MINIMUM_VERSIONS.items()]
-    return f"pip install --upgrade {shlex.join(wanted)}"
-
-
-def _numbers(version: str) -> list[int]:
-    """Return the numbers that a version begins with, to compare it by."""
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
-
-
-# Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern, the
-# musical note head and the Khitan filler. str.isprintable() is true for many of them.
+# Unicode's Default_Ignorable_Code_Point, and the characters that are blank by design: the Braille pattern,
+# the musical note head and the Khitan filler. str.isprintable() is true for many of them.
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+
+
+def is_printable(text: str) -> bool:
+    """Return whether every character of a text is visible or a space."""
+    return text.isprintable() and (text.isascii() or not INVISIBLE.search(text))
 
 
 def printable(text: str) -> str:
@@ -489,32 +479,19 @@ def printable(text: str) -> str:
     """
     if is_printable(text):
         return text
-    return "".join(
-        character if is_printable(character) else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-
-
-def is_printable(text: str) -> bool:
-    """Return whether every character of a text can be seen, or is a space."""
-    return text.isprintable() and (text.isascii() or not INVISIBLE.search(text))
+    return "".join(sign if is_printable(sign) else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def stripped(text: str) -> str:
     """Return text without the spaces and invisible characters around it; nothing is left of a blank text."""
     if is_printable(text):
         return text.strip()
-    visible = [
-        index
-        for index, character in enumerate(text)
-        if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp", "Zs")
-        and not INVISIBLE.match(character)
-    ]
-    return text[visible[0] : visible[-1] + 1] if visible else ""
+    unseen = ("Cc", "Cf", "Zl", "Zp", "Zs")
+    return text.strip("".join(c for c in {*text} if unicodedata.category(c) in unseen or INVISIBLE.match(c)))
 
 
 def is_blank(text: str) -> bool:
-    """Return whether nothing of a text can be seen."""
+    """Return whether a text has no visible character."""
     return not stripped(text)
 
 
@@ -526,7 +503,7 @@ def to_record(item: Any, names: Iterable[str] = ()) -> dict[str, Any]:
     return {name: getattr(item, name) for name in names or item.__slots__}
 
 
-CHUNK_SIZE = 65_536  # bytes or characters to have in memory of what is only passed on
+CHUNK_SIZE = 65_536  # bytes or characters to hold in memory of what is only copied
 
 
 def utc_text(moment: datetime) -> str:
@@ -541,211 +518,65 @@ def counted(number: int, word: str, plural: str = "") -> str:
 
 
 def cut_text(text: str, width: int) -> str:
-    """Return text of at most this width, its end cut off visibly."""
+    """Return text of at most this width, with … in place of what was cut off."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
 _ADVICE = (
-    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: enable the "
-     "region, or take it out of the policy"),
-    ("OptInRequired", "the region is not enabled in this account: enable it, or take it out of the policy"),
-    ("UnauthorizedOperation AccessDenied AccessDeniedException", "the credentials may not call {operation}: "
-     "allow it (tagcheck.py iam-policy prints how)"),
+    ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: "
+     "enable the region, or remove it from the policy"),
+    ("OptInRequired", "the region is not enabled in this account: enable it, or remove it from the policy"),
+    ("UnauthorizedOperation AccessDenied AccessDeniedException",
+     "the credentials may not call {operation}: allow it (tagcheck.py iam-policy prints how)"),
     ("ExpiredToken ExpiredTokenException", "the credentials have expired: renew them and run again"),
-    ("RequestExpired", "the request was too old when it arrived: check this machine's clock, then renew the "
-     "credentials"),
+    ("RequestExpired", "the request came too late: check this machine's clock, then renew the credentials"),
     ("SignatureDoesNotMatch", "the secret key is wrong, or this machine's clock is"),
-    ("InvalidClientTokenId UnrecognizedClientException", "AWS does not know these credentials: check the profile "
-     "or the environment"),
-    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException", "AWS throttled the calls, and "
-     "went on after every retry: run again later, or with fewer --workers"),
-    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError", "no connection: check "
-     "the network, the proxy and the region's name"),
+    ("InvalidClientTokenId UnrecognizedClientException",
+     "AWS does not know these credentials: check the profile or the environment"),
+    ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException",
+     "AWS throttled the calls, and went on after every retry: run again later, or with fewer --workers"),
+    ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError",
+     "no connection: check the network, the proxy and the region's name"),
     ("ReadTimeoutError CallTimeout", "no answer in time: check the network and run again"),
     ("SSLError", "the TLS connection failed: check the proxy and its certificates (AWS_CA_BUNDLE)"),
-    ("ForeignAnswer IncompleteAnswer", "the answer was cut short or is not AWS's: check the network and the proxy"),
-    ("InvalidHeader", "the session token or the access key has a line break or another character that HTTP cannot send: "
-     "copy it again"),
+    ("ForeignAnswer IncompleteAnswer",
+     "the answer was cut short or is not AWS's: check the network and the proxy"),
+    ("InvalidHeader",
+     "the session token or the access key has a line break or another bad character: copy it again"),
     ("HTTPClientError", "the HTTP request failed: check the network, the proxy and the AWS configuration"),
-    ("UnknownAccountState", "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
-    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504", "AWS failed, and went on failing after every "
-     "retry: run again later"),
+    ("UnknownAccountState",
+     "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
+    ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504",
+     "AWS failed, and went on failing after every retry: run again later"),
 )  # fmt: skip
 ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
 
 
 ########################################################################################################
-# 2 Policy: POLICY_SCHEMA, Policy, parse_yaml, load_policy
+# 2 Policy: ACCOUNT_ID and the like, ValuePattern, Policy, POLICY_SCHEMA, YamlDocument, load_policy
 ########################################################################################################
 
-
-def _list(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a list that is not empty."""
-    return {"type": "array", "minItems": 1, "items": items}
-
-
-def _form(pattern: str, complaint: str) -> dict[str, Any]:
-    """Return the schema of a text of some form; of another, validate and editors say the complaint."""
-    return {"type": "string", "pattern": pattern, "patternErrorMessage": complaint}
-
-
-def _mapping(
-    required: str, more: Mapping[str, Any], **keys: tuple[str, Any, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the schema of a mapping with these keys alone: what editors say of each, an example, its schema."""
-    properties = {
-        name: {"description": description, "examples": [example], **schema}
-        for name, (description, example, schema) in keys.items()
-    }
-    closed = {"required": required.split(), "additionalProperties": False, "properties": properties}
-    return {**more, "type": more.get("type", "object"), **closed}
-
-
-# tagcheck reads every scalar as text; the schema takes numbers as well because editors see them so.
-_TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
-# EC2's API reference, Tag: a key has up to 127 characters, a value up to 256.
-TAG_KEY, TAG_VALUE = _TEXT | {"maxLength": 127}, _TEXT | {"maxLength": 256}
-_DATE = _form("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", "is no date: write year-month-day, such as 2027-01-31")
-_DURATION = _form("^[0-9]{1,4}[smhd]$", "is no time: write a number and s, m, h or d, such as 2h")
-_ACCOUNT_ID = _form("^[0-9]{12}$", "is no account id: it has 12 digits") | {"type": ["string", "number"]}
-_INSTANCE_ID = _form("^i-[0-9a-f]{8,17}$", "is no instance id: it looks like i-0123456789abcdef0")
-_ROLE_NAME = _form("^[A-Za-z0-9+=,.@_/-]{1,512}$", "is no role name: give the name alone, not the ARN")
-_AT = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9-]+\.)+[A-Za-z0-9-]+"
-_MEMBER = "[UW][A-Z0-9]{6,20}"
-_ADDRESS = _form(f"^{_AT}$", "is no e-mail address")
-_RECIPIENT = _form(
-    f"^({_AT}|{_MEMBER})$", "is neither an e-mail address nor a Slack member's id such as U012ABCDEF"
-)
-_VARIABLE = _form(
-    "^[A-Za-z_][A-Za-z0-9_]*$", "is no name of an environment variable: a secret never stands in the policy"
-)
-_HOST = _form(
-    "^[a-z0-9.-]+(:[0-9]{1,5})?$", "is no host: write its name alone, and :port where it is not 443"
-)
-_TOPIC_ARN = _form("^arn:[a-z-]+:sns:[a-z0-9-]+:[0-9]{12}:[A-Za-z0-9_-]{1,256}$",
-                   "is no ARN of an SNS topic (nor is that of a FIFO topic, which this cannot use)")  # fmt: skip
-# The first four are the default: a terminated instance cannot be put right.
-_STATES = ["pending", "running", "stopping", "stopped", "shutting-down", "terminated"]
-
-_REQUIRED_TAGS = _list(_mapping(
-    "key",
-    {"description": "A tag that instances must carry: its key alone, or the key with a rule for its value.",
-     **TAG_KEY, "type": ["string", "number", "object"]},
-    key=("The tag key, in exactly this spelling.", "CostCenter", TAG_KEY),
-    values=("The values that are allowed, in exactly this spelling.", ["dev", "prod"], _list(TAG_VALUE)),
-    pattern=("A regular expression (Python's) for the whole value.", "CC-[0-9]{4}", _TEXT),
-    default=("What remediate may write where nothing better is known.", "dev", TAG_VALUE),
-))  # fmt: skip
-_REGION = _mapping(
-    "",
-    {"description": "What this region asks for. Nothing here: the policy's required_tags alone.",
-     "type": ["object", "null"]},
-    inherit=("false: the policy's required_tags do not hold here.", False, {"type": "boolean"}),
-    required_tags=("Tags as well as the policy's. The same key replaces the policy's.", ["Tier"], _REQUIRED_TAGS),
-)  # fmt: skip
-_ACCOUNTS = _mapping(
-    "role_name",
-    {"oneOf": [{"required": ["ids"]},
-               {"required": ["organization"], "properties": {"organization": {"const": True}}}]},
-    organization=("true: every active account of the organization.", True, {"type": "boolean"}),
-    ids=("The ids of the accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
-    role_name=("The role to assume in each of them but the caller's own.", "tagcheck-read", _ROLE_NAME),
-    external_id=("The external id that the role asks for.", "tagcheck", _TEXT),
-    exclude=("Accounts to leave out.", ["210987654321"], _list(_ACCOUNT_ID)),
-)  # fmt: skip
-_EXEMPTION = _mapping(
-    "reason",
-    {"description": "Instances that need not carry some tags, why, and until when. All that it names must match.",
-     "anyOf": [{"required": [key]} for key in ("tags", "instances", "accounts", "regions", "managed_by")]},
-    reason=("Why: every report shows it.", "EKS nodes are tagged by the cluster team", _TEXT),
-    tags=("Tags of the instances; in a value * stands for any text and ? for one character.",
-          {"eks:cluster-name": "*"},
-          {"type": "object", "minProperties": 1, "additionalProperties": TAG_VALUE | {"minLength": 0}}),
-    instances=("The ids of the instances.", ["i-0123456789abcdef0"], _list(_INSTANCE_ID)),
-    accounts=("The accounts.", ["012345678901"], _list(_ACCOUNT_ID)),
-    regions=("The regions.", ["eu-west-1"], _list(_TEXT)),
-    managed_by=("Instances that this AWS service operates; * and ? as in tags, so \"*\" is any service.",
-                "eks.amazonaws.com", _TEXT),
-    required_tags=("The tags that they need not carry. Left out: none of them.", ["Owner"], _list(TAG_KEY)),
-    expires=("The last day on which it holds (UTC).", "2027-01-31", _DATE),
-    approved_by=("Who agreed.", "head of platform", _TEXT),
-    ticket=("Where it was agreed.", "OPS-1234", _TEXT),
-)  # fmt: skip
-_SLACK = _mapping(
-    "webhook_url_env",
-    {},
-    webhook_url_env=("The environment variable that holds the URL of an incoming webhook.", "SLACK_WEBHOOK_URL",
-                     _VARIABLE),
-    allow_hosts=("Hosts that the URL may name beside Slack's own.", ["slack.example.com"], _list(_HOST)),
-)  # fmt: skip
-_EMAIL = _mapping(
-    "from",
-    {},
-    **{"from": ("The sender, an address that SES has verified.", "tags@example.com", _ADDRESS)},
-    to=("Who gets the digest of everything.", ["ops@example.com"], _list(_ADDRESS) | {"maxItems": 50}),
-    region=("The region of SES. Left out: that of the credentials.", "eu-west-1", _TEXT),
-)
-_OWNERS = _mapping(
-    "",
-    {"description": "To send each owner a digest of what is theirs."},
-    tag=("The tag that names the owner. Left out: Owner.", "Owner", TAG_KEY),
-    mapping=("For a value of that tag, or a creator, the address or the Slack member's id.",
-             {"team-web": "web@example.com", "alice": "U012ABCDEF"},
-             {"type": "object", "minProperties": 1, "additionalProperties": _RECIPIENT}),
-    domains=("A value or a creator that is an address of one of these is written to as it is.", ["example.com"],
-             _list(_HOST)),
-    default=("Who gets what nobody is known for. Left out: nobody.", "ops@example.com", _RECIPIENT),
-)  # fmt: skip
-_NOTIFY = _mapping(
-    "",
-    {},
-    on=("new: what is NEW or REOPENED, once; any: all that is open, with each scan.", "new", {"enum": ["new", "any"]}),
-    slack=("An incoming webhook of Slack.", {"webhook_url_env": "SLACK_WEBHOOK_URL"}, _SLACK),
-    sns=("A topic of SNS.", {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"},
-         _mapping("topic_arn", {}, topic_arn=("Its ARN.", "arn:aws:sns:eu-west-1:012345678901:tags", _TOPIC_ARN))),
-    email=("E-mail, sent by SES.", {"from": "tags@example.com", "to": ["ops@example.com"]}, _EMAIL),
-    owners=("A digest for each owner, of what is theirs.", {"domains": ["example.com"]}, _OWNERS),
-)  # fmt: skip
-POLICY_SCHEMA = _mapping(
-    "version name regions",
-    {"$schema": "http://json-schema.org/draft-07/schema#", "title": "tagcheck policy",
-     "description": "Which tags EC2 instances must carry, region by region."},
-    version=("The version of this format: 1.", 1, {"enum": [1, "1"]}),
-    name=("Findings are kept under this name. Rename a policy, and all of them are NEW.", "org-tagging", _TEXT),
-    required_tags=("The tags that instances must carry in every region below.", ["Owner"], _REQUIRED_TAGS),
-    placeholder_values=("Values that count as empty, whatever their case.", ["tbd", "n/a"], _list(TAG_VALUE)),
-    states=("The instance states that are looked at. Left out: all but shutting-down and terminated.",
-            ["running", "stopped"], _list({"enum": _STATES})),
-    grace_period=("How long after its launch an instance may lack tags: 90s, 30m, 2h or 1d.", "2h", _DURATION),
-    regions=('The regions to scan, each with what it asks for. "*" is every other region that is enabled.',
-             {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
-             {"type": "object", "minProperties": 1, "additionalProperties": _REGION}),
-    accounts=("The accounts to scan. Left out: the one account of the credentials.",
-              {"organization": True, "role_name": "tagcheck-read"}, _ACCOUNTS),
-    expected_account=("The account that the credentials must be of. With any other nothing is read.", "012345678901",
-                      _ACCOUNT_ID),
-    exemptions=("Instances that need not carry some tags, each with a reason.",
-                [{"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}}], _list(_EXEMPTION)),
-    notify=("Who is told of what a scan found.", {"slack": {"webhook_url_env": "SLACK_WEBHOOK_URL"}}, _NOTIFY),
-)  # fmt: skip
-
-# Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
-MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 30_000
+# How ids and names look, whether they come from a policy, AWS, a plan or the command line.
+ACCOUNT_ID, INSTANCE_ID, REGION_NAME = "[0-9]{12}", "i-[0-9a-f]{8,17}", "[a-z]+(?:-[a-z]+)+-[0-9]+"
+ROLE_NAME = "[A-Za-z0-9+=,.@_/-]{1,512}"
+EMAIL_ADDRESS = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9-]+\.)+[A-Za-z0-9-]+"
+SLACK_MEMBER = "[UW][A-Z0-9]{6,20}"
+_DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhd]"
+MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 127, 256  # EC2 API reference, Tag
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
 # the installed botocore's data, so that a region younger than this file needs only a newer boto3.
-AWS_REGIONS = frozenset("""
-    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2 ap-southeast-1
-    ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1 ca-west-1
-    cn-north-1 cn-northwest-1 eu-central-1 eu-central-2 eu-isoe-west-1 eu-north-1 eu-south-1 eu-south-2 eu-west-1
-    eu-west-2 eu-west-3 eusc-de-east-1 il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1
-    us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1 us-iso-west-1 us-isob-east-1 us-isob-west-1 us-isof-east-1
-    us-isof-south-1 us-west-1 us-west-2
-    """.split())  # fmt: skip
-
-
-REGION_NAME = "[a-z]+(?:-[a-z]+)+-[0-9]+"
+AWS_REGIONS = frozenset(
+    """
+    af-south-1 ap-east-1 ap-east-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-south-1 ap-south-2
+    ap-southeast-1 ap-southeast-2 ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7
+    ca-central-1 ca-west-1 cn-north-1 cn-northwest-1 eu-central-1 eu-central-2 eu-isoe-west-1 eu-north-1
+    eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 eusc-de-east-1 il-central-1 me-central-1 me-south-1
+    mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1 us-gov-west-1 us-iso-east-1 us-iso-west-1
+    us-isob-east-1 us-isob-west-1 us-isof-east-1 us-isof-south-1 us-west-1 us-west-2
+    """.split()
+)
 
 
 def is_region(name: str) -> bool:
@@ -761,19 +592,17 @@ def _botocore_regions() -> frozenset[str]:
     except (ModuleNotFoundError, OSError):
         return frozenset()
     return frozenset(
-        region for partition in json.loads(partitions)["partitions"] for region in partition["regions"]
+        name for partition in json.loads(partitions)["partitions"] for name in partition["regions"]
     )
 
 
 # The processor time that a pattern may take on one value, and how long to wait for it on a busy machine.
 PATTERN_SECONDS, PATTERN_WAIT = 0.5, 3.0
+PATTERN_START = 60.0  # a Python process starts in 15 milliseconds
 # A pattern that was stopped on so many values, or took so long on slow ones, is not tried on others.
 MAX_STOPPED, MAX_SLOW_SECONDS = 3, 10.0
-PATTERN_START = 60.0  # a Python process starts in 15 milliseconds
-MAX_PATTERN_STEPS = (
-    2_000_000  # an upper bound by the text alone: the slowest that was found took 2 milliseconds
-)
-MAX_PATTERN_LENGTH = 10_000
+# An upper bound by a pattern's text alone: the slowest that was found took 2 milliseconds.
+MAX_PATTERN_STEPS, MAX_PATTERN_LENGTH = 2_000_000, 10_000
 # For all patterns of a policy together: after the first they are only compiled, after the second refused.
 MAX_TRY_SECONDS, MAX_CHECK_SECONDS = 1.0, 2.0
 TRY_SECONDS = 0.0001  # what asking the child costs; not measured, so that a busy machine changes no verdict
@@ -807,7 +636,7 @@ for line in sys.stdin:
 
 
 class _Matcher:
-    """Matches patterns in a child process, which is started when needed and ended when a match takes too long.
+    """Matches patterns in a child process, which is started when needed and killed when it takes too long.
 
     `re` holds the interpreter lock, and only a signal in the main thread of POSIX could interrupt it.
     """
@@ -815,88 +644,75 @@ class _Matcher:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: Any = None
-        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._reader: threading.Thread | None = None
+        self._exit_code = 0
+        self._deadline = math.inf  # of the answer that is waited for
+        self.seconds = 0.0  # what all matches have cost
 
     def match(self, pattern: str, value: str) -> tuple[bool | str, float] | None:
-        """Return whether a pattern matches, or why it is not one, and the seconds; None where it was stopped."""
+        """Return whether a pattern matches, or why it is invalid, and the seconds; None if it was stopped."""
         request = json.dumps([pattern, value, PATTERN_SECONDS]).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # a busy machine or too little memory can stop a harmless match
-                answer, exit_code = self._ask(request)
-                if answer is not None:
+                if self._process is None:
+                    self._start()
+                if answer := self._ask(request, PATTERN_WAIT):
                     matches, seconds = json.loads(answer)
+                    self.seconds += TRY_SECONDS + seconds
                     return matches, seconds
-                if exit_code == -getattr(signal, "SIGPROF", 0):
+                if self._exit_code == -getattr(signal, "SIGPROF", 0):
                     break
+            self.seconds += TRY_SECONDS + PATTERN_SECONDS
         return None
 
-    def _ask(self, request: bytes) -> tuple[bytes | None, int | None]:
-        """Return the child's answer; where there is none, the code that it ended with."""
-        answer = exit_code = None
+    def _ask(self, request: bytes, seconds: float) -> bytes:
+        """Return the child's answer; nothing if it ended, or had to be killed after these seconds."""
+        answer, self._deadline = b"", time.monotonic() + seconds
         try:
-            if self._process is None:
-                self._start()
-            with contextlib.suppress(OSError, queue.Empty):
+            with contextlib.suppress(OSError):
                 self._process.stdin.write(request)
                 self._process.stdin.flush()
-                answer = self._answers.get(timeout=PATTERN_WAIT)
+                answer = self._process.stdout.readline()
         finally:
-            if answer is None:  # also on Ctrl-C: the answer to this must not become that to the next
-                exit_code = self.stop()
-        return answer, exit_code
+            self._deadline = math.inf
+            if not answer:  # also on Ctrl-C: the answer to this must not become that to the next
+                self.stop()
+        return answer
 
     def _start(self) -> None:
         """Start the child, in a session of its own so that Ctrl-C does not reach it; raises TagcheckError."""
         import subprocess  # most policies do not need it
 
+        files: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        command = [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE]
         try:
-            self._process = process = subprocess.Popen(
-                [sys.executable or "", "-I", "-S", "-c", _MATCHER_CODE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-            self._answers = queue.SimpleQueue()
-            self._reader = threading.Thread(
-                target=_read_lines, args=(process.stdout, self._answers), daemon=True
-            )
-            self._reader.start()
-            if self._answers.get(timeout=PATTERN_START) is None:
+            self._process = subprocess.Popen(command, **files, start_new_session=True, creationflags=flags)
+            threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
+            if not self._ask(b"", PATTERN_START):
                 raise OSError("it ended at once")
-        except (OSError, RuntimeError, queue.Empty) as error:  # RuntimeError: no new thread
+        except (OSError, RuntimeError) as error:  # RuntimeError: no new thread
             self.stop()
-            why = str(error) or f"no answer within {PATTERN_START:.0f} s"
             advice = "allow one more process, or list the values in the policy instead of a pattern"
-            message = f"cannot start a Python process to check a pattern in: {why}; {advice}"
+            message = f"cannot start a Python process to check a pattern in: {error}; {advice}"
             raise TagcheckError(message) from error
 
-    def stop(self) -> int | None:
-        """End the child if there is one; returns its exit code."""
+    def _watch(self, process: Any) -> None:
+        """Kill a child that takes too long; a timer for each match would cost more than the match."""
+        while process.poll() is None:
+            if time.monotonic() > self._deadline:
+                process.kill()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End the child if there is one."""
         process, self._process = self._process, None
-        if process is None:
-            return None
-        process.kill()
-        with contextlib.suppress(OSError):  # what could not be written
-            process.stdin.close()
-        exit_code: int = process.wait()
-        if self._reader is not None and self._reader.ident is not None:
-            self._reader.join()
-        return exit_code
-
-
-def _read_lines(file: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
-    """Put the lines of a file into a queue, and None at its end: the queue can be waited on with a limit."""
-    with file:
-        for line in file:
-            lines.put(line)
-    lines.put(None)
+        if process:
+            with contextlib.suppress(OSError), process:  # what could not be written
+                process.kill()
+            self._exit_code = process.returncode
 
 
 _MATCHER = _Matcher()
-# A thread that still reads when Python ends would crash it.
 atexit.register(_MATCHER.stop)
 
 
@@ -914,16 +730,13 @@ def is_quick(pattern: str) -> bool:
         if len(low + high) > 8:
             return False
         least = int(low or 0)
-        most = int(high or _MOST_CHARACTERS) if comma else least
-        width += min(most, _MOST_CHARACTERS)
-        ways *= {"*": _MOST_CHARACTERS, "+": _MOST_CHARACTERS, "?": 2}.get(sign, max(1, most - least + 1))
+        most = int(high or MAX_VALUE_LENGTH) if comma else least
+        width += min(most, MAX_VALUE_LENGTH)
+        ways *= {"*": MAX_VALUE_LENGTH, "+": MAX_VALUE_LENGTH, "?": 2}.get(sign, max(1, most - least + 1))
         if ways > MAX_PATTERN_STEPS:
             return False
     alternatives, groups = text.count("|"), text.count("(") + 1
     return groups < 100 and ways * width * (1 + alternatives / groups) ** groups <= MAX_PATTERN_STEPS
-
-
-_MOST_CHARACTERS: int = TAG_VALUE["maxLength"]
 
 
 class Verdict(Enum):
@@ -936,7 +749,7 @@ class Verdict(Enum):
 
 
 class ValuePattern:
-    """A regular expression for whole tag values, which strangers write: no value can keep it busy for long."""
+    """A regular expression for whole tag values: strangers write them, but none can keep it busy for long."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -947,116 +760,205 @@ class ValuePattern:
 
     @property
     def given_up(self) -> bool:
-        """Whether it took so long that no other value is checked."""
+        """Whether it took so long that no more values are checked."""
         return self.stopped >= MAX_STOPPED or self.slow_seconds >= MAX_SLOW_SECONDS
 
     def judge(self, value: str) -> Verdict:
-        """Return whether the whole value matches, where that can be said in time."""
-        if self._quick and len(value) <= _MOST_CHARACTERS:
+        """Return whether the whole value matches, if that can be found out in time."""
+        if self._quick and len(value) <= MAX_VALUE_LENGTH:
             return Verdict.ALLOWED if self._quick.fullmatch(value) else Verdict.REFUSED
-        if value not in self._verdicts:
-            if self.given_up:
-                return Verdict.NOT_CHECKED
-            # Only a saved file can hold longer values than AWS allows, of any length.
-            if len(self._verdicts) >= 2000 or len(value) > _MOST_CHARACTERS:
-                self._verdicts.clear()
-            self._verdicts[value] = self._ask(value)
-        return self._verdicts[value]
-
-    def _ask(self, value: str) -> Verdict:
-        """Let the child process match a value."""
+        if value in self._verdicts:
+            return self._verdicts[value]
+        if self.given_up:
+            return Verdict.NOT_CHECKED
         answer = _MATCHER.match(self.text, value)
-        if answer is None:
-            self.stopped += 1
-            self.slow_seconds += PATTERN_SECONDS
-            return Verdict.STOPPED
-        matches, seconds = answer
+        self.stopped += answer is None
+        matches, seconds = answer or (False, PATTERN_SECONDS)
         self.slow_seconds += seconds if seconds > 0.001 else 0
-        return Verdict.ALLOWED if matches is True else Verdict.REFUSED
+        # Only a saved file can hold longer values than AWS allows, of any length.
+        if len(self._verdicts) >= 2000 or len(value) > MAX_VALUE_LENGTH:
+            self._verdicts.clear()
+        verdict = Verdict.ALLOWED if matches is True else Verdict.REFUSED if answer else Verdict.STOPPED
+        return self._verdicts.setdefault(value, verdict)
+
+
+def _string(example: str, **more: Any) -> dict[str, Any]:
+    """Return the schema of a text that is not empty; what editors see as a number, tagcheck reads as text."""
+    return {"type": ["string", "number"], "minLength": 1, "examples": [example]} | more
+
+
+def _form(what: str, pattern: str, example: str) -> dict[str, Any]:
+    """Return the schema of a text of some form; validate and editors say what any other text is not."""
+    complaint = f"is not {what}, such as {example}"
+    return _string(example, type="string", pattern=f"^({pattern})$", patternErrorMessage=complaint)
+
+
+def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the schema of a list that is not empty."""
+    return {"type": "array", "minItems": 1, "items": items, "examples": [items["examples"]]} | more
+
+
+def _mapping(values: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a mapping that has any keys and is not empty."""
+    return {"type": "object", "minProperties": 1, "additionalProperties": values, "examples": [example]}
+
+
+def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", read: Any = None) -> Any:
+    """Return a field that a policy key fills, with the key's schema; one with a default is optional.
+
+    `read` turns the value, or each item of a list, into that of the field: a function, or a record's class.
+    """
+    return field(
+        default=default, metadata={"name": name, "schema": schema | {"description": about}, "read": read}
+    )
+
+
+def _keys(record: Any) -> dict[str, Any]:
+    """Return the fields of a record that policy keys fill, by the keys."""
+    return {each.metadata["name"] or each.name: each for each in fields(record) if each.metadata}
+
+
+def _schema(record: Any, example: Any, **more: Any) -> dict[str, Any]:
+    """Return the schema of the mapping that becomes a record."""
+    keys = _keys(record)
+    required = [key for key, each in keys.items() if each.default is MISSING]
+    properties = {key: each.metadata["schema"] for key, each in keys.items()}
+    closed = {"required": required, "additionalProperties": False, "properties": properties}
+    return {"type": "object", "examples": [example]} | more | closed
+
+
+_TRUE, _FALSE = ({"type": "boolean", "examples": [example]} for example in (True, False))
+_TAG_KEY, _TAG_VALUE = _string("Owner", maxLength=MAX_KEY_LENGTH), _string("prod", maxLength=MAX_VALUE_LENGTH)
+_REGION = _string("eu-west-1")
+_ACCOUNT = _form("an account id (12 digits)", ACCOUNT_ID, "012345678901") | {"type": ["string", "number"]}
+_INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
+_ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
+_DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
+_TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
+_ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
+_MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
+_RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
+_HOST = _form("a host (with :port if that is not 443)", "[a-z0-9.-]+(:[0-9]{1,5})?", "slack.example.com")
+_SECRET = "the name of an environment variable (keep secrets out of the policy)"
+_VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
+_ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
+_TOPIC = _form("the ARN of an SNS topic that is not FIFO", _ARN, "arn:aws:sns:eu-west-1:012345678901:tags")
+STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 
 
 @dataclass(frozen=True, slots=True)
 class RequiredTag:
-    """One rule: a key that must be there, what its value must be, and the policy's line that says so."""
+    """One rule: a required tag key, what its value must be, and its line in the policy."""
 
-    key: str
-    values: tuple[str, ...] = ()
-    pattern: ValuePattern | None = None
-    default: str | None = None
+    key: str = _key("The tag key. Case matters.", _TAG_KEY)
+    values: tuple[str, ...] = _key("The allowed values. Case matters.", _list(_TAG_VALUE), ())
+    pattern: ValuePattern | None = _key(
+        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None, read=ValuePattern
+    )
+    default: str | None = _key("What remediate may write if it finds no better value.", _TAG_VALUE, None)
     line: int = 0
-
-    def allows(self, value: str) -> bool:
-        """Return whether the rule holds for a value that is not empty."""
-        return self.judge(value) is Verdict.ALLOWED
+    column: int = 0
 
     def judge(self, value: str) -> Verdict:
-        """Return what the rule says about a value that is not empty."""
+        """Return the verdict on a value that is not empty."""
         if self.values and value not in self.values:
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
+    def allows(self, value: str) -> bool:
+        """Return whether the rule allows a value that is not empty."""
+        return self.judge(value) is Verdict.ALLOWED
+
     @property
     def wanted(self) -> str:
-        """What the value should have been, for messages."""
+        """What the value should be, for messages."""
         values = f"one of {', '.join(self.values)}" if self.values else ""
         pattern = f"a match of {self.pattern.text}" if self.pattern else ""
         return " and ".join(filter(None, (values, pattern)))
 
 
+_TAG_OR_KEY = _TAG_KEY | {"type": ["string", "number", "object"]}
+_REQUIRED_TAGS = _list(_schema(RequiredTag, "Owner", **_TAG_OR_KEY))
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What one region requires."""
+
+    inherit: bool = _key("false: the policy's required_tags do not apply here.", _FALSE, True)
+    required_tags: tuple[RequiredTag, ...] = _key(
+        "More required tags; they replace the policy's of the same key.", _REQUIRED_TAGS, (), read=RequiredTag
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """Instances that need not carry some tags; what is left empty restricts nothing."""
+    """Instances that may lack some tags; what is left empty restricts nothing."""
 
-    reason: str
-    tags: tuple[tuple[str, str], ...] = ()
-    instances: tuple[str, ...] = ()
-    accounts: tuple[str, ...] = ()
-    regions: tuple[str, ...] = ()
-    managed_by: str | None = None
-    required_tags: tuple[str, ...] = ()
-    expires: date | None = None
-    approved_by: str | None = None
-    ticket: str | None = None
+    reason: str = _key("Why. Every report shows it.", _string("EKS nodes are tagged by the cluster team"))
+    tags: tuple[tuple[str, str], ...] = _key(
+        "Tags that they have. In a value, * matches any text and ? one character.",
+        _mapping(_TAG_VALUE | {"minLength": 0}, {"eks:cluster-name": "*"}),
+        (),
+        read=lambda tags: tuple(tags.items()),
+    )
+    instances: tuple[str, ...] = _key("Their ids.", _list(_INSTANCE_TEXT), ())
+    accounts: tuple[str, ...] = _key("Their accounts.", _list(_ACCOUNT), ())
+    regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
+    managed_by: str | None = _key(
+        'The AWS service that operates them; * and ? as in tags, so "*" is any.',
+        _string("eks.amazonaws.com"),
+        None,
+    )
+    required_tags: tuple[str, ...] = _key("The tags that they may lack. Default: all.", _list(_TAG_KEY), ())
+    expires: date | None = _key("The last day it applies (UTC).", _DATE_TEXT, None, read=date.fromisoformat)
+    approved_by: str | None = _key("Who approved it.", _string("head of platform"), None)
+    ticket: str | None = _key("Where it was approved.", _string("OPS-1234"), None)
     line: int = 0
     column: int = 0
 
     @property
     def conditions(self) -> list[object]:
-        """What an instance must meet: each list that is given, and each tag."""
+        """What an instance must match: each list that is given, and each tag."""
         return [*filter(None, (self.instances, self.accounts, self.regions, self.managed_by)), *self.tags]
 
     def holds(self, today: date) -> bool:
-        """Return whether it has not ended; the day that it names is its last."""
+        """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
 
     def mismatches(self, target: Target, instance: Instance) -> Iterator[str]:
-        """Yield why it does not cover an instance; nothing where it does."""
+        """Yield why it does not cover an instance; nothing if it does."""
+        operator = instance.managed_by
         if self.accounts and target.account_id not in self.accounts:
             yield f"it is for account {', '.join(self.accounts)}"
         if self.regions and target.region not in self.regions:
             yield f"it is for region {', '.join(self.regions)}"
         if self.instances and instance.instance_id not in self.instances:
             yield f"it is for {', '.join(self.instances)}"
-        if self.managed_by and not (
-            instance.managed_by and _glob(self.managed_by).match(instance.managed_by)
-        ):
-            operator = instance.managed_by or "no AWS service"
-            yield f"it is for instances managed by {self.managed_by}; this one is managed by {operator}"
+        if self.managed_by and not (operator and _glob(self.managed_by).match(operator)):
+            managed = f"it is for instances managed by {self.managed_by}"
+            yield f"{managed}; this one is managed by {operator or 'no AWS service'}"
         for key, wanted in self.tags:
             value = instance.tags.get(key)
             if value is None or not _glob(wanted).match(value):
                 yield f"it is for {key}={wanted}; here {key} is {'missing' if value is None else repr(value)}"
 
 
+@functools.cache
+def _glob(text: str) -> re.Pattern[str]:
+    """Return the pattern of a text with the wildcards `*` and `?`."""
+    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
+
+
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """Which accounts are scanned, and how they are entered."""
+    """Which accounts are scanned, and with which role."""
 
-    role_name: str
-    organization: bool = False
-    ids: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    external_id: str | None = None
+    role_name: str = _key("The role to assume in every account but your own.", _ROLE)
+    organization: bool = _key("true: every active account of the organization.", _TRUE, False)
+    ids: tuple[str, ...] = _key("The account ids.", _list(_ACCOUNT), ())
+    exclude: tuple[str, ...] = _key("Accounts to skip.", _list(_ACCOUNT), ())
+    external_id: str | None = _key("The external id that the role requires.", _string("tagcheck"), None)
 
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
@@ -1065,84 +967,162 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class Slack:
-    """An incoming webhook; its URL is a secret, and stands in the environment."""
+    """An incoming webhook; its URL is a secret, and stays in the environment."""
 
-    webhook_url_env: str
-    allow_hosts: tuple[str, ...] = ()
+    webhook_url_env: str = _key("The environment variable that holds the webhook's URL.", _VARIABLE)
+    allow_hosts: tuple[str, ...] = _key("Hosts that the URL may have besides Slack's.", _list(_HOST), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Sns:
+    """A topic of SNS."""
+
+    topic_arn: str = _key("The ARN of the topic.", _TOPIC)
 
 
 @dataclass(frozen=True, slots=True)
 class Email:
-    """From whom e-mail comes, and who gets the digest of everything."""
+    """The sender of email, and who gets the digest of everything."""
 
-    sender: str
-    to: tuple[str, ...] = ()
-    region: str | None = None
+    sender: str = _key("The sender, an address verified in SES.", _ADDRESS, name="from")
+    to: tuple[str, ...] = _key("Who gets the digest of everything.", _list(_ADDRESS, maxItems=50), ())
+    region: str | None = _key("The region of SES. Default: that of the credentials.", _REGION, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Owners:
-    """How a name becomes an address or a Slack member; the names of `mapping` are in small letters."""
+    """How to find the address or Slack member of an owner; the names in `mapping` are lower case."""
 
-    tag: str = "Owner"
-    mapping: Mapping[str, str] = field(default_factory=dict)
-    domains: tuple[str, ...] = ()
-    default: str | None = None
+    tag: str = _key("The tag that names the owner. Default: Owner.", _TAG_KEY, "Owner")
+    mapping: tuple[tuple[str, str], ...] = _key(
+        "The email address or Slack member id of owners and creators.",
+        _mapping(_RECIPIENT, {"team-web": "web@example.com", "alice": "U012ABCDEF"}),
+        (),
+        read=lambda mapping: tuple((stripped(name).casefold(), to) for name, to in mapping.items()),
+    )
+    domains: tuple[str, ...] = _key(
+        "Email domains: owners and creators with such an address get email.",
+        _list(_HOST),
+        (),
+        read=str.casefold,
+    )
+    default: str | None = _key("Who gets the rest. Default: nobody.", _RECIPIENT, None)
 
     def recipient(self, names: Iterable[str]) -> str | None:
-        """Return whom to write to: for the first of the names that is known, else the default.
+        """Return the recipient for the first of the names that is known, else the default.
 
         Tags are written by strangers, so an address in one is used only where its domain is in the policy. A
         creator may be `role/session`, or `alice@example.com (SSO Admin)`.
         """
+        known = dict(self.mapping)
         for name in names:
             whole = stripped(name).casefold()
             for text in (whole, whole.partition(" (")[0].rpartition("/")[2]):
-                if text in self.mapping:
-                    return self.mapping[text]
-                if re.fullmatch(_AT, text) and text.rpartition("@")[2] in self.domains:
+                if text in known:
+                    return known[text]
+                if re.fullmatch(EMAIL_ADDRESS, text) and text.rpartition("@")[2] in self.domains:
                     return text
         return self.default
 
 
+_SLACK = _schema(Slack, {"webhook_url_env": "SLACK_WEBHOOK_URL"})
+_SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
+_EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
+_OWNERS = _schema(Owners, {"domains": ["example.com"]})
+_WHEN = {"enum": ["new", "any"], "examples": ["new"]}
+
+
 @dataclass(frozen=True, slots=True)
 class Notify:
-    """Who is told of what a scan found."""
+    """Who is notified of a scan's findings."""
 
-    on: Literal["new", "any"] = "new"
-    slack: Slack | None = None
-    sns: str | None = None
-    email: Email | None = None
-    owners: Owners | None = None
+    on: Literal["new", "any"] = _key(
+        "new: each finding once. any: all that is open, each time.", _WHEN, "new"
+    )
+    slack: Slack | None = _key("An incoming webhook of Slack.", _SLACK, None, read=Slack)
+    sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
+    email: Email | None = _key("Email, sent by SES.", _EMAIL, None, read=Email)
+    owners: Owners | None = _key("A digest for each owner of their findings.", _OWNERS, None, read=Owners)
 
     @property
     def channels(self) -> list[str]:
-        """What is told each finding, and marked as told, apart from the others."""
-        told = (self.slack, self.sns, self.email and self.email.to, self.owners)
-        return [name for name, given in zip(("slack", "sns", "email", "owners"), told, strict=True) if given]
+        """The channels; each is sent every finding, and remembers what it was sent."""
+        channels = (self.slack, self.sns, self.email and self.email.to, self.owners)
+        return [
+            name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
+        ]
 
 
-@functools.cache
-def _glob(text: str) -> re.Pattern[str]:
-    """Return the pattern of a text in which `*` and `?` stand for others, as in file names."""
-    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
+def duration(text: str) -> timedelta:
+    """Return the duration that 90s, 30m, 2h or 1d mean; raises ValueError."""
+    if not re.fullmatch(_DURATION, text):
+        raise ValueError(text)
+    return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
+
+
+_ACCOUNTS = _schema(
+    Accounts,
+    {"organization": True, "role_name": "tagcheck-read"},
+    oneOf=[
+        {"required": ["ids"]},
+        {"required": ["organization"], "properties": {"organization": {"const": True}}},
+    ],
+)
+_EXEMPTION = _schema(
+    Exemption,
+    {"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}},
+    description="Instances that may lack some tags. All conditions given must match.",
+    anyOf=[{"required": [key]} for key in ("tags", "instances", "accounts", "regions", "managed_by")],
+)
+_REGIONS = _mapping(
+    _schema(Region, None, type=["object", "null"], description="Its rules, if not the policy's alone."),
+    {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
+)
+_VERSION = {"enum": [1, "1"], "examples": [1]}
+_STATES = _list({"enum": list(STATES), "examples": ["running", "stopped"]})
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy file that was found right; nothing behind it asks whether a key is there."""
+    """A valid policy file; no code after this checks whether a key exists."""
 
-    name: str
     file: str
     digest: str
-    regions: Mapping[str, tuple[RequiredTag, ...]]
-    placeholder_values: frozenset[str]
-    states: frozenset[str]
-    grace_period: timedelta
-    exemptions: tuple[Exemption, ...]
-    accounts: Accounts | None
-    expected_account: str | None
-    notify: Notify | None
+    version: str = _key("The version of this format: 1.", _VERSION)
+    name: str = _key("Findings are stored under this name; a new name starts afresh.", _string("org-tagging"))
+    regions: Mapping[str, tuple[RequiredTag, ...]] = _key(
+        'The regions to scan, each with its rules. "*" is every other enabled region.', _REGIONS
+    )
+    required_tags: tuple[RequiredTag, ...] = _key(
+        "The tags that instances must have in every region.", _REQUIRED_TAGS, (), read=RequiredTag
+    )
+    placeholder_values: frozenset[str] = _key(
+        "Values that count as empty, such as tbd. Case does not matter.",
+        _list(_TAG_VALUE),
+        frozenset(),
+        read=lambda text: stripped(text).casefold(),
+    )
+    states: frozenset[str] = _key(
+        "States to check. Default: all but shutting-down and terminated.", _STATES, frozenset(STATES[:4])
+    )
+    grace_period: timedelta = _key(
+        "How long after its launch an instance may lack tags.", _TIME_TEXT, timedelta(0), read=duration
+    )
+    accounts: Accounts | None = _key(
+        "The accounts to scan. Default: that of the credentials.", _ACCOUNTS, None, read=Accounts
+    )
+    expected_account: str | None = _key(
+        "The account of the credentials. With any other, nothing is read.", _ACCOUNT, None
+    )
+    exemptions: tuple[Exemption, ...] = _key(
+        "Instances that may lack some tags, each with a reason.", _list(_EXEMPTION), (), read=Exemption
+    )
+    notify: Notify | None = _key(
+        "Who is notified of a scan's findings.",
+        _schema(Notify, {"slack": _SLACK["examples"][0]}),
+        None,
+        read=Notify,
+    )
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -1153,86 +1133,92 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
     def includes(self, state: str) -> bool:
-        """Return whether instances in a state are judged; those in a state that AWS added later are."""
+        """Return whether instances in a state are checked; states that AWS added later are included."""
         return state in self.states or is_new_state(state)
 
 
 def is_new_state(state: str) -> bool:
     """Return whether an instance state is not one that AWS documents today."""
-    return state not in _STATES
+    return state not in STATES
 
+
+POLICY_SCHEMA = _schema(
+    Policy,
+    {"version": 1, "name": "org-tagging", "regions": {"us-east-1": {"required_tags": ["Owner"]}}},
+    title="tagcheck policy",
+    description="Which tags EC2 instances must have, region by region.",
+    **{"$schema": "http://json-schema.org/draft-07/schema#"},
+)
+
+# Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
+MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 30_000
 
 KeyPath = tuple[str | int, ...]
 
 
-class Mistake(NamedTuple):
-    """What is wrong in a policy and at which path: at the value there, or at the key that leads to it."""
-
-    path: KeyPath
-    message: str
-    at_key: bool = False
-    near: tuple[Any, tuple[str, ...]] | None = None  # a word, and the ones of which it may be a misspelling
-
-
-class YamlError(Exception):
-    """A text is no YAML, or not that of a policy."""
-
-    def __init__(self, mark: Any, message: str) -> None:
-        super().__init__(message)
-        self.line, self.column, self.message = mark.line + 1, mark.column + 1, message
-
-
 class YamlDocument:
-    """The value of a YAML text, and where in it each key and value stands.
+    """The value of a YAML text, the place of each key and value in it, and its problems.
 
     Every scalar is the text as it was written, so `NO`, `0123` and `2027-01-31` stay what they look like;
-    only `true`, `false` and null without quotes are special. Raises YamlError.
+    only `true`, `false` and null without quotes are special. Raises PolicyError.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, file: str = "") -> None:
         check_packages("PyYAML")
         import yaml
 
+        self.file = file
+        self.problems: list[Problem] = []
+        self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
         self._nodes = 0
         self._key_marks: dict[KeyPath, Any] = {}
         self._value_marks: dict[KeyPath, Any] = {}
-        self.mistakes: list[Mistake] = []
         if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
-            message = f"the character U+{ord(control[0]):04X} cannot stand here; take it out"
-            raise YamlError(_mark(text[: control.start()]), message)
+            message = f"the character U+{ord(control[0]):04X} is not allowed; remove it"
+            raise _broken(file, _mark(text[: control.start()]), message)
         loader = yaml.SafeLoader(text)
         compose, nodes = loader.compose_node, itertools.count(1)
 
         def compose_node(parent: Any, index: Any) -> Any:
             if next(nodes) > MAX_POLICY_NODES:
-                message = f"more than {MAX_POLICY_NODES:,} keys and values: this is no policy"
-                raise YamlError(loader.peek_event().start_mark, message)
+                message = f"more than {MAX_POLICY_NODES:,} keys and values: this is not a policy"
+                raise _broken(file, loader.peek_event().start_mark, message)
             return compose(parent, index)
 
         loader.compose_node = compose_node  # PyYAML takes up to 10 seconds for all of a megabyte
         start = loader.get_mark()
         try:
-            root = loader.get_single_node() or yaml.ScalarNode("", "", start, start)
-            self.value = self._build(root, ())
+            self.value = self._build(loader.get_single_node() or yaml.ScalarNode("", "", start, start), ())
         except yaml.MarkedYAMLError as error:
-            raise _yaml_error(text, error) from error
+            raise _broken(file, *_yaml_advice(text, error)) from error
         except RecursionError as error:
-            raise YamlError(loader, "nested too deep") from error
+            raise _broken(file, loader, "nested too deep") from error
         except (ValueError, OverflowError) as error:  # PyYAML's own, of numbers in escapes and directives
-            raise YamlError(loader, "a number in an escape or a directive is too large") from error
+            raise _broken(file, loader, "a number in an escape or a directive is too large") from error
 
     def place(self, path: KeyPath, *, at_key: bool = False) -> tuple[int, int]:
         """Return line and column, from 1, of the value at a path, or of the key that leads to it."""
         mark = (self._key_marks if at_key else self._value_marks)[path]
         return mark.line + 1, mark.column + 1
 
+    def add(self, path: KeyPath, message: str, *, at_key: bool = False, near: Any = ()) -> None:
+        """Add a problem with the value at a path, or with its key; `near` is a word and what it may mean."""
+        # Only as many problems as are shown are worth the search.
+        hint = did_you_mean(*near) if near and len(self.problems) < MAX_PROBLEMS else ""
+        steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path[: len(path) - at_key])
+        where = "".join(steps).removeprefix(".")  # regions.eu-west-1.required_tags[1]
+        place = self.place(path, at_key=at_key)
+        self.problems.append(Problem(self.file, *place, where, message + hint))
+
     def _build(self, node: Any, path: KeyPath) -> Any:
         """Return the value of a node; an alias costs as much as if its anchor stood there again."""
         self._nodes += 1
         if self._nodes > MAX_POLICY_NODES or len(path) > MAX_POLICY_DEPTH:
-            raise YamlError(node.start_mark, "the nesting or the aliases make this larger than any policy")
+            message = "the nesting or the aliases make this larger than any policy"
+            raise _broken(self.file, node.start_mark, message)
+        self._value_marks[path] = node.start_mark
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
-            self.mistakes.append(Mistake(path, f"{node.tag} has no meaning in a policy; take it out"))
+            self.add(path, f"{node.tag} has no meaning in a policy; remove it")
         value: Any
         if node.id == "mapping":
             value = self._build_mapping(node, path)
@@ -1241,11 +1227,11 @@ class YamlDocument:
         else:
             self._check_text(node, path)
             value = _YAML_WORDS.get(node.value, node.value) if node.style is None else node.value
-        self._value_marks[path] = node.start_mark  # last, as what is merged in has left its own here
+        self._value_marks[path] = node.start_mark  # again, as what is merged in has left its own here
         return value
 
     def _build_mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
-        """Return a mapping; what it merges in comes first, so that its own keys and their places replace that."""
+        """Return a mapping; merged ones come first, so that its own keys and their places replace theirs."""
         mapping: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _YAML_MERGE):
@@ -1253,33 +1239,31 @@ class YamlDocument:
                 for source in reversed(value.value if value.id == "sequence" else [value]):
                     merged = self._build(source, path)
                     if not isinstance(merged, dict):
-                        raise YamlError(source.start_mark, "<< takes a mapping, or a list of them")
+                        raise _broken(self.file, source.start_mark, "<< takes a mapping, or a list of them")
                     mapping |= merged
                 continue
             if key.id != "scalar":
-                raise YamlError(key.start_mark, "a key must be plain text; put quotes round it")
+                raise _broken(self.file, key.start_mark, "a key must be plain text; put it in quotes")
             name, key_path = key.value, (*path, key.value)
             self._key_marks[key_path] = key.start_mark
             self._check_text(key, key_path, at_key=True)
             if name in lines:
                 message = f"{shown_value(name)} appears twice (first in line {lines[name]})"
-                self.mistakes.append(Mistake(key_path, message, at_key=True))
+                self.add(key_path, message, at_key=True)
             lines.setdefault(name, key.start_mark.line + 1)
             mapping[name] = self._build(value, key_path)
         return mapping
 
     def _check_text(self, node: Any, path: KeyPath, *, at_key: bool = False) -> None:
-        """Note what in a text no tag would ever match, though it may look right; people's prose is their own."""
+        """Add a problem if a text has what no tag would ever match, though it may look right."""
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
-        odd = _HALF if prose else _HALF + _CONTROL + _UNSEEN + (_UNQUOTED if plain else ())
         if plain and not prose and node.start_mark.line != node.end_mark.line:
             message = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
-            self.mistakes.append(Mistake(path, f"{message}: indent the lines alike", at_key))
-        elif found := _find_odd(node.value, odd):
-            self.mistakes.append(Mistake(path, found[1], at_key))
+            self.add(path, f"{message}: indent the lines alike", at_key=at_key)
+        elif found := _find_odd(node.value, _ODD[:1] if prose else _ODD if plain else _ODD[:4]):
+            self.add(path, found[1], at_key=at_key)
         elif node.value.strip() and is_blank(node.value):
-            message = "only invisible characters stand here: type the text again"
-            self.mistakes.append(Mistake(path, message, at_key))
+            self.add(path, "found only invisible characters: type the text again", at_key=at_key)
 
 
 _YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -1287,25 +1271,27 @@ _YAML_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "seq"
 _YAML_MERGE = "tag:yaml.org,2002:merge"
 _PROSE = (("reason",), ("approved_by",), ("ticket",))
 
-# Characters that no tag would ever match, though they may look right, and what to say of the first one.
-_HALF = (("[\ud800-\udfff]", "half of a character (U+{:04X}) stands here: write the character itself"),)
-_CONTROL = (
-    ("[\0-\t\v-\x1f\x7f-\x9f]", "the control character U+{:04X} stands here: take it out"),
-    ("\n", "the control character U+{:04X} stands here: take it out (| and > add one at the end)"),
-)
-_UNSEEN = (
-    ("[\u00a0\u2007\u202f]", "a no-break space, not a space (U+{:04X}) stands here: type it anew"),
+# Characters that no tag would ever match, though they may look right, and what to say about the first one.
+# Prose is only checked for the first row, a text in quotes for all but the last two.
+_ODD = (
+    ("[\ud800-\udfff]", "found half of a character (U+{:04X}): write the character itself"),
+    ("[\0-\x1f\x7f-\x9f]", "found the control character U+{:04X}: remove it (| and > add one at the end)"),
+    ("[\u00a0\u2007\u202f]", "found a no-break space (U+{:04X}): type a space"),
     # A variation selector after a visible character is part of many an emoji.
-    (f"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}", "an invisible character (U+{:04X}) stands here: type it anew"),
-)  # fmt: skip
-_UNQUOTED = (
-    ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "a typographic quote stands here: type a straight one, or none"),
-    ("['\"]$", "{text} ends with a quote that nothing opens: take it out, or write both"),
-)  # fmt: skip
+    (
+        rf"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
+        "found an invisible character (U+{:04X}): type the text again",
+    ),
+    (
+        "^[\u201c\u201d\u201e\u2018\u2019\u201a]",
+        "found a typographic quote: type a straight one, or none",
+    ),
+    ("['\"]$", "{text} ends with a quote that nothing opens: remove it, or write both"),
+)
 
 
 def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
-    """Return where in a text the first of such characters stands, and what to say of it."""
+    """Return the place of the first of such characters in a text, and what to say about it."""
     for characters, message in odd:
         if found := re.search(characters, text):
             return found.start(), message.format(ord(found[0]), text=shown_value(text))
@@ -1314,28 +1300,28 @@ def _find_odd(text: str, odd: Sequence[tuple[str, str]]) -> tuple[int, str] | No
 
 # What PyYAML says (context and problem), what to do about it, and whether the place is where it began.
 _YAML_ADVICE = (
-    (r"character '\\t'", "a TAB stands here; use spaces", False),
-    ("cannot start any token|expected alphabetic", "a text that begins with {begun!r} needs quotes round it", True),
-    ("undefined alias", "a text that begins with * needs quotes round it (as it is, it names an anchor)", False),
+    (r"character '\\t'", "found a TAB: use spaces", False),
+    ("cannot start any token|expected alphabetic|block scalar",
+     "a text that begins with {begun!r} needs quotes", True),
+    ("undefined alias", "a text that begins with * needs quotes (as it is, it is an alias)", False),
     ("unknown escape", "a backslash in double quotes begins an escape; use single quotes: '…'", False),
     ("quoted scalar", "the quote opened here is not closed", True),
     ("flow (sequence|mapping)", "the [ or {{ opened here is not closed, or a comma in it is missing", True),
     ("another document", "a second document begins here; a policy is one document", False),
-    ("mapping values are not allowed", "a text with ': ' in it needs quotes round it; or this line is not indented "
-     "as it should be, or the one above lacks its colon", False),
+    ("mapping values are not allowed", "a text with ': ' in it needs quotes; or this line is not "
+     "indented as it should be, or the one above lacks its colon", False),
     ("could not find expected ':'.*-", "a space is missing after the dash", True),
     ("could not find expected ':'", "a colon and a space after it are missing in this line", True),
-    ("sequence entries", "a list cannot begin with - in the line of its key; begin it on the next line", False),
+    ("sequence entries", "a list cannot begin on the line of its key; begin it on the next line", False),
     ("duplicate anchor", "the anchor is there twice", False),
-    ("block scalar", "a text that begins with | or > needs quotes round it", True),
-    ("<block end>.* after text", "text goes on after a closing quote or bracket: put quotes round all of it", False),
+    ("<block end>.* after text", "text follows a closing quote or bracket: put all of it in quotes", False),
     ("<block end>", "not indented like the lines above that it belongs to", False),
     ("node content", "a value is missing here", False),
     ("", "not YAML: {problem}", False),
 )  # fmt: skip
 
 
-def _yaml_error(text: str, error: Any) -> YamlError:
+def _yaml_advice(text: str, error: Any) -> tuple[Any, str]:
     """Return where a YAML text is broken, and what to do about it."""
     mark = error.problem_mark or error.context_mark
     begun = error.context_mark or mark
@@ -1345,9 +1331,20 @@ def _yaml_error(text: str, error: Any) -> YamlError:
     advice, at_beginning = next(row[1:] for row in _YAML_ADVICE if re.search(row[0], said))
     mark = begun if at_beginning else mark
     line = "".join(text.splitlines(keepends=True)[mark.line : mark.line + 1])
-    if odd := _find_odd(line, _UNSEEN):
-        return YamlError(SimpleNamespace(line=mark.line, column=odd[0]), odd[1])
-    return YamlError(mark, advice.format(begun=text[mark.index :][:1], problem=error.problem))
+    if odd := _find_odd(line, _ODD[2:4]):
+        mark.column = odd[0]
+        return mark, odd[1]
+    return mark, advice.format(begun=text[mark.index :][:1], problem=error.problem)
+
+
+def _broken(file: str, mark: Any, message: str) -> PolicyError:
+    """Return the error of a file that cannot be read as a policy at all."""
+    return PolicyError([Problem(file, mark.line + 1, mark.column + 1, "", message)])
+
+
+def _mark(before: str) -> SimpleNamespace:
+    """Return the place after a text, counted from 0 as PyYAML does."""
+    return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
 
 
 def load_policy(path: str) -> Policy:
@@ -1363,136 +1360,123 @@ def load_policy(path: str) -> Policy:
 
 def check_policy(content: bytes, file: str) -> Policy:
     """Turn the bytes of a policy file into a Policy; raises PolicyError with every problem in it."""
-    try:
-        document = YamlDocument(_decode(content))
-    except YamlError as error:
-        raise PolicyError([Problem(file, error.line, error.column, "", error.message)]) from error
-    mistakes = [*document.mistakes, *_schema_mistakes(document.value), *_rule_mistakes(document.value)]
-    if not mistakes:
-        policy = _policy(document, file, hashlib.sha256(content).hexdigest())
-        idle = [region for region, rules in policy.regions.items() if not rules]
-        if not idle:
+    document = YamlDocument(_decode(content, file), file)
+    _check_schema(document)
+    _check_rules(document)
+    if not document.problems:
+        policy = _policy(document, hashlib.sha256(content).hexdigest())
+        # Only when nothing else is wrong, as that may be the cause.
+        for region in (region for region, rules in policy.regions.items() if not rules):
+            message = f"{region} requires no tags: add one, or remove the region"
+            document.add(("regions", region), message, at_key=True)
+        if not document.problems:
             return policy
-        # Told only when nothing else is wrong, as that may be the cause.
-        advice = "asks for no tag: name one, or take the region out"
-        mistakes = [Mistake(("regions", region), f"{region} {advice}", at_key=True) for region in idle]
-    places = {
-        mistake[:3]: (document.place(mistake.path, at_key=mistake.at_key), mistake) for mistake in mistakes
-    }
-    problems: list[Problem] = []
-    for place, (path, message, at_key, near) in sorted(places.values(), key=lambda placed: placed[0]):
-        # Only a problem that is shown is worth the search.
-        hint = did_you_mean(*near) if near and len(problems) < MAX_PROBLEMS else ""
-        where = _where(path[:-1] if at_key else path)
-        problems.append(Problem(file, *place, where, message + hint))
-    raise PolicyError(problems)
+    raise PolicyError([*dict.fromkeys(document.problems)])
 
 
-def _decode(content: bytes) -> str:
+def _decode(content: bytes, file: str) -> str:
     """Return the text of a policy file: UTF-8, or UTF-16 where a byte order mark says so."""
     if len(content) > MAX_POLICY_BYTES:
-        raise YamlError(_mark(""), f"larger than {MAX_POLICY_BYTES:,} bytes: this is no policy")
+        raise _broken(file, _mark(""), f"larger than {MAX_POLICY_BYTES:,} bytes: this is not a policy")
     try:
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8"
-        raise YamlError(_mark(content[: error.start].decode(errors="replace")), message) from error
+        raise _broken(file, _mark(content[: error.start].decode(errors="replace")), message) from error
 
 
-def _mark(before: str) -> SimpleNamespace:
-    """Return the place that comes after a text, counted from 0 as PyYAML does."""
-    return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
-
-
-def _where(path: KeyPath) -> str:
-    """Return a path as people write it: regions.eu-west-1.required_tags[1]."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-
-
-def _schema_mistakes(value: Any) -> Iterator[Mistake]:
-    """Yield what POLICY_SCHEMA finds wrong, in words of our own.
+def _check_schema(document: YamlDocument) -> None:
+    """Check a document against POLICY_SCHEMA, with our own messages.
 
     jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
     """
     check_packages("jsonschema")
     import jsonschema
 
-    for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(value):
+    for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(document.value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
-        known = sorted(error.schema.get("properties", ()))
+        known = tuple(sorted(error.schema.get("properties", ())))
         unknown = [key for key in found if key not in known] if known and isinstance(found, dict) else []
-        # `- Owner:` is one mistake, and told as an unknown key.
+        # `- Owner:` is one mistake, and reported as an unknown key.
         colon = path[-2:-1] == ("required_tags",) and bool(unknown) and len(found) == 1
         match error.validator:
             case "additionalProperties":
                 for key in unknown:
-                    hint = ""
-                    near: tuple[Any, tuple[str, ...]] | None = (key, tuple(known))
-                    if colon:
-                        hint, near = f": take the colon away (- {key[:40]}), or write - key: {key[:40]}", None
-                    elif not path and is_region(key):
-                        hint, near = ": it is a region; indent it by two spaces, under regions:", None
-                    elif path[-1:] == ("slack",):
-                        hint = ": a secret never stands in the policy; name the variable that holds it in webhook_url_env"
-                    yield Mistake((*path, key), f"unknown key {shown_value(key)}{hint}", True, near)
+                    _add_unknown_key(document, (*path, key), known, colon=colon)
             case "required":
-                missing = [] if colon else [key for key in wanted if key not in found]
-                yield from (Mistake(path, f"the key {key!r} is missing") for key in missing)
+                for key in wanted:
+                    if key not in found and not colon:
+                        document.add(path, f"the key {key!r} is missing")
             case "type":
                 kinds = " or ".join(_KINDS[kind] for kind in _KINDS if kind in wanted)
-                yield Mistake(path, f"must be {kinds}, not {shown_value(found)}{_type_hint(path, found)}")
+                document.add(path, f"must be {kinds}, not {shown_value(found)}{_type_hint(path, found)}")
             case "enum":
-                texts = list(dict.fromkeys(map(str, wanted)))
+                texts = tuple(dict.fromkeys(map(str, wanted)))
                 choice = f"{'one of ' if len(texts) > 1 else ''}{', '.join(texts)}"
-                yield Mistake(path, f"{shown_value(found)} is not {choice}", near=(found, tuple(texts)))
+                document.add(path, f"{shown_value(found)} is not {choice}", near=(found, texts))
             case "oneOf" if not isinstance(found, dict):
-                pass  # its type is told
+                pass  # its type is reported
             case other:
                 message = _SCHEMA_MESSAGES[other]
-                yield Mistake(path, message.format(shown_value(found), len(found), wanted, error.schema))
+                document.add(path, message.format(shown_value(found), len(found), wanted, error.schema))
 
 
 _KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
 _SCHEMA_MESSAGES = {
     "pattern": "{0} {3[patternErrorMessage]}",
     "minLength": "must not be empty",
-    "minItems": "the list is empty: name at least one, or take the key out",
+    "minItems": "the list is empty: name at least one, or remove the key",
     "minProperties": "is empty: name at least one",
     "maxLength": "{0} has {1} characters; AWS allows {2}",
     "anyOf": "does not say for which instances: add tags, instances, accounts, regions or managed_by",
-    "oneOf": "says not which accounts: give it organization: true, or ids, not both",
+    "oneOf": "does not say which accounts: give it organization: true, or ids, not both",
 }
 
 
+def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ...], *, colon: bool) -> None:
+    """Add a key that the schema does not know, with what was probably meant."""
+    key, hint, near = str(path[-1]), "", True
+    if colon:
+        hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
+    elif len(path) == 1 and is_region(key):
+        hint, near = ": it is a region; indent it by two spaces, under regions:", False
+    elif path[-2:-1] == ("slack",):
+        hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
+    message = f"unknown key {shown_value(key)}{hint}"
+    document.add(path, message, at_key=True, near=(key, known) if near else ())
+
+
 def _type_hint(path: KeyPath, found: Any) -> str:
-    """Return what to write where something of another kind stands, as far as the place tells."""
+    """Return what to write in place of a value of the wrong type, as far as that can be told."""
     text = found[:40] if isinstance(found, str) else ""
+    words = text and ("," in text or " " not in text)
     if text.startswith("-"):
         return "; a space is missing after the dash: - Owner"
     match path:
         case ("regions",):
-            return "; write each region on a line of its own, indented, with a colon after it: us-east-1:"
+            return "; write each region on its own line, indented, with a colon after it: us-east-1:"
         case ("regions", _):
             return "; put required_tags: before it"
-        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if text:
-            one = "," in text or " " not in text
-            return f"; write [{text}]" if one else "; begin each with a dash: - Owner"
-        case (*_, "required_tags" | "exemptions" as key):
-            return f"; begin each one with a dash and a space: - {'reason: …' if key == 'exemptions' else 'Owner'}"
+        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if words:
+            return f"; write [{text}]"
+        case (*_, "exemptions"):
+            return "; begin each with a dash and a space: - reason: …"
+        case (*_, "required_tags" | "values" as key) if text or key == "required_tags":
+            return "; begin each with a dash and a space: - Owner"
         case (*_, "pattern"):
-            return "; put single quotes round it: '[0-9]'"
+            return "; put it in single quotes: '[0-9]'"
         case (*_, "inherit"):
-            return "; write it in small letters and without quotes"
+            return "; write it in lower case and without quotes"
         case (*_, "tags", _) if found is None:
             return '; for any value write "*"'
         case () if re.match(r"[\w-]+:\S", text):
             return "; a space must follow each colon"
         case (_, *_) if found is None:
-            return "; if it begins with #, put quotes round it"
+            return "; if it begins with #, put it in quotes"
     return ""
 
 
-# What people write for our keys, beside typing errors.
+# What people write for our keys, besides typing errors.
 _SYNONYMS = {
     "values": "allowed allowed_values value enum",
     "pattern": "regex regexp match format",
@@ -1507,7 +1491,7 @@ _SYNONYMS = {
 
 
 def did_you_mean(word: Any, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" where a known word is near, or one that people write for it."""
+    """Return " (did you mean 'x'?)" if a known word or a synonym of one is near."""
     if len(known) > 1000:
         return ""  # takes too long
     words = {synonym: key for key in known for synonym in _SYNONYMS.get(key, "").split()}
@@ -1520,12 +1504,10 @@ def did_you_mean(word: Any, known: Sequence[str]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """Return a value of a policy for a message: short, whatever is in it."""
+    """Return a value for a message: short, and without secrets."""
     if isinstance(value, str):
-        value = re.sub(
-            r"(?s)(://|hooks\.slack).*", r"\1…", value
-        )  # a webhook's URL is a secret, wherever it stands
-        return repr(value if len(value) <= 100 else f"{value[:99]}…")
+        # A webhook's URL is a secret, wherever it is.
+        return repr(cut_text(re.sub(r"(?s)(://|hooks\.slack).*", r"\1…", value), 100))
     if isinstance(value, bool):
         return f'{str(value).lower()} (for that text write "{str(value).lower()}")'
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
@@ -1533,254 +1515,188 @@ def shown_value(value: Any) -> str:
 
 
 def _given(mapping: Any, key: str, kind: type[Any]) -> Any:
-    """Return what a mapping has under a key; something empty of this kind where the schema finds it wrong."""
+    """Return the value of a key; an empty one of this kind if the schema refuses it."""
     value = mapping.get(key) if isinstance(mapping, dict) else None
     return value if isinstance(value, kind) else kind()
 
 
 def _texts(mapping: Any, key: str) -> dict[int, str]:
-    """Return the texts of a list under a key, by their places in it."""
+    """Return the texts of the list at a key, by their index."""
     return {index: text for index, text in enumerate(_given(mapping, key, list)) if isinstance(text, str)}
 
 
-def _rules(entry: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rules of a required_tags list in their long form, each with its place in the list."""
-    for index, tag in enumerate(_given(entry, "required_tags", list)):
-        rule = {"key": tag} if isinstance(tag, str) else tag
-        if _given(rule, "key", str):
-            yield index, rule
-
-
-class _PatternCheck:
-    """Says why a policy cannot use a pattern. The tries for all patterns of a policy share a limit."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str | None] = {}
-        self._patterns: dict[str, ValuePattern] = {}
-        self._seconds = 0.0
-
-    def complaint(self, pattern: str) -> str | None:
-        """Return why a policy cannot use a pattern; None where it can."""
-        if pattern not in self._known:
-            self._known[pattern] = self._complaint(pattern)
-        return self._known[pattern]
-
-    def allows(self, rule: RequiredTag, value: str) -> bool:
-        """Return whether a rule allows a value."""
-        before = rule.pattern.slow_seconds if rule.pattern else 0
-        allowed = rule.allows(value)
-        self._seconds += rule.pattern.slow_seconds - before if rule.pattern else 0
-        return allowed
-
-    def usable(self, pattern: str) -> ValuePattern:
-        """Return a pattern without a complaint; the same text is one pattern, with one limit."""
-        if pattern not in self._patterns:
-            self._patterns[pattern] = ValuePattern(pattern)
-        return self._patterns[pattern]
-
-    def _complaint(self, pattern: str) -> str | None:
-        """Compile a pattern, and try it on a few long values."""
-        if len(pattern) > MAX_PATTERN_LENGTH:
-            return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
-        if is_quick(pattern):
+def _check_rules(document: YamlDocument) -> None:
+    """Check what a schema cannot express, and skip what the schema refuses."""
+    value = document.value
+    complaint = functools.cache(functools.partial(_pattern_complaint, _MATCHER.seconds))
+    asked = _check_tags(document, (), value, complaint)
+    for region, entry in _given(value, "regions", dict).items():
+        if region != "*":
+            _check_region(document, ("regions", region), region, at_key=True)
+        asked |= _check_tags(document, ("regions", region), entry, complaint)
+    known = tuple(sorted(asked))
+    for number, entry in enumerate(_given(value, "exemptions", list)):
+        path = ("exemptions", number)
+        for index, region in _texts(entry, "regions").items():
+            _check_region(document, (*path, "regions", index), region)
+        for index, key in _texts(entry, "required_tags").items():
+            if key not in asked:
+                message = f"the policy does not require {shown_value(key)}"
+                document.add((*path, "required_tags", index), message, near=(key, known))
+        expires = _given(entry, "expires", str)
+        if re.fullmatch(_DATE, expires):
             try:
-                re.compile(pattern)
-            except (re.error, OverflowError) as error:
-                return _not_a_pattern(str(error))
-            return None
-        # Long values of one character each, and the same behind the text that the pattern begins with.
-        begun = re.match(r"[^\\.^$*+?{}\[\]|()]*", pattern)
-        before = ["", begun[0]] if begun and begun[0] else [""]
-        characters = dict.fromkeys([*"aA0 ", *pattern])
-        values = [
-            f"{(text + character * _MOST_CHARACTERS)[: _MOST_CHARACTERS - 1]}\0"
-            for text in before
-            for character in characters
-        ]
-        for value in ("", *values):
-            limit = MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS
-            if self._seconds >= limit:
-                # Untried is no risk, as every value has its limit; what may not compile cannot be used.
-                return None if value else "was not checked: the patterns before it took too long"
-            answer = _MATCHER.match(pattern, value)
-            self._seconds += TRY_SECONDS + (answer[1] if answer else PATTERN_SECONDS)
-            if answer is None and not value:
-                return "takes too much time or memory to compile: shorten it, or list the values"
-            if answer is None:
-                return "can run forever on long values: repeat no part that holds a repetition, or list the values"
-            if isinstance(answer[0], str):
-                return _not_a_pattern(answer[0])
-        return None
+                date.fromisoformat(expires)
+            except ValueError:
+                document.add((*path, "expires"), f"the calendar has no {expires}")
+    if notify := _given(value, "notify", dict):
+        _check_notify(document, notify)
+
+
+def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
+    """Add a problem where nobody is notified, or somebody by a channel that is not configured."""
+    if not notify.keys() & {"slack", "sns", "email"}:
+        document.add(("notify",), "does not say how: give it slack, sns or email")
+    email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
+    if email and not owners and "to" not in email:
+        document.add(("notify", "email"), "does not say to whom: give it to, or notify owners")
+    if region := _given(email, "region", str):
+        _check_region(document, ("notify", "email", "region"), region)
+    mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
+    domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
+    for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
+        channel = "slack" if re.fullmatch(SLACK_MEMBER, str(to)) else "email"
+        if re.fullmatch(f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", str(to)) and channel not in notify:
+            document.add(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
+
+
+_Complaint = Callable[[str], str]  # why a policy cannot use a pattern, or ""
+
+
+def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
+    """Add a problem if AWS has no such region."""
+    if not is_region(region):
+        near = (region, tuple(sorted(AWS_REGIONS)))
+        document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
+
+
+def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _Complaint) -> set[str]:
+    """Check the rules of one required_tags list; returns the keys that it requires."""
+    seen: set[str] = set()
+    for index, tag in enumerate(_given(entry, "required_tags", list)):
+        rule_path = (*path, "required_tags", index)
+        rule, key_path = ({"key": tag}, rule_path) if isinstance(tag, str) else (tag, (*rule_path, "key"))
+        if not (key := _given(rule, "key", str)):
+            continue
+        shown = shown_value(key)
+        if key in seen:
+            document.add(key_path, f"{shown} is required twice")
+        if key.lower().startswith("aws:"):
+            document.add(key_path, f"{shown}: keys that begin with aws: are reserved for AWS")
+        if key != key.strip():
+            document.add(key_path, f"{shown} begins or ends with a space: remove it")
+        seen.add(key)
+        _check_values(document, rule_path, rule, complaint)
+    return seen
+
+
+def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _Complaint) -> None:
+    """Check the values, the pattern and the default of a rule."""
+    values: set[str] = set()
+    for number, text in _texts(rule, "values").items():
+        if text in values:
+            document.add((*path, "values", number), f"{shown_value(text)} is in the list twice")
+        values.add(text)
+    pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
+    if pattern and (why := complaint(pattern)):
+        document.add((*path, "pattern"), f"{shown_value(pattern)} {why}")
+    elif default:
+        texts = tuple(_texts(rule, "values").values())
+        checked = RequiredTag("", texts, document.pattern(pattern) if pattern else None)
+        if not checked.allows(default):
+            wanted = cut_text(checked.wanted, 500)
+            message = f"{shown_value(default)} is not {wanted}, as the rule itself requires"
+            document.add((*path, "default"), message, near=(default, checked.values))
+
+
+def _pattern_complaint(began: float, pattern: str) -> str:
+    """Return why a policy cannot use a pattern, or ""; `began` are the matcher's seconds before the first."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
+    if is_quick(pattern):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            return _not_a_pattern(str(error))
+        return ""
+    # Long values of one character each, and the same behind the text that the pattern begins with.
+    begun = re.split(r"[\\.^$*+?{}\[\]|()]", pattern, maxsplit=1)[0]
+    long, signs = MAX_VALUE_LENGTH - 1, dict.fromkeys(f"aA0 {pattern}")
+    values = [f"{(text + sign * long)[:long]}\0" for text in ("", begun) for sign in signs]
+    for value in dict.fromkeys(("", *values)):
+        if _MATCHER.seconds - began >= (MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS):
+            # Untried is no risk, as every value has its limit; what may not compile cannot be used.
+            return "" if value else "was not checked: the patterns before it took too long"
+        answer = _MATCHER.match(pattern, value)
+        if answer is None and not value:
+            return "takes too much time or memory to compile: shorten it, or list the values"
+        if answer is None:
+            return "can run forever on long values: do not repeat a repetition, or list the values"
+        if isinstance(answer[0], str):
+            return _not_a_pattern(answer[0])
+    return ""
 
 
 def _not_a_pattern(error: str) -> str:
-    """Return what to say of a pattern that `re` does not take."""
+    """Return the complaint about a pattern that `re` does not accept."""
     hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
     return f"is not a regular expression: {cut_text(error, 200)}{hint}"
 
 
-def _rule_mistakes(value: Any) -> Iterator[Mistake]:
-    """Yield what a schema cannot say; what the schema has found wrong is passed over."""
-    patterns = _PatternCheck()
-    yield from _tag_mistakes((), value, patterns)
-    asked = {rule["key"] for _, rule in _rules(value)}
-    for region, entry in _given(value, "regions", dict).items():
-        if region != "*":
-            yield from _region_mistakes(("regions", region), region, at_key=True)
-        yield from _tag_mistakes(("regions", region), entry, patterns)
-        asked |= {rule["key"] for _, rule in _rules(entry)}
-    known = tuple(sorted(asked))
-    for number, entry in enumerate(_given(value, "exemptions", list)):
-        for index, region in _texts(entry, "regions").items():
-            yield from _region_mistakes(("exemptions", number, "regions", index), region)
-        for index, key in _texts(entry, "required_tags").items():
-            if key not in asked:
-                message = f"the policy does not ask for {shown_value(key)}"
-                yield Mistake(("exemptions", number, "required_tags", index), message, near=(key, known))
-        expires = _given(entry, "expires", str)
-        if re.match(_DATE["pattern"], expires):
-            try:
-                date.fromisoformat(expires)
-            except ValueError:
-                yield Mistake(("exemptions", number, "expires"), f"the calendar has no {expires}")
-    if _given(value, "notify", dict):
-        yield from _notify_mistakes(value["notify"])
+def _policy(document: YamlDocument, digest: str) -> Policy:
+    """Return the Policy of a document in which no problem was found."""
+    policy: Policy = _read_record(Policy, document.value, document, (), file=document.file, digest=digest)
+    regions = {}
+    for name, entry in policy.regions.items():
+        region: Region = _read_record(Region, entry, document, ("regions", name))
+        inherited = policy.required_tags if region.inherit else ()
+        regions[name] = tuple({rule.key: rule for rule in (*inherited, *region.required_tags)}.values())
+    return replace(policy, regions=regions)
 
 
-def _notify_mistakes(notify: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield what is wrong with who is told: nobody is, or some by a channel that is not there."""
-    if not notify.keys() & {"slack", "sns", "email"}:
-        yield Mistake(("notify",), "says not how: give it slack, sns or email")
-    email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
-    if email and not owners and "to" not in email:
-        yield Mistake(("notify", "email"), "says not to whom: give it to, or notify owners")
-    if region := _given(email, "region", str):
-        yield from _region_mistakes(("notify", "email", "region"), region)
-    mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
-    domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
-    for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
-        channel = "slack" if re.fullmatch(_MEMBER, str(to)) else "email"
-        if re.fullmatch(f"{_AT}|{_MEMBER}", str(to)) and channel not in notify:
-            yield Mistake(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
+def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, **more: Any) -> Any:
+    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field."""
+    given = {"key": value} if isinstance(value, str) else value or {}
+    if "line" in kind.__slots__:
+        more["line"], more["column"] = document.place(path)
+    for key, each in _keys(kind).items():
+        if key in given:
+            more[each.name] = _read_field(each, given[key], document, (*path, key))
+    return kind(**more)
 
 
-def _region_mistakes(path: KeyPath, region: str, *, at_key: bool = False) -> Iterator[Mistake]:
-    """Yield what is wrong with the name of a region."""
-    if not is_region(region):
-        near = (region, tuple(sorted(AWS_REGIONS)))
-        yield Mistake(path, f"AWS has no region {shown_value(region)}", at_key, near)
-
-
-def _tag_mistakes(path: KeyPath, entry: Any, patterns: _PatternCheck) -> Iterator[Mistake]:
-    """Yield what is wrong with the rules of one required_tags list."""
-    seen: set[str] = set()
-    for index, rule in _rules(entry):
-        key, rule_path = rule["key"], (*path, "required_tags", index)
-        key_path = rule_path if entry["required_tags"][index] == key else (*rule_path, "key")
-        if key in seen:
-            yield Mistake(key_path, f"{shown_value(key)} is asked for twice")
-        seen.add(key)
-        if key.lower().startswith("aws:"):
-            message = f"{shown_value(key)}: keys that begin with aws: are AWS's own and cannot be asked for"
-            yield Mistake(key_path, message)
-        if key != key.strip():
-            yield Mistake(key_path, f"{shown_value(key)} begins or ends with a space: take it out")
-        values: dict[str, None] = {}
-        for number, text in _texts(rule, "values").items():
-            if text in values:
-                yield Mistake((*rule_path, "values", number), f"{shown_value(text)} stands in the list twice")
-            values[text] = None
-        pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-        if complaint := patterns.complaint(pattern):
-            yield Mistake((*rule_path, "pattern"), f"{shown_value(pattern)} {complaint}")
-            continue
-        checked = RequiredTag(key, tuple(values), patterns.usable(pattern) if pattern else None)
-        if default and not patterns.allows(checked, default):
-            message = (
-                f"{shown_value(default)} is not {cut_text(checked.wanted, 500)}, as the rule itself asks"
-            )
-            yield Mistake((*rule_path, "default"), message, near=(default, checked.values))
+def _read_field(each: Any, value: Any, document: YamlDocument, path: KeyPath) -> Any:
+    """Return the value of a record's field; a list becomes what the field's default is."""
+    read = each.metadata["read"] or (lambda value: value)
+    if isinstance(value, list):
+        kind = type(each.default)
+        return kind(_read_field(each, item, document, (*path, index)) for index, item in enumerate(value))
+    if is_dataclass(read):
+        return _read_record(read, value, document, path)
+    return document.pattern(value) if read is ValuePattern else read(value)
 
 
 def check_patterns(policy: Policy) -> Iterator[str]:
     """Yield a notice for each rule whose pattern took too long on values."""
     for rule in dict.fromkeys(itertools.chain.from_iterable(policy.regions.values())):
-        if rule.pattern is None or not (rule.pattern.stopped or rule.pattern.given_up):
-            continue
-        what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
-        if rule.pattern.given_up:
-            what = "takes too long on some tag values, so others were not checked and count as not matching"
-        advice = "list the values, or repeat no part that holds a repetition"
-        yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
-
-
-MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
-
-
-# How the values of some keys become fields.
-_READ: dict[str, Callable[[Any], Any]] = {
-    "expires": date.fromisoformat,
-    "tags": lambda tags: tuple(tags.items()),
-    "slack": lambda entry: Slack(**_fields(entry)),
-    "sns": lambda entry: entry["topic_arn"],
-    "email": lambda entry: Email(entry["from"], tuple(entry.get("to", ())), entry.get("region")),
-    "owners": lambda entry: Owners(**_fields(entry)),
-    "mapping": lambda mapping: {stripped(name).casefold(): recipient for name, recipient in mapping.items()},
-    "domains": lambda domains: tuple(domain.casefold() for domain in domains),
-}
-
-
-def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record from a mapping of the policy, whose keys are their names."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return fields | {key: read(fields[key]) for key, read in _READ.items() if key in fields}
-
-
-def _policy(document: YamlDocument, file: str, digest: str) -> Policy:
-    """Build the Policy of a document in which no mistake was found."""
-    value = document.value
-    pattern = functools.cache(ValuePattern)  # what a value costs is counted once for all rules of a pattern
-
-    def required_tags(entry: Any, *path: str) -> dict[str, RequiredTag]:
-        """Return the rules of the required_tags at a path, by their keys."""
-        lines = {index: document.place((*path, "required_tags", index))[0] for index, _ in _rules(entry)}
-        rules = {}
-        for index, rule in _rules(entry):
-            fields = _fields(rule) | ({"pattern": pattern(rule["pattern"])} if "pattern" in rule else {})
-            rules[rule["key"]] = RequiredTag(**fields, line=lines[index])
-        return rules
-
-    shared = required_tags(value)
-    regions = {}
-    for region, entry in value["regions"].items():
-        inherited = shared if (entry or {}).get("inherit", True) else {}
-        regions[region] = tuple((inherited | required_tags(entry, "regions", region)).values())
-    exemptions = []
-    for index, entry in enumerate(value.get("exemptions", ())):
-        line, column = document.place(("exemptions", index))
-        exemptions.append(Exemption(**_fields(entry), line=line, column=column))
-    return Policy(
-        name=value["name"],
-        file=file,
-        digest=digest,
-        regions=regions,
-        placeholder_values=frozenset(
-            stripped(text).casefold() for text in value.get("placeholder_values", ())
-        ),
-        states=frozenset(value.get("states", _STATES[:4])),
-        grace_period=duration(value.get("grace_period", "0s")),
-        exemptions=tuple(exemptions),
-        accounts=Accounts(**_fields(value["accounts"])) if "accounts" in value else None,
-        expected_account=value.get("expected_account"),
-        notify=Notify(**_fields(value["notify"])) if "notify" in value else None,
-    )
-
-
-def duration(text: str) -> timedelta:
-    """Return the time that 90s, 30m, 2h or 1d stand for; raises ValueError."""
-    if not re.fullmatch(_DURATION["pattern"], text):
-        raise ValueError(text)
-    return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
+        if rule.pattern and (rule.pattern.stopped or rule.pattern.given_up):
+            what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
+            if rule.pattern.given_up:
+                what = (
+                    "takes too long on some tag values, so others were not checked and count as not matching"
+                )
+            advice = "list the values, or repeat no part that holds a repetition"
+            yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
 
 
 NOTICE_DAYS = 14
@@ -1794,7 +1710,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
             continue
         message = f"ends on {exemption.expires}, {'in ' + counted(days, 'day') if days else 'today'}"
         if days < 0:
-            message = f"ended on {exemption.expires} and no longer holds: renew it, or take it out"
+            message = f"ended on {exemption.expires} and no longer holds: renew it, or remove it"
         where = f"exemptions[{index}] ({exemption.reason})"
         endings.append(Problem(policy.file, exemption.line, exemption.column, where, message, "warning"))
     return endings
@@ -2513,7 +2429,7 @@ def describe_caller(sts: Any) -> tuple[str, str, str]:
         raise CredentialsError(f"cannot tell whose credentials these are: {error}") from error
     account_id, arn = str(answer.get("Account")), str(answer.get("Arn"))
     partition = re.match("arn:(aws[a-z-]*):", arn)
-    if not partition or not re.fullmatch("[0-9]{12}", account_id):
+    if not partition or not re.fullmatch(ACCOUNT_ID, account_id):
         raise CredentialsError("the answer is not AWS's: check the network and the proxy")
     return account_id, partition[1], arn
 
@@ -2816,6 +2732,7 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
+    # EC2 has made ids longer before; what people write has the lengths of today (INSTANCE_ID).
     if not re.fullmatch("i-[0-9a-f]+", instance_id):
         raise ValueError(f"{shown_value(instance_id)} is no instance id")
     launched = datetime.fromisoformat(launch_time)
@@ -3092,7 +3009,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _account_id(text: Any) -> str:
     """Return an account id if the text is one; raises ValueError."""
-    if not isinstance(text, str) or not re.fullmatch("[0-9]{12}", text):
+    if not isinstance(text, str) or not re.fullmatch(ACCOUNT_ID, text):
         raise ValueError(f"{shown_value(text)} is no account id")
     return text
 
@@ -6433,10 +6350,10 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
         return f"{policy.file} does not cover the region {row.region}"
     if policy.accounts and not policy.accounts.covers(row.account_id):
         return f"{policy.file} does not cover the account {row.account_id}"
-    if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= TAG_KEY["maxLength"]:
+    if row.tag_key.lower().startswith("aws:") or not 0 < len(row.tag_key) <= MAX_KEY_LENGTH:
         return f"{row.tag_key!r} cannot be written: the tag key is AWS's own, empty or too long"
-    if len(row.value) > TAG_VALUE["maxLength"]:
-        return f"the value has {len(row.value)} characters; EC2 allows {TAG_VALUE['maxLength']}"
+    if len(row.value) > MAX_VALUE_LENGTH:
+        return f"the value has {len(row.value)} characters; EC2 allows {MAX_VALUE_LENGTH}"
     if row.action in UNDO_ACTIONS:
         return None
     rule = next((rule for rule in policy.rules(row.region) if rule.key == row.tag_key), None)
@@ -6577,9 +6494,9 @@ def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) 
     name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
     current, confidence, why, warning = others
     action = action.strip().lower()
-    if not re.fullmatch("[0-9]{12}", account_id):
+    if not re.fullmatch(ACCOUNT_ID, account_id):
         raise UsageError(f"{account_id!r} is not a 12-digit account id: did a spreadsheet cut its zeros?")
-    if not re.fullmatch("i-[0-9a-f]{8,17}", instance_id):
+    if not re.fullmatch(INSTANCE_ID, instance_id):
         raise UsageError(f"{instance_id!r} is not an instance id, such as i-0123456789abcdef0")
     if action not in list(Action):
         raise UsageError(f"{action!r} is not an action: write {', '.join(PLAN_ACTIONS)}")
@@ -6766,7 +6683,7 @@ def write_tags(
             if not is_of_instance(error):
                 raise
             is_gone = error.code.startswith("InvalidInstanceID")
-            if gone := is_gone and set(re.findall("i-[0-9a-f]{8,17}", error.message)).intersection(batch):
+            if gone := is_gone and set(re.findall(INSTANCE_ID, error.message)).intersection(batch):
                 yield [*gone], error
                 batches += _in_parts([id_ for id_ in batch if id_ not in gone], WRITE_BATCH)
             elif len(batch) > 1 and next(splits, None) is not None:
@@ -7329,12 +7246,14 @@ def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
     if notify.slack:
         webhook = find_webhook(notify.slack, os.environ)
         senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
-    aws = Aws(args.profile, workers=1) if notify.sns or notify.email else None
-    if aws and (topic := notify.sns):
-        senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", topic.split(":")[3]), topic, digest)
-    if aws and (email := notify.email):
-        region = email.region or aws.session.region_name or home_region(sorted(policy.regions))
-        senders["email"] = lambda digest: send_email(aws.client("sesv2", region), email, digest)
+    if notify.sns or notify.email:
+        aws = Aws(args.profile, workers=1)
+        if topic := notify.sns and notify.sns.topic_arn:
+            region = topic.split(":")[3]
+            senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
+        if email := notify.email:
+            home = email.region or aws.session.region_name or home_region(sorted(policy.regions))
+            senders["email"] = lambda digest: send_email(aws.client("sesv2", home), email, digest)
     return senders
 
 
@@ -7453,7 +7372,7 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
                 f"--region {printable(region)}: {policy.file} does not cover it (it has {covered})"
             )
     for account_id in args.account:
-        if not re.fullmatch("[0-9]{12}", account_id):
+        if not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
 
 
@@ -7519,6 +7438,9 @@ def _reading(args: argparse.Namespace, policy: str | None) -> Iterator[sqlite3.C
 def _temporary(stack: contextlib.ExitStack) -> Path:
     """Return a directory that goes away at the end of the command."""
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-")))
+
+
+MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 
 
 def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
@@ -7900,7 +7822,7 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
             )
         )
     if policy.notify and policy.notify.sns:
-        scan.append(allow_statement(["sns:Publish"], policy.notify.sns))
+        scan.append(allow_statement(["sns:Publish"], policy.notify.sns.topic_arn))
     if policy.notify and policy.notify.email:
         sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
@@ -8353,7 +8275,7 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
             raise
-        emit(f"tagcheck: {missing_package(error.name)}\n", sys.stderr)
+        emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
         return ExitCode.CRASHED
 
 

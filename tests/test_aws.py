@@ -378,7 +378,7 @@ def test_region_that_is_not_enabled_costs_no_other_region(
         aws.fault("error", service="sts", region=region, status=403, code=sts_says)
     result = scan(region, REGION, check=4)
     assert errors(result) == {region: "AuthFailure", REGION: None}
-    assert "enable the region, or take it out of the policy" in result.err
+    assert "enable the region, or remove it from the policy" in result.err
 
 
 def closed_port() -> str:

@@ -107,9 +107,7 @@ def open_findings(total, text="Owner", **more):
 def dashboard(of=None, trend=None, found=None, text="org-tagging", endings=()):
     of = standings(3, 2) if of is None else of
     found = found or open_findings(sum(target.findings for target in of))
-    policy = tagcheck.Policy(
-        text, "policy.yaml", "", {}, frozenset(), frozenset(), timedelta(), (), None, None, None
-    )
+    policy = tagcheck.Policy(file="policy.yaml", digest="", version="1", name=text, regions={})
     return tagcheck.Dashboard(policy, NOW, trend or points(9, 8, found.total), of, found, endings)
 
 

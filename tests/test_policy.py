@@ -156,12 +156,12 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
         ),
         pytest.param(
             HEAD + "regions: {us-east-1: }",
-            "p.yaml:3:11: regions: us-east-1 asks for no tag",
+            "p.yaml:3:11: regions: us-east-1 requires no tags",
             id="nothing asked for",
         ),
         pytest.param(
             BODY + "required_tags: [A, A]",
-            "p.yaml:4:20: required_tags[1]: 'A' is asked for twice",
+            "p.yaml:4:20: required_tags[1]: 'A' is required twice",
             id="twice",
         ),
         pytest.param(
@@ -175,7 +175,9 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
             id="pattern that does not compile",
         ),
         pytest.param(
-            BODY + "grace_period: 2 hours", "p.yaml:4:15: grace_period: '2 hours' is no time", id="duration"
+            BODY + "grace_period: 2 hours",
+            "p.yaml:4:15: grace_period: '2 hours' is not a duration",
+            id="duration",
         ),
         pytest.param(
             BODY + "states: [run]", "p.yaml:4:10: states[0]: 'run' is not one of pending", id="state"
@@ -195,7 +197,7 @@ BODY = HEAD + "regions: {us-east-1: {required_tags: [Owner]}}\n"
         ),
         pytest.param(HEAD.encode() + b"x: \xe9", "p.yaml:3:4: not UTF-8 (byte 0xE9)", id="Latin-1"),
         pytest.param(
-            HEAD + "x: \a", "p.yaml:3:4: the character U+0007 cannot stand here", id="control character"
+            HEAD + "x: \a", "p.yaml:3:4: the character U+0007 is not allowed", id="control character"
         ),
         pytest.param("&a [*a]", "p.yaml:1:1: the nesting or the aliases", id="an alias of itself"),
         pytest.param("[" * 5000, "p.yaml:1:", id="5,000 levels"),
