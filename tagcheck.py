@@ -2325,12 +2325,9 @@ def call_error(error: Exception, operation: str) -> TagcheckError:
     code, said, status, transient = "ForeignAnswer", f"{name}: {error}", 0, False
     match error:
         case exceptions.ClientError():
-            answer, metadata = (error.response.get(key, {}) for key in ("Error", "ResponseMetadata"))
-            given, message, status = (
-                answer.get("Code"),
-                answer.get("Message"),
-                metadata.get("HTTPStatusCode", 0),
-            )
+            answer = error.response.get("Error", {})
+            given, message = answer.get("Code"), answer.get("Message")
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if isinstance(given, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", given):
                 code = given
             said = message if isinstance(message, str) else ""
@@ -2471,15 +2468,14 @@ class Aws:
             if service in ("ec2", "cloudtrail"):
                 client.meta.events.register(f"before-sign.{service}", self._sign)
             if service == "ec2":
-                _read_answers_of(client)
+                # botocore's name for an answer that it leaves unread: saves 5.5 MB for each page and thread, twice.
+                client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
+                client.meta.events.register("before-parse.ec2", _read_answer)
             self._clients[service, region] = client
             return client
 
     def _sign(self, request: Any, signing_name: str = "", region_name: str = "", **_: object) -> None:
-        """Have botocore sign a request for the entered account, once its interval has passed.
-
-        botocore signs every retry again, so retries are paced as well.
-        """
+        """Have botocore sign a request, each retry too, for the entered account once its interval has passed."""
         account_id, credentials = _ENTERED.get()
         if interval := LOOKUP_PAUSE if signing_name == "cloudtrail" else self._interval:
             place = account_id, region_name
@@ -2620,15 +2616,13 @@ INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLO
 
 
 def describe_accounts(organizations: Any) -> dict[str, str]:
-    """Return the state of each account of the organization (`ACTIVE`, `SUSPENDED`); raises CredentialsError.
-
-    `State` replaced `Status` in September 2026.
-    """
+    """Return the state of each account of the organization (`ACTIVE`, `SUSPENDED`); raises CredentialsError."""
     states: dict[str, str] = {}
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
         for account in itertools.chain.from_iterable(pages):
             account_id = _account_id(_at(account, str, "Id"))
+            # `State` replaced `Status` in September 2026.
             state = _at(account, str, "State" if account.get("State") else "Status")
             if states.setdefault(account_id, state) != state:
                 raise ValueError(f"{account_id} is {states[account_id]!r} and {state!r}")
@@ -2672,7 +2666,7 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
-    asked = scope.get("InstanceIds")
+    asked = frozenset(scope.get("InstanceIds", ()))
     for page in read_pages(client, "DescribeInstances", PARSED, **scope):
         others = [instance.instance_id for instance in page if asked and instance.instance_id not in asked]
         if others:
@@ -2684,52 +2678,31 @@ PARSED = "instances"
 WRITTEN = "tagcheck.written"
 
 
-def _read_answers_of(client: Any) -> None:
-    """Have a client of EC2 read instances by parse_instances, and whether tags were written."""
-    # botocore's name for an answer that it leaves unread; this saves 5.5 MB for each page and thread, twice.
-    client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
-    for operation in ("CreateTags", "DeleteTags"):
-        client.meta.events.register(f"before-parse.ec2.{operation}", _parse_written)
-
-
-def _parse_instances(
-    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+def _read_answer(
+    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
-    """Read the instances of an answer of DescribeInstances instead of botocore.
+    """Read instances, and whether tags were written, at botocore's public event `before-parse`.
 
-    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads. This is
-    its public event `before-parse`; botocore still reads answers that are errors.
+    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and does not
+    read the other. It still reads answers that are errors.
     """
     import botocore.parsers
 
+    operation, body = operation_model.name, response_dict["body"]
     if response_dict["status_code"] >= 300:
         return
-    body = response_dict["body"]
     try:
-        account_id, _ = _ENTERED.get()
-        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
+        if operation == "DescribeInstances":
+            account_id, _credentials = _ENTERED.get()
+            instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
+            response_dict["body"] = b"<DescribeInstancesResponse/>"
+            customized_response_dict.update({PARSED: instances, "NextToken": token})
+        elif operation in ("CreateTags", "DeleteTags"):
+            root = _AnswerParser(operation, _WRITTEN_ROOT).read([body])
+            if "requestId" in root and root.get("return", "true") == "true":
+                customized_response_dict[WRITTEN] = True
     except expat.ExpatError as error:
         raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
-    response_dict["body"] = b"<DescribeInstancesResponse/>"
-    customized_response_dict.update({PARSED: instances, "NextToken": token})
-
-
-def _parse_written(
-    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
-) -> None:
-    """Note that an answer of CreateTags or DeleteTags says that it is done, which botocore does not read."""
-    if response_dict["status_code"] >= 300:
-        return
-    try:
-        root = ElementTree.fromstring(response_dict["body"])
-    except ElementTree.ParseError:
-        return  # botocore reads it next, and raises its own error
-    members = [(element.tag.rpartition("}")[2], element.text) for element in root]
-    is_answer = root.tag.rpartition("}")[2] == f"{operation_model.name}Response"
-    returned = [text for name, text in members if name == "return"]
-    if is_answer and "requestId" in dict(members) and returned in ([], ["true"]):
-        customized_response_dict[WRITTEN] = True
 
 
 class _Element(NamedTuple):
@@ -2739,38 +2712,37 @@ class _Element(NamedTuple):
     members: Mapping[str, _Element] = {}
 
 
-# What is read of an answer of DescribeInstances.
+# What is read of answers of DescribeInstances, and of CreateTags and DeleteTags.
 _LEAF = _Element("text")
 _TAG = _Element("closed", {"key": _LEAF, "value": _LEAF})
-_INSTANCE = _Element(
-    "open",
-    {
-        **dict.fromkeys(("instanceId", "launchTime", "instanceType", "subnetId", "vpcId"), _LEAF),
-        "instanceState": _Element("open", {"name": _LEAF}),
-        "iamInstanceProfile": _Element("open", {"arn": _LEAF}),
-        "operator": _Element("open", {"managed": _LEAF, "principal": _LEAF}),
-        "tagSet": _Element("closed", {"item": _TAG}),
-    },
-)
+_TEXTS = ("instanceId", "launchTime", "instanceType", "subnetId", "vpcId")
+_INSTANCE_MEMBERS = {
+    **dict.fromkeys(_TEXTS, _LEAF),
+    "instanceState": _Element("open", {"name": _LEAF}),
+    "iamInstanceProfile": _Element("open", {"arn": _LEAF}),
+    "operator": _Element("open", {"managed": _LEAF, "principal": _LEAF}),
+    "tagSet": _Element("closed", {"item": _TAG}),
+}
+_INSTANCE = _Element("open", _INSTANCE_MEMBERS)
 _RESERVATION = _Element("open", {"ownerId": _LEAF, "instancesSet": _Element("closed", {"item": _INSTANCE})})
 _LIST = _Element("closed", {"item": _RESERVATION})
 _ROOT = _Element("closed", {"requestId": _LEAF, "nextToken": _LEAF, "reservationSet": _LIST})
-_ANSWER = _Element("closed", {"DescribeInstancesResponse": _ROOT})
+_WRITTEN_ROOT = _Element("open", {"requestId": _LEAF, "return": _LEAF})
 # No other member of EC2's answer has such a name: elsewhere it is a list that would not be read.
 _ONLY_IN_PLACE = frozenset(("nextToken", "reservationSet", "instancesSet", "tagSet", "key"))
 MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 class _AnswerParser:
-    """Reads an answer of DescribeInstances; raises TargetError where it cannot be EC2's whole answer.
+    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer.
 
-    `found` holds what was read of the open element: texts and members by name, of a list of tags the tags.
+    `found` holds what was read of the open element, by name; that of a list of tags holds the tags.
     """
 
-    def __init__(self, account_id: str) -> None:
-        self.account_id = account_id
+    def __init__(self, operation: str, root: _Element, account_id: str = "") -> None:
+        self.operation, self.account_id = operation, account_id
         self.instances: dict[str, Instance] = {}
-        self.element, self.found = _ANSWER, dict[str, Any]()
+        self.element, self.found = _Element("closed", {f"{operation}Response": root}), dict[str, Any]()
         self.outer: list[tuple[str, _Element, dict[str, Any]]] = []
         self.unread = 0  # how many elements are open that are not read
         self.texts: list[str] = []
@@ -2783,7 +2755,16 @@ class _AnswerParser:
     def refuse(self, what: str) -> NoReturn:
         """Raise the TargetError of an answer that cannot be EC2's."""
         path = "/".join(name for name, *_ in self.outer) or "the answer"
-        raise CallError("ForeignAnswer", f"{what} (in {path})", "ec2:DescribeInstances")
+        raise CallError("ForeignAnswer", f"{what} (in {path})", f"ec2:{self.operation}")
+
+    def read(self, body: Iterable[bytes]) -> dict[str, Any]:
+        """Return what is read of the answer's root; takes the answer in pieces, raises ExpatError."""
+        for piece in body:
+            self.expat.Parse(piece, False)
+        self.expat.Parse(b"", True)
+        root: dict[str, Any]
+        [root] = self.found.values()
+        return root
 
     def start(self, name: str, attributes: Mapping[str, str]) -> None:
         """Open an element, or count it where it is not read."""
@@ -2800,7 +2781,7 @@ class _AnswerParser:
                 self.refuse(f"an unknown <{name}>")
             self.unread = 1
             return
-        if attributes and (element is not _ROOT or attributes.keys() != {"xmlns"}):
+        if attributes and (self.outer or attributes.keys() != {"xmlns"}):
             self.refuse(f"an attribute in <{name}>")
         self.outer.append((name, self.element, self.found))
         self.element, self.found = element, {}
@@ -2841,23 +2822,16 @@ class _AnswerParser:
 
     def add_instance(self, found: Mapping[str, Any]) -> None:
         """Add an instance; the same one may come twice, if it moved between pages."""
-        nested = ("instanceState", "iamInstanceProfile", "operator")
-        state, profile, operator = (found.get(name, {}) for name in nested)
-        managed = operator.get("managed", "false")
+        instance_id, launch_time, kind, subnet, vpc = (found.get(name, "") for name in _TEXTS)
+        state = found.get("instanceState", {}).get("name")
+        profile = found.get("iamInstanceProfile", {}).get("arn", "")
+        operator = found.get("operator", {})
+        managed, service = operator.get("managed", "false"), operator.get("principal") or "unknown"
         try:
             if managed not in ("true", "false"):
                 raise ValueError(f"its managed is {managed!r}, not true or false")
-            instance = _instance(
-                *(
-                    found.get("instanceId"),
-                    state.get("name"),
-                    found.get("launchTime"),
-                    found.get("tagSet", {}),
-                ),
-                *(found.get("instanceType", ""), profile.get("arn", "")),
-                *(found.get("subnetId", ""), found.get("vpcId", "")),
-                operator.get("principal") or "unknown" if managed == "true" else "",
-            )
+            more = (kind, profile, subnet, vpc, service if managed == "true" else "")
+            instance = _instance(instance_id, state, launch_time, found.get("tagSet", {}), *more)
         except (TypeError, ValueError) as error:
             self.refuse(f"an instance that is not whole: {error}")
         if self.instances.setdefault(instance.instance_id, instance) != instance:
@@ -2879,11 +2853,8 @@ def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[I
     tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
     or has instances of another account than the one that is given.
     """
-    parser = _AnswerParser(account_id)
-    for piece in body:
-        parser.expat.Parse(piece, False)
-    parser.expat.Parse(b"", True)
-    root = parser.found["DescribeInstancesResponse"]
+    parser = _AnswerParser("DescribeInstances", _ROOT, account_id)
+    root = parser.read(body)
     if "reservationSet" not in root:
         parser.refuse("no reservationSet")
     return list(parser.instances.values()), root.get("nextToken", "")
@@ -2914,10 +2885,9 @@ MAX_EVENT_PAGES = 10
 def describe_creators(
     client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
 ) -> Iterator[list[tuple[str, str]]]:
-    """Yield who created instances of the client's account and region, until a time of the monotonic clock.
+    """Yield who created instances, given by id and launch time, until a time of the monotonic clock.
 
-    Takes the instances' ids and launch times. One RunInstances may create many of them, and answers for all.
-    Raises TargetError.
+    One RunInstances may create many of them, and answers for all. Raises TargetError.
     """
     waiting = dict(launches)
     while waiting and time.monotonic() < deadline:
@@ -2995,7 +2965,7 @@ def text_at(value: Any, *path: str) -> str:
 
 
 def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
-    """Read what `aws ec2 describe-instances` printed (`-`: standard input), and whether it is complete.
+    """Read what `aws ec2 describe-instances` printed, and whether it is complete; `-` is standard input.
 
     The account is the OwnerId, the region comes from the zone. Raises UsageError.
     """
@@ -3027,22 +2997,21 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
 
 def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
     """Read saved files as one, each instance once, and return the last file that is cut; raises UsageError."""
-    targets: dict[Target, dict[str, tuple[Instance, str]]] = {}
+    fleet: dict[Target, dict[str, tuple[Instance, str]]] = {}
     cut = ""
     for path in paths:
-        loaded, complete = load_instances(path)
+        targets, complete = load_instances(path)
         cut = cut if complete else path
-        for target, instances in loaded.items():
-            known = targets.setdefault(target, {})
+        for target, instances in targets.items():
+            known = fleet.setdefault(target, {})
             for instance in instances:
                 other, source = known.setdefault(instance.instance_id, (instance, path))
                 if other != instance:
                     what = "other tags" if other.tags != instance.tags else "another state or launch"
                     where = f"twice in {path}" if source == path else f"in {source} and in {path}"
-                    raise UsageError(
-                        f"{instance.instance_id} in {target} is {where}, with {what}: save it again, in one file"
-                    )
-    return {target: [pair[0] for pair in known.values()] for target, known in targets.items()}, cut
+                    where = f"{instance.instance_id} in {target} is {where}"
+                    raise UsageError(f"{where}, with {what}: save it again, in one file")
+    return {target: [instance for instance, _ in known.values()] for target, known in fleet.items()}, cut
 
 
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
@@ -3059,10 +3028,8 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     more = [_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
     operator = _at(item, dict, "Operator") if item.get("Operator") else {}
     managed = "Managed" in operator and _at(operator, bool, "Managed")
-    principal = _at(operator, str, "Principal") if "Principal" in operator else ""
-    return _instance(
-        instance_id, state, launch_time, tags, *more, (principal or "unknown") if managed else ""
-    )
+    service = (_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
+    return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
 Kind = TypeVar("Kind")
@@ -3593,10 +3560,8 @@ class LocalState:
 # ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often they are tried again ------
 
 S3_TRIES = 40
-S3_LIMITS = {
-    "damaged": 3,
-    "timed out": 2,
-}  # tries that may end so: then it is not the network, or takes too long
+# So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
+S3_LIMITS = {"damaged": 3, "timed out": 2}
 S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
@@ -3609,6 +3574,9 @@ class _RetryError(StateError):
         self.kind = kind
 
 
+_HoldSignals = Callable[[], Callable[[], None]]  # returns what lets them come again
+
+
 class S3State:
     """A state in S3, recorded into a copy that takes its place only if no other scan was faster.
 
@@ -3616,19 +3584,11 @@ class S3State:
     """
 
     def __init__(
-        self,
-        s3: Any,
-        bucket: str,
-        key: str,
-        path: Path,
-        hold_signals: Callable[[], Callable[[], None]],
-        *,
-        create: bool = True,
+        self, s3: Any, bucket: str, key: str, path: Path, hold_signals: _HoldSignals, *, create: bool = True
     ) -> None:
+        self.path, self.name, self._create = path, f"s3://{bucket}/{key}", create
         self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
-        self._create = create
-        self._release: Callable[[], None] | None = None
-        self.path, self.name = path, f"s3://{bucket}/{key}"
+        self._held = contextlib.ExitStack()
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
@@ -3673,9 +3633,15 @@ class S3State:
 
     def _download(self) -> str | None:
         """Fetch the state and check it; return its ETag, or None where a new state begins."""
+
+        def fetch() -> Mapping[str, Any]:
+            answer: dict[str, Any] = self._s3.get_object(**self._object)
+            shutil.copyfileobj(answer["Body"], file)
+            return answer
+
         new = self.path.with_suffix(".new")
         with new.open("wb") as file:
-            etag = self._call("GetObject", lambda: self._get(file))
+            etag = self._call("GetObject", fetch)
         if not etag:
             new.unlink()
         if not (etag or self._create):
@@ -3684,38 +3650,23 @@ class S3State:
         new.replace(self.path)
         return etag
 
-    def _get(self, file: IO[bytes]) -> str:
-        """Fetch the state into a file, and return its ETag."""
-        answer = self._s3.get_object(**self._object)
-        shutil.copyfileobj(answer["Body"], file)
-        return self._etag(answer)
-
     def _upload(self, etag: str | None) -> None:
         """Put the copy in the place of what it was made from, or of nothing; signals wait for the end of it."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        self._release = self._hold_signals()  # a put that is cut off may have been carried out
+        self._held.callback(self._hold_signals())  # a put that is cut off may have been carried out
         try:
             with self.path.open("rb") as body:
                 arguments = {"Body": body, **self._object, **condition}
-                if not self._call("PutObject", lambda: self._etag(self._s3.put_object(**arguments))):
+                if not self._call("PutObject", lambda: self._s3.put_object(**arguments)):
                     raise _RetryError("the state was deleted meanwhile")
         except StateError:
             self.release_signals()
             raise
 
     def release_signals(self) -> None:
-        """Let signals come again that a put had held back."""
-        release, self._release = self._release, None
-        if release:
-            release()
-
-    def _etag(self, answer: Mapping[str, Any]) -> str:
-        """Return the ETag of an answer of S3; raises _RetryError where it has none."""
-        if "ETag" not in answer:
-            message = f"the state {self.name}: the answer is not S3's: check the network and the proxy"
-            raise _RetryError(message, "damaged")
-        return str(answer["ETag"])
+        """Let the signals come again that a put has held back."""
+        self._held.close()
 
     def _check(self, path: Path) -> None:
         """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""
@@ -3724,16 +3675,21 @@ class S3State:
         except StateError as error:
             raise _RetryError(str(error), "damaged") from error
 
-    def _call(self, operation: str, call: Callable[[], str]) -> str | None:
-        """Return what a call of S3 returns, None where there is no state; raises _RetryError or StateError.
+    def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
+        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
 
         412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3 user
         guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
         """
         try:
-            return within(S3_SECONDS, call)
+            answer = within(S3_SECONDS, call)
         except Exception as cause:
             error = call_error(cause, f"s3:{operation}")
+        else:
+            if "ETag" in answer:
+                return str(answer["ETag"])
+            message = f"the state {self.name}: the answer is not S3's: check the network and the proxy"
+            raise _RetryError(message, "damaged")
         if isinstance(error, CallError):
             if error.code == "NoSuchKey":
                 return None
@@ -7675,14 +7631,15 @@ def _report(
 def _look_up_creators(
     args: argparse.Namespace, aws: Aws, db: sqlite3.Connection, path: Path, scan: Scan
 ) -> Iterator[str]:
-    """Keep who made what was found and has no creator yet, and yield what is to be said of it; fails no scan."""
+    """Keep who created the instances with findings, where not yet known, and yield notices; fails no scan."""
     deadline = time.monotonic() + args.creators_budget.total_seconds()
     since = scan.started_at - timedelta(days=CLOUDTRAIL_DAYS)
     waiting = fetch_uncreated(db, path, scan, since)
     add_unknown_creators(db, since, f"launched more than {CLOUDTRAIL_DAYS} days ago")
-    number = sum(map(len, waiting.values()))
-    if number:
-        LOG.info("Looking up who made %s, for at most %s", counted(number, "instance"), args.creators_budget)
+    left = {target: {instance_id for instance_id, _ in launches} for target, launches in waiting.items()}
+    if number := sum(map(len, left.values())):
+        what = counted(number, "instance")
+        LOG.info("Looking up who created %s, for at most %s", what, args.creators_budget)
 
     def describe(target: Target) -> Iterator[list[tuple[str, str]]]:
         with aws.account(target.account_id):
@@ -7691,18 +7648,14 @@ def _look_up_creators(
 
     for target, creators in read_in_parallel([*waiting], describe, args.workers):
         if isinstance(creators, TargetError):
-            rest = [(instance_id, f"{UNKNOWN}{creators.code})") for instance_id, _ in waiting[target]]
-            number -= len(rest)
-            add_creators(db, target, rest)
-            yield f"Who made the instances in {target} was not looked up: {creators}"
-        elif creators:
-            number -= len(creators)
+            yield f"Who created the instances in {target} was not looked up: {creators}"
+            creators = [(instance_id, f"{UNKNOWN}{creators.code})") for instance_id in left[target]]
+        if creators:
             add_creators(db, target, creators)
-            known = {instance_id for instance_id, _ in creators}
-            waiting[target] = [entry for entry in waiting[target] if entry[0] not in known]
-    if number > 0:
+            left[target] -= {instance_id for instance_id, _ in creators}
+    if number := sum(map(len, left.values())):
         yield (
-            f"Who made {counted(number, 'instance')} was not looked up within --creators-budget "
+            f"Who created {counted(number, 'instance')} was not looked up within --creators-budget "
             f"{int(args.creators_budget.total_seconds())}s: the next scan goes on"
         )
 
@@ -8134,19 +8087,21 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
 
-    `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
-    policy's; `remediate` is for whoever writes tags, and should be another role.
+    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is for
+    whoever writes tags, and should be another role.
     """
-    describing = allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
-    reading = [describing, *([allow_statement(CREATOR_ACTIONS, "*")] if creators else [])]
+    accounts, notify = policy.accounts, policy.notify
+    reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
+    if creators:
+        reading.append(allow_statement(CREATOR_ACTIONS, "*"))
+    listing = []
+    if accounts and accounts.organization:
+        listing.append(allow_statement(["organizations:ListAccounts"], "*"))
     scan, documents = [*reading], {}
-    accounts = policy.accounts
     if accounts:
         members = ["*"] if accounts.organization else accounts.ids
         roles = [f"arn:*:iam::{account_id}:role/{accounts.role_name}" for account_id in members]
-        scan.append(allow_statement(["sts:AssumeRole"], roles))
-        if accounts.organization:
-            scan.append(allow_statement(["organizations:ListAccounts"], "*"))
+        scan += [allow_statement(["sts:AssumeRole"], roles), *listing]
         trust = {
             "Effect": "Allow",
             "Principal": {"AWS": f"arn:aws:iam::{policy.expected_account or 'CALLER-ACCOUNT-ID'}:root"},
@@ -8158,16 +8113,13 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
     if state.startswith("s3://"):
         bucket, key = split_s3(state)
         scan.append(allow_statement(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
-        # Without it S3 answers 403 for a state that is not there yet, as for one that may not be read.
-        scan.append(
-            allow_statement(
-                ["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}}
-            )
-        )
-    if policy.notify and policy.notify.sns:
-        scan.append(allow_statement(["sns:Publish"], policy.notify.sns))
-    if policy.notify and policy.notify.email:
-        sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
+        # Without it S3 answers 403 for a state that does not exist yet, as for one that may not be read.
+        prefix = {"StringLike": {"s3:prefix": key}}
+        scan.append(allow_statement(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition=prefix))
+    if notify and notify.sns:
+        scan.append(allow_statement(["sns:Publish"], notify.sns))
+    if notify and notify.email:
+        sender = {"StringEquals": {"ses:FromAddress": notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
     keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
     writing = allow_statement(
@@ -8175,14 +8127,8 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         "arn:*:ec2:*:*:instance/*",
         Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
     )
-    listing = (
-        [allow_statement(["organizations:ListAccounts"], "*")] if accounts and accounts.organization else []
-    )
-    return {
-        "scan": policy_document(scan),
-        **documents,
-        "remediate": policy_document([allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]),
-    }
+    remediate = [allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]
+    return {"scan": policy_document(scan), **documents, "remediate": policy_document(remediate)}
 
 
 def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:

@@ -1379,7 +1379,9 @@ SECOND = "Reservations[0].Instances[1]: "
             id="a reservation without Instances",
         ),
         pytest.param({"Reservations": [{"Instances": [item("i-0a")]}]}, "'OwnerId'", id="no owner"),
-        pytest.param(saved(item("i-0a"), owner="1234"), "is not an account id", id="an owner that is no account"),
+        pytest.param(
+            saved(item("i-0a"), owner="1234"), "is not an account id", id="an owner that is no account"
+        ),
         pytest.param(saved(item("i-0a"), 7), SECOND, id="a number in place of an instance"),  # type: ignore[arg-type]
         pytest.param(saved(item("i-0a"), item("")), SECOND, id="an empty id"),
         pytest.param(lacking("InstanceId"), SECOND + "it has no 'InstanceId'", id="no id"),
