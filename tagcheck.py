@@ -2348,8 +2348,8 @@ def call_error(error: Exception, operation: str) -> TagcheckError:
                 code, transient = "InvalidHeader", False
         case exceptions.BotoCoreError():
             return CredentialsError(
-                f"the AWS credentials cannot be used: {public_text(error)}; set AWS_PROFILE or --profile, run "
-                "`aws sso login`, or give the machine a role"
+                f"the AWS credentials cannot be used: {public_text(error)}; set AWS_PROFILE or --profile, "
+                "run `aws sso login`, or give the machine a role"
             )
         case TimeoutError():
             code, said = "CallTimeout", "the answer did not end in time"
@@ -2379,16 +2379,16 @@ def public_text(error: Exception) -> str:
     return re.sub(r"//[^/\s]*@", "//", str(error))
 
 
-Returned = TypeVar("Returned")
+T = TypeVar("T")
 
 
-def within(seconds: float, function: Callable[[], Returned]) -> Returned:
+def within(seconds: float, function: Callable[[], T]) -> T:
     """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
 
     A socket's time-out starts again with each byte, so it does not end an answer that trickles. The function
     runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a run alive.
     """
-    future: Future[Returned] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -2422,8 +2422,8 @@ _ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("ente
 class Aws:
     """AWS as one scan calls it: one client for each service and region, shared by all accounts and threads.
 
-    A client costs 10 ms and a session 20 MB: one for each of 500 accounts would be minutes and gigabytes. So the
-    clients are the caller's, and a request is signed for the account that its thread has entered.
+    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the caller's,
+    and a request is signed for the account that its thread has entered.
     """
 
     def __init__(
@@ -2468,14 +2468,14 @@ class Aws:
             if service in ("ec2", "cloudtrail"):
                 client.meta.events.register(f"before-sign.{service}", self._sign)
             if service == "ec2":
-                # botocore's name for an answer that it leaves unread: saves 5.5 MB for each page and thread, twice.
+                # botocore leaves an answer unread by this name: 5.5 MB less for each page and thread, twice.
                 client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
                 client.meta.events.register("before-parse.ec2", _read_answer)
             self._clients[service, region] = client
             return client
 
     def _sign(self, request: Any, signing_name: str = "", region_name: str = "", **_: object) -> None:
-        """Have botocore sign a request, each retry too, for the entered account once its interval has passed."""
+        """Have botocore sign each request and retry for the entered account, once its interval has passed."""
         account_id, credentials = _ENTERED.get()
         if interval := LOOKUP_PAUSE if signing_name == "cloudtrail" else self._interval:
             place = account_id, region_name
@@ -2503,8 +2503,8 @@ class Aws:
         import botocore.credentials
 
         sts = self.client("sts", home)
-        # An hour: botocore would renew shorter ones with each call, and AWS refuses longer ones where the caller
-        # has a role itself.
+        # An hour: botocore would renew shorter ones with each call, and AWS refuses longer ones to callers that
+        # have a role themselves.
         arguments = {
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
@@ -2553,17 +2553,18 @@ def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **argum
             return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
         except Exception as cause:
             error = call_error(cause, name)
-            transient = isinstance(error, CallError) and error.transient
-            if not transient or pause is None or time.monotonic() + pause > deadline:
+            if not isinstance(error, CallError) or not error.transient:
                 raise error from cause
-            LOG.debug("%s: %s; trying again in %.0f s", name, error, pause)
+            if pause is None or time.monotonic() + pause > deadline:
+                raise error from cause
+            LOG.debug("%s: %s; trying again in %.0f s", name, error.code, pause)
             time.sleep(pause)
 
 
 def read_pages(
     client: Any, operation: str, key: str, deadline: float = math.inf, /, **arguments: Any
 ) -> Iterator[Any]:
-    """Yield the list that each page has under a key, following NextToken; raises TargetError, CredentialsError.
+    """Yield the list that each page has under a key, following NextToken; raises as call_aws.
 
     A page may be empty and yet not the last (Organizations API reference, ListAccounts).
     """
@@ -2599,7 +2600,7 @@ def home_region(regions: Iterable[str]) -> str:
 
 
 def describe_caller(sts: Any) -> tuple[str, str, str]:
-    """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
+    """Return account, partition and ARN of the credentials; raises CredentialsError."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
     except TargetError as error:
@@ -2616,7 +2617,7 @@ INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLO
 
 
 def describe_accounts(organizations: Any) -> dict[str, str]:
-    """Return the state of each account of the organization (`ACTIVE`, `SUSPENDED`); raises CredentialsError."""
+    """Return the state of each account of the organization, such as ACTIVE; raises CredentialsError."""
     states: dict[str, str] = {}
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
@@ -2658,10 +2659,10 @@ PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger r
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region by pages, or those in scope; raises TargetError.
+    """Yield every instance of the client's account and region, or those in scope, by pages; raises TargetError.
 
-    An account can hide the instances that AWS services operate from answers that do not ask for them, though it
-    pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
+    An account can hide the instances that AWS services operate from answers that do not ask for them, though
+    it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
     """
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
@@ -2683,8 +2684,8 @@ def _read_answer(
 ) -> None:
     """Read instances, and whether tags were written, at botocore's public event `before-parse`.
 
-    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and does not
-    read the other. It still reads answers that are errors.
+    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
+    reads the other. It still reads answers that are errors.
     """
     import botocore.parsers
 
@@ -2706,7 +2707,7 @@ def _read_answer(
 
 
 class _Element(NamedTuple):
-    """An element of an answer: it holds text, the members that are read, or these and what AWS may add to them."""
+    """An element of an answer, which holds text, members that are read, or these and what AWS may add."""
 
     content: Literal["text", "closed", "open"]
     members: Mapping[str, _Element] = {}
@@ -2849,9 +2850,9 @@ class _AnswerParser:
 def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
     """Return the instances of an answer of DescribeInstances, and its token.
 
-    Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
-    or has instances of another account than the one that is given.
+    Takes the answer in pieces, and keeps only what is read: a page of 1,000 is 8 MB, and a tree of it 60 MB, in
+    each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer, or is about another
+    account than the given one.
     """
     parser = _AnswerParser("DescribeInstances", _ROOT, account_id)
     root = parser.read(body)
@@ -2909,7 +2910,7 @@ def _look_up_creator(
     """Return what creators_of finds in the first page of events that has any creator; raises TargetError."""
     by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
     around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
-    # Starting a stopped instance changes its launch time: then look at all times.
+    # Starting a stopped instance changes its launch time: then all times are looked at.
     for window, limit in ((around, 1), ({}, MAX_EVENT_PAGES)):
         pages = read_pages(client, "LookupEvents", "Events", deadline, LookupAttributes=by_id, **window)
         for events in itertools.islice(pages, limit):
@@ -2996,7 +2997,7 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
 
 
 def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
-    """Read saved files as one, each instance once, and return the last file that is cut; raises UsageError."""
+    """Read saved files as one, each instance once, and return the last that is cut; raises UsageError."""
     fleet: dict[Target, dict[str, tuple[Instance, str]]] = {}
     cut = ""
     for path in paths:
@@ -3032,10 +3033,7 @@ def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
-Kind = TypeVar("Kind")
-
-
-def _at(value: Any, kind: type[Kind], *path: str) -> Kind:
+def _at(value: Any, kind: type[T], *path: str) -> T:
     """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
@@ -3094,7 +3092,7 @@ class Prices:
     hourly: Mapping[tuple[str, str], float]
 
     def monthly_cost(self, instance: Instance, region: str) -> float | None:
-        """Return what an instance in its present state costs in a month; None where its price is not known."""
+        """Return what an instance in its present state costs in a month; None without its price."""
         hourly = self.hourly.get((instance.instance_type, region))
         if hourly is None:
             return None
@@ -3103,7 +3101,7 @@ class Prices:
 
 
 def load_prices(path: str) -> Prices:
-    """Read a CSV of instance type, region and hourly price, whose first line names them; raises UsageError."""
+    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
     hourly: dict[tuple[str, str], float] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
@@ -3557,7 +3555,7 @@ class LocalState:
         copy_state(self.path, copy)
 
 
-# ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often they are tried again ------
+# ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often to try again -------
 
 S3_TRIES = 40
 # So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
@@ -3627,8 +3625,8 @@ class S3State:
         if failures[-1].kind == "damaged" and not recorded:
             raise failures[-1]
         raise UploadError(
-            f"the state {self.name}: given up after {counted(len(failures), 'try', 'tries')}, the last of which "
-            f"ended in {failures[-1]}; the scan is not recorded, run again"
+            f"the state {self.name}: given up after {counted(len(failures), 'try', 'tries')}, the last of "
+            f"which ended in {failures[-1]}; the scan is not recorded, run again"
         )
 
     def _download(self) -> str | None:
@@ -3651,7 +3649,7 @@ class S3State:
         return etag
 
     def _upload(self, etag: str | None) -> None:
-        """Put the copy in the place of what it was made from, or of nothing; signals wait for the end of it."""
+        """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         self._held.callback(self._hold_signals())  # a put that is cut off may have been carried out
@@ -3678,8 +3676,8 @@ class S3State:
     def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
         """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
 
-        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3 user
-        guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
+        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
+        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
         """
         try:
             answer = within(S3_SECONDS, call)
@@ -8087,8 +8085,8 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
 
-    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is for
-    whoever writes tags, and should be another role.
+    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is
+    for whoever writes tags, and should be another role.
     """
     accounts, notify = policy.accounts, policy.notify
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
