@@ -2285,7 +2285,7 @@ NO_CONNECTION = frozenset(
 )
 # Advice by service and code, by code, or by service.
 _CALL_ADVICE = ADVICE | {
-    "sts AccessDenied": "the role does not exist or does not trust these credentials (tagcheck.py iam-policy)",
+    "sts AccessDenied": "the role does not exist, or does not trust the caller (tagcheck.py iam-policy)",
     "s3 AccessDenied": "allow s3:GetObject, s3:PutObject and s3:ListBucket (tagcheck.py iam-policy)",
     "s3 NoSuchBucket": "create the bucket, or correct its name",
     "s3 PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
@@ -2422,8 +2422,8 @@ _ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("ente
 class Aws:
     """AWS as one scan calls it: one client for each service and region, shared by all accounts and threads.
 
-    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the caller's,
-    and a request is signed for the account that its thread has entered.
+    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
+    caller's, and a request is signed for the account that its thread has entered.
     """
 
     def __init__(
@@ -2503,8 +2503,8 @@ class Aws:
         import botocore.credentials
 
         sts = self.client("sts", home)
-        # An hour: botocore would renew shorter ones with each call, and AWS refuses longer ones to callers that
-        # have a role themselves.
+        # An hour: botocore would renew shorter ones with each call, and AWS refuses longer ones to callers
+        # that have a role themselves.
         arguments = {
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
@@ -2659,7 +2659,7 @@ PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger r
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region, or those in scope, by pages; raises TargetError.
+    """Yield every instance of the client's account and region, or those in scope; raises TargetError.
 
     An account can hide the instances that AWS services operate from answers that do not ask for them, though
     it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
@@ -2850,9 +2850,9 @@ class _AnswerParser:
 def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
     """Return the instances of an answer of DescribeInstances, and its token.
 
-    Takes the answer in pieces, and keeps only what is read: a page of 1,000 is 8 MB, and a tree of it 60 MB, in
-    each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer, or is about another
-    account than the given one.
+    Takes the answer in pieces, and keeps only what is read: a page of 1,000 is 8 MB, and a tree of it 60 MB,
+    in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer, or is about
+    another account than the given one.
     """
     parser = _AnswerParser("DescribeInstances", _ROOT, account_id)
     root = parser.read(body)

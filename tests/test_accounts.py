@@ -276,7 +276,7 @@ def test_what_was_not_read_is_said_once_everywhere(fleet: Fleet) -> None:
         for account_id, region in unread
     )
     [denied] = [line for line in said if "AccessDenied" in line]
-    assert "the role does not exist or does not trust these credentials" in denied
+    assert "the role does not exist, or does not trust the caller" in denied
     assert f"arn:aws:iam::{fleet.denied}:role/{ROLE}" in denied
 
 
@@ -766,7 +766,7 @@ EMPTY = NOT_AWS.replace(b"<x/>", b"<AssumeRoleResult/>")
 ROLES = {
     "no trouble": Role(),
     "throttled once": Role((refuses(400, "Throttling", times=1),), assumed=2),
-    "denied": lost("AccessDenied", refuses(403, "AccessDenied"), says="does not trust these credentials"),
+    "denied": lost("AccessDenied", refuses(403, "AccessDenied"), says="does not trust the caller"),
     "STS is not enabled there": lost("RegionDisabledException", refuses(403, "RegionDisabledException")),
     "throttled for ever": lost("Throttling", refuses(400, "Throttling"), says="throttled", assumed=2),
     "dropped for ever": lost("ConnectionClosedError", {"kind": "drop"}, assumed=4),
