@@ -2116,45 +2116,130 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
 
 
 ########################################################################################################
-# 5 AWS: Aws, describe_accounts, describe_instances, describe_creators, write_tags, load_instances, load_prices
+# 5 AWS: Aws, call_aws, read_pages, describe_instances, describe_creators, load_fleet, load_prices
 ########################################################################################################
 
-PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 MAX_PAGES = 10_000
-MAX_EMPTY_PAGES = 100  # EC2 may send pages without instances, but not for ever
-CONNECT_TIMEOUT = 5
-READ_TIMEOUT = 60  # EC2 itself takes up to 3 seconds for a page of 1,000
+MAX_EMPTY_PAGES = 100  # in a row; pages without instances are normal, but not without end
 SDK_ATTEMPTS = 5
-# botocore 1.44 rides out a broken network for a few seconds only, and never repeats a cut answer.
+# botocore 1.44 retries a broken network for a few seconds only, and an answer that was cut short never.
 NETWORK_PAUSES = (3.0,)
-# What a role is assumed for, as its session policy and as `iam-policy` prints it.
+CALL_SECONDS = 400.0  # for one call: five time-outs of a minute, and the SDK's pauses between them
+# The actions that a role is assumed for, in its session policy and in `iam-policy`.
 READ_ACTIONS = ("ec2:DescribeInstances", "ec2:DescribeRegions")
 WRITE_ACTIONS = ("ec2:DescribeInstances", "ec2:CreateTags", "ec2:DeleteTags")
 CREATOR_ACTIONS = ("cloudtrail:LookupEvents",)
 
-# Of one call with all that the SDK tries: five time-outs of a minute, and the pauses between them.
-CALL_SECONDS = 400.0
-
 NO_CONNECTION = frozenset(
-    (
-        *("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ProxyConnectionError"),
-        *("ReadTimeoutError", "CallTimeout"),
-    )
+    "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError "
+    "CallTimeout".split()
 )
+# Advice by service and code, by code, or by service.
+_CALL_ADVICE = ADVICE | {
+    "sts AccessDenied": "the role does not exist, or does not trust the caller (tagcheck.py iam-policy)",
+    "s3 AccessDenied": "allow s3:GetObject, s3:PutObject and s3:ListBucket (tagcheck.py iam-policy)",
+    "s3 NoSuchBucket": "create the bucket, or correct its name",
+    "s3 PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
+    "s3": "check --state",
+}
 
-# The account that requests are signed for, and its credentials; None is for the caller's own.
-_ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
 
-Returned = TypeVar("Returned")
+class CallError(TargetError):
+    """A call to AWS that failed: AWS's code or ours, advice, and what AWS said.
+
+    `status` is the HTTP status of a refusal, or 0. `transient` errors are those of the network.
+    """
+
+    def __init__(
+        self, code: str, said: str, operation: str, *, status: int = 0, transient: bool = False
+    ) -> None:
+        service = operation.partition(":")[0]
+        advice = next(filter(None, map(_CALL_ADVICE.get, (f"{service} {code}", code, service))), "")
+        if "service control policy" in said:
+            advice = "a service control policy of the organization denies {operation} here"
+        # EC2 adds kilobytes of an encoded message, which only an administrator can decode.
+        said = printable(said.partition(" Encoded authorization failure message")[0][:300])
+        sentences = [advice.format(operation=operation), f"{operation}: {said}" if said else ""]
+        super().__init__(code, " — ".join(filter(None, sentences)) or f"{operation} failed")
+        self.status, self.transient = status, transient
 
 
-def within(seconds: float, function: Callable[[], Returned]) -> Returned:
+def call_error(error: Exception, operation: str) -> TagcheckError:
+    """Return the error to report for an exception of a call to AWS; raises any other again.
+
+    The codes are the same with every version of botocore and urllib3.
+    """
+    import botocore.exceptions as exceptions
+    import botocore.parsers
+
+    name = type(error).__name__
+    code, said, status, transient = "ForeignAnswer", f"{name}: {error}", 0, False
+    match error:
+        case exceptions.ClientError():
+            answer = error.response.get("Error", {})
+            given, message = answer.get("Code"), answer.get("Message")
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if isinstance(given, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", given):
+                code = given
+            said = message if isinstance(message, str) else ""
+        case (
+            exceptions.IncompleteReadError()
+            | exceptions.ResponseStreamingError()
+            | exceptions.FlexibleChecksumError()
+            | botocore.parsers.ResponseParserError()  # its text repeats the answer, perhaps with credentials
+        ):
+            code, said, transient = "IncompleteAnswer", name, True
+        case exceptions.ConnectionError() | exceptions.HTTPClientError():
+            # Other texts may repeat a header, and with it the session token: only the kind may be printed.
+            cause = type(error.kwargs.get("error"))
+            code, said, transient = "HTTPClientError", f"{name}, {cause.__name__}", True
+            if name in NO_CONNECTION or name == "SSLError":
+                code, said = name, public_text(error)
+            elif cause in (ValueError, UnicodeEncodeError):  # of http.client, before anything is sent
+                code, transient = "InvalidHeader", False
+        case exceptions.BotoCoreError():
+            return CredentialsError(
+                f"the AWS credentials cannot be used: {public_text(error)}; set AWS_PROFILE or --profile, "
+                "run `aws sso login`, or give the machine a role"
+            )
+        case TimeoutError():
+            code, said = "CallTimeout", "the answer did not end in time"
+        # The others are Python's own, which botocore's parsers raise for malformed answers.
+        case ValueError() | RecursionError():
+            code, transient = "IncompleteAnswer", True
+        case RuntimeError():  # of credentials that were renewed, and have already expired
+            code = "ExpiredToken"
+        case LookupError() | TypeError() | AttributeError() | ArithmeticError():
+            pass
+        case _:
+            raise error
+    return CallError(code, said, operation, status=status, transient=transient)
+
+
+def is_gone(error: TargetError) -> bool:
+    """Return whether EC2 no longer has an instance."""
+    return error.code.startswith("InvalidInstanceID")
+
+
+def public_text(error: Exception) -> str:
+    """Return an exception's text without the user and password of a URL, and without a program's output."""
+    import botocore.exceptions
+
+    if isinstance(error, botocore.exceptions.CredentialRetrievalError):
+        return f"{error.kwargs.get('provider')} did not return any: run it by hand to see why"
+    return re.sub(r"//[^/\s]*@", "//", str(error))
+
+
+T = TypeVar("T")
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
     """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
 
-    A time-out of sockets begins again with each byte, and so does not end an answer that trickles. The function
-    runs in a daemon thread, which is left behind then: Python cannot stop it, and it must not keep a run alive.
+    A socket's time-out starts again with each byte, so it does not end an answer that trickles. The function
+    runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a run alive.
     """
-    future: Future[Returned] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -2171,15 +2256,6 @@ def within(seconds: float, function: Callable[[], Returned]) -> Returned:
     return future.result(seconds)
 
 
-def public_text(error: Exception) -> str:
-    """Return an exception's text without the user and password of a URL, and without what a program printed."""
-    import botocore.exceptions
-
-    if isinstance(error, botocore.exceptions.CredentialRetrievalError):
-        return f"{error.kwargs.get('provider')} did not give any: run it by hand to see why"
-    return re.sub(r"//[^/\s]*@", "//", str(error))
-
-
 def policy_document(statements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return an IAM policy document."""
     return {"Version": "2012-10-17", "Statement": list(statements)}
@@ -2190,11 +2266,15 @@ def allow_statement(actions: Sequence[str], resource: str | list[str], **more: A
     return {"Effect": "Allow", "Action": list(actions), "Resource": resource, **more}
 
 
-class Aws:
-    """AWS as one scan calls it: one client a service and region, shared by all accounts and threads.
+# The account that this thread's requests are signed for, and its credentials (None: the caller's own).
+_ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
 
-    A client costs 10 ms, a session 20 MB: 500 accounts with their own would be minutes and gigabytes. So the
-    clients are the caller's, and a request is signed for the account that its thread has entered.
+
+class Aws:
+    """AWS as one scan calls it: one client for each service and region, shared by all accounts and threads.
+
+    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
+    caller's, and a request is signed for the account that its thread has entered.
     """
 
     def __init__(
@@ -2209,49 +2289,48 @@ class Aws:
             self.session = boto3.Session(profile_name=profile)
         except botocore.exceptions.BotoCoreError as error:
             raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
-        # All said outright: botocore's own defaults differ by version.
+        # Everything is set here: botocore's own defaults differ by version.
         self._config = botocore.config.Config(
             retries={"mode": "standard", "total_max_attempts": SDK_ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=READ_TIMEOUT,
+            connect_timeout=5,
+            read_timeout=60,  # EC2 itself takes up to 3 seconds for a page of 1,000
             max_pool_connections=workers,
             user_agent_extra=f"tagcheck/{__version__}",
         )
         self._actions = actions
-        self._interval = interval  # between two calls of an account and region
+        self._interval = interval  # seconds between two calls in an account and region
         self._called_at: dict[tuple[str, str], float] = {}
         self._clients: dict[tuple[str, str], Any] = {}
-        self._making = threading.Lock()  # clients may be shared by threads, sessions may not
-        self._credentials: dict[str, Any] = {}  # of each account; None where they are the caller's own
+        self._lock = threading.Lock()  # threads may share clients, but not sessions
+        self._credentials: dict[str, Any] = {}  # by account
 
     def client(self, service: str, region: str) -> Any:
         """Return the client of a service in a region; raises CredentialsError where none can be made."""
         import botocore.exceptions
 
-        with self._making:
-            if (service, region) not in self._clients:
-                try:
-                    client = self.session.client(service, region_name=region, config=self._config)
-                except (botocore.exceptions.BotoCoreError, ValueError) as error:
-                    raise CredentialsError(
-                        f"cannot call AWS: {public_text(error)}; check the AWS configuration"
-                    ) from error
-                if service in ("ec2", "cloudtrail"):
-                    client.meta.events.register(f"before-sign.{service}", self._sign)
-                if service == "ec2":
-                    _read_answers_of(client)
-                self._clients[service, region] = client
-            return self._clients[service, region]
+        with self._lock:
+            if (service, region) in self._clients:
+                return self._clients[service, region]
+            try:
+                client = self.session.client(service, region_name=region, config=self._config)
+            except (botocore.exceptions.BotoCoreError, ValueError) as error:
+                message = f"cannot call AWS: {public_text(error)}; check the AWS configuration"
+                raise CredentialsError(message) from error
+            if service in ("ec2", "cloudtrail"):
+                client.meta.events.register(f"before-sign.{service}", self._sign)
+            if service == "ec2":
+                # botocore leaves an answer unread by this name: 5.5 MB less for each page and thread, twice.
+                client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
+                client.meta.events.register("before-parse.ec2", _read_answer)
+            self._clients[service, region] = client
+            return client
 
-    def _sign(self, request: Any, region_name: str = "", **_: object) -> None:
-        """Have botocore sign a request for the account that was entered, when its time has come.
-
-        A request that botocore repeats is signed again, so that repetitions are paced as well.
-        """
+    def _sign(self, request: Any, signing_name: str = "", region_name: str = "", **_: object) -> None:
+        """Have botocore sign each request and retry for the entered account, once its interval has passed."""
         account_id, credentials = _ENTERED.get()
-        if self._interval:
+        if interval := LOOKUP_PAUSE if signing_name == "cloudtrail" else self._interval:
             place = account_id, region_name
-            due = self._called_at.get(place, -math.inf) + self._interval
+            due = self._called_at.get(place, -math.inf) + interval
             time.sleep(max(0.0, due - time.monotonic()))
             self._called_at[place] = time.monotonic()
         if credentials:
@@ -2267,16 +2346,16 @@ class Aws:
             _ENTERED.set(("", None))
 
     def enter_own(self, account_id: str) -> None:
-        """Let the caller's own account be read with the caller's own credentials."""
+        """Read the caller's own account with the caller's own credentials."""
         self._credentials[account_id] = None
 
     def assume_role(self, account_id: str, accounts: Accounts, home: str, partition: str) -> None:
-        """Get credentials of an account, which renew themselves in time; raises TargetError."""
+        """Get credentials of an account, which are renewed before they expire; raises TargetError."""
         import botocore.credentials
 
         sts = self.client("sts", home)
-        # An hour: shorter ones are within botocore's window for renewal from the beginning, and are renewed with
-        # each call; longer ones are refused where the caller has a role itself.
+        # An hour: botocore would renew shorter ones with each call, and AWS refuses longer ones to callers
+        # that have a role themselves.
         arguments = {
             "RoleArn": f"arn:{partition}:iam::{account_id}:role/{accounts.role_name}",
             "RoleSessionName": "tagcheck",
@@ -2287,31 +2366,34 @@ class Aws:
             arguments["ExternalId"] = accounts.external_id
 
         def renew() -> dict[str, str]:
-            answer = call_aws(sts, "AssumeRole", **arguments)
-            credentials = answer.get("Credentials", {})
-            names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
-            for name in names:
-                if not credentials.get(name):
-                    raise target_error("ForeignAnswer", f"no {name}", "sts:AssumeRole")
-            access_key, secret_key, token, expires = (credentials[name] for name in names)
-            if not expires.tzinfo or not 1970 < expires.year < 9999:
-                raise target_error("ForeignAnswer", f"credentials until {expires}", "sts:AssumeRole")
-            arn = answer.get("AssumedRoleUser", {"Arn": arguments["RoleArn"]}).get("Arn", "")
-            if arn.split(":")[4:5] != [account_id]:
-                message = f"credentials of {arn or 'nobody'}, not of the account {account_id}"
-                raise target_error("ForeignAnswer", message, "sts:AssumeRole")
-            keys = {"access_key": access_key, "secret_key": secret_key, "token": token}
-            return keys | {"expiry_time": expires.isoformat()}
+            return _role_credentials(call_aws(sts, "AssumeRole", **arguments), account_id)
 
         refreshable = botocore.credentials.RefreshableCredentials
         self._credentials[account_id] = refreshable.create_from_metadata(renew(), renew, "assume-role")
 
 
-def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
-    """Call an AWS operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
+def _role_credentials(answer: Mapping[str, Any], account_id: str) -> dict[str, str]:
+    """Return the credentials in an answer of AssumeRole, as botocore wants them; raises TargetError."""
+    names = {"AccessKeyId": "access_key", "SecretAccessKey": "secret_key", "SessionToken": "token"}
+    given, user = answer.get("Credentials", {}), answer.get("AssumedRoleUser")
+    missing = [name for name in (*names, "Expiration") if not given.get(name)]
+    expires = given.get("Expiration")
+    if missing:
+        problem = f"no {missing[0]}"
+    elif not expires.tzinfo or not 1970 < expires.year < 9999:
+        problem = f"credentials until {expires}"
+    elif user is not None and user.get("Arn", "").split(":")[4:5] != [account_id]:
+        problem = f"credentials of {user.get('Arn') or 'nobody'}, not of the account {account_id}"
+    else:
+        return {ours: given[name] for name, ours in names.items()} | {"expiry_time": expires.isoformat()}
+    raise CallError("ForeignAnswer", problem, "sts:AssumeRole")
 
-    The SDK retries what AWS asks to be retried; a broken network and a cut answer are tried again here. It ends
-    at a deadline of the monotonic clock with CallTimeout.
+
+def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
+    """Call an operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
+
+    The SDK retries what AWS asks to be retried; broken networks and cut answers are retried here. A call ends
+    with CallTimeout at a deadline of the monotonic clock.
     """
     import botocore
 
@@ -2320,109 +2402,56 @@ def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **argum
     for pause in (*NETWORK_PAUSES, None):
         try:
             return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
-        except TagcheckError:
-            raise
-        except Exception as error:
-            failure = failure_of(error)
-            if not failure.passes or pause is None or time.monotonic() + pause > deadline:
-                raise target_error(failure.code, failure.message, name) from error
-            LOG.debug("%s: %s; trying again in %.0f s", name, failure.code, pause)
+        except Exception as cause:
+            error = call_error(cause, name)
+            if not isinstance(error, CallError) or not error.transient:
+                raise error from cause
+            if pause is None or time.monotonic() + pause > deadline:
+                raise error from cause
+            LOG.debug("%s: %s; trying again in %.0f s", name, error.code, pause)
             time.sleep(pause)
 
 
-class Failure(NamedTuple):
-    """Why a call failed: AWS's code or ours, what was said of it, and whether it may pass by itself."""
+def read_pages(
+    client: Any, operation: str, key: str, deadline: float = math.inf, /, **arguments: Any
+) -> Iterator[Any]:
+    """Yield the list that each page has under a key, following NextToken; raises as call_aws.
 
-    code: str
-    message: str
-    passes: bool = False
-
-
-def failure_of(error: Exception) -> Failure:
-    """Return why a call of AWS failed; raises CredentialsError, and the error itself if it is of nothing known.
-
-    The codes are the same with all versions of botocore and urllib3.
+    A page may be empty and yet not the last (Organizations API reference, ListAccounts).
     """
-    import botocore.exceptions as exceptions
-    import botocore.parsers
-
-    code = type(error).__name__
-    match error:
-        case exceptions.ClientError():
-            answer = error.response.get("Error", {})
-            code, message = answer.get("Code"), answer.get("Message")
-            known = isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", code)
-            return Failure(code if known else "ForeignAnswer", message if isinstance(message, str) else "")
-        case (
-            exceptions.IncompleteReadError()
-            | exceptions.ResponseStreamingError()
-            | exceptions.FlexibleChecksumError()
-            | botocore.parsers.ResponseParserError()  # whose text repeats the answer, perhaps with credentials
-        ):
-            return Failure("IncompleteAnswer", "", passes=True)
-        case exceptions.ConnectionError() | exceptions.HTTPClientError():
-            if code in NO_CONNECTION or code == "SSLError":
-                return Failure(code, public_text(error), passes=True)
-            # Its text may repeat a header, and with it the session token: only its kind may be printed.
-            cause = type(error.kwargs.get("error"))
-            if cause in (ValueError, UnicodeEncodeError):  # of http.client, before anything is sent
-                return Failure("InvalidHeader", "")
-            return Failure("HTTPClientError", f"{code}, {cause.__name__}", passes=True)
-        case exceptions.NoCredentialsError():
-            raise CredentialsError(
-                "no AWS credentials were found: set AWS_PROFILE or --profile, run `aws sso login`, or give "
-                "the machine a role"
-            ) from error
-        case exceptions.BotoCoreError():
-            raise CredentialsError(f"the AWS credentials cannot be used: {public_text(error)}") from error
-        case TimeoutError():
-            return Failure("CallTimeout", "the answer did not come to its end")
-        # From here on these are Python's own, which botocore's parsers raise for answers of another form.
-        case ValueError() | RecursionError():
-            return Failure("IncompleteAnswer", f"{code}: {error}", passes=True)
-        case KeyError():
-            return Failure("ForeignAnswer", f"no {error}")
-        case LookupError() | TypeError() | AttributeError() | ArithmeticError():
-            return Failure("ForeignAnswer", f"{code}: {error}")
-        case RuntimeError():  # of credentials that were renewed, and have expired already
-            return Failure("ExpiredToken", str(error))
-    raise error
-
-
-def next_token(page: Mapping[str, Any], operation: str) -> str:
-    """Return the token of the next page, "" after the last; raises TargetError."""
-    token = page.get("NextToken", "")
-    if not isinstance(token, str):
-        raise target_error("ForeignAnswer", f"a NextToken that is {type(token).__name__}", operation)
-    return token
-
-
-def target_error(code: str, aws_message: str, operation: str) -> TargetError:
-    """Return a TargetError with AWS's code, a sentence that helps, and what AWS itself said."""
-    advice = ADVICE.get(code, "")
-    if operation == "sts:AssumeRole" and code == "AccessDenied":
-        advice = "the role is not there, or does not trust these credentials (tagcheck.py iam-policy)"
-    if "service control policy" in aws_message:
-        advice = "a service control policy of the organization denies {operation} here"
-    # EC2 adds kilobytes of an encoded message, which only an administrator can decode.
-    said = printable(aws_message.partition(" Encoded authorization failure message")[0][:300])
-    sentences = [advice.format(operation=operation), f"{operation}: {said}" if said else ""]
-    return TargetError(code, " — ".join(filter(None, sentences)) or f"{operation} failed")
+    name = f"{client.meta.service_model.service_name}:{operation}"
+    tokens: set[str] = set()
+    empty_pages = 0
+    for _ in range(MAX_PAGES):
+        page = call_aws(client, operation, deadline, **arguments)
+        token = page.get("NextToken", "")
+        if key not in page or not isinstance(token, str):  # as in a captive portal's "200 OK"
+            problem = f"the NextToken {token!r}" if key in page else f"no {key}"
+            raise CallError("ForeignAnswer", problem, name)
+        yield page[key]
+        empty_pages = 0 if page[key] else empty_pages + 1
+        if not token:
+            return
+        if token in tokens or empty_pages > MAX_EMPTY_PAGES:
+            break
+        tokens.add(token)
+        arguments["NextToken"] = token
+    raise TargetError("EndlessPages", f"{name} announces a next page without end: run again, and tell AWS")
 
 
 def home_region(regions: Iterable[str]) -> str:
-    """Return the region to ask what is not of a region: one that no account of the partition can be without.
+    """Return the region for what belongs to no region: one that every account of the partition has.
 
-    STS of a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
+    STS in a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
     """
     first = next(iter(regions), "")
     homes = {"cn-": "cn-north-1", "us-gov-": "us-gov-west-1", "eusc-": "eusc-de-east-1"}
-    isolated = first if first.startswith(("us-iso", "eu-iso")) else "us-east-1"
-    return next((home for prefix, home in homes.items() if first.startswith(prefix)), isolated)
+    homes |= {"us-iso": first, "eu-iso": first}
+    return next((home for prefix, home in homes.items() if first.startswith(prefix)), "us-east-1")
 
 
 def describe_caller(sts: Any) -> tuple[str, str, str]:
-    """Return account, partition and ARN of the credentials; raises CredentialsError where AWS knows no caller."""
+    """Return account, partition and ARN of the credentials; raises CredentialsError."""
     try:
         answer = call_aws(sts, "GetCallerIdentity")
     except TargetError as error:
@@ -2439,293 +2468,248 @@ INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLO
 
 
 def describe_accounts(organizations: Any) -> dict[str, str]:
-    """Return the state of each account of the organization (`ACTIVE`, `SUSPENDED`); raises CredentialsError.
-
-    A page may be empty and yet not the last (Organizations API reference, ListAccounts). `Status` was
-    retired for `State` in September 2026.
-    """
+    """Return the state of each account of the organization, such as ACTIVE; raises CredentialsError."""
     states: dict[str, str] = {}
-    token = ""
     try:
-        for _ in range(MAX_PAGES):
-            page = call_aws(organizations, "ListAccounts", **({"NextToken": token} if token else {}))
-            for account in page["Accounts"]:
-                id_, state = _account_id(account["Id"]), account.get("State") or account["Status"]
-                if not isinstance(state, str) or states.setdefault(id_, state) != state:
-                    raise ValueError(
-                        f"{id_} has the state {shown_value(state)}, and {shown_value(states.get(id_))}"
-                    )
-            token = next_token(page, "organizations:ListAccounts")
-            if not token and not states:
-                raise KeyError("account")
-            if not token:
-                return states
-    except TargetError as error:
+        pages = read_pages(organizations, "ListAccounts", "Accounts")
+        for account in itertools.chain.from_iterable(pages):
+            account_id = _account_id(_at(account, str, "Id"))
+            # `State` replaced `Status` in September 2026.
+            state = _at(account, str, "State" if account.get("State") else "Status")
+            if states.setdefault(account_id, state) != state:
+                raise ValueError(f"{account_id} is {states[account_id]!r} and {state!r}")
+        if not states:
+            raise KeyError("account")
+    except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
-            f"the accounts of the organization cannot be listed: {error} (it takes the management account, or one "
-            "that it delegates to)"
+            f"cannot list the accounts of the organization: {_complaint(error)} (this takes the management "
+            "account, or a delegated administrator)"
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
-        raise CredentialsError(
-            f"the list of accounts {what}: the answer is not that of Organizations, or its format has changed"
-        ) from error
-    raise CredentialsError("the list of accounts does not end: run again, and tell AWS")
+    return states
 
 
 def describe_regions(client: Any) -> list[str]:
     """Return the regions that are enabled in the account; raises TargetError."""
+    pages = read_pages(client, "DescribeRegions", "Regions", AllRegions=True)
     try:
-        regions = call_aws(client, "DescribeRegions", AllRegions=True)["Regions"]
-        enabled = [region["RegionName"] for region in regions if region["OptInStatus"] != "not-opted-in"]
+        enabled = sorted(
+            region["RegionName"]
+            for region in itertools.chain.from_iterable(pages)
+            if region["OptInStatus"] != "not-opted-in"
+        )
     except KeyError as error:
-        raise target_error("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
-    if not enabled:
-        raise target_error("ForeignAnswer", "no region at all", "ec2:DescribeRegions")
-    for name in enabled:
-        if not re.fullmatch(REGION_NAME, name):  # it becomes part of a host's name
-            raise target_error("ForeignAnswer", f"a region {name!r}", "ec2:DescribeRegions")
-    return sorted(enabled)
+        raise CallError("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
+    wrong = [name for name in enabled if not re.fullmatch(REGION_NAME, name)]  # they become host names
+    if wrong or not enabled:
+        problem = f"a region {wrong[0]!r}" if wrong else "no region at all"
+        raise CallError("ForeignAnswer", problem, "ec2:DescribeRegions")
+    return enabled
+
+
+PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region by pages, or those in scope; raises TargetError.
+    """Yield every instance of the client's account and region, or those in scope; raises TargetError.
 
-    An account can hide the instances that AWS services operate from answers that do not ask for them, though it
-    pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
+    An account can hide the instances that AWS services operate from answers that do not ask for them, though
+    it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
     """
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
     asked = frozenset(scope.get("InstanceIds", ()))
-    token, tokens, empty_pages = "", set(), 0
-    for _ in range(MAX_PAGES):
-        page = call_aws(client, "DescribeInstances", **scope, **({"NextToken": token} if token else {}))
-        if PARSED not in page:
-            # A captive portal's "200 OK" would otherwise be a region without instances.
-            raise TargetError("ForeignAnswer", "the answer is not EC2's: check the network and the proxy")
-        for instance in page[PARSED] if asked else ():
-            if instance.instance_id not in asked:
-                message = f"{instance.instance_id}, which was not asked for"
-                raise target_error("ForeignAnswer", message, "ec2:DescribeInstances")
-        yield page[PARSED]
-        token = page.get("NextToken", "")
-        empty_pages = 0 if page[PARSED] else empty_pages + 1
-        if not token:
-            return
-        if token in tokens or empty_pages > MAX_EMPTY_PAGES:
-            break
-        tokens.add(token)
-    raise TargetError("EndlessPages", "EC2 went on announcing a next page: run again, and tell AWS")
+    for page in read_pages(client, "DescribeInstances", PARSED, **scope):
+        others = [instance.instance_id for instance in page if asked and instance.instance_id not in asked]
+        if others:
+            raise CallError("ForeignAnswer", f"{others[0]}, which was not asked for", "ec2:DescribeInstances")
+        yield page
 
 
-def _read_answers_of(client: Any) -> None:
-    """Have a client of EC2 read instances by parse_instances, and whether tags were written."""
-    # botocore's name for handing over a body unread; 5.5 MB a page and thread are saved, twice.
-    client.meta.service_model.operation_model("DescribeInstances").has_streaming_output = True
-    client.meta.events.register("before-parse.ec2.DescribeInstances", _parse_instances)
-    for operation in ("CreateTags", "DeleteTags"):
-        client.meta.events.register(f"before-parse.ec2.{operation}", _parse_written)
-
-
-PARSED = "tagcheck.instances"
+PARSED = "instances"
 WRITTEN = "tagcheck.written"
-_ROOT = "/DescribeInstancesResponse"
-_TOKEN = f"{_ROOT}/nextToken"
-_RESERVATIONS = f"{_ROOT}/reservationSet"
-_RESERVATION = f"{_RESERVATIONS}/item"
-_OWNER = f"{_RESERVATION}/ownerId"
-_SET = f"{_RESERVATION}/instancesSet"
-_ITEM = f"{_SET}/item"
-_TAGS = f"{_ITEM}/tagSet"
-_TAG = f"{_TAGS}/item"
-_LEAVES = frozenset(
-    (
-        *(_TOKEN, _OWNER, f"{_TAG}/key", f"{_TAG}/value", f"{_ITEM}/instanceId"),
-        *(f"{_ITEM}/instanceState/name", f"{_ITEM}/launchTime", f"{_ITEM}/instanceType"),
-        *(f"{_ITEM}/iamInstanceProfile/arn", f"{_ITEM}/subnetId", f"{_ITEM}/vpcId"),
-        *(f"{_ITEM}/operator/managed", f"{_ITEM}/operator/principal"),
-    )
-)
-# AWS adds members to reservations and instances, but not to these, which hold nothing but what is named here.
-_CLOSED = frozenset((_ROOT, _RESERVATIONS, _SET, _TAGS, _TAG))
-_PLACES = _LEAVES | _CLOSED | {f"{_ROOT}/requestId"} | {leaf.rpartition("/")[0] for leaf in _LEAVES}
+
+
+def _read_answer(
+    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Read instances, and whether tags were written, at botocore's public event `before-parse`.
+
+    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
+    reads the other. It still reads answers that are errors.
+    """
+    import botocore.parsers
+
+    operation, body = operation_model.name, response_dict["body"]
+    if response_dict["status_code"] >= 300:
+        return
+    try:
+        if operation == "DescribeInstances":
+            account_id, _credentials = _ENTERED.get()
+            instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
+            response_dict["body"] = b"<DescribeInstancesResponse/>"
+            customized_response_dict.update({PARSED: instances, "NextToken": token})
+        elif operation in ("CreateTags", "DeleteTags"):
+            root = _AnswerParser(operation, _WRITTEN_ROOT).read([body])
+            if "requestId" in root and root.get("return", "true") == "true":
+                customized_response_dict[WRITTEN] = True
+    except expat.ExpatError as error:
+        raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
+
+
+class _Element(NamedTuple):
+    """An element of an answer, which holds text, members that are read, or these and what AWS may add."""
+
+    content: Literal["text", "closed", "open"]
+    members: Mapping[str, _Element] = {}
+
+
+# What is read of answers of DescribeInstances, and of CreateTags and DeleteTags.
+_LEAF = _Element("text")
+_TAG = _Element("closed", {"key": _LEAF, "value": _LEAF})
+_TEXTS = ("instanceId", "launchTime", "instanceType", "subnetId", "vpcId")
+_INSTANCE_MEMBERS = {
+    **dict.fromkeys(_TEXTS, _LEAF),
+    "instanceState": _Element("open", {"name": _LEAF}),
+    "iamInstanceProfile": _Element("open", {"arn": _LEAF}),
+    "operator": _Element("open", {"managed": _LEAF, "principal": _LEAF}),
+    "tagSet": _Element("closed", {"item": _TAG}),
+}
+_INSTANCE = _Element("open", _INSTANCE_MEMBERS)
+_RESERVATION = _Element("open", {"ownerId": _LEAF, "instancesSet": _Element("closed", {"item": _INSTANCE})})
+_LIST = _Element("closed", {"item": _RESERVATION})
+_ROOT = _Element("closed", {"requestId": _LEAF, "nextToken": _LEAF, "reservationSet": _LIST})
+_WRITTEN_ROOT = _Element("open", {"requestId": _LEAF, "return": _LEAF})
 # No other member of EC2's answer has such a name: elsewhere it is a list that would not be read.
 _ONLY_IN_PLACE = frozenset(("nextToken", "reservationSet", "instancesSet", "tagSet", "key"))
 MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
-def _parse_instances(
-    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
-) -> None:
-    """Read the instances of an answer of DescribeInstances in place of botocore.
+class _AnswerParser:
+    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer.
 
-    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads. This is
-    its public event `before-parse`; answers that are errors are left to it as they are.
+    `found` holds what was read of the open element, by name; that of a list of tags holds the tags.
     """
-    import botocore.parsers
 
-    if response_dict["status_code"] >= 300:
-        return
-    body = response_dict["body"]
-    try:
-        account_id, _ = _ENTERED.get()
-        instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
-    except expat.ExpatError as error:
-        raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
-    response_dict["body"] = b"<DescribeInstancesResponse/>"
-    if instances is not None:
-        customized_response_dict.update({PARSED: instances, "NextToken": token})
+    def __init__(self, operation: str, root: _Element, account_id: str = "") -> None:
+        self.operation, self.account_id = operation, account_id
+        self.instances: dict[str, Instance] = {}
+        self.element, self.found = _Element("closed", {f"{operation}Response": root}), dict[str, Any]()
+        self.outer: list[tuple[str, _Element, dict[str, Any]]] = []
+        self.unread = 0  # how many elements are open that are not read
+        self.texts: list[str] = []
+        self.on_text = {"text": self.texts.append, "closed": self.no_text, "open": None}
+        self.expat = expat.ParserCreate()
+        self.expat.buffer_text = True
+        self.expat.StartDoctypeDeclHandler = lambda *_: self.refuse("a DOCTYPE, as HTML has")
+        self.expat.StartElementHandler, self.expat.EndElementHandler = self.start, self.end
 
+    def refuse(self, what: str) -> NoReturn:
+        """Raise the TargetError of an answer that cannot be EC2's."""
+        path = "/".join(name for name, *_ in self.outer) or "the answer"
+        raise CallError("ForeignAnswer", f"{what} (in {path})", f"ec2:{self.operation}")
 
-def _parse_written(
-    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
-) -> None:
-    """Add to an answer of CreateTags or DeleteTags that EC2 says it is done, which botocore does not read."""
-    if response_dict["status_code"] >= 300:
-        return
-    try:
-        root = ElementTree.fromstring(response_dict["body"])
-    except ElementTree.ParseError:
-        return  # botocore reads it next, and raises its own error
-    members = [(element.tag.rpartition("}")[2], element.text) for element in root]
-    is_answer = root.tag.rpartition("}")[2] == f"{operation_model.name}Response"
-    returned = [text for name, text in members if name == "return"]
-    if is_answer and "requestId" in dict(members) and returned in ([], ["true"]):
-        customized_response_dict[WRITTEN] = True
+    def read(self, body: Iterable[bytes]) -> dict[str, Any]:
+        """Return what is read of the answer's root; takes the answer in pieces, raises ExpatError."""
+        for piece in body:
+            self.expat.Parse(piece, False)
+        self.expat.Parse(b"", True)
+        root: dict[str, Any]
+        [root] = self.found.values()
+        return root
 
+    def start(self, name: str, attributes: Mapping[str, str]) -> None:
+        """Open an element, or count it where it is not read."""
+        if self.unread:
+            self.unread += 1
+            if name in _ONLY_IN_PLACE:
+                self.refuse(f"<{name}> out of place")
+            if self.unread > MAX_DEPTH:
+                self.refuse("elements nested too deeply")
+            return
+        element = self.element.members.get(name)
+        if element is None:
+            if self.element.content != "open" or name in _ONLY_IN_PLACE:
+                self.refuse(f"an unknown <{name}>")
+            self.unread = 1
+            return
+        if attributes and (self.outer or attributes.keys() != {"xmlns"}):
+            self.refuse(f"an attribute in <{name}>")
+        self.outer.append((name, self.element, self.found))
+        self.element, self.found = element, {}
+        self.texts.clear()
+        self.expat.CharacterDataHandler = self.on_text[element.content]
 
-def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance] | None, str]:
-    """Return the instances of an answer of DescribeInstances (None where it has no list of them) and its token.
-
-    Takes the answer in pieces, and keeps only what is read: a page of 1,000 as a whole would be 8 MB, and a
-    tree of it 60 MB, in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer,
-    or has instances of another account than the one that is given.
-    """
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-    instances: list[Instance] | None = None
-    path, token, owner, has_set = "", None, None, False
-    unread = 0  # how deep the parser is in an element that is not read
-    texts: list[str] = []
-    found: dict[str, str] = {}
-    tags: dict[str, str] = {}
-    known: dict[str, Instance] = {}
-
-    def refuse(what: str) -> NoReturn:
-        raise target_error("ForeignAnswer", what, "ec2:DescribeInstances")
-
-    def no_text(text: str) -> None:
+    def no_text(self, text: str) -> None:
+        """Refuse a text where there should be elements alone."""
         if not text.isspace():
-            refuse(f"the text {text[:50]!r} in {path}")
+            self.refuse(f"the text {text[:50]!r}")
 
-    def start(name: str, attributes: Mapping[str, str]) -> None:
-        nonlocal path, instances, has_set, unread
-        if unread:
-            unread += 1
-            if name in _ONLY_IN_PLACE or unread > MAX_DEPTH:
-                refuse(f"<{name}> out of place" if unread <= MAX_DEPTH else "elements nested too deeply")
+    def end(self, name: str) -> None:
+        """Close an element, and keep what it held."""
+        if self.unread:
+            self.unread -= 1
             return
-        place = f"{path}/{name}"
-        if place not in _PLACES:
-            if path in _CLOSED or name in _ONLY_IN_PLACE:
-                refuse(f"an unknown <{name}> in {path or 'the answer'}")
-            unread = 1
-            return
-        if attributes and (place != _ROOT or attributes.keys() != {"xmlns"}):
-            refuse(f"an attribute in <{name}>")
-        path = place
-        if path in _LEAVES:
-            texts.clear()
-            parser.CharacterDataHandler = texts.append
-            parser.StartElementHandler = start_within_text
-            return
-        parser.CharacterDataHandler = no_text if path in _CLOSED else None
-        if path == _RESERVATIONS:
-            if instances is not None:
-                refuse("a second reservationSet")
-            instances = []
-        elif path == _SET:
-            if has_set:
-                refuse("a second instancesSet in a reservation")
-            has_set = True
-        elif path == _TAGS:
-            if name in found:
-                refuse("a second tagSet in an instance")
-            found[name] = ""
+        element, found = self.element, self.found
+        _, self.element, self.found = self.outer.pop()
+        self.expat.CharacterDataHandler = self.on_text[self.element.content]
+        if element is _TAG:
+            self.add_tag(**found)
+        elif element is _INSTANCE:
+            self.add_instance(found)
+        elif element is _RESERVATION:
+            self.check_reservation(found)
+        elif name in self.found:
+            self.refuse(f"a second {name}")
+        else:
+            self.found[name] = "".join(self.texts) if element is _LEAF else found
 
-    def start_within_text(name: str, _: object) -> None:
-        refuse(f"<{name}> within the text of {path}")
+    def add_tag(self, key: str = "", value: str | None = None) -> None:
+        """Add a tag to the list of them."""
+        if not key or key in self.found:
+            self.refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
+        if value is None:
+            self.refuse(f"the tag {key!r} without a value")
+        self.found[sys.intern(key)] = value
 
-    def end(name: str) -> None:
-        nonlocal path, token, owner, has_set, found, tags, unread
-        if unread:
-            unread -= 1
-            return
-        if path in _LEAVES:
-            parser.StartElementHandler = start
-            text = "".join(texts)
-            if path == _TOKEN:
-                if token is not None:
-                    refuse("a second nextToken")
-                token = text
-            elif path == _OWNER:
-                if owner is not None:
-                    refuse("a second ownerId in a reservation")
-                owner = text
-            elif name in found:
-                refuse(f"a second {name} in an instance or a tag")
-            else:
-                found[name] = text
-        elif path == _TAG:
-            key, value = found.pop("key", ""), found.pop("value", None)
-            if not key or key in tags:
-                refuse(f"the tag key {key!r} twice in an instance" if key else "a tag without a key")
-            if value is None:
-                refuse(f"the tag {key!r} without a value")
-            tags[sys.intern(key)] = value
-        elif path == _ITEM:
-            end_instance()
-            found, tags = {}, {}
-        elif path == _RESERVATION:
-            if not has_set:
-                refuse("a reservation without instancesSet")
-            if owner is not None and account_id and owner != account_id:
-                refuse(f"instances of the account {owner!r}")
-            owner, has_set = None, False
-        path = path[: -len(name) - 1]
-        parser.CharacterDataHandler = no_text if path in _CLOSED else None
-
-    def end_instance() -> None:
-        assert instances is not None
+    def add_instance(self, found: Mapping[str, Any]) -> None:
+        """Add an instance; the same one may come twice, if it moved between pages."""
+        instance_id, launch_time, kind, subnet, vpc = (found.get(name, "") for name in _TEXTS)
+        state = found.get("instanceState", {}).get("name")
+        profile = found.get("iamInstanceProfile", {}).get("arn", "")
+        operator = found.get("operator", {})
+        managed, service = operator.get("managed", "false"), operator.get("principal") or "unknown"
         try:
-            managed = found.get("managed", "false")
             if managed not in ("true", "false"):
                 raise ValueError(f"its managed is {managed!r}, not true or false")
-            instance = _instance(
-                *(found.get("instanceId"), found.get("name"), found.get("launchTime"), tags),
-                *(sys.intern(found.get(key, "")) for key in ("instanceType", "arn", "subnetId", "vpcId")),
-                _operator(managed == "true", found.get("principal")),
-            )
+            more = (kind, profile, subnet, vpc, service if managed == "true" else "")
+            instance = _instance(instance_id, state, launch_time, found.get("tagSet", {}), *more)
         except (TypeError, ValueError) as error:
-            refuse(f"an instance in the answer is not whole: {error}")
-        if known.setdefault(instance.instance_id, instance) is instance:
-            instances.append(instance)
-        elif known[instance.instance_id] != instance:
-            refuse(f"the instance {instance.instance_id} twice, and not the same")
+            self.refuse(f"an instance that is not whole: {error}")
+        if self.instances.setdefault(instance.instance_id, instance) != instance:
+            self.refuse(f"the instance {instance.instance_id} twice, and not the same")
 
-    parser.StartDoctypeDeclHandler = lambda *_: refuse("a DOCTYPE, as HTML has")
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    for piece in body:
-        parser.Parse(piece, False)
-    parser.Parse(b"", True)
-    return instances, token or ""
+    def check_reservation(self, found: Mapping[str, Any]) -> None:
+        """Refuse a reservation that is another account's, or lacks its instances."""
+        if "instancesSet" not in found:
+            self.refuse("a reservation without instancesSet")
+        owner = found.get("ownerId", self.account_id)
+        if self.account_id and owner != self.account_id:
+            self.refuse(f"instances of the account {owner!r}")
 
 
-def _operator(managed: Any, principal: str | None) -> str:
-    """Return which AWS service operates an instance; "" where none does."""
-    return sys.intern(principal or "unknown") if managed else ""
+def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
+    """Return the instances of an answer of DescribeInstances, and its token.
+
+    Takes the answer in pieces, and keeps only what is read: a page of 1,000 is 8 MB, and a tree of it 60 MB,
+    in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer, or is about
+    another account than the given one.
+    """
+    parser = _AnswerParser("DescribeInstances", _ROOT, account_id)
+    root = parser.read(body)
+    if "reservationSet" not in root:
+        parser.refuse("no reservationSet")
+    return list(parser.instances.values()), root.get("nextToken", "")
 
 
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
@@ -2734,86 +2718,78 @@ def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, st
         raise ValueError("no instance id or no state")
     # EC2 has made ids longer before; what people write has the lengths of today (INSTANCE_ID).
     if not re.fullmatch("i-[0-9a-f]+", instance_id):
-        raise ValueError(f"{shown_value(instance_id)} is no instance id")
+        raise ValueError(f"{shown_value(instance_id)} is not an instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
     except OverflowError as error:
-        raise ValueError(f"no time of this world: {launch_time}") from error
+        raise ValueError(f"not a possible time: {launch_time}") from error
     if launched.year < 1970:
         raise ValueError(f"launched before 1970: {launch_time}")
-    return Instance(instance_id, state, launched, tags, *more)
+    return Instance(instance_id, state, launched, tags, *map(sys.intern, more))
 
 
-CLOUDTRAIL_DAYS = 90  # that CloudTrail keeps events
-LAST_LAUNCH = datetime(9999, 1, 1, tzinfo=UTC)  # to look up: Python knows no later year than that
-LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second of an account and region (its API reference)
+CLOUDTRAIL_DAYS = 90  # for which CloudTrail keeps events
+LAST_LAUNCH = datetime(9999, 1, 1, tzinfo=UTC)  # to look up: Python knows no later year
+LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second in an account and region (its API reference)
 MAX_EVENT_PAGES = 10
 
 
 def describe_creators(
     client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
 ) -> Iterator[list[tuple[str, Creator]]]:
-    """Yield who made instances of the client's account and region, until a time of the monotonic clock.
+    """Yield who created instances, given by id and launch time, until a time of the monotonic clock.
 
-    Takes the instances' ids and launch times. One RunInstances makes many of them, so that one lookup may answer
-    for all of these. Raises TargetError.
+    One RunInstances may create many of them, and answers for all. Raises TargetError.
     """
     waiting = dict(launches)
-    next_call = 0.0
-    while waiting:
-        instance_id = next(iter(waiting))
-        launched = min(waiting[instance_id], LAST_LAUNCH)
-        around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
-        made: list[tuple[str, Creator]] = []
-        # To start a stopped instance renews its launch time: then any time will do.
-        for window, pages in ((around, 1), ({}, MAX_EVENT_PAGES)):
-            token: dict[str, str] = {}
-            for _ in range(0 if made else pages):
-                time.sleep(max(0.0, next_call - time.monotonic()))
-                next_call = time.monotonic() + LOOKUP_PAUSE
-                if next_call > deadline:
-                    return
-                by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
-                try:
-                    page = call_aws(
-                        client, "LookupEvents", deadline, LookupAttributes=by_id, **window, **token
-                    )
-                except TargetError:
-                    if time.monotonic() < deadline:
-                        raise
-                    return
-                if "Events" not in page:
-                    raise target_error("ForeignAnswer", "no Events", "cloudtrail:LookupEvents")
-                made = [pair for event in page["Events"] for pair in creators_of(event)]
-                following = next_token(page, "cloudtrail:LookupEvents")
-                token = {"NextToken": following} if following else {}
-                if made or not token:
-                    break
-        nobody = (instance_id, Creator(None, "CloudTrail has no RunInstances of it"))
-        yield [pair for pair in made if waiting.pop(pair[0], None)]
+    while waiting and time.monotonic() < deadline:
+        instance_id, launched = next(iter(waiting.items()))
+        try:
+            created = _look_up_creator(client, instance_id, min(launched, LAST_LAUNCH), deadline)
+        except TargetError:
+            if time.monotonic() < deadline:
+                raise
+            return
+        yield [pair for pair in created if waiting.pop(pair[0], None)]
         if waiting.pop(instance_id, None):
-            yield [nobody]
+            yield [(instance_id, Creator(None, "CloudTrail has no RunInstances of it"))]
+
+
+def _look_up_creator(
+    client: Any, instance_id: str, launched: datetime, deadline: float
+) -> list[tuple[str, Creator]]:
+    """Return what creators_of finds in the first page of events that has any creator; raises TargetError."""
+    by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
+    around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
+    # Starting a stopped instance changes its launch time: then all times are looked at.
+    for window, limit in ((around, 1), ({}, MAX_EVENT_PAGES)):
+        pages = read_pages(client, "LookupEvents", "Events", deadline, LookupAttributes=by_id, **window)
+        for events in itertools.islice(pages, limit):
+            if created := [pair for event in events for pair in creators_of(event)]:
+                return created
+    return []
 
 
 def creators_of(event: Any) -> list[tuple[str, Creator]]:
-    """Return each instance that an event of CloudTrail made, and who made it; the event may be of any JSON."""
-    resources = event.get("Resources") if isinstance(event, Mapping) else None
-    ids = [
-        text_at(item, "ResourceName")
-        for item in (resources if isinstance(resources, list) else ())
-        if text_at(item, "ResourceType") == "AWS::EC2::Instance"
-    ]
+    """Return each instance that a CloudTrail event created, and who created it; the event may be any JSON."""
     if text_at(event, "EventName") != "RunInstances":
         return []
     try:
         detail = json.loads(text_at(event, "CloudTrailEvent"))
     except (ValueError, RecursionError):
-        return [(instance_id, Creator(None, "the event cannot be read")) for instance_id in ids]
-    if isinstance(detail, Mapping) and detail.get("errorCode"):
-        return []
-    who = creator_name(detail.get("userIdentity") if isinstance(detail, Mapping) else None)
-    return [(instance_id, who) for instance_id in ids]
+        who = Creator(None, "the event cannot be read")
+    else:
+        detail = detail if isinstance(detail, Mapping) else {}
+        if detail.get("errorCode"):
+            return []
+        who = creator_name(detail.get("userIdentity"))
+    resources = event.get("Resources")
+    return [
+        (text_at(item, "ResourceName"), who)
+        for item in (resources if isinstance(resources, list) else ())
+        if text_at(item, "ResourceType") == "AWS::EC2::Instance"
+    ]
 
 
 def creator_name(identity: Any) -> Creator:
@@ -2826,12 +2802,13 @@ def creator_name(identity: Any) -> Creator:
         return Creator(f"{by} (automation)")
     if role.startswith("AWSReservedSSO_"):
         return Creator(f"{session} (SSO {role.removeprefix('AWSReservedSSO_').rpartition('_')[0]})")
-    known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
-    if kind == "AssumedRole":
-        known = f"{role or arn.split('/')[1]}/{session}" if "/" in arn else role or known
-    elif kind == "Root":
+    if kind == "Root":
         return Creator(f"root of {text_at(identity, 'accountId') or 'the account'}")
-    return Creator(known) if known else Creator(None, "the event names nobody")
+    if kind == "AssumedRole" and "/" in arn:
+        return Creator(f"{role or arn.split('/')[1]}/{session}")
+    known = text_at(identity, "userName") or arn or text_at(identity, "principalId")
+    name = (role if kind == "AssumedRole" else "") or known
+    return Creator(name) if name else Creator(None, "the event names nobody")
 
 
 def text_at(value: Any, *path: str) -> str:
@@ -2841,149 +2818,91 @@ def text_at(value: Any, *path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def split_s3(location: str) -> tuple[str, str]:
-    """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
-    bucket, _, key = location.removeprefix("s3://").partition("/")
-    if not bucket or not key or key.endswith("/"):
-        raise UsageError(f"{printable(location)}: name the state as s3://BUCKET/KEY")
-    return bucket, key
-
-
 def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
-    """Read what `aws ec2 describe-instances` printed (`-`: standard input), and whether it is all of it.
+    """Read what `aws ec2 describe-instances` printed, and whether it is complete; `-` is standard input.
 
     The account is the OwnerId, the region comes from the zone. Raises UsageError.
     """
     shown = "standard input" if path == "-" else path
+    place = " is not what `aws ec2 describe-instances --output json` prints"
+    targets: dict[Target, list[Instance]] = {}
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = content.decode(json.detect_encoding(content))
         answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-        reservations = answer["Reservations"]
-    except OSError as error:
-        raise UsageError(f"cannot read {shown}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{shown} is not what `aws ec2 describe-instances --output json` prints: "
-            + ("it has no Reservations" if isinstance(error, (KeyError, TypeError)) else str(error))
-        ) from error
-    targets: dict[Target, list[Instance]] = {}
-    place = "Reservations"
-    try:
-        for index, reservation in enumerate(_listed(reservations)):
-            place = f"Reservations[{index}]"
-            owner = _account_id(_text(reservation, "OwnerId"))
-            for number, item in enumerate(_listed(reservation["Instances"])):
-                place = f"Reservations[{index}].Instances[{number}]"
-                target = Target(owner, zone_region(_text(item, "Placement", "AvailabilityZone")))
+        for index, reservation in enumerate(_at(answer, list, "Reservations")):
+            place = f": Reservations[{index}]"
+            owner = _account_id(_at(reservation, str, "OwnerId"))
+            for number, item in enumerate(_at(reservation, list, "Instances")):
+                place = f": Reservations[{index}].Instances[{number}]"
+                target = Target(owner, zone_region(_at(item, str, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
-        place = "NextToken"
+        place = ": NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
             raise ValueError(f"the key {shown_value(misspelt[0])} in place of NextToken")
-        complete = answer.get("NextToken") is None or not _text(answer, "NextToken")
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{shown}: {place}: {what}") from error
+        complete = answer.get("NextToken") is None or not _at(answer, str, "NextToken")
+    except OSError as error:
+        raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{shown}{place}: {_complaint(error)}") from error
     return targets, complete
 
 
 def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
-    """Read saved files as one, each instance once, and return the last file that is not whole; raises UsageError."""
-    targets: dict[Target, dict[str, tuple[Instance, str]]] = {}
+    """Read saved files as one, each instance once, and return the last that is cut; raises UsageError."""
+    fleet: dict[Target, dict[str, tuple[Instance, str]]] = {}
     cut = ""
     for path in paths:
-        loaded, complete = load_instances(path)
+        targets, complete = load_instances(path)
         cut = cut if complete else path
-        for target, instances in loaded.items():
-            known = targets.setdefault(target, {})
+        for target, instances in targets.items():
+            known = fleet.setdefault(target, {})
             for instance in instances:
                 other, source = known.setdefault(instance.instance_id, (instance, path))
                 if other != instance:
                     what = "other tags" if other.tags != instance.tags else "another state or launch"
                     where = f"twice in {path}" if source == path else f"in {source} and in {path}"
-                    raise UsageError(
-                        f"{instance.instance_id} in {target} is {where}, with {what}: save it again, in one file"
-                    )
-    return {target: [pair[0] for pair in known.values()] for target, known in targets.items()}, cut
-
-
-PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
-
-
-HOURS_A_MONTH = 730  # as AWS's own calculator has it
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What an hour of an instance costs, by instance type and region."""
-
-    hourly: Mapping[tuple[str, str], float]
-
-    def monthly_cost(self, instance: Instance, region: str) -> float | None:
-        """Return what an instance costs in a month as it is now; None where its price is not known."""
-        hourly = self.hourly.get((instance.instance_type, region))
-        if hourly is None:
-            return None
-        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
-        return hourly * HOURS_A_MONTH if runs else 0.0
-
-
-def load_prices(path: str) -> Prices:
-    """Read a CSV of instance type, region and hourly price, with a line that names the columns; raises UsageError."""
-    hourly: dict[tuple[str, str], float] = {}
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            if not set(PRICE_COLUMNS) <= {*(table.fieldnames or ())}:
-                raise UsageError(f"{path}:1: the first line must name the columns {','.join(PRICE_COLUMNS)}")
-            for row in table:
-                kind, region, price = (str(row[column] or "").strip() for column in PRICE_COLUMNS)
-                if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", price):
-                    message = f"{path}:{table.line_num}: {shown_value(price)} is no price: write it as 0.0832"
-                    raise UsageError(message)
-                if not is_region(region):
-                    raise UsageError(f"{path}:{table.line_num}: AWS has no region {shown_value(region)}")
-                hourly[kind, region] = float(price)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is no CSV in UTF-8: {error}") from error
-    return Prices(hourly)
+                    where = f"{instance.instance_id} in {target} is {where}"
+                    raise UsageError(f"{where}, with {what}: save it again, in one file")
+    return {target: [instance for instance, _ in known.values()] for target, known in fleet.items()}, cut
 
 
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
+    paths = ("InstanceId",), ("State", "Name"), ("LaunchTime",)
+    instance_id, state, launch_time = (_at(item, str, *path) for path in paths)
     tags: dict[str, str] = {}
-    instance_id = _text(item, "InstanceId")
-    for tag in _listed(item.get("Tags", [])):
-        key = _text(tag, "Key")
+    for tag in _at(item, list, "Tags") if "Tags" in item else ():
+        key = _at(tag, str, "Key")
         if not key or key in tags:
-            raise ValueError(
-                f"it has the tag key {shown_value(key)} twice" if key else "it has a tag without a key"
-            )
-        tags[key] = _text(tag, "Value")
-    more = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
-    texts = [_text(item, *path) if item.get(path[0]) is not None else "" for path in more]
-    operator = item.get("Operator") or {}
-    if not isinstance(operator, dict) or not isinstance(operator.get("Managed", False), bool):
-        raise TypeError("its Operator is not an object with Managed, true or false")
-    principal = _text(operator, "Principal") if "Principal" in operator else None
-    texts.append(_operator(operator.get("Managed"), principal))
-    return _instance(instance_id, _text(item, "State", "Name"), _text(item, "LaunchTime"), tags, *texts)
+            raise ValueError(f"it has the tag key {shown_value(key)} twice" if key else "a tag without a key")
+        tags[key] = _at(tag, str, "Value")
+    optional = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
+    more = [_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
+    operator = _at(item, dict, "Operator") if item.get("Operator") else {}
+    managed = "Managed" in operator and _at(operator, bool, "Managed")
+    service = (_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
+    return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
-def _text(value: Any, *path: str) -> str:
-    """Return the text at a path of a saved answer; raises KeyError, TypeError or ValueError."""
+def _at(value: Any, kind: type[T], *path: str) -> T:
+    """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
-            raise TypeError(f"{shown_value(value)} stands where an object with {key} should")
+            raise TypeError(f"{shown_value(value)} in place of an object with {key}")
         value = value[key]
-    if not isinstance(value, str):
-        raise TypeError(f"its {path[-1]} is {shown_value(value)}, not text")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+    if not isinstance(value, kind):
+        what = {str: "text", list: "a list", dict: "an object", bool: "true or false"}[kind]
+        raise TypeError(f"its {path[-1]} is {shown_value(value)}, not {what}")
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {path[-1]} {shown_value(value)} holds half a character (a lone surrogate)")
     return value
+
+
+def _complaint(error: Exception) -> str:
+    """Return what an error says of an answer; a KeyError says only the key."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3000,17 +2919,10 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _listed(value: Any) -> list[Any]:
-    """Return a list if the value is one; raises TypeError."""
-    if not isinstance(value, list):
-        raise TypeError(f"{shown_value(value)} stands where a list should")
-    return value
-
-
-def _account_id(text: Any) -> str:
-    """Return an account id if the text is one; raises ValueError."""
-    if not isinstance(text, str) or not re.fullmatch(ACCOUNT_ID, text):
-        raise ValueError(f"{shown_value(text)} is no account id")
+def _account_id(text: str) -> str:
+    """Return a text that is an account id; raises ValueError."""
+    if not re.fullmatch(ACCOUNT_ID, text):
+        raise ValueError(f"{shown_value(text)} is not an account id")
     return text
 
 
@@ -3018,8 +2930,50 @@ def zone_region(zone: str) -> str:
     """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
     match = re.match(REGION_NAME, zone)
     if not match:
-        raise ValueError(f"{shown_value(zone)} is no availability zone")
+        raise ValueError(f"{shown_value(zone)} is not an availability zone")
     return match[0]
+
+
+PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
+HOURS_A_MONTH = 730  # as in AWS's own calculator
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What an hour of an instance costs, by instance type and region."""
+
+    hourly: Mapping[tuple[str, str], float]
+
+    def monthly_cost(self, instance: Instance, region: str) -> float | None:
+        """Return what an instance in its present state costs in a month; None without its price."""
+        hourly = self.hourly.get((instance.instance_type, region))
+        if hourly is None:
+            return None
+        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
+        return hourly * HOURS_A_MONTH if runs else 0.0
+
+
+def load_prices(path: str) -> Prices:
+    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
+    hourly: dict[tuple[str, str], float] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            if not set(PRICE_COLUMNS) <= {*(table.fieldnames or ())}:
+                raise UsageError(f"{path}:1: the first line must name the columns {','.join(PRICE_COLUMNS)}")
+            for row in table:
+                kind, region, price = (str(row[column] or "").strip() for column in PRICE_COLUMNS)
+                place = f"{path}:{table.line_num}"
+                if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", price):
+                    raise UsageError(f"{place}: {shown_value(price)} is not a price: write it as 0.0832")
+                if not is_region(region):
+                    raise UsageError(f"{place}: AWS has no region {shown_value(region)}")
+                hourly[kind, region] = float(price)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    return Prices(hourly)
 
 
 ########################################################################################################
@@ -3459,65 +3413,59 @@ class LocalState:
             copy_state(self.path, copy)
 
 
+# ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often to try again -------
+
 S3_TRIES = 40
-S3_DAMAGED = 2  # answers that may be the network's fault; then it is the state that is damaged
-S3_TIME_OUTS = 2  # each may take S3_SECONDS
-S3_SECONDS = 1800.0  # of one transfer: a state of a gigabyte over a slow line
+# So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
+S3_LIMITS = {"damaged": 3, "timed out": 2}
+S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
 
 
-class _DamagedError(StateError):
-    """A copy of the state is not whole, perhaps because its transfer was not."""
+class _RetryError(StateError):
+    """A transfer of the state failed in a way that may pass: S3 or the state is busy, or see S3_LIMITS."""
 
-
-class _PassingError(Exception):
-    """S3 refused or failed in a way that may pass."""
-
-    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+    def __init__(self, message: str, kind: Literal["busy", "damaged", "timed out"] = "busy") -> None:
         super().__init__(message)
-        self.timed_out = timed_out
+        self.kind = kind
+
+
+_HoldSignals = Callable[[], Callable[[], None]]  # returns what lets them come again
 
 
 class S3State:
-    """A state in S3, recorded into a copy that takes its place only if nobody else was faster.
+    """A state in S3, recorded into a copy that takes its place only if no other scan was faster.
 
     Without `create` a missing one is a MissingStateError.
     """
 
     def __init__(
-        self,
-        s3: Any,
-        bucket: str,
-        key: str,
-        path: Path,
-        hold_signals: Callable[[], Callable[[], None]],
-        *,
-        create: bool = True,
+        self, s3: Any, bucket: str, key: str, path: Path, hold_signals: _HoldSignals, *, create: bool = True
     ) -> None:
+        self.path, self.name, self._create = path, f"s3://{bucket}/{key}", create
         self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
-        self._create = create
-        self._release: Callable[[], None] | None = None
-        self.path, self.name = path, f"s3://{bucket}/{key}"
+        self._held = contextlib.ExitStack()
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
         next(self.attempts())
 
     def copy(self, copy: Path) -> None:
-        """Copy it, where there is one; raises StateError."""
+        """Copy it, if it exists; raises StateError."""
         self.check()
         copy_state(self.path, copy)
 
     def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield a fresh copy to record into, as often as it takes until one stands; raises StateError.
+        """Yield a fresh copy to record into, until one takes the state's place; raises StateError.
 
-        A put whose answer was lost is repeated by the SDK, and then refused because of itself: only the scan's
-        id in the state tells that it was not another's.
+        The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the scan's
+        id in the state tells that it was not another scan's.
         """
-        failure, time_outs, damaged, recorded = "", 0, 0, False
+        failures: list[_RetryError] = []
+        recorded = False
         for number in range(S3_TRIES):
-            if number:
-                LOG.debug("%s: %s; trying again", self.name, failure)
+            if failures:
+                LOG.debug("%s: %s; trying again", self.name, failures[-1])
                 time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
             try:
                 etag = self._download()
@@ -3527,112 +3475,99 @@ class S3State:
                 recorded = True
                 self._upload(etag)
                 return
-            except _PassingError as error:
-                failure = str(error)
-                time_outs += error.timed_out
-                if time_outs >= S3_TIME_OUTS:
+            except _RetryError as error:
+                failures.append(error)
+                alike = sum(failure.kind == error.kind for failure in failures)
+                if alike >= S3_LIMITS.get(error.kind, S3_TRIES):
                     break
-            except _DamagedError as error:
-                failure = str(error)
-                damaged += 1
-                if damaged > S3_DAMAGED and not recorded:
-                    raise
-                if damaged > S3_DAMAGED:
-                    break
+        if failures[-1].kind == "damaged" and not recorded:
+            raise failures[-1]
         raise UploadError(
-            f"the state {self.name}: given up after {counted(number + 1, 'try', 'tries')}, the last of which ended in "
-            f"{failure}; the scan is not recorded, run again"
+            f"the state {self.name}: given up after {counted(len(failures), 'try', 'tries')}, the last of "
+            f"which ended in {failures[-1]}; the scan is not recorded, run again"
         )
 
     def _download(self) -> str | None:
-        """Fetch the state and check it; returns its ETag, or None where there is none and a new one begins."""
+        """Fetch the state and check it; return its ETag, or None where a new state begins."""
+
+        def fetch() -> Mapping[str, Any]:
+            answer: dict[str, Any] = self._s3.get_object(**self._object)
+            shutil.copyfileobj(answer["Body"], file)
+            return answer
+
         new = self.path.with_suffix(".new")
-        new.unlink(missing_ok=True)
-        answer = self._call("get_object")
-        if answer and "ETag" not in answer:
-            raise self._foreign_answer()
-        if answer:
-            with new.open("wb") as file:
-                self._call(lambda: shutil.copyfileobj(answer["Body"], file))
-        elif not self._create:
+        with new.open("wb") as file:
+            etag = self._call("GetObject", fetch)
+        if not etag:
+            new.unlink()
+        if not (etag or self._create):
             raise _missing(self.name)
         self._check(new)
         new.replace(self.path)
-        return str(answer["ETag"]) if answer else None
+        return etag
 
     def _upload(self, etag: str | None) -> None:
-        """Put the copy in the place of what it was made from, or of nothing; signals wait for the end of it."""
+        """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        self._release = self._hold_signals()  # a put that is cut off may have been carried out
+        self._held.callback(self._hold_signals())  # a put that is cut off may have been carried out
         try:
             with self.path.open("rb") as body:
-                answer = self._call("put_object", Body=body, **condition)
-            if answer is None:
-                raise _PassingError("the state was deleted meanwhile")
-            if "ETag" not in answer:
-                raise self._foreign_answer()
-        except (_PassingError, StateError):
+                arguments = {"Body": body, **self._object, **condition}
+                if not self._call("PutObject", lambda: self._s3.put_object(**arguments)):
+                    raise _RetryError("the state was deleted meanwhile")
+        except StateError:
             self.release_signals()
             raise
 
     def release_signals(self) -> None:
-        """Let signals come again that were held back since a put that stands."""
-        release, self._release = self._release, None
-        if release:
-            release()
-
-    def _foreign_answer(self) -> _DamagedError:
-        """Return the error of an answer that is not S3's."""
-        return _DamagedError(
-            f"the state {self.name}: the answer is not S3's: check the network and the proxy"
-        )
+        """Let the signals come again that a put has held back."""
+        self._held.close()
 
     def _check(self, path: Path) -> None:
-        """Check a copy of the state; raises _DamagedError."""
+        """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""
         try:
             check_state(path, self.name)
         except StateError as error:
-            raise _DamagedError(str(error)) from error
+            raise _RetryError(str(error), "damaged") from error
 
-    def _call(self, operation: str | Callable[[], None], **arguments: Any) -> Any:
-        """Return what S3 answers, None where the object is not there; raises _PassingError or StateError.
+    def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
+        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
 
-        409 ConditionalRequestConflict is for the caller to try again (S3 user guide, conditional writes), and
-        botocore never does.
+        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
+        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
         """
-        import botocore.exceptions as exceptions
-
-        call = operation if callable(operation) else getattr(self._s3, operation)
-        given = {} if callable(operation) else self._object | arguments
         try:
-            return within(S3_SECONDS, lambda: call(**given))
-        except exceptions.ClientError as error:
-            code, message, _ = failure_of(error)
-            if code == "NoSuchKey":
+            answer = within(S3_SECONDS, call)
+        except Exception as cause:
+            error = call_error(cause, f"s3:{operation}")
+        else:
+            if "ETag" in answer:
+                return str(answer["ETag"])
+            message = f"the state {self.name}: the answer is not S3's: check the network and the proxy"
+            raise _RetryError(message, "damaged")
+        if isinstance(error, CallError):
+            if error.code == "NoSuchKey":
                 return None
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status in (409, 412, 429) or status >= 500 or code in ("SlowDown", "RequestTimeout"):
-                raise _PassingError(f"{code}: {message}") from error
-            advice = {
-                "AccessDenied": "allow s3:GetObject, s3:PutObject and s3:ListBucket (tagcheck.py iam-policy)",
-                "NoSuchBucket": "create the bucket, or correct its name",
-                "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it",
-            }.get(code, ADVICE.get(code, "check --state"))
-            raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
-        except Exception as error:
-            try:
-                code, message, passes = failure_of(error)
-            except CredentialsError as unusable:
-                raise StateError(f"the state {self.name}: {unusable}") from error
-            if passes or code == "CallTimeout":
-                message = f"{code}: {message}" if message else code
-                raise _PassingError(message, timed_out=code == "CallTimeout") from error
-            advice = ADVICE.get(code, "check --state")
-            raise StateError(f"the state {self.name}: {code}: {printable(message)}; {advice}") from error
+            if error.code == "CallTimeout":
+                raise _RetryError(str(error), "timed out")
+            passes = error.transient or error.status in (409, 412, 429) or error.status >= 500
+            if passes or error.code in ("SlowDown", "RequestTimeout"):
+                raise _RetryError(str(error))
+        raise StateError(f"the state {self.name}: {error}") from error
+
+
+def split_s3(location: str) -> tuple[str, str]:
+    """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
+    bucket, _, key = location.removeprefix("s3://").partition("/")
+    if not bucket or not key or key.endswith("/"):
+        raise UsageError(f"{printable(location)}: name the state as s3://BUCKET/KEY")
+    return bucket, key
 
 
 State = LocalState | S3State
+
+# ---- What a scan saw ---------------------------------------------------------------------------------
 
 
 def open_sightings() -> sqlite3.Connection:
@@ -6638,7 +6573,7 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
     try:
         pages = [*describe_instances(client, InstanceIds=ids)]
     except TargetError as error:
-        if not error.code.startswith("InvalidInstanceID"):
+        if not is_gone(error):
             raise
         # One is gone. A filter ignores it, but takes several calls.
         filters = [{"Name": "instance-id", "Values": values} for values in _in_parts(ids, FILTER_VALUES)]
@@ -6677,13 +6612,12 @@ def write_tags(
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
             if WRITTEN not in answer:  # as in a captive portal's "200 OK"
                 message = "the answer does not say that it is done"
-                raise target_error("ForeignAnswer", message, f"ec2:{operation}")
+                raise CallError("ForeignAnswer", message, f"ec2:{operation}")
             yield batch, None
         except TargetError as error:
             if not is_of_instance(error):
                 raise
-            is_gone = error.code.startswith("InvalidInstanceID")
-            if gone := is_gone and set(re.findall(INSTANCE_ID, error.message)).intersection(batch):
+            if gone := is_gone(error) and set(re.findall(INSTANCE_ID, error.message)).intersection(batch):
                 yield [*gone], error
                 batches += _in_parts([id_ for id_ in batch if id_ not in gone], WRITE_BATCH)
             elif len(batch) > 1 and next(splits, None) is not None:
@@ -6891,7 +6825,7 @@ def _result(
     """Return what became of a row after its call; `after` are the tags after an error of the target."""
     if error is None:
         return Result.WRITTEN, ""
-    if error.code.startswith("InvalidInstanceID"):
+    if is_gone(error):
         return Result.GONE, str(error)
     if is_of_instance(error):
         return Result.FAILED, str(error)
@@ -7331,14 +7265,15 @@ def _report(
 def _look_up_creators(
     args: argparse.Namespace, aws: Aws, db: sqlite3.Connection, path: Path, scan: Scan
 ) -> Iterator[str]:
-    """Keep who made what was found and has no creator yet, and yield what is to be said of it; fails no scan."""
+    """Keep who created the instances with findings, where not yet known, and yield notices; fails no scan."""
     deadline = time.monotonic() + args.creators_budget.total_seconds()
     since = scan.started_at - timedelta(days=CLOUDTRAIL_DAYS)
     waiting = fetch_uncreated(db, path, scan, since)
     add_unknown_creators(db, since, f"launched more than {CLOUDTRAIL_DAYS} days ago")
-    number = sum(map(len, waiting.values()))
-    if number:
-        LOG.info("Looking up who made %s, for at most %s", counted(number, "instance"), args.creators_budget)
+    left = {target: {instance_id for instance_id, _ in launches} for target, launches in waiting.items()}
+    if number := sum(map(len, left.values())):
+        what = counted(number, "instance")
+        LOG.info("Looking up who created %s, for at most %s", what, args.creators_budget)
 
     def describe(target: Target) -> Iterator[list[tuple[str, Creator]]]:
         with aws.account(target.account_id):
@@ -7347,18 +7282,14 @@ def _look_up_creators(
 
     for target, creators in read_in_parallel([*waiting], describe, args.workers):
         if isinstance(creators, TargetError):
-            rest = [(instance_id, Creator(None, creators.code)) for instance_id, _ in waiting[target]]
-            number -= len(rest)
-            add_creators(db, target, rest)
-            yield f"Who made the instances in {target} was not looked up: {creators}"
-        elif creators:
-            number -= len(creators)
+            yield f"Who created the instances in {target} was not looked up: {creators}"
+            creators = [(instance_id, Creator(None, creators.code)) for instance_id in left[target]]
+        if creators:
             add_creators(db, target, creators)
-            known = {instance_id for instance_id, _ in creators}
-            waiting[target] = [entry for entry in waiting[target] if entry[0] not in known]
-    if number > 0:
+            left[target] -= {instance_id for instance_id, _ in creators}
+    if number := sum(map(len, left.values())):
         yield (
-            f"Who made {counted(number, 'instance')} was not looked up within --creators-budget "
+            f"Who created {counted(number, 'instance')} was not looked up within --creators-budget "
             f"{int(args.creators_budget.total_seconds())}s: the next scan goes on"
         )
 
@@ -7456,7 +7387,7 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
     def enter(account_id: str) -> Iterator[list[str]]:
         if accounts[account_id] != "ACTIVE":
             message = f"Organizations says {accounts[account_id]!r}"
-            raise target_error("UnknownAccountState", message, "organizations:ListAccounts")
+            raise CallError("UnknownAccountState", message, "organizations:ListAccounts")
         if policy.accounts is None or account_id == caller:
             aws.enter_own(account_id)
         else:
@@ -7791,19 +7722,21 @@ def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
 
-    `scan` is the caller's; `member` and `member_trust` are the role's in the other accounts, and its trust
-    policy's; `remediate` is for whoever writes tags, and should be another role.
+    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is
+    for whoever writes tags, and should be another role.
     """
-    describing = allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")
-    reading = [describing, *([allow_statement(CREATOR_ACTIONS, "*")] if creators else [])]
+    accounts, notify = policy.accounts, policy.notify
+    reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
+    if creators:
+        reading.append(allow_statement(CREATOR_ACTIONS, "*"))
+    listing = []
+    if accounts and accounts.organization:
+        listing.append(allow_statement(["organizations:ListAccounts"], "*"))
     scan, documents = [*reading], {}
-    accounts = policy.accounts
     if accounts:
         members = ["*"] if accounts.organization else accounts.ids
         roles = [f"arn:*:iam::{account_id}:role/{accounts.role_name}" for account_id in members]
-        scan.append(allow_statement(["sts:AssumeRole"], roles))
-        if accounts.organization:
-            scan.append(allow_statement(["organizations:ListAccounts"], "*"))
+        scan += [allow_statement(["sts:AssumeRole"], roles), *listing]
         trust = {
             "Effect": "Allow",
             "Principal": {"AWS": f"arn:aws:iam::{policy.expected_account or 'CALLER-ACCOUNT-ID'}:root"},
@@ -7815,16 +7748,13 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
     if state.startswith("s3://"):
         bucket, key = split_s3(state)
         scan.append(allow_statement(["s3:GetObject", "s3:PutObject"], f"arn:*:s3:::{bucket}/{key}"))
-        # Without it S3 answers 403 for a state that is not there yet, as for one that may not be read.
-        scan.append(
-            allow_statement(
-                ["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition={"StringLike": {"s3:prefix": key}}
-            )
-        )
-    if policy.notify and policy.notify.sns:
-        scan.append(allow_statement(["sns:Publish"], policy.notify.sns.topic_arn))
-    if policy.notify and policy.notify.email:
-        sender = {"StringEquals": {"ses:FromAddress": policy.notify.email.sender}}
+        # Without it S3 answers 403 for a state that does not exist yet, as for one that may not be read.
+        prefix = {"StringLike": {"s3:prefix": key}}
+        scan.append(allow_statement(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition=prefix))
+    if notify and notify.sns:
+        scan.append(allow_statement(["sns:Publish"], notify.sns.topic_arn))
+    if notify and notify.email:
+        sender = {"StringEquals": {"ses:FromAddress": notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
     keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
     writing = allow_statement(
@@ -7832,14 +7762,8 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         "arn:*:ec2:*:*:instance/*",
         Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
     )
-    listing = (
-        [allow_statement(["organizations:ListAccounts"], "*")] if accounts and accounts.organization else []
-    )
-    return {
-        "scan": policy_document(scan),
-        **documents,
-        "remediate": policy_document([allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]),
-    }
+    remediate = [allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]
+    return {"scan": policy_document(scan), **documents, "remediate": policy_document(remediate)}
 
 
 def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
@@ -7944,7 +7868,7 @@ def _describe_instance(
                 yield Target(account_id, region), instance, known.get(Target(account_id, region))
                 return
         except TargetError as error:
-            if not error.code.startswith("InvalidInstanceID"):
+            if not is_gone(error):
                 raise
     raise UsageError(
         f"account {account_id} has no {args.instance} in {', '.join(regions)}: say with --region where it is"

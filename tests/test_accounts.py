@@ -276,7 +276,7 @@ def test_what_was_not_read_is_said_once_everywhere(fleet: Fleet) -> None:
         for account_id, region in unread
     )
     [denied] = [line for line in said if "AccessDenied" in line]
-    assert "the role is not there, or does not trust these credentials" in denied
+    assert "the role does not exist, or does not trust the caller" in denied
     assert f"arn:aws:iam::{fleet.denied}:role/{ROLE}" in denied
 
 
@@ -405,15 +405,15 @@ LISTINGS = {
     "account without an id": Listing(answers([account(MEMBER), {"State": "ACTIVE"}]), (), ("Id",)),
     "account that is text": Listing(answers({"Accounts": [OWN]}), ()),
     "account that is null": Listing(answers({"Accounts": [None]}), ()),
-    "id that is a number": Listing(answers([account(MEMBER), account(7)]), (), ("7 is no account id",)),  # type: ignore[arg-type]
-    "id that is too short": Listing(answers([account(MEMBER), account("1234")]), (), ("'1234' is no",)),
+    "id that is a number": Listing(answers([account(MEMBER), account(7)]), (), ("its Id is 7, not text",)),  # type: ignore[arg-type]
+    "id that is too short": Listing(answers([account(MEMBER), account("1234")]), (), ("'1234' is not",)),
     "id that is null": Listing(answers({"Accounts": [{"State": "ACTIVE"}]}), (), ("Id",)),
     "one id with two states": Listing(
         answers([account(MEMBER)], [account(MEMBER, "SUSPENDED")]), (), (MEMBER, "SUSPENDED")
     ),
     "one id twice": Listing(answers([account(MEMBER)], [account(MEMBER)]), (MEMBER,)),
     "state that is a list": Listing(
-        answers({"Accounts": [{"Id": MEMBER, "State": ["ACTIVE"]}]}), (), (MEMBER,)
+        answers({"Accounts": [{"Id": MEMBER, "State": ["ACTIVE"]}]}), (), ("its State is",)
     ),
     "token that is a number": Listing(answers({"Accounts": [account(MEMBER)], "NextToken": 7}), ()),
     "token that is false": Listing(answers({"Accounts": [account(MEMBER)], "NextToken": False}), ()),
@@ -425,7 +425,7 @@ LISTINGS = {
     "no account at all": Listing(answers([]), ()),
     "nothing in the second answer": Listing(answers([account(MEMBER)], {}), (), ("Accounts",)),
     "captive portal": Listing(
-        {"kind": "body", "body": b"<html>Log in</html>", "content_type": "text/html"}, (), ("is not that of",)
+        {"kind": "body", "body": b"<html>Log in</html>", "content_type": "text/html"}, (), ("is not AWS's",)
     ),
     "not allowed on the second page": Listing(
         answers([account(MEMBER)], {"__type": "AccessDeniedException"}),
@@ -766,7 +766,7 @@ EMPTY = NOT_AWS.replace(b"<x/>", b"<AssumeRoleResult/>")
 ROLES = {
     "no trouble": Role(),
     "throttled once": Role((refuses(400, "Throttling", times=1),), assumed=2),
-    "denied": lost("AccessDenied", refuses(403, "AccessDenied"), says="does not trust these credentials"),
+    "denied": lost("AccessDenied", refuses(403, "AccessDenied"), says="does not trust the caller"),
     "STS is not enabled there": lost("RegionDisabledException", refuses(403, "RegionDisabledException")),
     "throttled for ever": lost("Throttling", refuses(400, "Throttling"), says="throttled", assumed=2),
     "dropped for ever": lost("ConnectionClosedError", {"kind": "drop"}, assumed=4),

@@ -912,7 +912,7 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             id="two lists of instances",
         ),
         pytest.param(
-            with_items(ITEM.format("i-0a<b>7</b>", "")), "<b> within the text", id="an element within a text"
+            with_items(ITEM.format("i-0a<b>7</b>", "")), "an unknown <b>", id="an element within a text"
         ),
         pytest.param(
             with_items(ITEM.format("i-0a", "")[:-7] + "<a>" * 600 + "</a>" * 600 + "</item>"),
@@ -996,8 +996,8 @@ def swapped(old: str, new: str) -> bytes:
             swapped(ACCOUNT_ID, OTHER_ACCOUNT), f"account '{OTHER_ACCOUNT}'", id="another account's instance"
         ),
         pytest.param(swapped(OWNER, OWNER * 2), "a second ownerId", id="owner twice"),
-        pytest.param(swapped("i-0a", "../../x"), "no instance id", id="id that is a path"),
-        pytest.param(swapped("i-0a", " i-0a "), "no instance id", id="id with blanks"),
+        pytest.param(swapped("i-0a", "../../x"), "not an instance id", id="id that is a path"),
+        pytest.param(swapped("i-0a", " i-0a "), "not an instance id", id="id with blanks"),
         pytest.param(
             swapped("<tagSet>", "<operator><managed>TRUE</managed></operator><tagSet>"),
             "'TRUE', not true or false",
@@ -1365,10 +1365,10 @@ SECOND = "Reservations[0].Instances[1]: "
         pytest.param(b"RESERVATIONS\tr-0a", "is not what", id="--output text"),
         pytest.param(b'{"Reservations": [', "is not what", id="cut short"),
         pytest.param(b"[" * 100_000, "is not what", id="nested too deep"),
-        pytest.param([], "it has no Reservations", id="a list, as --query gives"),
-        pytest.param("text", "it has no Reservations", id="text"),
-        pytest.param({}, "it has no Reservations", id="an answer without the key"),
-        pytest.param({"Volumes": []}, "it has no Reservations", id="the answer of another command"),
+        pytest.param([], "in place of an object with Reservations", id="a list, as --query gives"),
+        pytest.param("text", "'text' in place of an object with Reservations", id="text"),
+        pytest.param({}, "it has no 'Reservations'", id="an answer without the key"),
+        pytest.param({"Volumes": []}, "it has no 'Reservations'", id="the answer of another command"),
         pytest.param({"Reservations": None}, "", id="null in place of the reservations"),
         pytest.param({"Reservations": 7}, "", id="a number in place of the reservations"),
         pytest.param({"Reservations": ["r"]}, "", id="text in place of a reservation"),
@@ -1379,14 +1379,16 @@ SECOND = "Reservations[0].Instances[1]: "
             id="a reservation without Instances",
         ),
         pytest.param({"Reservations": [{"Instances": [item("i-0a")]}]}, "'OwnerId'", id="no owner"),
-        pytest.param(saved(item("i-0a"), owner="1234"), "is no account id", id="an owner that is no account"),
+        pytest.param(
+            saved(item("i-0a"), owner="1234"), "is not an account id", id="an owner that is no account"
+        ),
         pytest.param(saved(item("i-0a"), 7), SECOND, id="a number in place of an instance"),  # type: ignore[arg-type]
         pytest.param(saved(item("i-0a"), item("")), SECOND, id="an empty id"),
         pytest.param(lacking("InstanceId"), SECOND + "it has no 'InstanceId'", id="no id"),
         pytest.param(lacking("State", "Name"), SECOND + "it has no 'Name'", id="no state"),
         pytest.param(lacking("LaunchTime"), SECOND + "it has no 'LaunchTime'", id="no launch time"),
         pytest.param(lacking("Placement"), SECOND + "it has no 'Placement'", id="no placement"),
-        pytest.param(saved(item("i-0a"), item("i-0b", "nowhere")), SECOND + "'nowhere' is no", id="no zone"),
+        pytest.param(saved(item("i-0a"), item("i-0b", "nowhere")), SECOND + "'nowhere' is not", id="no zone"),
         pytest.param(saved(item("i-0a"), item("i-0b", LaunchTime="soon")), SECOND, id="no time"),
         pytest.param(saved(item("i-0a"), item("i-0b", Tags={"Owner": "x"})), SECOND, id="tags as a mapping"),
         pytest.param(saved(item("i-0a"), item("i-0b", Tags=None)), SECOND, id="null in place of the tags"),

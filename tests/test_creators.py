@@ -136,7 +136,7 @@ def test_a_failure_is_a_notice_and_is_asked_for_again(aws, scan, hasty):
     assert created_by(result) == {id_: "unknown (AccessDeniedException)"}
     _, notice = result.json("out.json")["notices"]
     assert notice.startswith(
-        f"Who made the instances in {ACCOUNT_ID} {REGION} was not looked up: AccessDenied"
+        f"Who created the instances in {ACCOUNT_ID} {REGION} was not looked up: AccessDenied"
     )
     assert "cloudtrail:LookupEvents" in notice
     assert notice in result.out
@@ -251,7 +251,7 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
     assert 1 <= len(known) <= 2
     _, notice = first.json("out.json")["notices"]
     assert notice == (
-        f"Who made {script.counted(4 - len(known), 'instance')} was not looked up within --creators-budget 1s: "
+        f"Who created {script.counted(4 - len(known), 'instance')} was not looked up within --creators-budget 1s: "
         "the next scan goes on"
     )
     second = scan(check=3)

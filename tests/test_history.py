@@ -403,11 +403,11 @@ def test_findings_carry_what_they_cost(tmp_path):
         (b"", "prices.csv:1: the first line must name"),
         (
             PRICES.encode() + b"m5.large,us-east-1,cheap\n",
-            "prices.csv:4: 'cheap' is no price: write it as 0.0832",
+            "prices.csv:4: 'cheap' is not a price: write it as 0.0832",
         ),
-        (PRICES.encode() + b"m5.large,us-east-1\n", "prices.csv:4: '' is no price"),
+        (PRICES.encode() + b"m5.large,us-east-1\n", "prices.csv:4: '' is not a price"),
         (PRICES.encode() + b"m5.large,us-esat-1,1\n", "prices.csv:4: AWS has no region 'us-esat-1'"),
-        (PRICES.encode() + b"\xff,us-east-1,1\n", "no CSV in UTF-8"),
+        (PRICES.encode() + b"\xff,us-east-1,1\n", "is not a CSV file in UTF-8"),
         (None, "cannot read prices.csv"),
     ],
 )

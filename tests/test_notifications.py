@@ -244,11 +244,14 @@ def test_a_slack_that_fails_is_said_and_told_by_the_next_scan(scan, slack, tmp_p
     assert result.json("out.json")["findings"][0]["times_seen"] == 2
 
 
+@pytest.mark.parametrize("args", [(), ("-v",)])
 @pytest.mark.parametrize("answers", [[(500, {})], [(429, {"Retry-After": "0"})]])
-def test_a_slack_that_fails_for_a_moment_is_tried_again(scan, slack, tmp_path, answers):
-    slack.answers = answers
-    scan(by_slack(slack), [{}], env=slack.env, script=script_with(tmp_path, SLACK_PAUSES=(0.01,)), check=3)
+def test_a_slack_that_fails_for_a_moment_is_tried_again(scan, slack, tmp_path, answers, args):
+    slack.answers = list(answers)
+    hasty = script_with(tmp_path, SLACK_PAUSES=(0.01,))
+    result = scan(by_slack(slack), [{}], *args, env=slack.env, script=hasty, check=3)
     assert len(slack.texts) == 1
+    assert ("trying again" in result.err) is bool(args)
 
 
 def test_a_slack_that_hangs_costs_a_time_out(scan, slack, tmp_path):

@@ -369,6 +369,15 @@ def test_trouble_passes_and_every_scan_is_counted_once(
     assert [row["Status"] for row in after.result.csv("out.csv")] == [case.status]
 
 
+def test_only_verbose_scans_show_that_they_try_again(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    for args in ((), ("-v",)):
+        fault = state.fault(**upload_error(409, CONFLICT, times=1))
+        result = state.scan(*args)
+        assert fault.hits == 1
+        assert ("trying again" in result.err) is bool(args)
+
+
 def test_report_is_of_the_recording_that_stands(state: State) -> None:
     state.fault("answer", action="PutObject", times=1, **COMPETE)
     result = state.scan(cwd=state.new_agent("i-0b"))
