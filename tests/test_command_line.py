@@ -558,7 +558,7 @@ def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path,
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        pytest.param(["prune", "--days", "10000000"], 2, "more than 9999 days", id="days before all time"),
+        pytest.param(["prune", "--days", "10000000"], 2, "at most 9999", id="days before all time"),
         pytest.param(["history", "--tag", "\udcff"], 2, "is not UTF-8", id="not UTF-8"),
         pytest.param(["scan", "--csv", "x" * 300], 5, "File name too long", id="a name too long"),
     ],

@@ -121,7 +121,7 @@ def test_findings_are_listed_as_they_are_asked_for(kept, args, expected):
     # Both were first seen on the first day; the region decides.
     order = ["3", "1"]
     assert ids(result) == expected if expected[:2] == order else sorted(ids(result)) == sorted(expected)
-    assert expected or result.out == "No finding is kept that was asked for.\n"
+    assert expected or result.out == "No matching findings.\n"
 
 
 def test_an_instance_has_its_story(kept):
@@ -153,7 +153,7 @@ def test_json_and_csv_have_the_shape_of_a_scan(kept):
 
 def test_hostile_texts_are_told_as_text(kept):
     shown = script.printable(HOSTILE)
-    assert script._cut(HOSTILE, 24)[:10] in history(kept).out
+    assert script.cut_text(HOSTILE, 24)[:10] in history(kept).out
     for args in ([], [instance(3)], ["--csv", "-"]):
         out = history(kept, *args, check=0).out
         assert "\x1b" not in out
@@ -167,7 +167,7 @@ def test_hostile_texts_are_told_as_text(kept):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--status", "fixed"], 2, "--status fixed: give open, NEW, REPEAT"),
+        (["--status", "fixed"], 2, "--status: fixed: give open, NEW, REPEAT"),
         (["--older-than", "30"], 2, "--older-than"),
         (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
         (["--state", "none.db"], 5, "there is no state"),

@@ -512,16 +512,15 @@ def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, record
 
 def test_signals_come_again_once_changes_are_recorded(state: State, recorded: bytes, tmp_path: Path) -> None:
     state.stored = recorded
-    before = signal.getsignal(signal.SIGINT)
-    s3_state = script.S3State(
-        state.aws.client("s3", REGION), BUCKET, KEY, tmp_path / "state.db", script._hold_signals
-    )
+    signals = script.Signals()
+    client, copy = state.aws.client("s3", REGION), tmp_path / "state.db"
+    s3_state = script.S3State(client, BUCKET, KEY, copy, signals.hold, signals.release)
     change = script.Change(
         *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
         *("2026-02-24T10:30:45Z", "intended"),
     )
     script.record_changes(s3_state, [(change, script.Result.PLANNED)])
-    assert signal.getsignal(signal.SIGINT) == before
+    assert not signals.held
     assert state.stored != recorded
 
 
