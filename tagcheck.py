@@ -55,7 +55,7 @@ import time
 import unicodedata
 import uuid
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import MISSING, Field, asdict, astuple, dataclass, field, fields, replace
@@ -7371,7 +7371,14 @@ def _number(kind: type[float], low: int, high: float = math.inf) -> Callable[[st
     return read
 
 
-def _shard(text: str) -> tuple[int, int]:
+Shard = tuple[int, int]  # the first of eight: 1, 8
+ALL_ACCOUNTS: Shard = (1, 1)
+Statuses = tuple[str, ...]
+OPEN: Statuses = (Status.NEW, Status.REPEAT, Status.REOPENED)
+A_MINUTE = timedelta(minutes=1)
+
+
+def _shard(text: str) -> Shard:
     """Return the share that 3/8 stands for, for argparse."""
     if match := re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text):
         part, parts = int(match[1]), int(match[2])
@@ -7380,31 +7387,30 @@ def _shard(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a share: write the first of eight as 1/8")
 
 
-def _statuses(word: str) -> tuple[str, ...]:
+def _statuses(word: str) -> Statuses:
     """Return the statuses that a word stands for, for argparse."""
-    words: dict[str, tuple[str, ...]] = {status.lower(): (status,) for status in Status}
-    words |= {"open": ("NEW", "REPEAT", "REOPENED")}
-    if word.lower() not in words:
+    statuses = {status.lower(): (status,) for status in Status} | {"open": OPEN}
+    if word.lower() not in statuses:
         raise argparse.ArgumentTypeError(f"{printable(word)}: give open, {', '.join(Status)}")
-    return words[word.lower()]
+    return statuses[word.lower()]
 
 
 class Option(NamedTuple):
     """How an option is described and read; its field's type and default say the rest."""
 
     help: str
-    metavar: str = ""
+    metavar: str = "FILE"
     type: Callable[[str], Any] | None = None
     positional: bool = False
 
 
-StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY", "FILE")]
-PolicyPath = Annotated[str, Option("the policy", "FILE")]
+StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
+PolicyPath = Annotated[str, Option("the policy")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
 FleetPaths = Annotated[
-    list[str], Option("saved `aws ec2 describe-instances` JSON, instead of AWS; - for stdin", "FILE")
+    list[str], Option("saved `aws ec2 describe-instances` JSON, instead of AWS; - for stdin")
 ]
-JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout", "FILE")]
+JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
 
@@ -7441,30 +7447,20 @@ class ScopeOptions(PolicyOptions):
 class ScanOptions(ScopeOptions):
     """Check every instance in scope against the policy; record, report, exit."""
 
-    shard: Annotated[tuple[int, int], Option("only the I-th of N shares of the accounts", "I/N", _shard)] = (
-        1,
-        1,
-    )
+    shard: Annotated[Shard, Option("only the I-th of N shares of the accounts", "I/N", _shard)] = ALL_ACCOUNTS
     instances: FleetPaths
-    include_managed_resources: Annotated[
-        bool,
-        Option("the files were saved with this option, so they have the instances that AWS services manage"),
-    ]
+    include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
     workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
-    csv: Annotated[
-        str | None, Option("the findings (default: violators.csv, none of a --dry-run), - for stdout", "FILE")
-    ] = None
+    csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
-    junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout", "FILE")] = None
-    prices: Annotated[
-        str | None, Option("a CSV of instance_type,region,hourly_price: what findings cost a month", "FILE")
-    ] = None
-    creators: Annotated[
-        bool, Option("look up in CloudTrail who created the instances found, and remember it")
-    ]
-    creators_budget: Annotated[
-        timedelta, Option("how long to look them up (default: 60s)", "TIME", duration)
-    ] = timedelta(minutes=1)
+    junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
+    prices: Annotated[str | None, Option("a CSV of instance_type,region,hourly_price, for monthly costs")] = (
+        None
+    )
+    creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
+    creators_budget: Annotated[timedelta, Option("how long to look (default: 60s)", "TIME", duration)] = (
+        A_MINUTE
+    )
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
     require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
     dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
@@ -7474,7 +7470,7 @@ class ScanOptions(ScopeOptions):
     @property
     def narrowed(self) -> bool:
         """Whether only a part of the policy's scope is scanned."""
-        return bool(self.region or self.account) or self.shard != (1, 1)
+        return bool(self.region or self.account) or self.shard != ALL_ACCOUNTS
 
     def chooses(self, account_id: str) -> bool:
         """Return whether --account and --shard choose an account."""
@@ -7506,15 +7502,10 @@ class HistoryOptions(ScopeOptions):
     """List findings in the state: open, resolved, or one instance's."""
 
     instance: InstanceId = None
-    status: Annotated[
-        list[tuple[str, ...]],
-        Option("only open or resolved, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses),
-    ]
+    status: Annotated[list[Statuses], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
-    older_than: Annotated[
-        timedelta | None, Option("only findings first seen longer ago, such as 30d", "TIME", duration)
-    ] = None
-    csv: Annotated[str | None, Option("the findings as CSV, - for stdout", "FILE")] = None
+    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
+    csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
     json: JsonPath = None
 
 
@@ -7522,7 +7513,7 @@ class HistoryOptions(ScopeOptions):
 class ReportOptions(PolicyOptions):
     """Write the dashboard: trends as one HTML page."""
 
-    html: Annotated[str, Option("the dashboard, - for stdout", "FILE")]
+    html: Annotated[str, Option("the dashboard, - for stdout")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -7530,30 +7521,25 @@ class PruneOptions(StateOptions):
     """Delete scans, and findings that were resolved, more than N days ago; the trend keeps a row a day."""
 
     days: Annotated[int, Option("how many days to keep, at most 9999", "N", _number(int, 1, 9999))]
-    dry_run: Annotated[bool, Option("only say what would be deleted")]
+    dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
-    role: Annotated[str | None, Option("the role for writing (default: the policy's role_name)", "NAME")] = (
-        None
-    )
-    min_confidence: Annotated[float, Option("how sure a suggestion must be", "P", _number(float, 0, 1))] = (
+    role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
+    min_confidence: Annotated[float, Option("the least confidence", "P", _number(float, 0, 1))] = (
         MIN_CONFIDENCE
     )
-    csv: Annotated[
-        str | None,
-        Option("the plan (default: remediate-plan.csv), - for stdout; keeps an edited one", "FILE"),
-    ] = None
+    csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
-    plan: Annotated[str | None, Option("the plan to apply, as written or as edited", "FILE")] = None
+    plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
     apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
     max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
-    undo: Annotated[
-        str | None, Option("an earlier run's undo file: revert what is still as it was written", "FILE")
-    ] = None
+    undo: Annotated[str | None, Option("an earlier run's undo file: revert what has not changed since")] = (
+        None
+    )
     quiet: Quiet
     verbose: Verbose
 
@@ -7591,7 +7577,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
     aws = None if args.instances else Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=args.dry_run, create=not args.require_state)
+        create = not args.require_state
+        state = stack.enter_context(open_state(args, copied=args.dry_run, create=create))
         state.check()
         if args.require_state:
             require_scans(state.path, state.name)
@@ -7605,6 +7592,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         stream = _message_stream(outputs)
+        colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         recorded: list[tuple[ScanReport, str, list[Digest]]] = []  # at each attempt
 
         def record(path: Path) -> None:
@@ -7615,7 +7603,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                     digests = write_digests(report, fetch_owed(db, policy.name))
                 stage_report(staged, report_writer(report))
                 summary = StringIO()
-                write_summary(summary, report, args.csv or "", colour=_has_colour(stream))
+                write_summary(summary, report, args.csv or "", colour=colour)
                 recorded.append((report, summary.getvalue(), digests))
                 if isinstance(state, LocalState):
                     SIGNALS.hold()  # the state and the outputs change together
@@ -7708,17 +7696,11 @@ def _report(
     coverage = fetch_coverage(db, scan)
     first = fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)
     unseen = _unseen_notices(args, scan, fetch_unseen(db, scan), coverage)
-    part, parts = args.shard
-    empty = (
-        [] if coverage else [f"--shard {part}/{parts} has no account to scan: nothing was read in this run"]
-    )
+    shard = "/".join(map(str, args.shard))
+    empty = [] if coverage else [f"--shard {shard} has no account to scan: nothing was read in this run"]
     costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
-        scan,
-        finished_at,
-        args.dry_run,
-        decide_exit_code(coverage, args.fail_on),
-        coverage,
+        *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
         findings=lambda: fetch_findings(db, scan),
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
@@ -7770,9 +7752,7 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
     for region in args.region:
         if not policy.covers(region) or not is_region(region):
             covered = ", ".join(sorted(policy.regions))
-            raise UsageError(
-                f"--region {printable(region)}: {policy.file} does not cover it (it has {covered})"
-            )
+            raise UsageError(f"--region {printable(region)}: {policy.file} does not cover it, only {covered}")
     for account_id in args.account:
         if not re.fullmatch("[0-9]{12}", account_id):
             raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
@@ -7790,10 +7770,7 @@ def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None])
     read = [os.path.realpath(path) for path in inputs if path and path != "-"]
     taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
-        raise UsageError(
-            "two of the options that name files have the same goal, or an output has the name of the state's "
-            "journal: give each its own"
-        )
+        raise UsageError("two options name the same file, or one of the state's own: give each its own")
     for output in outputs:
         check_output(output)
     return outputs
@@ -7811,43 +7788,37 @@ def _message_stream(outputs: Sequence[Output]) -> IO[str]:
     return sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
 
 
-def open_state(
-    args: StateOptions, stack: contextlib.ExitStack, *, copied: bool = False, create: bool = False
-) -> State:
-    """Return the state that was named, or a temporary copy of it; `create` allows a new one.
-
-    Raises UsageError, StateError.
-    """
-    state: State
-    if args.state.startswith("s3://"):
-        bucket, key = split_s3(args.state)
-        aws = Aws(args.profile, workers=1)
-        s3 = aws.client("s3", aws.session.region_name or "us-east-1")
-        copy = _temporary(stack) / "state.db"
-        state = S3State(s3, bucket, key, copy, SIGNALS.hold, SIGNALS.release, create=create)
-    else:
-        state = LocalState(resolve_state(args.state), create=create)
-    if not copied:
-        return state
-    own = LocalState(_temporary(stack) / "state.db", state.name)
-    state.copy(own.path)
-    return own
+@contextlib.contextmanager
+def open_state(args: StateOptions, *, copied: bool = False, create: bool = False) -> Iterator[State]:
+    """Yield the state that was named, or a copy of it; `create` allows a new one. Raises UsageError, StateError."""
+    with tempfile.TemporaryDirectory(prefix="tagcheck-") as directory:
+        state: State
+        if args.state.startswith("s3://"):
+            bucket, key = split_s3(args.state)
+            aws = Aws(args.profile, workers=1)
+            s3 = aws.client("s3", aws.session.region_name or "us-east-1")
+            path = Path(directory, "state.db")
+            state = S3State(s3, bucket, key, path, SIGNALS.hold, SIGNALS.release, create=create)
+        else:
+            state = LocalState(resolve_state(args.state), create=create)
+        if copied:
+            own = LocalState(Path(directory, "copy.db"), state.name)
+            state.copy(own.path)
+            state = own
+        yield state
 
 
 @contextlib.contextmanager
 def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading the state; raises UsageError, and StateError if it has no scan of a policy."""
-    with contextlib.ExitStack() as stack:
-        state = open_state(args, stack)
-        db = stack.enter_context(reading_state(state, _temporary(stack) / "state.db"))
+    """Yield a connection for reading a state that has a scan of the policy, if one is given; raises StateError."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tagcheck-") as directory,
+        open_state(args) as state,
+        reading_state(state, Path(directory, "state.db")) as db,
+    ):
         if policy is not None:
             require_policy(db, state.name, policy)
         yield db
-
-
-def _temporary(stack: contextlib.ExitStack) -> Path:
-    """Return a directory that is removed when the stack closes."""
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-")))
 
 
 # A target, and a page of its instances, the error that ended it, or None at its end.
@@ -7904,10 +7875,8 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
     """Return the home region, and the caller's account, partition and ARN; raises CredentialsError."""
     home = aws.session.region_name or home_region(regions)
     caller, partition, arn = describe_caller(aws.client("sts", home))
-    if policy.expected_account not in (None, caller):
-        raise CredentialsError(
-            f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
-        )
+    if (expected := policy.expected_account) not in (None, caller):
+        raise CredentialsError(f"these are the credentials of {caller}; the policy expects {expected}")
     return home, caller, partition, arn
 
 
@@ -7932,11 +7901,9 @@ def _accounts_in_scope(
     chosen = {account_id: state for account_id, state in in_scope.items() if args.chooses(account_id)}
     active = {account_id: state for account_id, state in chosen.items() if state not in INACTIVE}
     notices += [f"Account {id_} is {chosen[id_]}: not scanned" for id_ in sorted(chosen.keys() - active)]
-    if not active and args.shard == (1, 1):
-        raise TagcheckError(
-            f"no account to scan: none of the {counted(len(chosen), 'account')} in scope is active "
-            f"({', '.join(sorted(set(chosen.values())))}): check the policy's accounts"
-        )
+    if not active and args.shard == ALL_ACCOUNTS:
+        states = ", ".join(sorted(set(chosen.values())))
+        raise TagcheckError(f"no account to scan: all in scope are {states}; check the policy's accounts")
     return active
 
 
@@ -7961,27 +7928,26 @@ def read_in_parallel(
     The queue is short, so that slow recording slows down reading. The threads are daemons: one that waits for
     an answer must not keep an interrupted run alive.
     """
-    waiting = deque(jobs)
+    waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     readings: queue.Queue[tuple[Job, list[Page] | Exception | None]] = queue.Queue(4)
 
-    def work(job: Job) -> None:
-        end: Exception | None = None
-        try:
-            for page in read(job):
-                readings.put((job, page))
-        except CredentialsError as error:
-            end = TargetError("Credentials", str(error))
-        except Exception as error:  # a bug goes to the main thread, which would wait forever
-            end = error
-        readings.put((job, end))
+    def work() -> None:
+        while (job := waiting.get()) is not None:
+            end: Exception | None = None
+            try:
+                for page in read(job):
+                    readings.put((job, page))
+            except CredentialsError as error:
+                end = TargetError("Credentials", str(error))
+            except Exception as error:  # a bug goes to the main thread, which would wait forever
+                end = error
+            readings.put((job, end))
 
-    def work_off() -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                work(waiting.popleft())
-
-    for _ in range(min(workers, len(jobs))):
-        threading.Thread(target=work_off, daemon=True).start()
+    threads = min(workers, len(jobs))
+    for job in (*jobs, *[None] * threads):
+        waiting.put(job)
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
     ended = 0
     while ended < len(jobs):
         job, reading = readings.get()
@@ -8010,10 +7976,8 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
         targets |= {Target(account_id, "*") for account_id in chosen - {t.account_id for t in targets}}
     more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
     if not chosen:
-        if not in_scope or args.shard == (1, 1):
-            raise UsageError(
-                "no instance in the files is in scope, so the account is unknown: give --account ID"
-            )
+        if not in_scope or args.shard == ALL_ACCOUNTS:
+            raise UsageError("the files have no instance in scope: name its account with --account ID")
         if cut:
             raise UsageError(more)
     if left_out := instances.keys() - targets:
@@ -8053,13 +8017,10 @@ def _collect(
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
             continue
-        seen = [
-            judge(target, instance, policy, scan.started_at)
-            for instance in reading
-            if policy.includes(instance.state)
-        ]
+        included = [instance for instance in reading if policy.includes(instance.state)]
+        seen = [judge(target, instance, policy, scan.started_at) for instance in included]
         if len(states) < MAX_NEW_STATES:
-            states.update(filter(is_new_state, {sighting.instance.state for sighting in seen}))
+            states.update(filter(is_new_state, {instance.state for instance in included}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
         rules = policy.rules(target.region)
         for sighting in seen:
@@ -8110,15 +8071,14 @@ def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
     """Report what is wrong in each policy file; returns USAGE where one cannot be used."""
     outputs = _outputs(args, ["json"], args.policies)
     results = {path: _problems(path, now.date()) for path in args.policies}
-    if outputs:
-        _publish(outputs, lambda _, file: _write_problems(file, results))
-    if args.json != "-":
-        for path, problems in results.items():
-            errors = len(_errors(problems))
-            warnings_ = f", {counted(len(problems) - errors, 'warning')}" if errors < len(problems) else ""
-            verdict = f"{path}: {counted(errors, 'error') if errors else 'valid'}{warnings_}"
-            emit_lines([*problem_lines(problems), verdict])
-    return ExitCode.USAGE if any(map(_errors, results.values())) else ExitCode.COMPLIANT
+    errors = {path: sum(each.severity == "error" for each in problems) for path, problems in results.items()}
+    _publish(outputs, lambda _, file: _write_problems(file, results))
+    for path, problems in results.items() if args.json != "-" else ():
+        verdict = counted(errors[path], "error") if errors[path] else "valid"
+        warned = len(problems) - errors[path]
+        also = f", {counted(warned, 'warning')}" if warned else ""
+        emit_lines([*problem_lines(problems), f"{path}: {verdict}{also}"])
+    return ExitCode.USAGE if any(errors.values()) else ExitCode.COMPLIANT
 
 
 def _problems(path: str, today: date) -> Sequence[Problem]:
@@ -8131,18 +8091,13 @@ def _problems(path: str, today: date) -> Sequence[Problem]:
         return [Problem(path, 1, 1, "", str(error))]
 
 
-def _errors(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems that are not warnings."""
-    return [problem for problem in problems if problem.severity == "error"]
-
-
 def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) -> None:
     """Write the problems of each file as JSON, for editors."""
     keys = ("line", "column", "severity", "where", "message")
     files = [
         {
             "file": path,
-            "valid": not _errors(problems),
+            "valid": all(problem.severity == "warning" for problem in problems),
             "problems": [{key: getattr(problem, key) for key in keys} for problem in problems[:MAX_PROBLEMS]],
             "problem_count": len(problems),
         }
@@ -8274,9 +8229,9 @@ def _find_instance(
     cases = []
     for target, finding in known.items():
         if args.includes(target) and policy.covers(target.region):
-            launched, operator = datetime.fromisoformat(finding.launch_time), finding.managed_by or ""
-            texts = (finding.instance_id, finding.state)
-            cases.append((target, Instance(*texts, launched, finding.tags, managed_by=operator)))
+            launched = datetime.fromisoformat(finding.launch_time)
+            own = (finding.instance_id, finding.state, launched, finding.tags)
+            cases.append((target, Instance(*own, managed_by=finding.managed_by or "")))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         raise UsageError(
@@ -8366,8 +8321,7 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
     """Delete what is older than --days, and print what was deleted."""
     before = now - timedelta(days=args.days)
     pruned = Pruned(0, 0, 0)
-    with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=args.dry_run)
+    with open_state(args, copied=args.dry_run) as state:
         state.check()
         for path in state.attempts(str(uuid.uuid4())):
             # An attempt that is repeated because its answer was lost finds nothing left to delete.
@@ -8421,7 +8375,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(staged_outputs(outputs))
         if args.apply and writing:
-            state = open_state(args, stack)
+            state = stack.enter_context(open_state(args))
             beside = state.path.parent if isinstance(state, LocalState) else Path()
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
@@ -8669,11 +8623,6 @@ class Progress:
             emit("\r\x1b[K", sys.stderr)
 
 
-def _has_colour(stream: IO[str]) -> bool:
-    """Return whether to colour: only a terminal, and not where NO_COLOR is set (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 class Signals:
     """Ctrl-C and SIGTERM: in the body of a `with`, the first ends the run, at once or when it is released."""
 
@@ -8767,26 +8716,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
-    kind, [option] = hint.__origin__, hint.__metadata__
+    kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
     name = f"--{filled.name.replace('_', '-')}"
-    more: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None, "type": option.type}
-    if get_origin(kind) is Literal:
-        more = {"help": option.help, "choices": get_args(kind)}
+    more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
-        command.add_argument(filled.name, nargs="+" if get_origin(kind) is list else "?", **more)
+        command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
     elif kind is bool:
         short = [name[1:3]] if name in ("--quiet", "--verbose") else []
-        command.add_argument(*short, name, action="store_true", help=option.help)
-    elif get_origin(kind) is list:
-        command.add_argument(
-            name, action="append", default=[], **more | {"help": f"{option.help} (repeatable)"}
-        )
-    elif filled.default is MISSING:
-        command.add_argument(name, required=True, **more)
+        command.add_argument(*short, name, help=option.help, action="store_true")
+    elif kind is list:
+        more["help"] += " (repeatable)"
+        command.add_argument(name, action="append", default=[], **more)
     else:
+        if kind is Literal:
+            more |= {"metavar": None, "choices": get_args(hint.__origin__)}
         if isinstance(filled.default, (str, int, float)):
             more["help"] += " (default: %(default)s)"
-        command.add_argument(name, default=filled.default, **more)
+        is_required = filled.default is MISSING
+        command.add_argument(
+            name, required=is_required, default=None if is_required else filled.default, **more
+        )
 
 
 def _prepare_streams() -> None:
@@ -8804,9 +8753,7 @@ def _check_directory() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        raise UsageError(
-            f"the current directory cannot be used: {error.strerror}; change to another"
-        ) from error
+        raise UsageError(f"cannot use the current directory: {error.strerror}; change to another") from error
 
 
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:

@@ -171,7 +171,7 @@ def test_hostile_texts_are_told_as_text(kept):
         (["--older-than", "30"], 2, "--older-than"),
         (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
         (["--state", "none.db"], 5, "there is no state"),
-        (["--csv", "x.csv", "--json", "x.csv"], 2, "the same goal"),
+        (["--csv", "x.csv", "--json", "x.csv"], 2, "the same file"),
         (["--csv", "none/x.csv"], 5, "there is no directory"),
     ],
 )
