@@ -7790,7 +7790,7 @@ def _message_stream(outputs: Sequence[Output]) -> IO[str]:
 
 @contextlib.contextmanager
 def open_state(args: StateOptions, *, copied: bool = False, create: bool = False) -> Iterator[State]:
-    """Yield the state that was named, or a copy of it; `create` allows a new one. Raises UsageError, StateError."""
+    """Yield the state, or a copy of it; `create` allows a new one. Raises UsageError, StateError."""
     with tempfile.TemporaryDirectory(prefix="tagcheck-") as directory:
         state: State
         if args.state.startswith("s3://"):
@@ -7810,7 +7810,7 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
 
 @contextlib.contextmanager
 def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading a state that has a scan of the policy, if one is given; raises StateError."""
+    """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with (
         tempfile.TemporaryDirectory(prefix="tagcheck-") as directory,
         open_state(args) as state,
@@ -7828,8 +7828,8 @@ Reading = tuple[Target, list[Instance] | TargetError | None]
 def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
-    First all accounts are entered, then their regions are read, sorted by region: a slow account does not keep
-    all workers busy.
+    First all accounts are entered, then their regions are read, region by region, so that a slow account does
+    not keep all workers busy.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
     home, caller, partition, _ = _identify(aws, policy, named)
@@ -8049,8 +8049,8 @@ def _unseen_notices(
         where = f"{counted(number, 'open finding')} in {target}"
         if target in read:
             yield (
-                f"{where} may be of instances that AWS hides and the files lack; they stay open. Save the files with "
-                "`aws ec2 describe-instances --include-managed-resources`, then add --include-managed-resources here"
+                f"{where} may be of instances that AWS hides and the files lack; they stay open. Save the files "
+                "with `aws ec2 describe-instances --include-managed-resources`, and give that option here, too"
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
             yield f"{where} were not looked at, as this scan found no such region or account; they stay open"
@@ -8198,7 +8198,7 @@ def _written_lines(changes: Iterable[Change], target: Target) -> Iterator[str]:
 def _known_history(
     args: ExplainOptions, policy: Policy, instance_id: str
 ) -> tuple[dict[Target, Finding], list[Change]]:
-    """Return an instance's findings and changes in the state, which may be missing with --instances and --live."""
+    """Return an instance's findings and changes; --instances and --live do without a state."""
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
@@ -8221,8 +8221,9 @@ def _find_instance(
             for instance in instances:
                 if instance.instance_id == args.instance and policy.covers(target.region):
                     return [(target, instance)]
+        files = ", ".join(args.instances)
         raise UsageError(
-            f"{args.instance} is not in {', '.join(args.instances)}, or in a region that the policy does not cover"
+            f"{args.instance} is not in {files}, or in a region that {policy.file} does not cover"
         )
     if args.live:
         return [_describe_instance(args, policy, known)]
@@ -8235,8 +8236,8 @@ def _find_instance(
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it complied, "
-            "was exempted or too young, or was never scanned; ask AWS with --live --region R"
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it "
+            "complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
         )
     return cases
 
@@ -8247,13 +8248,13 @@ def _describe_instance(
     """Return an instance as AWS has it now, from the first region that has it; raises UsageError."""
     regions = args.region or sorted({target.region for target in known})
     if not regions:
-        raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
+        raise UsageError(f"the state has no {args.instance}: give its --region")
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
         raise UsageError(
-            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or choose "
-            f"credentials of {' or '.join(args.account)} with --profile"
+            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or "
+            f"choose credentials of {' or '.join(args.account)} with --profile"
         )
     aws.enter_own(account_id)
     for region in regions:
@@ -8266,9 +8267,8 @@ def _describe_instance(
             continue
         for instance in itertools.chain.from_iterable(pages):
             return Target(account_id, region), instance
-    raise UsageError(
-        f"account {account_id} has no {args.instance} in {', '.join(regions)}: say with --region where it is"
-    )
+    place = f"{account_id} {', '.join(regions)}"
+    raise UsageError(f"{args.instance} is not in {place}: give its --region, or credentials of its account")
 
 
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
@@ -8326,10 +8326,12 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
         for path in state.attempts(str(uuid.uuid4())):
             # An attempt that is repeated because its answer was lost finds nothing left to delete.
             pruned = max(pruned, prune_state(path, before, state.name), key=astuple)
+    done = "Would delete" if args.dry_run else "Deleted"
+    findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
+    targets = counted(pruned.coverage, "target")
     emit(
-        f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
-        f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
-        "from before it; the trend keeps a row a day\n"
+        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of {targets} from before it; "
+        "the trend keeps a row a day\n"
     )
     return ExitCode.COMPLIANT
 
@@ -8727,15 +8729,14 @@ def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any)
     elif kind is list:
         more["help"] += " (repeatable)"
         command.add_argument(name, action="append", default=[], **more)
+    elif filled.default is MISSING:
+        command.add_argument(name, required=True, **more)
     else:
         if kind is Literal:
             more |= {"metavar": None, "choices": get_args(hint.__origin__)}
         if isinstance(filled.default, (str, int, float)):
             more["help"] += " (default: %(default)s)"
-        is_required = filled.default is MISSING
-        command.add_argument(
-            name, required=is_required, default=None if is_required else filled.default, **more
-        )
+        command.add_argument(name, default=filled.default, **more)
 
 
 def _prepare_streams() -> None:
