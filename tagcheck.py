@@ -3645,13 +3645,13 @@ class S3State:
         bucket: str,
         key: str,
         path: Path,
-        hold_signals: Callable[[], None],
-        release_signals: Callable[[], None],
+        hold_signals: Callable[[], Callable[[], None]],
         *,
         create: bool = True,
     ) -> None:
-        self._s3, self._object, self._create = s3, {"Bucket": bucket, "Key": key}, create
-        self._hold_signals, self.release_signals = hold_signals, release_signals
+        self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
+        self._create = create
+        self.release_signals: Callable[[], None] = lambda: None
         self.path, self.name = path, f"s3://{bucket}/{key}"
 
     def check(self) -> None:
@@ -3719,7 +3719,7 @@ class S3State:
         """Put the copy in the place of what it was made from, or of nothing; signals wait for the end of it."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        self._hold_signals()  # a put that is cut off may have been carried out
+        self.release_signals = self._hold_signals()  # a put that is cut off may have been carried out
         try:
             with self.path.open("rb") as body:
                 answer = self._call("put_object", Body=body, **condition)
@@ -7798,7 +7798,7 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
             aws = Aws(args.profile, workers=1)
             s3 = aws.client("s3", aws.session.region_name or "us-east-1")
             path = Path(directory, "state.db")
-            state = S3State(s3, bucket, key, path, SIGNALS.hold, SIGNALS.release, create=create)
+            state = S3State(s3, bucket, key, path, SIGNALS.hold, create=create)
         else:
             state = LocalState(resolve_state(args.state), create=create)
         if copied:
@@ -8640,13 +8640,14 @@ class Signals:
         for number in self.numbers:  # the exit code is decided; Python's own handlers would change it
             signal.signal(number, signal.SIG_IGN)
 
-    def hold(self) -> None:
-        """Hold signals back from now on."""
-        self.held = True
+    def hold(self) -> Callable[[], None]:
+        """Hold signals back from now on; returns a function that undoes this."""
+        before, self.held = self.held, True
+        return lambda: self.release(held=before)
 
-    def release(self) -> None:
+    def release(self, *, held: bool = False) -> None:
         """Let signals end the run again; raises KeyboardInterrupt if one came while they were held."""
-        self.held = False
+        self.held = held
         if self.came:
             self._handle()
 

@@ -514,7 +514,7 @@ def test_signals_come_again_once_changes_are_recorded(state: State, recorded: by
     state.stored = recorded
     signals = script.Signals()
     client, copy = state.aws.client("s3", REGION), tmp_path / "state.db"
-    s3_state = script.S3State(client, BUCKET, KEY, copy, signals.hold, signals.release)
+    s3_state = script.S3State(client, BUCKET, KEY, copy, signals.hold)
     change = script.Change(
         *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
         *("2026-02-24T10:30:45Z", "intended"),
@@ -629,7 +629,7 @@ def test_signal_while_changes_are_uploaded_comes_once_they_are_recorded(
     client, signals = state.aws.client("s3", REGION), script.Signals()
     before = {number: signal.getsignal(number) for number in signals.numbers}
     client.meta.events.register("before-send.s3.PutObject", lambda **_: signal.raise_signal(signal.SIGINT))
-    s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold, signals.release)
+    s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold)
     change = script.Change(
         *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
         *("2026-02-24T10:30:45Z", "intended"),
