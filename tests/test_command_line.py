@@ -194,6 +194,9 @@ def test_missing_package_is_named_and_no_finding(
             id="the state as CSV",
         ),
         pytest.param(
+            ("validate", "policy.yaml", "--json", "policy.yaml"), "the same file", id="the policy as JSON"
+        ),
+        pytest.param(
             ("scan", "--policy", "policy.yaml", "--instances", "none.json"),
             "none.json",
             id="no saved instances",
