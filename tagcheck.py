@@ -59,7 +59,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
@@ -5398,6 +5398,9 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
+DASHBOARD_WRITERS = {"html": write_html}
+
+
 def _node(selector: str, *children: Element | str, **attributes: object) -> Element:
     """Return an element such as `p.soft`; what strangers wrote stays text in it, with nothing invisible."""
     tag, *classes = selector.split(".")
@@ -6914,266 +6917,285 @@ def _table_cells(row: PlanRow) -> tuple[str, ...]:
 
 
 ########################################################################################################
-# 11 Command line: build_parser, run_scan, main
+# 11 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
-with contextlib.suppress(OSError, ValueError):  # not in the directory of the script, or in one that is gone
+with contextlib.suppress(OSError, ValueError):  # the script is elsewhere, or the current directory is gone
     DEFAULT_POLICY = DEFAULT_POLICY.relative_to(Path.cwd())
-# What the reading of a target hands on: a page of it, the reason why it failed, or None at its end.
-Reading = tuple[Target, list[Instance] | TargetError | None]
+DEFAULT_STATE = "instance_state.db"
 
 
-def _positive(text: str) -> int:
-    """Return a number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def _number(kind: type[float], low: int, high: float = math.inf) -> Callable[[str], float]:
+    """Return a function that reads a number in a range, for argparse."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (number := kind(text)) <= high:
+                return number
+        at_most = f", at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low}{at_most}")
+
+    return read
 
 
-def _days(text: str) -> int:
-    """Return a number of days that no time is before the calendar's begin for, for argparse."""
-    days = _positive(text)
-    if days > 9999:
-        raise argparse.ArgumentTypeError(f"{days} is more than 9999 days")
-    return days
+Shard = tuple[int, int]  # the first of eight: 1, 8
+ALL_ACCOUNTS: Shard = (1, 1)
+Statuses = tuple[str, ...]
+OPEN: Statuses = (Status.NEW, Status.REPEAT, Status.REOPENED)
+A_MINUTE = timedelta(minutes=1)
 
 
-def _probability(text: str) -> float:
-    """Return a number from 0 to 1, for argparse."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise ValueError
-    return number
+def _shard(text: str) -> Shard:
+    """Return the share that 3/8 stands for, for argparse."""
+    if match := re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text):
+        part, parts = int(match[1]), int(match[2])
+        if 1 <= part <= parts:
+            return part, parts
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share: write the first of eight as 1/8")
 
 
-def _shard(text: str) -> tuple[int, int]:
-    """Return the share that 3/8 stands for."""
-    part, _, parts = text.partition("/")
-    share = int(part), int(parts)
-    if not 1 <= share[0] <= share[1]:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no share: write the first of eight as 1/8, the last as 8/8"
-        )
-    return share
+def _statuses(word: str) -> Statuses:
+    """Return the statuses that a word stands for, for argparse."""
+    statuses = {status.lower(): (status,) for status in Status} | {"open": OPEN}
+    if word.lower() not in statuses:
+        raise argparse.ArgumentTypeError(f"{printable(word)}: give open, {', '.join(Status)}")
+    return statuses[word.lower()]
 
 
-def _one(metavar: str, help_: str, **more: Any) -> dict[str, Any]:
-    """Describe an option that takes one value."""
-    return {"metavar": metavar, "help": help_, **more}
+class Option(NamedTuple):
+    """How an option is described and read; its field's type and default say the rest."""
+
+    help: str
+    metavar: str = "FILE"
+    type: Callable[[str], Any] | None = None
+    positional: bool = False
 
 
-def _many(metavar: str, help_: str) -> dict[str, Any]:
-    """Describe an option that can be given several times."""
-    return {"metavar": metavar, "help": f"{help_} (repeatable)", "action": "append", "default": []}
+StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
+PolicyPath = Annotated[str, Option("the policy")]
+InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
+FleetPaths = Annotated[
+    list[str], Option("saved `aws ec2 describe-instances` JSON, instead of AWS; - for stdin")
+]
+JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
+Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
+Verbose = Annotated[bool, Option("show each retry")]
 
 
-def _flag(help_: str) -> dict[str, Any]:
-    """Describe an option without a value."""
-    return {"action": "store_true", "help": help_}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateOptions:
+    """Which state is used."""
+
+    state: StatePath = DEFAULT_STATE
+    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
 
 
-_FAIL_ON = "which findings make the exit code 3: any, new (NEW and REOPENED) or never"
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--policy": _one("FILE", "default: policies/default.yaml beside the script", default=str(DEFAULT_POLICY)),
-    "--region": _many("R", "only this region of the policy's"),
-    "--account": _many("ID", "only this account of the policy's"),
-    "--shard": _one("I/N", "only the I-th of N shares of the accounts", type=_shard, default=(1, 1)),
-    "--profile": _one("NAME", "the AWS profile whose credentials to use"),
-    "--instances": _many(
-        "FILE", "saved `aws ec2 describe-instances` JSON in place of calling AWS, - for stdin"
-    ),
-    "--include-managed-resources": _flag(
-        "the saved files were made with this option of the AWS CLI, so they have the instances that AWS services "
-        "operate"
-    ),
-    "--live": _flag("ask AWS how the instance is now"),
-    "--workers": _one("N", "targets read at a time (default: 16)", type=_positive, default=16),
-    "--state": _one(
-        "FILE",
-        "what is remembered, or s3://BUCKET/KEY (default: instance_state.db)",
-        default="instance_state.db",
-    ),
-    "--csv": _one("FILE", "the findings (default: violators.csv, none of a --dry-run), - for stdout"),
-    "--json": _one("FILE", "the whole result as JSON, - for stdout"),
-    "--junit": _one("FILE", "the result as JUnit XML, for Jenkins, - for stdout"),
-    "--prices": _one("FILE", "a CSV of instance_type,region,hourly_price: what findings cost a month"),
-    "--creators": _flag("look up in CloudTrail who made what was found, and remember it"),
-    "--creators-budget": _one(
-        "TIME", "how long to look them up (default: 60s)", type=duration, default=timedelta(minutes=1)
-    ),
-    "iam-policy --creators": _flag("for scans with --creators"),
-    "history --csv": _one("FILE", "the findings as CSV, - for stdout"),
-    "history --json": _one("FILE", "the findings as JSON, - for stdout"),
-    "history --account": _many("ID", "only of this account"),
-    "history --region": _many("R", "only of this region"),
-    "--status": _many("S", "only open or resolved ones, or NEW, REPEAT, REOPENED or RESOLVED"),
-    "--tag": _many("KEY", "only those that lack this tag"),
-    "--older-than": _one("TIME", "only those first seen longer ago, such as 30d", type=duration),
-    "--html": _one("FILE", "the dashboard, - for stdout", required=True),
-    "--days": _one("N", "how many days to keep, at most 9999", type=_days, required=True),
-    "prune --dry-run": _flag("only say what would go"),
-    "remediate --csv": _one(
-        "FILE", "the plan (default: remediate-plan.csv), - for stdout; one that was edited is never replaced"
-    ),
-    "--min-confidence": _one(
-        "P", "how sure a suggestion must be (default: 0.95)", type=_probability, default=MIN_CONFIDENCE
-    ),
-    "--plan": _one("FILE", "a plan as it was written, or as a person has edited it"),
-    "--apply": _flag("write the tags, in AWS; without it nothing is changed"),
-    "--max-changes": _one(
-        "N", "refuse to write more tags (default: 50)", type=_positive, default=MAX_CHANGES
-    ),
-    "--undo": _one("FILE", "the undo file of an earlier run, to take back what is still as it was written"),
-    "--role": _one("NAME", "the role to assume for writing (default: the policy's role_name)"),
-    "--fail-on": {"choices": ["any", "new", "never"], "default": "any", "help": _FAIL_ON},
-    "--require-state": _flag("fail where there is no state yet, instead of starting a new one"),
-    "--dry-run": _flag("compare with the state, write nothing to it: the preview of a changed policy"),
-    "--quiet": _flag("no summary and no progress, only errors"),
-    "--verbose": _flag("say each retry as well"),
-}
-_COMMANDS = {
-    "scan": (
-        "check every instance in scope against the policy; record, report, exit",
-        *("--policy", "--region", "--account", "--shard", "--profile", "--instances", "--workers", "--state"),
-        *("--include-managed-resources",),
-        *("--csv", "--json", "--junit", "--prices", "--creators", "--creators-budget"),
-        *("--fail-on", "--require-state", "--dry-run", "--quiet", "--verbose"),
-    ),
-    "validate": ("say what is wrong in policy files, and what to write instead; no AWS needed", "--json"),
-    "explain": (
-        "print the rules in force in a region; of an instance, why it passes or fails, and its history",
-        *("--policy", "--region", "--account", "--state", "--instances", "--live", "--profile"),
-    ),
-    "history": (
-        "list findings kept in the state: open, resolved, or one instance's",
-        *("--policy", "--account", "--region", "--status", "--tag", "--older-than"),
-        *("--state", "--csv", "--json", "--profile"),
-    ),
-    "report": ("write the dashboard: trends as one HTML page", "--html", "--policy", "--state", "--profile"),
-    "prune": (
-        "delete findings that were resolved more than N days ago, and scans; the trend is kept",
-        *("--days", "--dry-run", "--state", "--profile"),
-    ),
-    "remediate": (
-        "plan the tags that would put the open findings right; --apply writes them",
-        *("--policy", "--region", "--account", "--profile", "--role", "--state", "--min-confidence", "--csv"),
-        *("--plan", "--max-changes", "--apply", "--undo", "--json", "--quiet", "--verbose"),
-    ),
-    "schema": ("print the policy's JSON Schema (Draft 7)",),
-    "iam-policy": (
-        "print the least IAM policy that this policy file's features need",
-        *("--policy", "--state", "--creators"),
-    ),
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions(StateOptions):
+    """Which policy and state are used."""
+
+    policy: PolicyPath = str(DEFAULT_POLICY)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; its help ends with the table of exit codes."""
-    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
-    what = "Find the EC2 instances that lack their required tags."
-    parser = argparse.ArgumentParser(prog="tagcheck.py", description=what, **shape)
-    parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (help_, *options) in _COMMANDS.items():
-        command = commands.add_parser(
-            name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.", **shape
-        )
-        command.set_defaults(run=globals()[f"run_{name.replace('-', '_')}"], quiet=False, verbose=False)
-        for option in options:
-            short = [f"-{option[2]}"] if option in ("--quiet", "--verbose") else []
-            command.add_argument(*short, option, **OPTIONS.get(f"{name} {option}", OPTIONS.get(option, {})))
-        if name == "validate":
-            command.add_argument("policies", metavar="POLICY", nargs="+", help="a policy file, - for stdin")
-        elif name in ("explain", "history"):
-            command.add_argument(
-                "instance", metavar="INSTANCE", nargs="?", help="an instance id, such as i-0abc…"
-            )
-    return parser
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScopeOptions(PolicyOptions):
+    """Which regions and accounts are chosen; an empty list restricts nothing."""
+
+    region: Annotated[list[str], Option("only this region", "R")]
+    account: Annotated[list[str], Option("only this account", "ID")]
+
+    def includes(self, target: Target) -> bool:
+        """Return whether a target is chosen."""
+        of_account = not self.account or target.account_id in self.account
+        return of_account and (not self.region or target.region in self.region)
 
 
-def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
-    """Read every target, record what was found, write the reports; returns how it ended."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanOptions(ScopeOptions):
+    """Check every instance in scope against the policy; record, report, exit."""
+
+    shard: Annotated[Shard, Option("only the I-th of N shares of the accounts", "I/N", _shard)] = ALL_ACCOUNTS
+    instances: FleetPaths
+    include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
+    workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
+    csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
+    json: JsonPath = None
+    junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
+    prices: Annotated[str | None, Option("a CSV of instance_type,region,hourly_price, for monthly costs")] = (
+        None
+    )
+    creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
+    creators_budget: Annotated[timedelta, Option("how long to look (default: 60s)", "TIME", duration)] = (
+        A_MINUTE
+    )
+    fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
+    require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
+    dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
+    quiet: Quiet
+    verbose: Verbose
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether only a part of the policy's scope is scanned."""
+        return bool(self.region or self.account) or self.shard != ALL_ACCOUNTS
+
+    def chooses(self, account_id: str) -> bool:
+        """Return whether --account and --shard choose an account."""
+        part, parts = self.shard
+        # Not hash(), which differs between processes.
+        share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
+        return (not self.account or account_id in self.account) and share == part - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateOptions:
+    """Report mistakes in policy files, and what to write instead; needs no AWS."""
+
+    policies: Annotated[list[str], Option("a policy file, - for stdin", "POLICY", positional=True)]
+    json: JsonPath = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainOptions(ScopeOptions):
+    """Print the rules in force in a region; for an instance, why it passes or fails, and its history."""
+
+    instance: InstanceId = None
+    instances: FleetPaths
+    live: Annotated[bool, Option("read the instance from AWS now")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryOptions(ScopeOptions):
+    """List findings in the state: open, resolved, or one instance's."""
+
+    instance: InstanceId = None
+    status: Annotated[list[Statuses], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)]
+    tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
+    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
+    csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
+    json: JsonPath = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions(PolicyOptions):
+    """Write the dashboard: trends as one HTML page."""
+
+    html: Annotated[str, Option("the dashboard, - for stdout")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions(StateOptions):
+    """Delete scans, and findings that were resolved, more than N days ago; the trend is kept."""
+
+    days: Annotated[int, Option("how many days to keep, at most 9999", "N", _number(int, 1, 9999))]
+    dry_run: Annotated[bool, Option("only print what would be deleted")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemediateOptions(ScopeOptions):
+    """Plan the tags that would fix the open findings; --apply writes them."""
+
+    role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
+    min_confidence: Annotated[float, Option("the least confidence", "P", _number(float, 0, 1))] = (
+        MIN_CONFIDENCE
+    )
+    csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
+    json: JsonPath = None
+    plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
+    apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
+    max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
+    undo: Annotated[str | None, Option("an earlier run's undo file: revert what has not changed since")] = (
+        None
+    )
+    quiet: Quiet
+    verbose: Verbose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaOptions:
+    """Print the policy's JSON Schema (Draft 7)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IamPolicyOptions:
+    """Print the minimal IAM policies for this policy file."""
+
+    policy: PolicyPath = str(DEFAULT_POLICY)
+    state: StatePath = DEFAULT_STATE
+    creators: Annotated[bool, Option("include what scan --creators needs")]
+
+
+def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
+    """Read every target, record what was found, and write the outputs."""
     begun = time.monotonic()
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     if args.creators and args.instances:
-        raise UsageError("--creators asks AWS, and --instances is there not to: leave one of them out")
-    if args.csv is None:
-        args.csv = "" if args.dry_run else "violators.csv"
-    outputs = _outputs(args)
-    senders = {} if args.dry_run else _senders(args, policy)
+        raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
-        raise UsageError("--include-managed-resources says how files were saved: give it with --instances")
+        raise UsageError("--include-managed-resources describes saved files: give it with --instances")
+    if args.csv is None:
+        args = replace(args, csv="" if args.dry_run else "violators.csv")
+    outputs = _outputs(args, WRITERS, [args.state, args.policy, args.prices, *args.instances])
+    senders = {} if args.dry_run else _senders(args, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
     prices = load_prices(args.prices) if args.prices else Prices({})
-    aws = None
-    if not args.instances:
-        actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
-        aws = Aws(args.profile, args.workers, actions)
+    actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
+    aws = None if args.instances else Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=args.dry_run, create=not args.require_state)
+        create = not args.require_state
+        state = stack.enter_context(open_state(args, copied=args.dry_run, create=create))
         state.check()
         if args.require_state:
             require_scans(state.path, state.name)
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy, notices)
+        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
         with sighting_errors():
-            used = _collect(db, scan, readings, prices, Progress(quiet=args.quiet), notices)
+            notices += _collect(args, db, scan, readings, prices)
             if aws and args.creators:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
-        talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-        report: ScanReport | None = None
-        summary = StringIO()
+        stream = _message_stream(outputs)
+        colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        recorded: list[tuple[ScanReport, str]] = []  # at each attempt
 
         def record(path: Path) -> None:
-            nonlocal report, summary
             with record_scan(db, path, scan, finished_at, state.name):
-                coverage = fetch_coverage(db, scan)
-                begun_anew = filter(
-                    None, [fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)]
-                )
-                more = (
-                    *_unseen_notices(args, scan, fetch_unseen(db, scan), coverage),
-                    *_exemption_notices(args, scan, used),
-                    *check_patterns(policy),
-                )
-                report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
+                report = _report(args, db, scan, finished_at, notices)
                 if senders:
                     queue_notifications(db, scan, ending_subjects(policy, now.date()))
                     pending = functools.partial(fetch_pending, db, policy.name)
                     add_digest_lines(db, digest_lines(report, pending))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
-                write_summary(summary, report, args.csv, colour=_has_colour(talk))
+                write_summary(summary, report, args.csv or "", colour=colour)
+                recorded.append((report, summary.getvalue()))
                 if isinstance(state, LocalState):
-                    _ignore_signals()  # state and reports take their places together
+                    SIGNALS.hold()  # the state and the outputs change together
 
         try:
             for path in state.attempts(scan.scan_id):
                 record(path)
         except UploadError:
-            if report is None:
-                record(state.path)  # the state as it was before the scan will do for a CSV
-            publish_report([goal for goal in staged if goal.output.format == "csv"], emit)
+            if not recorded:
+                record(state.path)  # a CSV can compare with the state as it was before the scan
+            publish_report([output for output in staged if output.output.format == "csv"], emit)
             raise
-        assert report is not None
-        _ignore_signals()
+        SIGNALS.hold()
+        report, summary_text = recorded[-1]
         publish_report(staged, emit)
         if not args.quiet:
-            emit(summary.getvalue(), talk)
+            emit(summary_text, stream)
         if senders:
             _notify(senders, db, state, report)
         return report.exit_code
 
 
-def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
+def _senders(args: ScanOptions, policy: Policy) -> Senders:
     """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
     notify = policy.notify or Notify()
@@ -7215,13 +7237,13 @@ def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanRe
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
-                _heed_signals()
+                SIGNALS.release()
                 senders[digest.medium](digest)
                 continue
             except (TagcheckError, KeyboardInterrupt) as error:
                 failure = error
             finally:
-                _ignore_signals()
+                SIGNALS.hold()
             drop_digest(db, channel, digest.to)
             if isinstance(failure, KeyboardInterrupt):
                 down |= senders.keys()
@@ -7236,21 +7258,17 @@ def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanRe
 
 
 def _report(
-    args: argparse.Namespace,
-    db: sqlite3.Connection,
-    scan: Scan,
-    finished_at: datetime,
-    coverage: Sequence[Coverage],
-    notices: Sequence[str],
+    args: ScanOptions, db: sqlite3.Connection, scan: Scan, finished_at: datetime, notices: Sequence[str]
 ) -> ScanReport:
-    """Return what the reports print of the scan that is being recorded."""
+    """Return what the outputs show of the scan that is being recorded."""
+    coverage = fetch_coverage(db, scan)
+    first = fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)
+    unseen = _unseen_notices(args, scan, fetch_unseen(db, scan), coverage)
+    shard = "/".join(map(str, args.shard))
+    empty = [] if coverage else [f"--shard {shard} has no account to scan: nothing was read in this run"]
     costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
-        scan,
-        finished_at,
-        args.dry_run,
-        decide_exit_code(coverage, args.fail_on),
-        coverage,
+        *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
         findings=lambda: fetch_findings(db, scan),
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
@@ -7258,12 +7276,12 @@ def _report(
         costs=costs,
         unpriced=unpriced,
         operators=fetch_operators(db, scan),
-        notices=notices,
+        notices=[*filter(None, [first]), *notices, *unseen, *empty],
     )
 
 
 def _look_up_creators(
-    args: argparse.Namespace, aws: Aws, db: sqlite3.Connection, path: Path, scan: Scan
+    args: ScanOptions, aws: Aws, db: sqlite3.Connection, path: Path, scan: Scan
 ) -> Iterator[str]:
     """Keep who created the instances with findings, where not yet known, and yield notices; fails no scan."""
     deadline = time.monotonic() + args.creators_budget.total_seconds()
@@ -7294,87 +7312,80 @@ def _look_up_creators(
         )
 
 
-def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
-    """Raise UsageError where a region or an account that was asked for cannot be in the policy's scope."""
+def _check_scope(args: ScopeOptions, policy: Policy) -> None:
+    """Raise UsageError for a --region that the policy does not cover, or an --account that is not an id."""
     for region in args.region:
         if not policy.covers(region) or not is_region(region):
             covered = ", ".join(sorted(policy.regions))
-            raise UsageError(
-                f"--region {printable(region)}: {policy.file} does not cover it (it has {covered})"
-            )
+            raise UsageError(f"--region {printable(region)}: {policy.file} does not cover it, only {covered}")
     for account_id in args.account:
         if not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
 
 
-def _outputs(args: argparse.Namespace) -> list[Output]:
-    """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
-    formats = (*WRITERS, "html")
-    paths = {name: path for name in formats if (path := getattr(args, name, None))}
+def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None]) -> list[Output]:
+    """Return the outputs that were asked for, each writable and none of them an input.
+
+    Raises UsageError, OutputError.
+    """
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+    paths = {name: path for name in formats if (path := getattr(args, name))}
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
     goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
-    taken = {
-        os.path.realpath(path)
-        for path in (args.state, args.policy, getattr(args, "prices", None), *getattr(args, "instances", ()))
-        if path and path != "-"
-    }
-    taken |= {f"{os.path.realpath(args.state)}{end}" for end in ("-journal", "-wal", "-shm")}  # SQLite's own
+    read = [os.path.realpath(path) for path in inputs if path and path != "-"]
+    taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
-        raise UsageError(
-            "two of --state, --policy, --instances, --prices, --csv, --json, --junit, --html have the same goal (or a "
-            "report has the name of the state's journal): give each its own"
-        )
+        raise UsageError("two options name the same file, or one of the state's own: give each its own")
     for output in outputs:
         check_output(output)
     return outputs
 
 
-def open_state(
-    args: argparse.Namespace, stack: contextlib.ExitStack, *, copied: bool = False, create: bool = False
-) -> State:
-    """Return the state that was named, or a copy of it to do with as one likes; raises UsageError, StateError.
-
-    Where there is none, only `create` lets one begin.
-    """
-    state: State
-    if args.state.startswith("s3://"):
-        bucket, key = split_s3(args.state)
-        aws = Aws(args.profile, workers=1)
-        s3 = aws.client("s3", aws.session.region_name or "us-east-1")
-        state = S3State(s3, bucket, key, _temporary(stack) / "state.db", _hold_signals, create=create)
-    else:
-        state = LocalState(resolve_state(args.state), create=create)
-    if copied:
-        copy = LocalState(_temporary(stack) / "state.db", state.name)
-        state.copy(copy.path)
-        return copy
-    return state
+def _message_stream(outputs: Sequence[Output]) -> IO[str]:
+    """Return where to print the summary: stderr if an output goes to stdout."""
+    return sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
 
 
 @contextlib.contextmanager
-def _reading(args: argparse.Namespace, policy: str | None) -> Iterator[sqlite3.Connection]:
-    """Yield a connection for reading the state that was named; raises UsageError, StateError.
+def open_state(args: StateOptions, *, copied: bool = False, create: bool = False) -> Iterator[State]:
+    """Yield the state, or a copy of it; `create` allows a new one. Raises UsageError, StateError."""
+    with tempfile.TemporaryDirectory(prefix="tagcheck-") as directory:
+        state: State
+        if args.state.startswith("s3://"):
+            bucket, key = split_s3(args.state)
+            aws = Aws(args.profile, workers=1)
+            s3 = aws.client("s3", aws.session.region_name or "us-east-1")
+            path = Path(directory, "state.db")
+            state = S3State(s3, bucket, key, path, SIGNALS.hold, create=create)
+        else:
+            state = LocalState(resolve_state(args.state), create=create)
+        if copied:
+            own = LocalState(Path(directory, "copy.db"), state.name)
+            state.copy(own.path)
+            state = own
+        yield state
 
-    Where a policy is given, the state must have a scan of it.
-    """
-    with contextlib.ExitStack() as stack:
-        state = open_state(args, stack)
-        db = stack.enter_context(reading_state(state, _temporary(stack) / "state.db"))
+
+@contextlib.contextmanager
+def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
+    """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tagcheck-") as directory,
+        open_state(args) as state,
+        reading_state(state, Path(directory, "state.db")) as db,
+    ):
         if policy is not None:
             require_policy(db, state.name, policy)
         yield db
 
 
-def _temporary(stack: contextlib.ExitStack) -> Path:
-    """Return a directory that goes away at the end of the command."""
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tagcheck-")))
-
-
 MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 
+# A target, and a page of its instances, the error that ended it, or None at its end.
+Reading = tuple[Target, list[Instance] | TargetError | None]
 
-def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
+
+def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
     First each account is entered, then its regions are read; consecutive targets are of different accounts, so
@@ -7421,55 +7432,39 @@ def read_live(args: argparse.Namespace, policy: Policy, aws: Aws, notices: list[
 
 
 def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, str, str, str]:
-    """Return the region to ask at home, and the caller's account, partition and ARN; raises CredentialsError."""
+    """Return the home region, and the caller's account, partition and ARN; raises CredentialsError."""
     home = aws.session.region_name or home_region(regions)
     caller, partition, arn = describe_caller(aws.client("sts", home))
-    if policy.expected_account not in (None, caller):
-        raise CredentialsError(
-            f"these are the credentials of {caller}; the policy expects {policy.expected_account}"
-        )
+    if (expected := policy.expected_account) not in (None, caller):
+        raise CredentialsError(f"these are the credentials of {caller}; the policy expects {expected}")
     return home, caller, partition, arn
 
 
 def _accounts_in_scope(
-    args: argparse.Namespace, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
+    args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
 ) -> dict[str, str]:
-    """Return the accounts to scan with their states; adds a notice for each that is left out as inactive.
+    """Return the accounts to scan with their states; adds a notice for each that is inactive.
 
     Raises UsageError, and TagcheckError where all are inactive.
     """
-    found = _account_states(policy, aws, caller, home)
     in_scope = {
-        id_: state for id_, state in found.items() if policy.accounts is None or policy.accounts.covers(id_)
+        account_id: state
+        for account_id, state in _account_states(policy, aws, caller, home).items()
+        if policy.accounts is None or policy.accounts.covers(account_id)
     }
     if not in_scope:
-        raise UsageError(f"{policy.file} leaves no account to scan: see ids and exclude")
+        raise UsageError(f"{policy.file} leaves no account to scan: check ids and exclude")
     for account_id in args.account:
-        if in_scope.get(account_id) in INACTIVE:
-            raise UsageError(f"--account {account_id}: it is {in_scope[account_id]}")
-        if account_id not in in_scope:
-            raise UsageError(
-                f"--account {account_id}: not in the policy's scope (the credentials are of {caller})"
-            )
-    chosen = {id_: state for id_, state in in_scope.items() if _is_chosen(args, id_)}
-    notices += [
-        f"Account {id_} is {state}: not scanned" for id_, state in sorted(chosen.items()) if state in INACTIVE
-    ]
-    active = {id_: state for id_, state in chosen.items() if state not in INACTIVE}
-    if not active and args.shard == (1, 1):
-        raise TagcheckError(
-            f"no account to scan: of the {counted(len(chosen), 'account')} in scope none is active "
-            f"({', '.join(sorted(set(chosen.values())))}): see the policy's accounts"
-        )
-    if not active:
-        notices.append(_empty_share(args))
+        state = in_scope.get(account_id, f"not in the policy's scope (the credentials are of {caller})")
+        if account_id not in in_scope or state in INACTIVE:
+            raise UsageError(f"--account {account_id}: it is {state}")
+    chosen = {account_id: state for account_id, state in in_scope.items() if args.chooses(account_id)}
+    active = {account_id: state for account_id, state in chosen.items() if state not in INACTIVE}
+    notices += [f"Account {id_} is {chosen[id_]}: not scanned" for id_ in sorted(chosen.keys() - active)]
+    if not active and args.shard == ALL_ACCOUNTS:
+        states = ", ".join(sorted(set(chosen.values())))
+        raise TagcheckError(f"no account to scan: all in scope are {states}; check the policy's accounts")
     return active
-
-
-def _empty_share(args: argparse.Namespace) -> str:
-    """Return the notice that --shard leaves nothing to scan."""
-    part, parts = args.shard
-    return f"--shard {part}/{parts} has no account to scan: nothing was read in this run"
 
 
 def _account_states(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, str]:
@@ -7481,14 +7476,6 @@ def _account_states(policy: Policy, aws: Aws, caller: str, home: str) -> dict[st
     return dict.fromkeys(policy.accounts.ids, "ACTIVE")
 
 
-def _is_chosen(args: argparse.Namespace, account_id: str) -> bool:
-    """Return whether --account and --shard let an account be scanned."""
-    part, parts = args.shard
-    # Not hash(), which Python salts anew in each process.
-    share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
-    return (not args.account or account_id in args.account) and share == part - 1
-
-
 Job = TypeVar("Job")
 Page = TypeVar("Page")
 
@@ -7496,33 +7483,30 @@ Page = TypeVar("Page")
 def read_in_parallel(
     jobs: Sequence[Job], read: Callable[[Job], Iterator[list[Page]]], workers: int
 ) -> Iterator[tuple[Job, list[Page] | TargetError | None]]:
-    """Yield the pages of many jobs as they come, from threads that wait for the network.
+    """Yield the pages of many jobs as they come; a job ends with None, or with the TargetError that ended it.
 
-    A job ends with None, or with the TargetError that ended it. The queue is short, so that slow recording
-    holds back reading. The threads are daemons: one that waits for an answer must not keep an interrupted run
-    alive.
+    The queue is short, so that slow recording slows down reading. The threads are daemons: one that waits for
+    an answer must not keep an interrupted run alive.
     """
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     readings: queue.Queue[tuple[Job, list[Page] | Exception | None]] = queue.Queue(4)
-    for job in jobs:
-        waiting.put(job)
 
     def work() -> None:
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
+        while (job := waiting.get()) is not None:
+            end: Exception | None = None
             try:
                 for page in read(job):
                     readings.put((job, page))
-                readings.put((job, None))
             except CredentialsError as error:
-                readings.put((job, TargetError("Credentials", str(error))))
-            except Exception as error:  # a bug goes to the main thread, which would wait for ever
-                readings.put((job, error))
+                end = TargetError("Credentials", str(error))
+            except Exception as error:  # a bug goes to the main thread, which would wait forever
+                end = error
+            readings.put((job, end))
 
-    for _ in range(min(workers, len(jobs))):
+    threads = min(workers, len(jobs))
+    for job in (*jobs, *[None] * threads):
+        waiting.put(job)
+    for _ in range(threads):
         threading.Thread(target=work, daemon=True).start()
     ended = 0
     while ended < len(jobs):
@@ -7533,179 +7517,148 @@ def read_in_parallel(
         yield job, reading
 
 
-def read_saved(args: argparse.Namespace, policy: Policy, notices: list[str]) -> Iterator[Reading]:
-    """Yield what saved files hold of every target in scope.
+def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
+    """Yield what saved files have of every target in scope.
 
-    A file says nothing of a region that it has no instance of: that one is not read, unless --region
-    says that the files cover it.
+    A region without an instance in the files counts as unread, unless --region says that they cover it.
     """
     instances, cut = load_fleet(args.instances)
-    covered = (lambda _: True) if policy.accounts is None else policy.accounts.covers
-    listed = policy.accounts.ids if policy.accounts and not args.account else ()
-    in_scope = {a for a in {*args.account, *listed, *(t.account_id for t in instances)} if covered(a)}
-    accounts = {a for a in in_scope if _is_chosen(args, a)}
-    named = set(args.region) or policy.regions.keys() - {"*"}
-    targets = {Target(account_id, region) for account_id in accounts for region in named}
+    accounts = policy.accounts
+    listed = accounts.ids if accounts and not args.account else ()
+    in_scope = {*args.account, *listed, *(target.account_id for target in instances)}
+    if accounts:
+        in_scope = set(filter(accounts.covers, in_scope))
+    chosen = set(filter(args.chooses, in_scope))
+    named = args.region or policy.regions.keys() - {"*"}
+    targets = {Target(account_id, region) for account_id in chosen for region in named}
     if not args.region:
-        targets |= {t for t in instances if t.account_id in accounts and policy.covers(t.region)}
-        targets |= {Target(account_id, "*") for account_id in accounts - {t.account_id for t in targets}}
+        targets |= {t for t in instances if t.account_id in chosen and policy.covers(t.region)}
+        targets |= {Target(account_id, "*") for account_id in chosen - {t.account_id for t in targets}}
     more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
-    if in_scope and not accounts and args.shard != (1, 1):
+    if not chosen:
+        if not in_scope or args.shard == ALL_ACCOUNTS:
+            raise UsageError("the files have no instance in scope: name its account with --account ID")
         if cut:
             raise UsageError(more)
-        notices.append(_empty_share(args))
-    elif not targets:
-        raise UsageError(
-            "the files hold no instance, so of what account they are is not known: say it with --account"
-        )
-    left_out = instances.keys() - targets
-    if left_out:
-        number = sum(len(instances[target]) for target in left_out)
-        LOG.info(
-            "%s left out, not in scope: %s",
-            counted(number, "instance"),
-            ", ".join(map(str, sorted(left_out))),
-        )
+    if left_out := instances.keys() - targets:
+        number = counted(sum(len(instances[target]) for target in left_out), "instance")
+        LOG.info("%s left out, not in scope: %s", number, ", ".join(map(str, sorted(left_out))))
     for target in sorted(targets):
         if target in instances:
             yield target, instances[target]
         if cut:  # what follows may be of any account and region
             yield target, TargetError("Truncated", more)
-        elif target not in instances and not args.region:
-            what = "account" if target.region == "*" else "region"
-            message = f"no instance of this {what} is in the files; if there is none, say so with --region"
-            yield target, TargetError("NotInFiles", message)
-        else:
+        elif target in instances or args.region:
             yield target, None
-
-
-def _collect(
-    db: sqlite3.Connection,
-    scan: Scan,
-    readings: Iterable[Reading],
-    prices: Prices,
-    progress: Progress,
-    notices: list[str],
-) -> set[Exemption]:
-    """Judge every instance that is read and keep what was seen; returns the exemptions that covered any.
-
-    Adds a notice for each instance state that is new.
-    """
-    policy = scan.policy
-    numbers: dict[Target, int] = {}
-    used: set[Exemption] = set()
-    new_states: set[str] = set()
-    usage: Usage = Counter()
-    for target, reading in readings:
-        if target not in numbers:
-            numbers[target] = add_target(db, target)
-        if isinstance(reading, list):
-            seen = [
-                judge(target, instance, policy, scan.started_at)
-                for instance in reading
-                if policy.includes(instance.state)
-            ]
-            new_states.update(
-                state
-                for state in {sighting.instance.state for sighting in seen} - new_states
-                if is_new_state(state) and len(new_states) < MAX_NEW_STATES
-            )
-            used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
-            rules = policy.rules(target.region)
-            for sighting in seen:
-                count_usage(usage, numbers[target], sighting, rules)
-            if len(usage) > MAX_USAGE:
-                add_usage(db, usage)
-                usage.clear()
-            costs = (prices.monthly_cost(sighting.instance, target.region) for sighting in seen)
-            add_sightings(db, numbers[target], zip(seen, costs, strict=True))
-            progress.page(target, len(seen))
         else:
-            if reading:
-                fail_target(db, numbers[target], reading)
-            progress.end(target, reading)
-    progress.close()
-    notices += map(new_state_notice, sorted(new_states))
-    add_usage(db, usage)
-    add_suggestions(db, policy)
-    return used
+            what = "account" if target.region == "*" else "region"
+            message = f"no instance of this {what} is in the files; if it has none, say so with --region"
+            yield target, TargetError("NotInFiles", message)
 
 
 MAX_NEW_STATES = 10  # to name in notices
 
 
-def _unseen_notices(
-    args: argparse.Namespace,
-    scan: Scan,
-    unseen: Iterable[tuple[Target, int]],
-    coverage: Iterable[Coverage],
+def _collect(
+    args: ScanOptions, db: sqlite3.Connection, scan: Scan, readings: Iterable[Reading], prices: Prices
 ) -> Iterator[str]:
-    """Yield a notice for each target in scope with open findings that a scan neither saw nor resolved."""
-    policy, read = scan.policy, {target.target for target in coverage}
-    narrowed = bool(args.region or args.account) or args.shard != (1, 1)
+    """Judge and keep every instance that is read; yields notices about states, exemptions and patterns."""
+    policy = scan.policy
+    progress = Progress(quiet=args.quiet)
+    numbers: dict[Target, int] = {}
+    used: set[Exemption] = set()
+    states: set[str] = set()
+    usage: Usage = Counter()
+    for target, reading in readings:
+        if target not in numbers:
+            numbers[target] = add_target(db, target)
+        if not isinstance(reading, list):
+            if reading:
+                fail_target(db, numbers[target], reading)
+            progress.end(target, reading)
+            continue
+        included = [instance for instance in reading if policy.includes(instance.state)]
+        seen = [judge(target, instance, policy, scan.started_at) for instance in included]
+        if len(states) < MAX_NEW_STATES:
+            states.update(filter(is_new_state, {instance.state for instance in included}))
+        used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
+        rules = policy.rules(target.region)
+        for sighting in seen:
+            count_usage(usage, numbers[target], sighting, rules)
+        if len(usage) > MAX_USAGE:
+            add_usage(db, usage)
+            usage.clear()
+        costs = (prices.monthly_cost(sighting.instance, target.region) for sighting in seen)
+        add_sightings(db, numbers[target], zip(seen, costs, strict=True))
+        progress.page(target, len(seen))
+    progress.close()
+    add_usage(db, usage)
+    add_suggestions(db, policy)
+    yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
+    yield from _exemption_notices(args, scan, used)
+    yield from check_patterns(policy)
+
+
+def _unseen_notices(
+    args: ScanOptions, scan: Scan, unseen: Iterable[tuple[Target, int]], coverage: Iterable[Coverage]
+) -> Iterator[str]:
+    """Yield a notice for each target in scope with open findings that the scan neither saw nor resolved."""
+    policy, read = scan.policy, {each.target for each in coverage}
+    covers = policy.accounts.covers if policy.accounts else {each.account_id for each in read}.__contains__
     for target, number in unseen:
         where = f"{counted(number, 'open finding')} in {target}"
         if target in read:
             yield (
-                f"{where} may be of instances that AWS hides, and which the files lack; they stay open. Save the files "
-                "with `aws ec2 describe-instances --include-managed-resources`, then add --include-managed-resources here"
+                f"{where} may be of instances that AWS hides and the files lack; they stay open. Save the files "
+                "with `aws ec2 describe-instances --include-managed-resources`, and give that option here, too"
             )
-            continue
-        known = {each.account_id for each in read} if policy.accounts is None else ()
-        covered = policy.accounts.covers if policy.accounts else known.__contains__
-        if not narrowed and policy.covers(target.region) and covered(target.account_id):
-            yield f"{where} were not looked at, as this scan was told of no such region or account; they stay open"
+        elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
+            yield f"{where} were not looked at, as this scan found no such region or account; they stay open"
 
 
-def _exemption_notices(args: argparse.Namespace, scan: Scan, used: Iterable[Exemption]) -> Iterator[str]:
-    """Yield what is to be said of the exemptions: that one ends, has ended, or covered nothing."""
+def _exemption_notices(args: ScanOptions, scan: Scan, used: Container[Exemption]) -> Iterator[str]:
+    """Yield a notice for each exemption that ends soon, has ended, or covered nothing."""
     today = scan.started_at.date()
     yield from map(str, check_expiry(scan.policy, today))
-    if args.region or args.account or args.shard != (1, 1):
-        return
-    for index, exemption in enumerate(scan.policy.exemptions):
+    for index, exemption in enumerate(scan.policy.exemptions if not args.narrowed else ()):
         if exemption.holds(today) and exemption not in used:
             where = f"exemptions[{index}] ({exemption.reason})"
             place = (scan.policy.file, exemption.line, exemption.column, where)
             yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
 
 
-def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
-    """Say what is wrong in each policy file; returns USAGE where one cannot be used."""
-    results: dict[str, Sequence[Problem]] = {}
-    for path in args.policies:
-        try:
-            results[path] = check_expiry(load_policy(path), now.date())
-        except PolicyError as error:
-            results[path] = error.problems
-        except UsageError as error:
-            results[path] = [Problem(path, 1, 1, "", str(error))]
-    lines: list[str] = []
-    for path, problems in results.items():
-        errors = sum(problem.severity == "error" for problem in problems)
-        also = f", {counted(len(problems) - errors, 'warning')}" if errors < len(problems) else ""
-        verdict = f"{path}: {counted(errors, 'error') if errors else 'valid'}{also}"
-        lines += [*problem_lines(problems), printable(verdict)]
-    if args.json:
-        output = Output("json", args.json)
-        check_output(output)
-        write_report([output], {"json": _write_problems}, results, emit)
-    if args.json != "-":
-        emit("\n".join(lines) + "\n")
-    valid = all(problem.severity == "warning" for problems in results.values() for problem in problems)
-    return ExitCode.COMPLIANT if valid else ExitCode.USAGE
+def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
+    """Report what is wrong in each policy file; returns USAGE where one cannot be used."""
+    outputs = _outputs(args, PROBLEM_WRITERS, args.policies)
+    results = {path: _problems(path, now.date()) for path in args.policies}
+    errors = {path: sum(each.severity == "error" for each in problems) for path, problems in results.items()}
+    write_report(outputs, PROBLEM_WRITERS, results, emit)
+    for path, problems in results.items() if args.json != "-" else ():
+        verdict = counted(errors[path], "error") if errors[path] else "valid"
+        warned = len(problems) - errors[path]
+        also = f", {counted(warned, 'warning')}" if warned else ""
+        emit_lines([*problem_lines(problems), f"{path}: {verdict}{also}"])
+    return ExitCode.USAGE if any(errors.values()) else ExitCode.COMPLIANT
+
+
+def _problems(path: str, today: date) -> Sequence[Problem]:
+    """Return the errors and warnings of a policy file."""
+    try:
+        return check_expiry(load_policy(path), today)
+    except PolicyError as error:
+        return error.problems
+    except UsageError as error:
+        return [Problem(path, 1, 1, "", str(error))]
 
 
 def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) -> None:
     """Write the problems of each file as JSON, for editors."""
+    keys = ("line", "column", "severity", "where", "message")
     files = [
         {
             "file": path,
             "valid": all(problem.severity == "warning" for problem in problems),
-            "problems": [
-                {key: getattr(problem, key) for key in ("line", "column", "severity", "where", "message")}
-                for problem in problems[:MAX_PROBLEMS]
-            ],
+            "problems": [{key: getattr(problem, key) for key in keys} for problem in problems[:MAX_PROBLEMS]],
             "problem_count": len(problems),
         }
         for path, problems in results.items()
@@ -7713,7 +7666,10 @@ def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) 
     file.write(json.dumps({"version": __version__, "files": files}, indent=2) + "\n")
 
 
-def run_schema(args: argparse.Namespace, now: datetime) -> ExitCode:
+PROBLEM_WRITERS = {"json": _write_problems}
+
+
+def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
     """Print the policy's JSON Schema."""
     emit(json.dumps(POLICY_SCHEMA, indent=2) + "\n")
     return ExitCode.COMPLIANT
@@ -7766,128 +7722,112 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
     return {"scan": policy_document(scan), **documents, "remediate": policy_document(remediate)}
 
 
-def run_iam_policy(args: argparse.Namespace, now: datetime) -> ExitCode:
+def run_iam_policy(args: IamPolicyOptions, now: datetime) -> ExitCode:
     """Print the IAM policies that the policy's features need."""
     documents = iam_documents(load_policy(args.policy), args.state, creators=args.creators)
     emit(json.dumps(documents, indent=2) + "\n")
     return ExitCode.COMPLIANT
 
 
-def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
+def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
     policy = load_policy(args.policy)
     _check_scope(args, policy)
+    lines: list[str] = []
     if args.instance:
-        changes: list[Change] = []
-        cases = list(_find_instance(args, policy, changes))
-        lines = [
-            line
-            for target, instance, finding in cases
-            for line in explain(policy, target, instance, finding, changes, now)
-        ]
+        known, changes = _known_history(args, policy, args.instance)
+        for target, instance in _find_instance(args, policy, known):
+            lines += explain(policy, target, instance, known.get(target), changes, now)
     else:
-        lines = [
-            line
-            for region in args.region or sorted(policy.regions)
-            for line in explain_region(policy, region, now.date())
-        ]
-    emit("\n".join(map(printable, lines)) + "\n")
+        for region in args.region or sorted(policy.regions):
+            lines += explain_region(policy, region, now.date())
+    emit_lines(lines)
     return ExitCode.COMPLIANT
 
 
-def _find_instance(
-    args: argparse.Namespace, policy: Policy, changes: list[Change]
-) -> Iterator[tuple[Target, Instance, Finding | None]]:
-    """Yield an instance as saved files, AWS or the state have it, with its finding; adds what was written on it."""
-    known: dict[Target, Finding] = {}
+def _known_history(
+    args: ExplainOptions, policy: Policy, instance_id: str
+) -> tuple[dict[Target, Finding], list[Change]]:
+    """Return an instance's findings and changes; --instances and --live do without a state."""
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
-            findings = fetch_history(db, Selection(policy.name, args.instance))
+            findings = fetch_history(db, Selection(policy.name, instance_id))
             known = {finding.target: finding for finding in findings}
-            changes += fetch_changes(db, policy.name, args.instance)
+            return known, list(fetch_changes(db, policy.name, instance_id))
     except MissingStateError as error:
         if not elsewhere:
             raise
-        LOG.warning("%s", printable(f"The history of {args.instance} is not known: {error}"))
+        LOG.warning("%s", printable(f"The history of {instance_id} is not known: {error}"))
+        return {}, []
+
+
+def _find_instance(
+    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
+) -> list[tuple[Target, Instance]]:
+    """Return an instance as saved files, AWS or the state have it; raises UsageError where they have none."""
     if args.instances:
         for target, instances in load_fleet(args.instances)[0].items():
             for instance in instances:
                 if instance.instance_id == args.instance and policy.covers(target.region):
-                    yield target, instance, known.get(target)
-                    return
+                    return [(target, instance)]
+        files = ", ".join(args.instances)
         raise UsageError(
-            f"{args.instance} is not in {', '.join(args.instances)}, or in a region that is not covered"
+            f"{args.instance} is not in {files}, or in a region that {policy.file} does not cover"
         )
     if args.live:
-        regions = args.region or sorted({target.region for target in known})
-        if not regions:
-            raise UsageError(f"the state does not know {args.instance}: say with --region where it is")
-        yield from _describe_instance(args, policy, regions, known)
-        return
-    here = {
-        target: finding
-        for target, finding in known.items()
-        if (not args.region or target.region in args.region)
-        and (not args.account or target.account_id in args.account)
-        and policy.covers(target.region)
-    }
-    for target, finding in here.items():
-        launched = datetime.fromisoformat(finding.launch_time)
-        operator = finding.managed_by or ""
-        yield (
-            target,
-            Instance(finding.instance_id, finding.state, launched, finding.tags, managed_by=operator),
-            finding,
-        )
-    if not here:
+        return [_describe_instance(args, policy, known)]
+    cases = []
+    for target, finding in known.items():
+        if args.includes(target) and policy.covers(target.region):
+            launched = datetime.fromisoformat(finding.launch_time)
+            own = (finding.instance_id, finding.state, launched, finding.tags)
+            cases.append((target, Instance(*own, managed_by=finding.managed_by or "")))
+    if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it complied, was "
-            "exempted or too young whenever it was looked at, or never was; ask AWS with --live --region R"
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it "
+            "complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
         )
+    return cases
 
 
 def _describe_instance(
-    args: argparse.Namespace, policy: Policy, regions: Sequence[str], known: Mapping[Target, Finding]
-) -> Iterator[tuple[Target, Instance, Finding | None]]:
-    """Yield an instance as AWS has it now, from the first of the regions that knows it; raises UsageError."""
+    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
+) -> tuple[Target, Instance]:
+    """Return an instance as AWS has it now, from the first region that has it; raises UsageError."""
+    regions = args.region or sorted({target.region for target in known})
+    if not regions:
+        raise UsageError(f"the state has no {args.instance}: give its --region")
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
         raise UsageError(
-            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or choose "
-            f"credentials of {' or '.join(args.account)} with --profile"
+            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or "
+            f"choose credentials of {' or '.join(args.account)} with --profile"
         )
     aws.enter_own(account_id)
     for region in regions:
         try:
             with aws.account(account_id):
                 pages = list(describe_instances(aws.client("ec2", region), InstanceIds=[args.instance]))
-            for instance in itertools.chain.from_iterable(pages):
-                yield Target(account_id, region), instance, known.get(Target(account_id, region))
-                return
         except TargetError as error:
             if not is_gone(error):
                 raise
-    raise UsageError(
-        f"account {account_id} has no {args.instance} in {', '.join(regions)}: say with --region where it is"
-    )
+            continue
+        for instance in itertools.chain.from_iterable(pages):
+            return Target(account_id, region), instance
+    place = f"{account_id} {', '.join(regions)}"
+    raise UsageError(f"{args.instance} is not in {place}: give its --region, or credentials of its account")
 
 
-def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
-    """List findings that the state keeps, or tell the story of one instance."""
-    statuses: dict[str, tuple[str, ...]] = {status.lower(): (status,) for status in Status}
-    statuses |= {"open": ("NEW", "REPEAT", "REOPENED")}
-    wanted: list[str] = []
-    for word in args.status:
-        if word.lower() not in statuses:
-            raise UsageError(f"--status {printable(word)}: give open, {', '.join(Status)}")
-        wanted += statuses[word.lower()]
-    outputs = _outputs(args)
+def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
+    """List findings that the state keeps, or the timeline of one instance."""
+    outputs = _outputs(args, HISTORY_WRITERS, [args.state, args.policy])
     policy = load_policy(args.policy).name
-    since = now - args.older_than if args.older_than else None
-    selection = Selection(policy, args.instance, args.account, args.region, wanted, args.tag, since)
+    statuses = [*itertools.chain(*args.status)]
+    before = now - args.older_than if args.older_than else None
+    selection = Selection(policy, args.instance, args.account, args.region, statuses, args.tag, before)
     with _reading(args, policy) as db:
         report = HistoryReport(
             policy,
@@ -7899,15 +7839,13 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
             raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
         write_report(outputs, HISTORY_WRITERS, report, emit)
         if not outputs:
-            lines = history_lines(report)
-            while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
-                emit(block)
+            emit_lines(history_lines(report))
     return ExitCode.COMPLIANT
 
 
-def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
+def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
-    outputs = _outputs(args)
+    outputs = _outputs(args, DASHBOARD_WRITERS, [args.state, args.policy])
     policy = load_policy(args.policy)
     keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
     owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
@@ -7919,30 +7857,30 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
             )
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
-    write_report(outputs, {"html": write_html}, dashboard, emit)
+    write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
     return ExitCode.COMPLIANT
 
 
-def run_prune(args: argparse.Namespace, now: datetime) -> ExitCode:
-    """Delete what is older than --days, and say what went."""
+def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
+    """Delete what is older than --days, and print what was deleted."""
     before = now - timedelta(days=args.days)
     pruned = Pruned(0, 0, 0)
-    with contextlib.ExitStack() as stack:
-        state = open_state(args, stack, copied=args.dry_run)
+    with open_state(args, copied=args.dry_run) as state:
         state.check()
         for path in state.attempts(str(uuid.uuid4())):
-            # An attempt that is repeated because its answer was lost finds nothing any more.
-            again = prune_state(path, before, state.name)
-            pruned = max(pruned, again)
+            # An attempt that is repeated because its answer was lost finds nothing left to delete.
+            pruned = max(pruned, prune_state(path, before, state.name))
+    done = "Would delete" if args.dry_run else "Deleted"
+    findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
+    targets = counted(pruned.coverage, "target")
     emit(
-        f"{'Would delete' if args.dry_run else 'Deleted'} {counted(pruned.findings, 'finding')} resolved before "
-        f"{before.date()}, {counted(pruned.scans, 'scan')} and the counts of {counted(pruned.coverage, 'target')} "
-        "from before it; the trend is kept\n"
+        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of {targets} from before it; "
+        "the trend is kept\n"
     )
     return ExitCode.COMPLIANT
 
 
-def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
+def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
     policy = load_policy(args.policy)
     _check_scope(args, policy)
@@ -7951,8 +7889,8 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
     if args.role and not policy.accounts:
         raise UsageError(f"--role {printable(args.role)}: {policy.file} names no accounts to assume it in")
     given = args.plan or args.undo
-    args.csv = args.csv or ("" if given or args.apply else "remediate-plan.csv")
-    outputs = _outputs(argparse.Namespace(**vars(args), instances=[given] if given else []))
+    args = replace(args, csv=args.csv or ("" if given or args.apply else "remediate-plan.csv"))
+    outputs = _outputs(args, REMEDIATION_WRITERS, [args.state, args.policy, given])
     plans = [output for output in outputs if output.format == "csv"]
     undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:
@@ -7967,7 +7905,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
             stack.enter_context(_printing_undo_command(undo, command))
-            _apply(args, policy, rows, open_state(args, stack), undo, now)
+            _apply(args, policy, rows, stack.enter_context(open_state(args)), undo, now)
             undo_file = str(undo.path) if undo.rows else ""
         done = Remediation(policy, rows, undo_file)
         stage_report(staged, REMEDIATION_WRITERS, done)
@@ -7975,13 +7913,11 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
             check_plan_output(output)
         publish_report(staged, emit)
         if not args.quiet:
-            lines = remediation_lines(done, args.csv, command)
-            stream = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
-            emit("".join(f"{printable(line)}\n" for line in lines), stream)
+            emit_lines(remediation_lines(done, args.csv or "", command), _message_stream(outputs))
         return rows.exit_code
 
 
-def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
+def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
     if args.plan:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
@@ -7993,12 +7929,7 @@ def _planned_rows(args: argparse.Namespace, policy: Policy) -> PlanRows:
         elif not args.plan:
             is_open = Selection(policy.name, None, args.account, args.region, ("NEW", "REPEAT", "REOPENED"))
             return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
-    return PlanRows(
-        row
-        for row in rows
-        if (not args.region or row.region in args.region)
-        and (not args.account or row.account_id in args.account)
-    )
+    return PlanRows(row for row in rows if args.includes(row.target))
 
 
 @contextlib.contextmanager
@@ -8016,17 +7947,17 @@ def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Itera
         raise
 
 
-def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
+def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
     """Return the command that writes what was planned, or reverts what was written, for a shell."""
     words = ["tagcheck.py", "remediate"]
     for name in ("policy", "state", "profile", "role"):
-        if (value := getattr(args, name)) not in (None, OPTIONS[f"--{name}"].get("default")):
+        if (value := getattr(args, name)) not in (None, DEFAULT_STATE, str(DEFAULT_POLICY)):
             words += [f"--{name}", value]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
     if "--undo" not in more:
         for name in ("region", "account"):  # a plan that was given may have rows of others
             words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-        if (path := args.undo or args.plan or args.csv) != "-":
+        if (path := args.undo or args.plan or args.csv or "-") != "-":
             words += ["--undo" if args.undo else "--plan", path]
         elif args.min_confidence != MIN_CONFIDENCE:
             words += ["--min-confidence", str(args.min_confidence)]
@@ -8034,7 +7965,7 @@ def _next_command(args: argparse.Namespace, changes: int, *more: str) -> str:
 
 
 def _apply(
-    args: argparse.Namespace, policy: Policy, rows: PlanRows, state: State, undo: UndoFile, now: datetime
+    args: RemediateOptions, policy: Policy, rows: PlanRows, state: State, undo: UndoFile, now: datetime
 ) -> None:
     """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
     begun, run = time.monotonic(), uuid.uuid4().hex
@@ -8094,42 +8025,48 @@ class Progress:
             emit("\r\x1b[K", sys.stderr)
 
 
-def _has_colour(stream: IO[str]) -> bool:
-    """Return whether to colour: only a terminal, and not where NO_COLOR says so (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+class Signals:
+    """Ctrl-C and SIGTERM: in the body of a `with`, the first ends the run, at once or when it is released."""
 
-
-def _heed_signals() -> None:
-    """Let the first Ctrl-C or SIGTERM end the run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-
-
-def _ignore_signals() -> None:
-    """Let no Ctrl-C and no SIGTERM come between any more: what is left takes a moment."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _hold_signals() -> Callable[[], None]:
-    """Let no Ctrl-C and no SIGTERM come between, for a moment; returns what lets them come."""
-    came: list[int] = []
+    held = came = ended = False
     numbers = (signal.SIGINT, signal.SIGTERM)
-    former = [(number, signal.signal(number, lambda number, _: came.append(number))) for number in numbers]
 
-    def release() -> None:
-        for number, handler in former:
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+    def __enter__(self) -> None:
+        self.held = self.came = self.ended = False
+        for number in self.numbers:
+            signal.signal(number, self._handle)
 
-    return release
+    def __exit__(self, *_: object) -> None:
+        for number in self.numbers:  # the exit code is decided; Python's own handlers would change it
+            signal.signal(number, signal.SIG_IGN)
+
+    def hold(self) -> Callable[[], None]:
+        """Hold signals back from now on; returns a function that undoes this."""
+        before, self.held = self.held, True
+        return lambda: self.release(held=before)
+
+    def release(self, *, held: bool = False) -> None:
+        """Let signals end the run again; raises KeyboardInterrupt if one came while they were held."""
+        self.held = held
+        if self.came:
+            self._handle()
+
+    def _handle(self, *_: object) -> None:
+        """End the run at the first signal; a second one must not interrupt the cleanup."""
+        if self.held:
+            self.came = True
+        elif not self.ended:
+            self.ended = True
+            raise KeyboardInterrupt
+
+
+SIGNALS = Signals()
 
 
 def emit(text: str, stream: IO[str] | None = None) -> None:
-    """Write text to stdout, or to another stream; raises OutputError.
+    """Write text to stdout, or to another stream; raises OutputError for stdout.
 
-    A reader that went away, as of `| head`, is no failure, and what is said on stderr is no result.
+    A reader that went away, as of `| head`, is not a failure.
     """
     stream = stream or sys.stdout
     try:
@@ -8139,68 +8076,123 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
         # What is left in the stream must not fail again when Python flushes it at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            message = (
-                f"standard output cannot be written: {error.strerror}; if this was a scan, it is recorded"
-            )
+            message = f"cannot write to standard output: {error.strerror}; if this was a scan, it is recorded"
             raise OutputError(message) from error
 
 
-def _interrupt(*_: object) -> None:
-    """End the run at the first Ctrl-C or SIGTERM; a second one must not interrupt the cleaning up."""
-    _ignore_signals()
-    raise KeyboardInterrupt
+def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
+    """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError."""
+    lines = iter(lines)
+    while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
+        emit(block, stream)
 
 
-def _check_directory() -> None:
-    """Raise UsageError where the current directory is gone, as then no relative name leads anywhere."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UsageError(
-            f"the current directory cannot be used: {error.strerror}; change to another"
-        ) from error
+COMMANDS: dict[str, tuple[Callable[[Any, datetime], ExitCode], type[Any]]] = {
+    "scan": (run_scan, ScanOptions),
+    "validate": (run_validate, ValidateOptions),
+    "explain": (run_explain, ExplainOptions),
+    "history": (run_history, HistoryOptions),
+    "report": (run_report, ReportOptions),
+    "prune": (run_prune, PruneOptions),
+    "remediate": (run_remediate, RemediateOptions),
+    "schema": (run_schema, SchemaOptions),
+    "iam-policy": (run_iam_policy, IamPolicyOptions),
+}
 
 
-def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
-    """Run a command and return its exit code; every expected failure ends here."""
-    _heed_signals()
-    warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
-    # A stream that the caller has closed is None.
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
+    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
+    what = "Find the EC2 instances that lack their required tags."
+    parser = argparse.ArgumentParser(prog="tagcheck.py", description=what, **shape)
+    parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
+    parser.set_defaults(quiet=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
+        hints = get_type_hints(options, include_extras=True)
+        for each in fields(options):
+            _add_option(command, each, hints[each.name])
+    return parser
+
+
+def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any) -> None:
+    """Add the option that fills a field; one without a default is required."""
+    kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
+    name = f"--{filled.name.replace('_', '-')}"
+    more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
+    if option.positional:
+        command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
+    elif kind is bool:
+        short = [name[1:3]] if name in ("--quiet", "--verbose") else []
+        command.add_argument(*short, name, help=option.help, action="store_true")
+    elif kind is list:
+        more["help"] += " (repeatable)"
+        command.add_argument(name, action="append", default=[], **more)
+    elif filled.default is MISSING:
+        command.add_argument(name, required=True, **more)
+    else:
+        if kind is Literal:
+            more |= {"metavar": None, "choices": get_args(hint.__origin__)}
+        if isinstance(filled.default, (str, int, float)):
+            more["help"] += " (default: %(default)s)"
+        command.add_argument(name, default=filled.default, **more)
+
+
+def _prepare_streams() -> None:
+    """Let every text be printed, also where the caller has closed a stream, which then is None."""
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    for text in sys.argv[1:] if argv is None else argv:
-        if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
-            parser.error(f"the argument {text!r} is not UTF-8")
-    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
-    LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
-    LOG.setLevel(level)
-    # What botocore has to say comes as an exception; its log holds tracebacks, and may hold secrets.
-    logging.getLogger("botocore").addHandler(logging.NullHandler())
+
+
+def _check_directory() -> None:
+    """Raise UsageError if the current directory is gone: relative paths would lead nowhere."""
     try:
-        _check_directory()
-        return int(args.run(args, now or datetime.now(UTC)))
-    except PolicyError as error:
-        number_of = counted(len(error.problems), "problem")
-        done = "written" if args.command == "remediate" else "scanned"
-        emit(f"{error}\n{number_of}; nothing was {done}\n", sys.stderr)
-        return ExitCode.USAGE
-    except TagcheckError as error:
-        emit(f"tagcheck: {printable(str(error))}\n", sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        emit(f"tagcheck: interrupted; {str(interrupt) or 'nothing was recorded'}\n", sys.stderr)
-        return ExitCode.INTERRUPTED
-    except ModuleNotFoundError as error:
-        if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
-            raise
-        emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
-        return ExitCode.CRASHED
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"cannot use the current directory: {error.strerror}; change to another") from error
+
+
+def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
+    """Run a command and return its exit code; every expected failure ends here."""
+    with SIGNALS:
+        warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
+        _prepare_streams()
+        parser = build_parser()
+        given = parser.parse_args(argv)
+        for text in sys.argv[1:] if argv is None else argv:
+            if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
+                parser.error(f"the argument {text!r} is not UTF-8")
+        LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
+        LOG.setLevel(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)
+        # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.
+        logging.getLogger("botocore").addHandler(logging.NullHandler())
+        run, options = COMMANDS[given.command]
+        args = options(**{each.name: getattr(given, each.name) for each in fields(options)})
+        try:
+            _check_directory()
+            return run(args, now or datetime.now(UTC))
+        except PolicyError as error:
+            number_of = counted(len(error.problems), "problem")
+            done = "written" if given.command == "remediate" else "scanned"
+            emit(f"{error}\n{number_of}; nothing was {done}\n", sys.stderr)
+            return error.exit_code
+        except TagcheckError as error:
+            emit_lines([f"tagcheck: {error}"], sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as interrupt:
+            emit(f"tagcheck: interrupted; {str(interrupt) or 'nothing was recorded'}\n", sys.stderr)
+            return ExitCode.INTERRUPTED
+        except ModuleNotFoundError as error:
+            if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
+                raise
+            emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
+            return ExitCode.CRASHED
 
 
 if __name__ == "__main__":

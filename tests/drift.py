@@ -433,7 +433,7 @@ def run_demo(directory: Path, options: argparse.Namespace) -> int:
     write_prices(prices)
     argv = ["scan", "--quiet", "--policy", str(policy), "--instances", str(saved)]
     argv += ["--state", str(directory / STATE), "--csv", str(directory / "violators.csv")]
-    argv += ["--prices", str(prices)] if "--prices" in tagcheck.OPTIONS else []
+    argv += ["--prices", str(prices)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     fleets = drifting(options.seed, options.accounts, options.instances, options.days, options.until)
     for day, (now, records) in enumerate(fleets):

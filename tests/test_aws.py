@@ -1533,7 +1533,7 @@ def test_region_that_no_file_has_is_not_read(scan_saved: ScanSaved, tmp_path: Pa
 
 
 def test_files_without_an_instance_need_an_account(scan_saved: ScanSaved) -> None:
-    assert "say it with --account" in scan_saved({"Reservations": []}, check=2).err
+    assert "with --account ID" in scan_saved({"Reservations": []}, check=2).err
     known = ("--account", ACCOUNT_ID)
     result = scan_saved({"Reservations": []}, args=known, check=4)
     assert errors(result) == {REGION: "NotInFiles"}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +180,21 @@ def test_missing_package_is_named_and_no_finding(
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--json", "./violators.csv"),
-            "the same goal",
+            "the same file",
             id="one goal twice",
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--json", "-", "--csv", "-"),
-            "the same goal",
+            "the same file",
             id="stdout twice",
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--csv", "instance_state.db"),
-            "the same goal",
+            "the same file",
             id="the state as CSV",
+        ),
+        pytest.param(
+            ("validate", "policy.yaml", "--json", "policy.yaml"), "the same file", id="the policy as JSON"
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--instances", "none.json"),
@@ -300,6 +304,27 @@ def test_fail_on_says_which_findings_count(
     given = {choice: tagcheck(*args, saved, "--dry-run", "--fail-on", choice).code for choice in codes}
     assert given == codes
     assert tagcheck(*args, saved).code == codes["any"]
+
+
+# ---- Options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", script.COMMANDS)
+def test_options_are_the_fields_of_the_commands_record_each_with_help(name: str) -> None:
+    [commands] = [action for action in script.build_parser()._actions if action.dest == "command"]
+    assert isinstance(commands.choices, dict)
+    options = {
+        action.dest: action.help for action in commands.choices[name]._actions if action.dest != "help"
+    }
+    assert list(options) == [field.name for field in fields(script.COMMANDS[name][1])]
+    assert all(options.values())
+
+
+def test_option_that_is_not_described_is_a_programming_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    undescribed = make_dataclass("undescribed", [("colour", str)])
+    monkeypatch.setitem(script.COMMANDS, "paint", (script.run_schema, undescribed))
+    with pytest.raises(AttributeError):
+        script.build_parser()
 
 
 # ---- Stopped -----------------------------------------------------------------------------------------------
@@ -558,7 +583,7 @@ def test_default_policy_stands_beside_the_script(aws: AwsServer, tmp_path: Path,
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        pytest.param(["prune", "--days", "10000000"], 2, "more than 9999 days", id="days before all time"),
+        pytest.param(["prune", "--days", "10000000"], 2, "at most 9999", id="days before all time"),
         pytest.param(["history", "--tag", "\udcff"], 2, "is not UTF-8", id="not UTF-8"),
         pytest.param(["scan", "--csv", "x" * 300], 5, "File name too long", id="a name too long"),
     ],
@@ -595,7 +620,7 @@ def test_closed_standard_input_holds_no_instances(tmp_path: Path, policy: Path) 
 def test_a_directory_that_is_gone_is_told(tmp_path: Path, policy: Path) -> None:
     (gone := tmp_path / "gone").mkdir()
     run = by_shell('rmdir "$PWD" && exec "$@"', "validate", policy, home=tmp_path, cwd=gone)
-    assert (run.returncode, "the current directory cannot be used" in run.stderr) == (2, True), run.stderr
+    assert (run.returncode, "cannot use the current directory" in run.stderr) == (2, True), run.stderr
 
 
 def test_no_password_of_an_endpoint_or_of_a_program_is_printed(

@@ -795,7 +795,7 @@ def test_instance_in_saved_files_of_a_region_that_is_not_covered(org: Desk) -> N
     org.write_fleet(instance(1, region="sa-east-1"))
     run = org.explain(ident(1), "--instances", "fleet.json")
     assert (run.code, run.out) == (2, "")
-    assert "not covered" in run.err
+    assert "policy.yaml does not cover" in run.err
 
 
 def test_instance_that_the_state_has_elsewhere(org: Desk) -> None:

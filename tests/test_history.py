@@ -177,11 +177,11 @@ def test_hostile_texts_are_told_as_text(kept):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--status", "fixed"], 2, "--status fixed: give open, NEW, REPEAT"),
+        (["--status", "fixed"], 2, "--status: fixed: give open, NEW, REPEAT"),
         (["--older-than", "30"], 2, "--older-than"),
         (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
         (["--state", "none.db"], 5, "there is no state"),
-        (["--csv", "x.csv", "--json", "x.csv"], 2, "the same goal"),
+        (["--csv", "x.csv", "--json", "x.csv"], 2, "the same file"),
         (["--csv", "none/x.csv"], 5, "there is no directory"),
     ],
 )

@@ -521,16 +521,15 @@ def test_upload_that_is_denied_is_a_failure_with_its_reason(state: State, record
 
 def test_signals_come_again_once_changes_are_recorded(state: State, recorded: bytes, tmp_path: Path) -> None:
     state.stored = recorded
-    before = signal.getsignal(signal.SIGINT)
-    s3_state = script.S3State(
-        state.aws.client("s3", REGION), BUCKET, KEY, tmp_path / "state.db", script._hold_signals
-    )
+    signals = script.Signals()
+    client, copy = state.aws.client("s3", REGION), tmp_path / "state.db"
+    s3_state = script.S3State(client, BUCKET, KEY, copy, signals.hold)
     change = script.Change(
         *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
         *("2026-02-24T10:30:45Z", "intended"),
     )
     script.record_changes(s3_state, [(change, script.Result.PLANNED)])
-    assert signal.getsignal(signal.SIGINT) == before
+    assert not signals.held
     assert state.stored != recorded
 
 
@@ -604,6 +603,53 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
     assert (process.returncode, out) == (130, "")
     assert "nothing was recorded" in err
     assert state.stored == recorded
+
+
+def test_signal_during_the_upload_lets_state_and_reports_agree(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    fault, cwd = state.fault("slow", action="PutObject", seconds=1), state.new_agent()
+    process = subprocess.Popen(
+        [sys.executable, TAGCHECK, *SCAN, "--state", state.location],
+        cwd=cwd,
+        env=clean_environment(cwd) | state.aws.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 30
+        while not fault.hits:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 3, err
+    assert state.counted == (2, 2)
+    assert [row["status"] for row in json.loads((cwd / "out.json").read_text())["findings"]] == ["REPEAT"]
+
+
+def test_signal_while_changes_are_uploaded_comes_once_they_are_recorded(
+    state: State, recorded: bytes, tmp_path: Path
+) -> None:
+    state.stored = recorded
+    client, signals = state.aws.client("s3", REGION), script.Signals()
+    before = {number: signal.getsignal(number) for number in signals.numbers}
+    client.meta.events.register("before-send.s3.PutObject", lambda **_: signal.raise_signal(signal.SIGINT))
+    s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold)
+    change = script.Change(
+        *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
+        *("2026-02-24T10:30:45Z", "intended"),
+    )
+    try:
+        with signals, pytest.raises(KeyboardInterrupt):
+            script.record_changes(s3_state, [(change, script.Result.PLANNED)])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(state.query("SELECT * FROM changes")) == 1
 
 
 @pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/"])
