@@ -422,12 +422,12 @@ def test_answer_that_trickles_is_not_waited_for_to_its_end(
     aws.fault("trickle", action="DescribeInstances", region=REGION, seconds=0.2)
     aws.fault("trickle", action="DescribeInstances", region="eu-west-1", seconds=0.2, in_headers=True)
     impatient = script_with(tmp_path, CALL_SECONDS=2.0)
-    result = scan(*regions, script=impatient, check=4, timeout=30)
+    result = scan(*regions, script=impatient, check=4, process=True)
     assert errors(result) == {REGION: "CallTimeout", "eu-west-1": "CallTimeout", "us-west-2": None}
     assert "check the network" in coverage(result)[REGION]["error"]["message"]
     assert remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1") == before
     aws.fault("trickle", action="GetCallerIdentity", seconds=0.2)
-    assert "CallTimeout" in scan(REGION, script=impatient, check=5, timeout=30).err
+    assert "CallTimeout" in scan(REGION, script=impatient, check=5, process=True).err
 
 
 def test_interrupt_ends_a_scan_that_waits_for_its_first_answer(aws: AwsServer, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_json_and_csv_have_the_shape_of_a_scan(kept):
 
 def test_hostile_texts_are_told_as_text(kept):
     shown = script.printable(HOSTILE)
-    assert script._cut(HOSTILE, 24)[:10] in history(kept).out
+    assert script.cut_text(HOSTILE, 24)[:10] in history(kept).out
     for args in ([], [instance(3)], ["--csv", "-"]):
         out = history(kept, *args, check=0).out
         assert "\x1b" not in out

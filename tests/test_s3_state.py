@@ -459,7 +459,7 @@ def test_download_that_trickles_ends_the_scan(
 ) -> None:
     state.stored = recorded
     state.fault("trickle", action="GetObject", seconds=0.2, in_headers=in_headers)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=5, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=5, process=True)
     assert f"tagcheck: the state {state.location}: given up after 2 tries" in result.err
     assert "CallTimeout" in result.err
     assert state.stored == recorded
@@ -470,14 +470,14 @@ def test_upload_whose_answer_trickles_is_found_to_stand(
 ) -> None:
     state.stored = recorded
     state.fault("trickle", action="PutObject", seconds=0.2, in_headers=True, times=1)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=3, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=3, process=True)
     assert [finding["times_seen"] for finding in result.json("out.json")["findings"]] == [2]
 
 
 def test_upload_that_never_ends_still_leaves_the_csv(state: State, recorded: bytes, tmp_path: Path) -> None:
     state.stored = recorded
     state.fault("slow", action="PutObject", seconds=60)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=0.5), code=5, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=0.5), code=5, process=True)
     assert "given up after 2 tries" in result.err
     assert len(result.csv("out.csv")) == 1
     assert state.stored == recorded
