@@ -17,15 +17,14 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from botocore.loaders import JSONFileLoader
+from botocore.loaders import JSONFileLoader, Loader
 from botocore.retries.standard import ExponentialBackoff
 
 if TYPE_CHECKING:
@@ -70,8 +69,18 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-    # Each session would parse the models of its services again, which takes longer than most scans.
-    JSONFileLoader.load_file = functools.cache(JSONFileLoader.load_file)
+    hurry_boto()
+
+
+def hurry_boto() -> None:
+    """Let no session find and parse the models of AWS's services again, and shorten the pauses between tries."""
+    load_once = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
+    JSONFileLoader.load_file = lambda self, file_path: load_once(file_path)
+    list_once = functools.cache(Loader.list_available_services)
+    of_paths = functools.cache(lambda paths: Loader([*paths], include_default_search_paths=False))
+    Loader.list_available_services = lambda self, type_name: list_once(
+        of_paths((*self.search_paths,)), type_name
+    )
     delay_amount = ExponentialBackoff.delay_amount
     ExponentialBackoff.delay_amount = lambda *args: delay_amount(*args) / 100
 
@@ -301,16 +310,6 @@ def script_with(directory: Path, **constants: float | tuple[float, ...]) -> Path
     ]
     path.write_text("\n".join(lines))
     return path
-
-
-Case = TypeVar("Case")
-Outcome = TypeVar("Outcome")
-
-
-def at_once(run: Callable[[str, Case], Outcome], cases: Mapping[str, Case]) -> dict[str, Future[Outcome]]:
-    """Run cases that have nothing to do with each other at the same time; each fails where it is asked for."""
-    with ThreadPoolExecutor(4) as pool:
-        return {name: pool.submit(run, name, case) for name, case in cases.items()}
 
 
 @pytest.fixture

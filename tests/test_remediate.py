@@ -817,7 +817,9 @@ def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, 
     full = script_with(tmp_path)
     stop = "def add(*_): raise tagcheck.OutputError('no room')\ntagcheck.UndoFile.add = add\nraise SystemExit"
     full.write_text(full.read_text().replace("raise SystemExit", stop))
-    assert "no room" in run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full, process=True).err
+    assert (
+        "no room" in run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full, process=True).err
+    )
     assert writes(aws) == []
     assert changes(tmp_path / "instance_state.db") == []
 
