@@ -44,7 +44,7 @@ raise SystemExit(tagcheck.main(now=datetime.datetime.fromisoformat(sys.argv.pop(
 class Interpreter:
     """The Python that runs the script where it has a process of its own."""
 
-    path: str = sys.executable
+    ours = path = sys.executable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,6 +93,11 @@ class Result:
     out: str
     err: str
     cwd: Path
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of stdout."""
+        return self.out.splitlines()
 
     def json(self, name: str) -> Any:
         """Read a JSON file that the run wrote, or its stdout for `-`."""
@@ -147,7 +152,7 @@ def needs_process(args: Sequence[str | Path], script: Path, env: Mapping[str, st
     """Return whether a run depends on what only a process of its own can have."""
     return (
         threading.current_thread() is not threading.main_thread()
-        or Interpreter.path != sys.executable
+        or Interpreter.path != Interpreter.ours
         or (script != TAGCHECK and script not in CONSTANTS)
         or any(name.startswith(("PYTHON", "LANG", "LC_", "TZ")) for name in env)
         or any(str(arg).startswith("/dev/std") for arg in args)
