@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
+from builders import instance, reservation, save_fleet, save_policy
 from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 
 import tagcheck as script
@@ -37,12 +38,9 @@ Scan = Callable[..., Result]
 
 
 def write_policy(directory: Path, accounts: Mapping[str, Any] | None, *regions: str, **keys: Any) -> Path:
-    """Write a policy that asks for Owner in these accounts and regions; JSON is YAML."""
-    policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": dict.fromkeys(regions)}
+    """Write a policy that asks for Owner in these accounts and regions."""
     scope = {"accounts": {"role_name": ROLE} | dict(accounts)} if accounts else {}
-    path = directory / "policy.yaml"
-    path.write_text(json.dumps(policy | scope | keys), encoding="utf-8")
-    return path
+    return save_policy(directory, regions=dict.fromkeys(regions), **scope, **keys)
 
 
 @pytest.fixture
@@ -480,20 +478,11 @@ def test_account_in_a_state_that_is_new_is_unread_and_keeps_its_findings(
     assert entered(aws.requests) == [MEMBER]
 
 
-SAVED = {
-    "InstanceId": "i-0a",
-    "State": {"Name": "running"},
-    "Placement": {"AvailabilityZone": "us-east-1a"},
-    "LaunchTime": "2026-02-24T10:30:45+00:00",
-}
-
-
 @pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
 def test_share_without_an_account_says_so_and_writes_every_output(
     aws: AwsServer, scan: Scan, tmp_path: Path, saved: bool
 ) -> None:
-    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}]}
-    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    save_fleet(tmp_path, instance())
     args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
     result = scan(None, args=args, check=0)
     notice = "--shard 1/4 has no account to scan: nothing was read in this run"
@@ -507,8 +496,7 @@ def test_share_without_an_account_says_so_and_writes_every_output(
 
 
 def test_share_of_a_file_that_is_cut_is_not_empty(tagcheck: Callable[..., Result], tmp_path: Path) -> None:
-    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}], "NextToken": "t"}
-    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    save_fleet(tmp_path, instance(), NextToken="t")
     args = ("--policy", write_policy(tmp_path, None, REGION), "--instances", "fleet.json", "--shard", "1/4")
     assert "fleet.json has a NextToken, so more follows" in tagcheck("scan", *args, check=2).err
 
@@ -593,15 +581,7 @@ def test_saved_instances_of_accounts_out_of_scope_are_left_out(
     args: tuple[str, ...],
     scanned: list[str],
 ) -> None:
-    instance = {
-        "State": {"Name": "running"},
-        "Placement": {"AvailabilityZone": "us-east-1a"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-    }
-    reservations = [
-        {"OwnerId": id_, "Instances": [instance | {"InstanceId": f"i-{id_}"}]} for id_ in (OWN, MEMBER)
-    ]
-    (tmp_path / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
+    save_fleet(tmp_path, *(reservation(f"i-{id_}", account=id_) for id_ in (OWN, MEMBER)))
     policy = write_policy(tmp_path, accounts, REGION)
     result = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", *OUTPUTS, *args, check=3)
     assert found(result) == [f"i-{id_}" for id_ in scanned]
@@ -945,7 +925,7 @@ def test_signal_ends_a_scan_all_of_whose_workers_wait(
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(number)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         aws.clear_faults()

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from aws_server import ACCOUNT_ID, run_instances_event
+from builders import save_policy
 from conftest import script_with
 
 import tagcheck as script
@@ -33,8 +34,7 @@ def scan(aws, tagcheck, tmp_path):
     """Give a function that scans one region, and looks creators up."""
 
     def run(*args, regions=(REGION,), policy=(), cwd=tmp_path, **options):
-        keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": dict.fromkeys(regions)}
-        (cwd / "policy.yaml").write_text(json.dumps(keys | dict(policy)))
+        save_policy(cwd, regions=dict.fromkeys(regions), **dict(policy))
         files = ("--policy", "policy.yaml", "--json", "out.json")
         return tagcheck("scan", *files, "--creators", *args, cwd=cwd, env=aws.env, **options)
 

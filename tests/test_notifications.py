@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from aws_server import ACCOUNT_ID
+from builders import SAVED_FILES, instance, save_fleet, save_policy
 from conftest import script_with
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -30,6 +31,7 @@ class Slack:
 
     def __init__(self, directory):
         self.texts, self.answers, self.hang, self.trickle = [], [], 0.0, 0.0
+        self.ended = threading.Event()
         slack = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,7 +40,7 @@ class Slack:
                 for byte in b"HTTP/1.1 200 OK\r\n" * 9 if slack.trickle else b"":
                     time.sleep(slack.trickle)
                     self.wfile.write(bytes([byte]))
-                time.sleep(slack.hang)
+                slack.ended.wait(slack.hang)
                 status, headers = slack.answers.pop(0) if slack.answers else (200, {})
                 if status == 200:
                     slack.texts.append(json.loads(body)["text"])
@@ -57,6 +59,7 @@ class Slack:
 
         self.certificate = directory / "ca.pem"
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *_: None  # of callers that did not wait
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.make_certificate())
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
@@ -87,6 +90,7 @@ class Slack:
 def slack(tmp_path):
     server = Slack(tmp_path)
     yield server
+    server.ended.set()
     server.server.shutdown()
     server.server.server_close()
 
@@ -96,27 +100,10 @@ def scan(tagcheck, tmp_path):
     """Give a function that scans saved instances under a policy that notifies."""
 
     def run(notify, fleet, *args, policy=(), regions=(REGION,), **options):
-        keys = {"version": 1, "name": "test", "required_tags": ["Owner", "Project"], "notify": notify}
-        keys |= {"regions": dict.fromkeys(regions)} | dict(policy)
-        (tmp_path / "policy.yaml").write_text(json.dumps(keys))
-        reservations = [
-            {
-                "OwnerId": ACCOUNT_ID,
-                "Instances": [
-                    {
-                        "InstanceId": f"i-{number:017x}",
-                        "State": {"Name": "running"},
-                        "LaunchTime": "2026-01-01T00:00:00+00:00",
-                        "Placement": {"AvailabilityZone": f"{REGION}a"},
-                        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-                    }
-                ],
-            }
-            for number, tags in enumerate(fleet)
-        ]
-        (tmp_path / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
-        files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--json", "out.json")
-        result = tagcheck("scan", *files, *args, **options)
+        keys = {"required_tags": ["Owner", "Project"], "notify": notify, "regions": dict.fromkeys(regions)}
+        save_policy(tmp_path, **keys | dict(policy))
+        save_fleet(tmp_path, *(instance(number, tags) for number, tags in enumerate(fleet)))
+        result = tagcheck("scan", *SAVED_FILES, "--json", "out.json", *args, **options)
         for text in (result.out, result.err, (tmp_path / "out.json").read_text() if result.code != 2 else ""):
             assert "SECRET" not in text
         return result
@@ -326,9 +313,8 @@ def test_each_owner_gets_what_is_theirs(scan, aws, slack):
 
 
 def test_iam_policy_lists_what_notifying_needs(tagcheck, tmp_path):
-    keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: {}}}
     notify = {"sns": {"topic_arn": TOPIC}, "email": {"from": "tags@example.com", "to": ["ops@example.com"]}}
-    (tmp_path / "policy.yaml").write_text(json.dumps(keys | {"notify": notify}))
+    save_policy(tmp_path, notify=notify)
     statements = json.loads(tagcheck("iam-policy", "--policy", "policy.yaml", check=0).out)["scan"][
         "Statement"
     ]

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import random
 import re
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
+from builders import SAVED_FILES, instance, save_fleet, save_policy
 from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 
 import tagcheck as script
@@ -31,17 +31,7 @@ OUTPUTS = ("--csv", "out.csv", "--json", "out.json", "--junit", "out.xml")
 # ---- What the tests share ----------------------------------------------------------------------------------
 
 
-def instance(instance_id: str) -> dict[str, Any]:
-    """Write an instance without a tag as `aws ec2 describe-instances` prints it."""
-    return {
-        "InstanceId": instance_id,
-        "State": {"Name": "running"},
-        "Placement": {"AvailabilityZone": f"{REGION}a"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-    }
-
-
-SCAN = ("scan", "--policy", "policy.yaml", "--instances", "fleet.json", *OUTPUTS)
+SCAN = ("scan", *SAVED_FILES, *OUTPUTS)
 
 
 class State:
@@ -56,10 +46,8 @@ class State:
     def new_agent(self, *ids: str) -> Path:
         """Make the directory of an agent that has never been there, with a policy and saved instances."""
         (cwd := self.directory / f"agent{next(self._agents)}").mkdir(parents=True)
-        policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: None}}
-        (cwd / "policy.yaml").write_text(json.dumps(policy))
-        saved = {"OwnerId": ACCOUNT_ID, "Instances": [instance(id_) for id_ in (SHARED, *ids)]}
-        (cwd / "fleet.json").write_text(json.dumps({"Reservations": [saved]}))
+        save_policy(cwd)
+        save_fleet(cwd, *map(instance, (SHARED, *ids)))
         return cwd
 
     def scan(self, *args: str, code: int | None = 3, cwd: Path | None = None, **options: Any) -> Result:
