@@ -1,4 +1,4 @@
-"""Section 5: what AWS answers, what it fails with, and what was saved of it; no answer is ever taken for a clean one."""
+"""AWS: what AWS answers, what it fails with, and what was saved of it; no answer is ever taken for a clean one."""
 
 import gzip
 import io

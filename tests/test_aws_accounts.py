@@ -1,4 +1,4 @@
-"""Section 5, many accounts: which are scanned, how they are entered, and that none is missed in silence."""
+"""AWS, many accounts: which are scanned, how they are entered, and that none is missed in silence."""
 
 import itertools
 import json

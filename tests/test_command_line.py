@@ -1,4 +1,4 @@
-"""Section 9: the script as its users run it, from its arguments to its exit code."""
+"""Command line: the script as its users run it, from its arguments to its exit code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Section 8: who is told of what, once, by Slack, SNS and e-mail, and what happens when that fails."""
+"""Notifications: who is told of what, once, by Slack, SNS and e-mail, and what happens when that fails."""
 
 import json
 import sqlite3

@@ -1,4 +1,4 @@
-"""Section 7: what a scan prints and writes, to the letter, whatever is in a tag."""
+"""Reports: what a scan prints and writes, to the letter, whatever is in a tag."""
 
 import csv
 import json

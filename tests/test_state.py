@@ -1,4 +1,4 @@
-"""Section 6: what is remembered between scans, and that no accident costs any of it."""
+"""State: what is remembered between scans, and that no accident costs any of it."""
 
 import csv
 import json

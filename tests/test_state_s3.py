@@ -1,4 +1,4 @@
-"""Section 6, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
+"""State, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
 
 import functools
 import itertools

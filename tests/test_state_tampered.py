@@ -1,4 +1,4 @@
-"""Section 6: a state that somebody has changed is data; it costs no finding, and no command crashes on it."""
+"""State: one that somebody has changed is data; it costs no finding, and no command crashes on it."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""Section 4: what a missing value probably is, how far that can be believed, and what findings have in common."""
+"""Suggestions: what a missing value probably is, how far that can be believed, and what findings have in common."""
 
 import itertools
 import json
