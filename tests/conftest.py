@@ -214,6 +214,8 @@ def run_here(
             code = end.code
         finally:
             wait_for_threads(threads)
+    if code == script_module.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt  # which was meant for pytest
     for stream in streams.values():
         stream.flush()
     out, err = (stream.buffer.getvalue().decode(errors="replace") for stream in streams.values())
@@ -236,7 +238,8 @@ def kept_handlers() -> Iterator[None]:
         finally:
             for number, handler in signals.items():
                 signal.signal(number, handler)
-            for log, log.handlers, log.propagate, level in logs:
+            for log, handlers, propagate, level in logs:
+                log.handlers, log.propagate = handlers, propagate
                 log.setLevel(level)
 
 
@@ -251,7 +254,7 @@ def print_warning(
 def as_if_new(module: types.ModuleType, constants: Mapping[str, Any]) -> Iterator[None]:
     """Let a module have other constants, and no cache that remembers the former ones; boto3 has no session."""
     boto3 = sys.modules.get("boto3")
-    caches = [value for value in vars(module).values() if hasattr(value, "cache_clear")] if constants else []
+    caches = [value for value in vars(module).values() if hasattr(value, "cache_clear")]
     assert all(getattr(module, name) for name in constants)
     with contextlib.ExitStack() as stack:
         for name, value in constants.items():
@@ -260,17 +263,16 @@ def as_if_new(module: types.ModuleType, constants: Mapping[str, Any]) -> Iterato
             stack.enter_context(mock.patch.object(boto3, "DEFAULT_SESSION", None))
         for cache in caches:
             cache.cache_clear()
+            stack.callback(cache.cache_clear)
         yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError where what runs takes longer."""
+    """Fail the test where what runs takes longer."""
 
     def end(*_: Any) -> None:
-        raise TimeoutError(f"the script still ran after {seconds:g} seconds")
+        pytest.fail(f"the script still ran after {seconds:g} seconds")
 
     former = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
