@@ -58,7 +58,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import BufferedReader, StringIO, TextIOBase, TextIOWrapper
@@ -1785,7 +1785,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
 
 
 ########################################################################################################
-# 3 Evaluation: judge, evaluate, exempt, resolution, explain, decide_exit_code
+# 3 Evaluation: judge, evaluate, check_tag, near_miss, is_too_young, resolution, decide_exit_code
 ########################################################################################################
 
 
@@ -1803,7 +1803,7 @@ class Exempted:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What a scan makes of one instance: what it violates, what it need not carry, and whether to wait."""
+    """An instance as a scan saw it, its violations, those that are exempted, and whether it is too young."""
 
     instance: Instance
     violations: tuple[Violation, ...]
@@ -1811,13 +1811,10 @@ class Sighting:
     too_young: bool
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it is not as asked: what siblings can learn from."""
-        tags = self.instance.tags
-        if not (self.violations or self.exempted):
-            return tuple(tags[rule.key] for rule in rules)
+        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
-        return tuple(None if rule.key in failing else tags[rule.key] for rule in rules)
+        return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1838,7 +1835,7 @@ def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     exemption = exempted.exemption
     return violation_record(exempted.violation) | {
         "reason": exemption.reason,
-        "expires": exemption.expires.isoformat() if exemption.expires else None,
+        "expires": str(exemption.expires) if exemption.expires else None,
         "approved_by": exemption.approved_by,
         "ticket": exemption.ticket,
     }
@@ -1846,12 +1843,12 @@ def exempted_record(exempted: Exempted) -> dict[str, str | None]:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One run over the targets; the UUID is its name in the state for ever."""
+    """One run over the targets; the state keeps it under its UUID."""
 
     scan_id: str
     policy: Policy
     started_at: datetime
-    may_hide_managed: bool = False  # whether what is read may lack instances that AWS services operate
+    may_hide_managed: bool = False  # whether the input may lack instances that AWS services operate
 
 
 def new_state_notice(state: str) -> str:
@@ -1860,42 +1857,38 @@ def new_state_notice(state: str) -> str:
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
-    """Return what the policy makes of an instance of a target that it covers."""
+    """Return how an instance of a target does under a policy; of several exemptions the first counts."""
     violations = evaluate(instance.tags, policy.rules(target.region), policy.placeholder_values)
-    exempted: tuple[Exempted, ...] = ()
+    exempted: dict[str, Exempted] = {}
     if violations and policy.exemptions:
-        violations, exempted = exempt(target, instance, violations, policy.exemptions, now.date())
-    return Sighting(instance, violations, exempted, is_too_young(instance, policy.grace_period, now))
+        in_force = (exemption for exemption in policy.exemptions if exemption.holds(now.date()))
+        covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
+        for violation, exemption in itertools.product(violations, covering):
+            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
+                exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
+        violations = tuple(violation for violation in violations if violation.tag_key not in exempted)
+    too_young = is_too_young(instance, policy.grace_period, now)
+    return Sighting(instance, violations, tuple(exempted.values()), too_young)
 
 
 def evaluate(
-    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholder_values: frozenset[str]
+    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholders: frozenset[str]
 ) -> tuple[Violation, ...]:
-    """Return how an instance's tags fail the rules, in the rules' order; () where they comply."""
-    return tuple(
-        violation for rule in rules if (violation := check_tag(tags, rule, placeholder_values)) is not None
-    )
+    """Return how an instance's tags fail the rules, in the order of the rules; () where they comply."""
+    return tuple(filter(None, (check_tag(tags, rule, placeholders) for rule in rules)))
 
 
-def check_tag(
-    tags: Mapping[str, str], rule: RequiredTag, placeholder_values: frozenset[str]
-) -> Violation | None:
-    """Return how the tags fail one rule; None where they comply.
-
-    Keys and values are case-sensitive, as they are in AWS. A placeholder value counts as empty.
-    """
+def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
+    """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     value = tags.get(rule.key)
     if value is None:
-        found = near_miss(tags, rule.key)
-        if found is None:
-            return Violation(rule.key, ViolationType.MISSING, None, None, f"{rule.key} is missing")
-        message = f"{rule.key} is missing; the instance has {found!r}: rename that key"
-        return Violation(rule.key, ViolationType.MISSING, tags[found], found, message)
+        message, found = f"{rule.key} is missing", near_miss(tags, rule.key)
+        if found is not None:
+            value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
+        return Violation(rule.key, ViolationType.MISSING, value, found, message)
     text = stripped(value)
-    if not text:
-        return Violation(rule.key, ViolationType.EMPTY, value, None, f"{rule.key} is empty")
-    if text.casefold() in placeholder_values:
-        message = f"{rule.key} is {value!r}, a placeholder"
+    if not text or text.casefold() in placeholders:
+        message = f"{rule.key} is {value!r}, a placeholder" if text else f"{rule.key} is empty"
         return Violation(rule.key, ViolationType.EMPTY, value, None, message)
     verdict = rule.judge(value)
     if verdict is Verdict.ALLOWED:
@@ -1904,35 +1897,15 @@ def check_tag(
     return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, message)
 
 
-def exempt(
-    target: Target,
-    instance: Instance,
-    violations: Iterable[Violation],
-    exemptions: Iterable[Exemption],
-    today: date,
-) -> tuple[tuple[Violation, ...], tuple[Exempted, ...]]:
-    """Return the violations that count, and those that do not with the first exemption that says so."""
-    covering = [e for e in exemptions if e.holds(today) and not any(e.mismatches(target, instance))]
-    counting, exempted = [], []
-    for violation in violations:
-        for exemption in covering:
-            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
-                exempted.append(Exempted(violation, exemption))
-                break
-        else:
-            counting.append(violation)
-    return tuple(counting), tuple(exempted)
-
-
 @functools.lru_cache(maxsize=4096)
 def _value_message(rule: RequiredTag, value: str, verdict: Verdict) -> str:
-    """Say what the value should have been, and which allowed one is nearest."""
-    if verdict is Verdict.STOPPED:
-        why = f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s"
-        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
-    if verdict is Verdict.NOT_CHECKED:
-        why = "not checked, as its pattern took too long on other values"
-        return f"{rule.key} is {value!r}: {why}; it counts as not matching"
+    """Return what the value should have been and which allowed one is nearest, or why it was not checked."""
+    unchecked = {
+        Verdict.STOPPED: f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s",
+        Verdict.NOT_CHECKED: "not checked, as its pattern took too long on other values",
+    }
+    if verdict in unchecked:
+        return f"{rule.key} is {value!r}: {unchecked[verdict]}; it counts as not matching"
     return f"{rule.key} is {value!r}, not {rule.wanted}{did_you_mean(value, rule.values)}"
 
 
@@ -1948,7 +1921,7 @@ def bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
-# A launch later than that is an answer's mistake, and would keep an instance from being judged at all.
+# A launch further in the future is a mistake in the answer, and the instance would never be judged.
 MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
 
@@ -1960,93 +1933,75 @@ def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> 
 def resolution(
     violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
 ) -> Resolution:
-    """Return why a finding is no longer one; tags are None where the instance is no longer looked at.
+    """Return why a finding is no longer open; `tags` are None where the instance is gone.
 
-    `exempted` are the keys that it need not carry.
-
-    It was put right only if all that it lacked is there now. Where one of the tags still is as it was,
-    it is the policy that has stopped asking for it.
+    `exempted` are the keys that do not count. If a tag is still as it was, it is the policy that changed.
     """
     if tags is None:
         return Resolution.GONE
     if any(violation.tag_key in exempted for violation in violations):
         return Resolution.EXEMPTED
-    if any(_still_lacks(violation, tags) for violation in violations):
-        return Resolution.POLICY_CHANGED
+    for violation in violations:
+        value = tags.get(violation.tag_key, "")
+        if is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value):
+            return Resolution.POLICY_CHANGED
     return Resolution.TAGGED
-
-
-def _still_lacks(violation: Violation, tags: Mapping[str, str]) -> bool:
-    """Return whether a tag is as absent, empty or wrong as it was when it was recorded."""
-    value = tags.get(violation.tag_key, "")
-    return is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value)
 
 
 FailOn = Literal["any", "new", "never"]
 
 
-def decide_exit_code(coverage: Iterable[Coverage], fail_on: FailOn) -> ExitCode:
+def decide_exit_code(coverage: Sequence[Coverage], fail_on: FailOn) -> ExitCode:
     """Return how a recorded scan ends: unread targets outrank findings."""
-    code = ExitCode.COMPLIANT
-    for target in coverage:
-        if not target.read:
-            return ExitCode.INCOMPLETE
-        counted_findings = {"any": target.findings, "new": target.new + target.reopened, "never": 0}[fail_on]
-        if counted_findings:
-            code = ExitCode.VIOLATIONS
-    return code
+    if not all(target.read for target in coverage):
+        return ExitCode.INCOMPLETE
+    counts = {"any": ("findings",), "new": ("new", "reopened"), "never": ()}[fail_on]
+    fails = any(getattr(target, count) for target in coverage for count in counts)
+    return ExitCode.VIOLATIONS if fails else ExitCode.COMPLIANT
 
 
 ########################################################################################################
-# 4 Suggestions: groups_of, cause_of, agreement, suggest
+# 4 Suggestions: groups_of, cause_of, agreements, suggest, cause_lines
 ########################################################################################################
 
 
 class GroupKind(NamedTuple):
-    """A way in which instances belong together: its word, how its tags reach the instances, if they do.
+    """A way in which instances belong together; `remedy` says how to have the group tag them, if it can.
 
-    `risk` is what becomes of a tag that is set on an instance only.
+    `risk` is what happens to a tag that is set on an instance only.
     """
 
     word: str
-    remedy: str
-    risk: str = ""
+    remedy: str = ""
+    risk: str = "the tag is lost when an instance is replaced"
 
 
-# The most specific first. A cause is a group that hands its tags on; the ways to have it do so are those of
-# AWS's user guides (EC2 Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed
-# node groups with launch templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on
-# creation) and of Karpenter's (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so
-# they come before these.
-_LOST = "the tag is lost when an instance is replaced"
+# The most specific first. A cause is a group that can tag its instances; how is in AWS's user guides (EC2
+# Auto Scaling, Tag groups and instances; CloudFormation, Resource tags; EKS, Managed node groups with launch
+# templates, and Create a Node Class; ECS, Tags for managed instances; EC2, Tag on creation) and Karpenter's
+# (NodeClasses, spec.tags). Karpenter and ECS make launch templates of their own, so they come before these.
 GROUP_KINDS = {
-    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}", _LOST),
-    "node_class": GroupKind(
-        "EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}", _LOST
-    ),
-    "ec2_node_class": GroupKind(
-        "Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}", _LOST
-    ),
-    "node_pool": GroupKind(
-        "Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}", _LOST
-    ),
+    "node_group": GroupKind("EKS node group", "set it in the launch template of {names}"),
+    "node_class": GroupKind("EKS Auto Mode node class", "set it in spec.tags of the NodeClass {names}"),
+    "ec2_node_class": GroupKind("Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}"),
+    "node_pool": GroupKind("Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}"),
     "capacity_provider": GroupKind(
-        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER", _LOST
+        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER"
     ),
-    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation", _LOST),
+    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
     "launch_template": GroupKind(
         "launch template", "set it in the instance tags of {names}", "instances launched later lack the tag"
     ),
     "stack": GroupKind(
         "CloudFormation stack", "set it on the stack {names}", "the next stack update may revert the tag"
     ),
-    "operator": GroupKind("AWS service", "set it where {names} takes its tags from", _LOST),
-    "instance_profile": GroupKind("instance profile", ""),
-    "name_prefix": GroupKind("name", ""),
-    "subnet": GroupKind("subnet", ""),
-    "vpc": GroupKind("VPC", ""),
+    "operator": GroupKind("AWS service", "set it where {names} takes its tags from"),
+    "instance_profile": GroupKind("instance profile"),
+    "name_prefix": GroupKind("name"),
+    "subnet": GroupKind("subnet"),
+    "vpc": GroupKind("VPC"),
 }
-# By which tag an instance names its group, and by which its cluster.
+# The tag that names a group, and those that may name its cluster.
 _GROUP_TAGS = (
     ("node_group", "eks:nodegroup-name", ("eks:cluster-name", "aws:eks:cluster-name")),
     ("node_class", "eks:kubernetes-node-class-name", ("eks:eks-cluster-name",)),
@@ -2060,23 +2015,15 @@ _GROUP_TAGS = (
 
 
 def groups_of(instance: Instance) -> list[Group]:
-    """Return the groups that an instance belongs to within its target, the most specific first.
-
-    Their names are for people to read; that of an instance profile is the last part of its ARN.
-    """
-    tags = instance.tags
-    groups = tag_groups(tags)
-    if instance.managed_by:
-        groups.append(Group("operator", printable(instance.managed_by)))
-    if instance.profile:
-        groups.append(Group("instance_profile", printable(instance.profile.rpartition("/")[2])))
-    if prefix := tags.get("Name", "").rstrip("0123456789").rstrip("-_. "):
-        groups.append(Group("name_prefix", printable(prefix)))
-    if instance.subnet_id:
-        groups.append(Group("subnet", printable(instance.subnet_id)))
-    if instance.vpc_id:
-        groups.append(Group("vpc", printable(instance.vpc_id)))
-    return groups
+    """Return the groups of an instance within its target, the most specific first, with printable names."""
+    others = (
+        ("operator", instance.managed_by),
+        ("instance_profile", instance.profile.rpartition("/")[2]),  # of its ARN
+        ("name_prefix", instance.tags.get("Name", "").rstrip("0123456789").rstrip("-_. ")),
+        ("subnet", instance.subnet_id),
+        ("vpc", instance.vpc_id),
+    )
+    return tag_groups(instance.tags) + [Group(kind, printable(name)) for kind, name in others if name]
 
 
 def tag_groups(tags: Mapping[str, str]) -> list[Group]:
@@ -2090,14 +2037,14 @@ def tag_groups(tags: Mapping[str, str]) -> list[Group]:
 
 
 def cause_of(groups: Iterable[Group]) -> Group | None:
-    """Return the group on which the tags of all its instances can be set, if there is one."""
+    """Return the first group that can tag all its instances, if there is one."""
     return next((group for group in groups if GROUP_KINDS[group.kind].remedy), None)
 
 
 class Agreement(NamedTuple):
-    """The value that most of a group's members have of those that have a tag as asked, and how many these are.
+    """The most common valid value of a tag in a group, and how many members have it, or any valid one.
 
-    Where hardly any member has the tag nobody agrees: `agreeing` is 0, and `members` are all.
+    If hardly any member has a valid one, `agreeing` is 0, and `members` counts all.
     """
 
     value: str
@@ -2105,31 +2052,30 @@ class Agreement(NamedTuple):
     members: int
 
 
-MIN_MEMBERS = 3  # fewer say nothing of a group
-MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees, and they need not be counted
+MIN_MEMBERS = 3  # that have a tag; fewer say nothing about the group
+MAX_VALUES = 1000  # of a tag in one group, to bound memory; with more there is no agreement
 
 
 def agreements(
     values: Iterable[tuple[Sequence[str | None], int]], keys: Sequence[str]
 ) -> dict[str, Agreement]:
-    """Return for each tag key what the members of one group agree on, of their values and how many have them."""
-    counts: list[dict[str, int]] = [{} for _ in keys]
+    """Return the agreement on each tag key of a group: rows of values, and how many members have each."""
+    counts: list[Counter[str]] = [Counter() for _ in keys]
     size = 0
     for row, number in values:
         size += number
         for count, value in zip(counts, row, strict=True):
             if value is not None and len(count) < MAX_VALUES:
-                count[value] = count.get(value, 0) + number
+                count[value] += number
     found = {}
     for key, count in zip(keys, counts, strict=True):
-        members = sum(count.values())
-        if members >= MIN_MEMBERS and len(count) < MAX_VALUES:
-            agreeing = max(count.values())
-            # Of equally many the first by name, so that the order of the answers does not matter.
-            value = min(value for value, number in count.items() if number == agreeing)
-            found[key] = Agreement(value, agreeing, members)
-        elif members < MIN_MEMBERS <= size:
+        members = count.total()
+        if members < MIN_MEMBERS <= size:
             found[key] = Agreement("", 0, size)
+        elif members >= MIN_MEMBERS and len(count) < MAX_VALUES:
+            # On a tie the first by name, so that the order of the answers does not matter.
+            value, agreeing = min(count.items(), key=lambda item: (-item[1], item[0]))
+            found[key] = Agreement(value, agreeing, members)
     return found
 
 
@@ -2148,95 +2094,91 @@ class Reliability:
                 self._members[kind, tag_key] += agreement.members
 
     def confidence(self, kind: str, tag_key: str, agreement: Agreement) -> float:
-        """Return how probable it is that one more member has the value that most have.
+        """Return the probability that one more member has the value that most have.
 
-        It is the share of the members that agree, drawn towards the share that agrees in all groups of the kind
-        as if that were PRIOR_MEMBERS more of them (a beta prior); and that share is itself drawn towards a half.
+        It is the share of members that agree, drawn towards the share in all groups of the kind as if that
+        was of PRIOR_MEMBERS more members (a beta prior); that usual share is itself drawn towards a half.
         """
         usual = (self._agreeing[kind, tag_key] + 1) / (self._members[kind, tag_key] + 2)
         return (agreement.agreeing + PRIOR_MEMBERS * usual) / (agreement.members + PRIOR_MEMBERS)
 
 
 PRIOR_MEMBERS = 5
-MIN_CONFIDENCE = 0.95  # what `remediate` takes when nothing else is said
+MIN_CONFIDENCE = 0.95  # what `remediate` takes by default
 MIN_SHOWN, MOST_CONFIDENCE = 0.5, 0.9999  # nothing is certain
-# At most, where a whole Auto Scaling group lacks the tag: what wider groups have says less of it, and a mistake
-# would be made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
+# At most, where a whole Auto Scaling group lacks the tag: wider groups say less about it, and a mistake would
+# be made on all its instances. Measured: without it 92 in 100 suggestions at 0.95 were right, with it 97.
 UNTAGGED_CONFIDENCE = 0.9
-# The instance says it itself, under another key or in another spelling.
+# The instance has the value itself, under another key or in another spelling.
 OWN_CONFIDENCE, TYPO_CONFIDENCE = 0.99, 0.9
 
 
 def suggest(
     violation: Violation,
     rule: RequiredTag,
-    placeholder_values: frozenset[str],
+    placeholders: frozenset[str],
     siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
     reliability: Reliability,
 ) -> Suggestion | None:
-    """Return what a tag should probably be: by the instance's own words, or else by its siblings'.
+    """Return the likely value of a tag: from the instance's own tags, or else from those of its siblings.
 
-    Of the groups the most specific one that is sure enough wins, else the surest. Where the siblings say the
-    same as the instance the confidence is greater; where they contradict it, nobody is sure.
+    If confident siblings agree with the instance, the confidence is higher; if they contradict it, it is low.
     """
-    own = _own_value(violation, rule, placeholder_values)
-    best: Suggestion | None = None
-    ceiling = MOST_CONFIDENCE
-    for group, found in siblings:
-        agreement = found.get(rule.key)
-        if agreement and not agreement.agreeing and GROUP_KINDS[group.kind].remedy:
-            ceiling = UNTAGGED_CONFIDENCE
-        elif agreement and agreement.agreeing:
-            confidence = min(reliability.confidence(group.kind, rule.key, agreement), ceiling)
-            if best is None or confidence > best.confidence:
-                where = (
-                    group.name
-                    if GROUP_KINDS[group.kind].remedy
-                    else f"{GROUP_KINDS[group.kind].word} {group.name}"
-                )
-                evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
-                best = Suggestion(rule.key, agreement.value, round(confidence, 4), evidence)
-            if confidence >= MIN_CONFIDENCE:
-                break
+    own = _own_value(violation, rule, placeholders)
+    best = _sibling_value(rule.key, siblings, reliability)
     if own is None:
         return best if best and best.confidence >= MIN_SHOWN else None
     if best is None or best.confidence < MIN_CONFIDENCE:
         return own
-    if best.value == own.value:
-        sure = 1 - (1 - own.confidence) * (1 - best.confidence)
-        return replace(
-            own, confidence=min(round(sure, 4), MOST_CONFIDENCE), evidence=f"{own.evidence}; {best.evidence}"
-        )
-    return replace(own, confidence=MIN_SHOWN, evidence=f"{own.evidence}; but {best.value} is {best.evidence}")
+    if best.value != own.value:
+        evidence = f"{own.evidence}; but {best.value} is {best.evidence}"
+        return replace(own, confidence=MIN_SHOWN, evidence=evidence)
+    confidence = min(round(1 - (1 - own.confidence) * (1 - best.confidence), 4), MOST_CONFIDENCE)
+    return replace(own, confidence=confidence, evidence=f"{own.evidence}; {best.evidence}")
 
 
-def _own_value(
-    violation: Violation, rule: RequiredTag, placeholder_values: frozenset[str]
+def _sibling_value(
+    tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
 ) -> Suggestion | None:
-    """Return what the instance itself says of a tag, under a near-miss key or in another spelling."""
+    """Return the value of the most specific group that is confident enough, else of the most confident."""
+    suggestions: list[Suggestion] = []
+    ceiling = MOST_CONFIDENCE
+    for group, found in siblings:
+        agreement, kind = found.get(tag_key), GROUP_KINDS[group.kind]
+        if agreement and agreement.agreeing:
+            confidence = min(reliability.confidence(group.kind, tag_key, agreement), ceiling)
+            where = group.name if kind.remedy else f"{kind.word} {group.name}"
+            evidence = f"{agreement.agreeing:,} of {agreement.members:,} in {where}"
+            suggestions.append(Suggestion(tag_key, agreement.value, round(confidence, 4), evidence))
+            if confidence >= MIN_CONFIDENCE:
+                return suggestions[-1]
+        elif agreement and kind.remedy:
+            ceiling = UNTAGGED_CONFIDENCE
+    return max(suggestions, key=lambda suggestion: suggestion.confidence, default=None)
+
+
+def _own_value(violation: Violation, rule: RequiredTag, placeholders: frozenset[str]) -> Suggestion | None:
+    """Return the value that the instance has under a near-miss key or in another spelling."""
     value = stripped(violation.value or "")
-    if not value or value.casefold() in placeholder_values:
+    text = value.casefold()
+    if not value or text in placeholders:
         return None
     written = f"{violation.found_key or violation.tag_key}={cut_text(value, 40)}"
     alike = [allowed for allowed in rule.values if bare_key(allowed) == bare_key(value)]
     for spelling in (value, value.upper(), value.lower(), *alike):
         if rule.allows(spelling):
             return Suggestion(rule.key, spelling, OWN_CONFIDENCE, f"it has {written}")
-    text = value.casefold()
     folded = {allowed.casefold(): allowed for allowed in rule.values if rule.allows(allowed)}
-    short = [
-        near
-        for near in folded
-        if min(len(near), len(text)) > 2 and (near.startswith(text) or text.startswith(near))
-    ]
-    for near in short or difflib.get_close_matches(text, folded, n=1):
+    long = (near for near in folded if min(len(near), len(text)) > 2)
+    parts = [near for near in long if near.startswith(text) or text.startswith(near)]
+    for near in parts or difflib.get_close_matches(text, folded, n=1):
         return Suggestion(rule.key, folded[near], TYPO_CONFIDENCE, f"near to {written}")
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A group whose instances lack the same tag, so that it is one thing to put right."""
+    """A group whose instances lack the same tag, so that it is one thing to fix."""
 
     target: Target
     group: Group
@@ -2251,16 +2193,16 @@ CAUSES_NAMED = 3
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
-    """Yield a sentence for each kind of group and tag: what is lacking, and where to set it for all at once."""
+    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all."""
     alike: dict[tuple[str, str], list[Cause]] = {}
     for cause in causes:
         alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
     for (kind, tag_key), group in alike.items():
-        names = [cause.group.name for cause in group[:CAUSES_NAMED]]
         more = f" and {len(group) - CAUSES_NAMED:,} more" if len(group) > CAUSES_NAMED else ""
+        names = ", ".join(cause.group.name for cause in group[:CAUSES_NAMED]) + more
         instances = sum(cause.instances for cause in group)
         lack = "instance lacks" if instances == 1 else "instances lack"
-        remedy = GROUP_KINDS[kind].remedy.format(names=", ".join(names) + more)
+        remedy = GROUP_KINDS[kind].remedy.format(names=names)
         yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
 
 
@@ -3293,6 +3235,10 @@ SIGHTINGS_SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL)",
+    # What belongs in digests. The recipient is "" except for owners, the subject NULL if the channel was sent it
+    # before. Only a finding has a line; it is "" where no digest lists it.
+    "CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT)",
+    "CREATE INDEX digest_of ON digest_line (channel, recipient)",
 )
 
 
@@ -4835,57 +4781,71 @@ def _prune(db: sqlite3.Connection, before: datetime) -> Pruned:
     return Pruned(findings, scans, coverage)
 
 
-def owe_notifications(
-    db: sqlite3.Connection, scan: Scan, channels: Sequence[str], endings: Iterable[str]
-) -> None:
-    """Note, in the transaction of a scan, what each channel has to tell.
+def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
+    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
-    A finding is told each time it opens, an unread target once while that lasts, and the end of an exemption
-    once. What was not told stays owed until it is, or is resolved; a channel that the policy got later is
-    not told of what was open before.
+    That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
     """
-    names = _names(db, scan)
+    notify = scan.policy.notify or Notify()
+    names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
+    unread = "SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL"
     db.execute(
         f"""
         DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
             SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
-            UNION ALL SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NULL
-            UNION ALL SELECT 'unread ' || account_id || ' *' FROM target WHERE error_code IS NULL
-            EXCEPT SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL
+            UNION ALL SELECT 'unread ' || account_id || ' ' || place.value
+                FROM target, json_each(json_array(region, '*')) AS place WHERE error_code IS NULL
+            EXCEPT {unread}
         )
         """,
         names,
     )
-    for channel in channels:
-        names["channel"] = channel
+    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} WHERE finding.status IN ('NEW', 'REOPENED')"
+    others = f"SELECT value AS subject FROM json_each(:endings) UNION ALL {unread}"
+    for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
         db.execute(
-            f"INSERT OR REPLACE INTO state.notifications SELECT :policy, {_FINDING_SUBJECT}, :channel, NULL {_SEEN} "
-            "WHERE finding.status IN ('NEW', 'REOPENED')",
+            f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
+            f"FROM ({subjects}) CROSS JOIN json_each(:channels) AS channel",
             names,
         )
-        db.execute(
-            "INSERT OR IGNORE INTO state.notifications SELECT :policy, 'unread ' || account_id || ' ' || region, "
-            ":channel, NULL FROM target WHERE error_code IS NOT NULL",
-            names,
-        )
-        db.executemany(
-            "INSERT OR IGNORE INTO state.notifications VALUES (?, ?, ?, NULL)",
-            ((scan.policy.name, ending, channel) for ending in endings),
-        )
 
 
-def fetch_owed(db: sqlite3.Connection, policy: str) -> dict[str, list[str]]:
-    """Return the channels to which each subject is still to be told, of the scan that is being recorded."""
-    query = "SELECT subject, group_concat(channel) FROM state.notifications WHERE policy = ? AND told_at IS NULL GROUP BY subject"
-    rows = (checked_row(("subject", "channels"), row) for row in db.execute(query, (policy,)))
-    return {subject: channels.split(",") for subject, channels in rows}
+def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]:
+    """Return the channels that a subject is pending for."""
+    query = "SELECT channel FROM state.notifications WHERE policy = ? AND subject = ? AND told_at IS NULL"
+    return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def record_told(path: Path, policy: str, channel: str, subjects: Iterable[str], told_at: datetime) -> None:
-    """Mark in a state what a channel was told; raises StateError."""
-    query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND subject = ? AND channel = ?"
-    with opened_state(path, path) as db, writing_state(db, path):
-        db.executemany(query, ((utc_text(told_at), policy, subject, channel) for subject in subjects))
+DigestLine = tuple[str, str, str | None, str | None]  # the columns of `digest_line`
+
+
+def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
+    """Keep what belongs in digests until they are sent."""
+    db.execute("DELETE FROM digest_line")
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
+
+
+def fetch_digests(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
+    recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
+    lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
+    for to, number in db.execute(recipients, (channel,)):
+        yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
+
+
+def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
+    """Forget what could not be sent, so that it stays pending."""
+    db.execute("DELETE FROM digest_line WHERE (channel, recipient) = (?, ?)", (channel, recipient))
+
+
+def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
+    """Record in the state that a channel was sent what `digest_line` still has; raises StateError."""
+    sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND subject IS NOT NULL"
+    values = (utc_text(sent_at), policy, channel)
+    for path in state.attempts() if db.execute(sent, values).fetchone() else ():
+        with opened_state(path, path) as copy, writing_state(copy, path):
+            query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND channel = ? AND subject = ?"
+            copy.executemany(query, db.execute(sent, values))
 
 
 _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
@@ -4926,13 +4886,13 @@ _SUGGESTION = {"tag_key": "tag_key", "value": "message", "confidence": "confiden
 
 
 ########################################################################################################
-# 7 Reports: write_summary, write_csv, write_json, write_junit, write_html, and files that are whole or not there
+# 7 Reports: write_csv, write_json, write_junit, write_summary, table_lines, explain, history_lines, Output
 ########################################################################################################
 
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """All that the reports of one scan print; the findings are streamed, sorted, each time they are asked for."""
+    """Everything the reports of one scan show; findings are streamed, sorted, on every call."""
 
     scan: Scan
     finished_at: datetime
@@ -4949,71 +4909,72 @@ class ScanReport:
     notices: Sequence[str]
 
     @property
+    def unread(self) -> list[Coverage]:
+        """The targets that could not be read in full."""
+        return [target for target in self.coverage if not target.read]
+
+    @property
     def totals(self) -> dict[str, int]:
-        """The counts of all targets together, under the names that the JSON has for them."""
-        counts = (
-            "instances",
-            "compliant",
-            "findings",
-            "new",
-            "repeat",
-            "reopened",
-            "resolved",
-            "exempted",
-            "too_young",
-        )
-        unread = sum(not target.read for target in self.coverage)
-        return (
-            {"targets": len(self.coverage), "targets_unread": unread}
-            | {name: sum(getattr(target, name) for target in self.coverage) for name in counts}
-            | {"findings_managed": sum(number for _, number in self.operators)}
-        )
+        """The counts of all targets together, named as in the JSON."""
+        counts = "instances compliant findings new repeat reopened resolved exempted too_young".split()
+        return {
+            "targets": len(self.coverage),
+            "targets_unread": len(self.unread),
+            **{name: sum(getattr(target, name) for target in self.coverage) for name in counts},
+            "findings_managed": sum(number for _, number in self.operators),
+        }
 
 
-CSV_COLUMNS = (
-    "InstanceId", "MissingTags", "LaunchTime", "InvalidTags", "Status", "FirstSeen", "LastSeen", "TimesSeen",
-    "AccountId", "Region", "Name", "State", "CreatedBy", "SuggestedTags", "Error", "ManagedBy",
-)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class HistoryReport:
+    """Findings from a state; for one instance also its events, and the tags that were written."""
+
+    policy: str
+    findings: Callable[[], Iterator[Finding]]
+    events: Callable[[Finding], Sequence[Event]] | None
+    changes: Sequence[Change]
+    unread: Sequence[Coverage] = ()  # nothing is read for a history; write_csv asks
 
 
-def write_csv(file: TextIOBase, report: ScanReport) -> None:
-    """Write a row a finding and, so that none reads as clean, a row an unread target (Status UNREAD)."""
+CSV_COLUMNS = tuple(
+    "InstanceId MissingTags LaunchTime InvalidTags Status FirstSeen LastSeen TimesSeen AccountId Region Name "
+    "State CreatedBy SuggestedTags Error ManagedBy".split()
+)
+
+
+def write_csv(file: TextIOBase, report: ScanReport | HistoryReport) -> None:
+    """Write one row per finding and, so that none looks clean, one per unread target (Status UNREAD)."""
     file.write(csv_line(CSV_COLUMNS))
-    for finding in report.findings():
-        file.write(csv_line(_csv_row(finding)))
-    for target in report.coverage:
-        if not target.read:
-            error = f"{target.error_code}: {target.error_message}"
-            row = ["", "", "", "", "UNREAD", "", "", "", *_target_cells(target), "", "", "", "", error, ""]
-            file.write(csv_line(row))
+    for cells in itertools.chain(map(_finding_cells, report.findings()), map(_unread_cells, report.unread)):
+        file.write(csv_line(cells.get(column, "") for column in CSV_COLUMNS))
 
 
-def _target_cells(target: Coverage) -> tuple[str, str]:
-    """Return the AccountId and Region of a target."""
-    return target.target.account_id, target.target.region
+def _finding_cells(finding: Finding) -> dict[str, str]:
+    """Return a finding's cells by column; an empty tag counts as missing, a wrong value as invalid."""
+    wrong = ViolationType.NONCOMPLIANT_VALUE
+    return {
+        "InstanceId": finding.instance_id,
+        "MissingTags": ",".join(v.tag_key for v in finding.violations if v.type is not wrong),
+        "LaunchTime": _csv_time(finding.launch_time),
+        "InvalidTags": ",".join(f"{v.tag_key}={v.value}" for v in finding.violations if v.type is wrong),
+        "Status": finding.status,
+        "FirstSeen": _csv_time(finding.first_seen),
+        "LastSeen": _csv_time(finding.last_seen),
+        "TimesSeen": str(finding.times_seen),
+        "AccountId": finding.account_id,
+        "Region": finding.region,
+        "Name": finding.name,
+        "State": finding.state,
+        "CreatedBy": finding.created_by or "",
+        "SuggestedTags": ", ".join(map(str, finding.suggestions)),
+        "ManagedBy": finding.managed_by or "",
+    }
 
 
-def _csv_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding's cells in the order of CSV_COLUMNS; an empty tag is missing, a wrong one invalid."""
-    invalid = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
-    return (
-        finding.instance_id,
-        ",".join(v.tag_key for v in finding.violations if v.type is not ViolationType.NONCOMPLIANT_VALUE),
-        _csv_time(finding.launch_time),
-        ",".join(f"{v.tag_key}={v.value}" for v in invalid),
-        finding.status,
-        _csv_time(finding.first_seen),
-        _csv_time(finding.last_seen),
-        str(finding.times_seen),
-        finding.account_id,
-        finding.region,
-        finding.name,
-        finding.state,
-        finding.created_by or "",
-        ", ".join(map(str, finding.suggestions)),
-        "",
-        finding.managed_by or "",
-    )
+def _unread_cells(coverage: Coverage) -> dict[str, str]:
+    """Return the cells of a target that could not be read."""
+    where = {"AccountId": coverage.target.account_id, "Region": coverage.target.region}
+    return {"Status": "UNREAD", **where, "Error": f"{coverage.error_code}: {coverage.error_message}"}
 
 
 def _csv_time(text: str) -> str:
@@ -5021,8 +4982,8 @@ def _csv_time(text: str) -> str:
     return text.replace("T", " ").removesuffix("Z")
 
 
-# A spreadsheet that separates by another character than a comma sees no quotes in the middle of its cells: it
-# splits ours there, whatever is quoted, and what follows may be a formula to it.
+# A spreadsheet that splits at another character than a comma ignores quotes within a cell: it also splits our
+# quoted cells there, and may take what follows for a formula.
 _SPLIT, _FORMULA = "(^|[;|\t])", "[ \"']*[=+\\-@＝＋－＠]"
 _MAY_SPLIT = re.compile(f"[;|\t]|^{_FORMULA}")  # a fast look: few cells have any of these
 _FORMULA_PLACE = re.compile(f"{_SPLIT}(?={_FORMULA})")
@@ -5038,26 +4999,47 @@ def csv_cell(text: str) -> str:
 
 
 def csv_text(cell: str) -> str:
-    """Return the printable text that csv_cell made a cell of."""
+    """Return the printable text that csv_cell turned into this cell."""
     return _ESCAPED_PLACE.sub(r"\1", cell)
 
 
 def csv_line(texts: Iterable[str]) -> str:
     """Return a line of a CSV file; a cell that holds any usual separator is quoted."""
-    return ",".join(_quoted(cell) if _QUOTED.search(cell) else cell for cell in map(csv_cell, texts)) + "\n"
+    cells = map(csv_cell, texts)
+    quoted = ('"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell for cell in cells)
+    return f"{','.join(quoted)}\n"
 
 
-def _quoted(cell: str) -> str:
-    """Return a cell in quotes, those in it doubled."""
-    return '"' + cell.replace('"', '""') + '"'
+def picked(record: Any, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Return these fields of a record, by default all those of a dataclass with slots, as a JSON object."""
+    return {name: getattr(record, name) for name in names or record.__slots__}
+
+
+_encode = json.JSONEncoder(
+    default=picked
+).encode  # violations, suggestions, events and changes are dataclasses
+
+
+def write_json_object(file: TextIOBase, head: Mapping[str, Any], **lists: Iterable[object]) -> None:
+    """Write an object: the keys of its head, then its lists, one line per record, which are streamed."""
+    separator = "{\n"
+    for key, value in head.items():
+        file.write(f"{separator}{_encode(key)}: {_encode(value)}")
+        separator = ",\n"
+    for key, records in lists.items():
+        file.write(f"{separator}{_encode(key)}: [")
+        for number, record in enumerate(records):
+            file.write((",\n" if number else "\n") + _encode(record))
+        file.write("]")
+    file.write("\n}\n")
 
 
 def write_json(file: TextIOBase, report: ScanReport) -> None:
-    """Write the report as one JSON object, a line a target and a finding."""
+    """Write the report as one JSON object, with one line per target and per finding."""
     scan = report.scan
     head = {
         "version": __version__,
-        "policy": {"name": scan.policy.name, "file": scan.policy.file, "digest": scan.policy.digest},
+        "policy": picked(scan.policy, ("name", "file", "digest")),
         "scan_id": scan.scan_id,
         "started_at": utc_text(scan.started_at),
         "finished_at": utc_text(report.finished_at),
@@ -5069,183 +5051,152 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "notices": list(report.notices),
     }
     if report.dry_run:
-        head["preview"] = preview(report)
-    write_json_head(file, head)
-    write_json_list(file, "coverage", map(_coverage_record, report.coverage), end=",\n")
-    write_json_list(file, "causes", map(_cause_record, report.causes), end=",\n")
-    write_json_list(file, "findings", map(finding_record, report.findings()), end=",\n")
-    write_json_list(file, "resolved", map(finding_record, report.resolved()), end=",\n")
-    write_json_list(file, "exempted", map(_exempted_instance_record, report.exempted()), end="\n}\n")
+        head["preview"] = _preview(report)
+    write_json_object(
+        file,
+        head,
+        coverage=map(_coverage_record, report.coverage),
+        causes=map(_cause_record, report.causes),
+        findings=map(_finding_record, report.findings()),
+        resolved=map(_finding_record, report.resolved()),
+        exempted=map(_exempted_record, report.exempted()),
+    )
 
 
-def write_json_head(file: TextIOBase, head: Mapping[str, Any]) -> None:
-    """Begin an object whose lists follow."""
-    file.write("{\n")
-    for key, value in head.items():
-        file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
+    """Write findings as a scan's JSON has them; for one instance with its events and changes."""
+
+    def record(finding: Finding) -> dict[str, Any]:
+        if not report.events:
+            return _finding_record(finding)
+        changes = [change for change in report.changes if change.target == finding.target]
+        return _finding_record(finding) | {"events": report.events(finding), "changes": changes}
+
+    head = {"version": __version__, "policy": report.policy}
+    write_json_object(file, head, findings=map(record, report.findings()))
 
 
-def write_json_list(file: TextIOBase, key: str, records: Iterable[dict[str, Any]], end: str) -> None:
-    """Write a key and its list of records, a record a line."""
-    file.write(f"{json.dumps(key)}: [")
-    for number, record in enumerate(records):
-        file.write(",\n" if number else "\n")
-        file.write(json.dumps(record))
-    file.write(f"]{end}")
+def _coverage_record(coverage: Coverage) -> dict[str, Any]:
+    """Return how far a target was read as a JSON object."""
+    error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
+    status = {"status": "read" if coverage.read else "unread", "error": error}
+    counts = picked(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
+    return picked(coverage.target) | status | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
     """Return what findings have in common as a JSON object."""
-    return {
-        "account_id": cause.target.account_id,
-        "region": cause.target.region,
-        "kind": cause.group.kind,
-        "name": cause.group.name,
-        "tag_key": cause.tag_key,
-        "instances": cause.instances,
-        "message": str(cause),
-    }
+    what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
+    return picked(cause.target) | cause.group._asdict() | what
 
 
-def _coverage_record(target: Coverage) -> dict[str, Any]:
-    """Return how far a target was read as a JSON object."""
-    return {
-        "account_id": target.target.account_id,
-        "region": target.target.region,
-        "status": "read" if target.read else "unread",
-        "error": None if target.read else {"code": target.error_code, "message": target.error_message},
-        "instances": target.instances,
-        "compliant": target.compliant,
-        "findings": target.findings,
-        "exempted": target.exempted,
-        "too_young": target.too_young,
-    }
+_FINDING_KEYS = (
+    "account_id region instance_id name state launch_time status violations first_seen last_seen times_seen "
+    "times_reopened instance_type monthly_cost managed_by created_by cause suggestions"
+).split()
 
 
-def finding_record(finding: Finding) -> dict[str, Any]:
-    """Return a finding as a JSON object; one that is resolved says when and why."""
-    record: dict[str, Any] = {
-        "account_id": finding.account_id,
-        "region": finding.region,
-        "instance_id": finding.instance_id,
-        "name": finding.name,
-        "state": finding.state,
-        "launch_time": finding.launch_time,
-        "status": finding.status,
-        "violations": [violation_record(violation) for violation in finding.violations],
-        "first_seen": finding.first_seen,
-        "last_seen": finding.last_seen,
-        "times_seen": finding.times_seen,
-        "times_reopened": finding.times_reopened,
-        "instance_type": finding.instance_type,
-        "monthly_cost": finding.monthly_cost,
-        "managed_by": finding.managed_by or None,
-        "created_by": finding.created_by,
-        "cause": finding.cause and finding.cause._asdict(),
-        "suggestions": [suggestion_record(suggestion) for suggestion in finding.suggestions],
-    }
-    if finding.status is Status.RESOLVED:
-        record |= {"resolved_at": finding.resolved_at, "resolution": finding.resolution}
-    return record
+def _finding_record(finding: Finding) -> dict[str, Any]:
+    """Return a finding as a JSON object; a resolved one says when and why it was resolved."""
+    ending = ("resolved_at", "resolution") if finding.status is Status.RESOLVED else ()
+    plain = {"managed_by": finding.managed_by or None, "cause": finding.cause and finding.cause._asdict()}
+    return picked(finding, [*_FINDING_KEYS, *ending]) | plain
 
 
-def _exempted_instance_record(exempted: ExemptedInstance) -> dict[str, Any]:
+def _exempted_record(exempted: ExemptedInstance) -> dict[str, Any]:
     """Return an exempted instance as a JSON object."""
-    return {
-        "account_id": exempted.account_id,
-        "region": exempted.region,
-        "instance_id": exempted.instance_id,
-        "name": exempted.tags.get("Name", ""),
-        "state": exempted.state,
-        "launch_time": exempted.launch_time,
-        "violations": [exempted_record(violation) for violation in exempted.exempted],
-    }
+    where = picked(exempted, ("account_id", "region", "instance_id"))
+    instance = {"name": exempted.tags.get("Name", ""), **picked(exempted, ("state", "launch_time"))}
+    return where | instance | {"violations": [exempted_record(case) for case in exempted.exempted]}
 
 
-def preview(report: ScanReport) -> dict[str, dict[str, int]]:
+def _preview(report: ScanReport) -> dict[str, dict[str, int]]:
     """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
-    new = Counter(
-        violation.tag_key
-        for finding in report.findings()
-        if finding.status is Status.NEW
-        for violation in finding.violations
-    )
-    closed = Counter(
-        violation.tag_key
-        for finding in report.resolved()
-        if finding.resolution is Resolution.POLICY_CHANGED
-        for violation in finding.violations
-    )
-    return {"new": dict(new.most_common()), "policy_changed": dict(closed.most_common())}
+    opened = (finding for finding in report.findings() if finding.status is Status.NEW)
+    closed = (finding for finding in report.resolved() if finding.resolution is Resolution.POLICY_CHANGED)
+    counts = {}
+    for change, findings in (("new", opened), ("policy_changed", closed)):
+        tag_keys = Counter(violation.tag_key for finding in findings for violation in finding.violations)
+        counts[change] = dict(tag_keys.most_common())
+    return counts
 
 
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
-    """Write a suite a target: its `scan` case, so that a clean one is not empty, and a failing case a finding.
+    """Write one suite per target: its `scan` case, so that a clean one is not empty, and a case per finding.
 
     Jenkins keeps a case's history under its name, so names hold no counts and no dates.
     """
     xml = XMLGenerator(file, encoding="UTF-8", short_empty_elements=True)
     xml.startDocument()
-    seconds = f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}"
     totals = report.totals
-    counts = {
-        "tests": str(totals["targets"] + totals["findings"] + totals["exempted"]),
-        "failures": str(totals["findings"]),
-        "errors": str(totals["targets_unread"]),
-        "time": seconds,
+    attributes = {
+        "name": "tagcheck",
+        "tests": totals["targets"] + totals["findings"] + totals["exempted"],
+        "failures": totals["findings"],
+        "errors": totals["targets_unread"],
+        "time": f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}",
     }
-    with _element(xml, "testsuites", {"name": "tagcheck", **counts}):
-        cases: Iterator[Finding | ExemptedInstance] = heapq.merge(
-            report.findings(), report.exempted(), key=_place
-        )
-        groups = itertools.groupby(cases, key=lambda case: Target(*_place(case)[:2]))
-        group = next(groups, None)
-        for target in report.coverage:
-            suite = f"{target.target.account_id}.{target.target.region}"
-            counts = {
-                "tests": str(1 + target.findings + target.exempted),
-                "failures": str(target.findings),
-                "errors": str(int(not target.read)),
-                "skipped": str(target.exempted),
-                "time": "0",
-                "timestamp": utc_text(report.scan.started_at).removesuffix("Z"),
-            }
-            with _element(xml, "testsuite", {"name": suite, **counts}):
-                with _element(xml, "testcase", {"classname": suite, "name": "scan", "time": "0"}):
-                    if not target.read:
-                        problem = {"type": target.error_code or "", "message": target.error_message or ""}
-                        with _element(xml, "error", problem):
-                            pass
-                if group and group[0] == target.target:
-                    for case in group[1]:
-                        _write_junit_case(xml, suite, case)
-                    group = next(groups, None)
+    with _element(xml, "testsuites", attributes):
+        # All three are sorted by place, and a target comes right before the cases in it.
+        cases: Iterator[Case] = heapq.merge(report.coverage, report.findings(), report.exempted(), key=_place)
+        for _, group in itertools.groupby(cases, key=lambda case: _place(case)[:2]):
+            _write_suite(xml, group, utc_text(report.scan.started_at).removesuffix("Z"))
     xml.endDocument()
 
 
-def _place(case: Finding | ExemptedInstance) -> tuple[str, str, str]:
-    """Return what findings and exempted instances are sorted by."""
+Case = Coverage | Finding | ExemptedInstance
+
+
+def _place(case: Case) -> tuple[str, str, str]:
+    """Return what cases are sorted by: account, region and instance."""
+    if isinstance(case, Coverage):
+        return case.target.account_id, case.target.region, ""
     return case.account_id, case.region, case.instance_id
 
 
-def _write_junit_case(xml: XMLGenerator, suite: str, case: Finding | ExemptedInstance) -> None:
-    """Write the failing case of a finding, or the skipped one of an exempted instance."""
-    with _element(xml, "testcase", {"classname": suite, "name": case.instance_id, "time": "0"}):
-        if isinstance(case, ExemptedInstance):
-            with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
-                return
+def _write_suite(xml: XMLGenerator, cases: Iterator[Case], timestamp: str) -> None:
+    """Write the suite of the target that comes first among these cases."""
+    target = next(cases)
+    assert isinstance(target, Coverage)
+    attributes = {
+        "name": f"{target.target.account_id}.{target.target.region}",
+        "tests": 1 + target.findings + target.exempted,
+        "failures": target.findings,
+        "errors": int(not target.read),
+        "skipped": target.exempted,
+        "time": 0,
+        "timestamp": timestamp,
+    }
+    with _element(xml, "testsuite", attributes):
+        for case in itertools.chain([target], cases):
+            name = _place(case)[2] or "scan"
+            with _element(xml, "testcase", {"classname": attributes["name"], "name": name, "time": 0}):
+                _write_outcome(xml, case)
+
+
+def _write_outcome(xml: XMLGenerator, case: Case) -> None:
+    """Write the error of an unread target, the failure of a finding, or why an instance is exempted."""
+    if isinstance(case, Coverage):
+        if not case.read:
+            error = {"type": case.error_code or "", "message": case.error_message or ""}
+            with _element(xml, "error", error):
+                pass
+    elif isinstance(case, ExemptedInstance):
+        with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
+            pass
+    else:
         messages = [violation.message for violation in case.violations]
-        kinds = dict.fromkeys(violation.type for violation in case.violations)
-        with _element(xml, "failure", {"type": ",".join(kinds), "message": "; ".join(messages)}):
+        types = dict.fromkeys(violation.type for violation in case.violations)
+        with _element(xml, "failure", {"type": ",".join(types), "message": "; ".join(messages)}):
             history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
             lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
             xml.characters("\n".join(map(printable, lines)))
 
 
 @contextlib.contextmanager
-def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Iterator[None]:
-    """Write an element round what the body of the `with` writes; XML has no place for most controls."""
-    xml.startElement(name, AttributesImpl({key: printable(value) for key, value in attributes.items()}))
+def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, object]) -> Iterator[None]:
+    """Write an element around what the body of the `with` writes; XML has no place for most controls."""
+    xml.startElement(name, AttributesImpl({key: printable(str(value)) for key, value in attributes.items()}))
     try:
         yield
     finally:
@@ -5253,216 +5204,126 @@ def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> Ite
         xml.characters("\n")
 
 
-WRITERS: dict[str, Callable[[TextIOBase, ScanReport], None]] = {
-    "csv": write_csv,
-    "json": write_json,
-    "junit": write_junit,
-}
+# A new format needs its writer, its row here, and its option in the lists of the command line.
+WRITERS = {"csv": write_csv, "json": write_json, "junit": write_junit}
+HISTORY_WRITERS = {"csv": write_csv, "json": write_history_json}
 
-SUMMARY_FINDINGS = 20
+SUMMARY_FINDINGS = 20  # rows of a table that people read
 SUMMARY_CAUSES = 5
-COLOURS = {
-    "NEW": "31",
-    "REOPENED": "35",
-    "REPEAT": "33",
-    "RESOLVED": "32",
-    "EXEMPTED": "36",
-    "COMPLIANT": "32",
-    "VIOLATIONS": "31",
-    "INCOMPLETE": "33",
-}
+TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
+COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
+COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
+_COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
 
-def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
-    """Write what was scanned, what was found, what was not read, and how the run ends, for people."""
-    totals = report.totals
+def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield a line per row with its cells aligned, laying out 1,000 rows at a time."""
+    rows = iter(rows)
+    former: list[list[str]] = []
+    while block := [[*map(printable, row)] for row in itertools.islice(rows, 1000)]:
+        widths = [max(map(len, column)) for column in zip(*former, *block, strict=True)]
+        former = [[" " * width for width in widths]]  # the next block is no narrower
+        for row in block:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip()
+
+
+def table_lines(
+    rows: Iterable[Sequence[str]], number: int, head: Sequence[str] = (), file: str = ""
+) -> list[str]:
+    """Return the first of so many rows under their head, and how many more there are, in which file."""
+    shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
+    titles = [head] if head and shown else []
+    return [*in_columns([*titles, *shown]), *more_lines(number - len(shown), file)]
+
+
+def more_lines(number: int, file: str = "") -> list[str]:
+    """Return the line that says how many more there are, and in which file; no line if there are none."""
+    where = f" in {file}" if file not in ("", "-") else ""
+    return [f"… and {number:,} more{where}"] if number > 0 else []
+
+
+def count_lines(totals: Mapping[str, int]) -> list[str]:
+    """Return what a scan read and what it found, in two lines."""
     read = totals["targets"] - totals["targets_unread"]
-    policy = report.scan.policy
-    lines = [
-        f"Policy {policy.name} ({policy.file}): {read} of {counted(totals['targets'], 'target')} read, "
-        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant"
-        + (f", {totals['too_young']:,} too young to judge" if totals["too_young"] else "")
-        + (f", {totals['exempted']:,} exempted" if totals["exempted"] else "")
-        + (" — a dry run, nothing is recorded" if report.dry_run else ""),
+    others = (("too_young", "too young to judge"), ("exempted", "exempted"))
+    more = "".join(f", {totals[name]:,} {words}" for name, words in others if totals[name])
+    return [
+        f"{read:,} of {counted(totals['targets'], 'target')} read, "
+        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant{more}",
         f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
         f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED since the last scan",
     ]
-    lines += _summary_table(report.findings(), totals["findings"], csv_path)
-    if report.causes:
-        lines += with_rest([*itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES)], 0)
-    lines += _summary_operators(report)
-    lines += _summary_costs(report)
-    lines += _summary_resolved(report.resolved(), totals["resolved"])
-    lines += _summary_exempted(report.exempted(), totals["exempted"])
-    if report.dry_run:
-        lines += _summary_preview(preview(report))
-    if report.notices:
-        lines += ["", *report.notices]
-    unread = [target for target in report.coverage if not target.read]
-    if unread:
-        lines += ["", "Not read, so nothing is known of them and their findings stay as they were:"]
-        lines += [f"  {target.target}  {target.error_code}: {target.error_message}" for target in unread]
-    code = report.exit_code
-    lines += ["", f"Exit code {int(code)} {code.name}: {code.meaning}"]
-    for line in map(printable, lines):
-        file.write((_coloured(line) if colour else line) + "\n")
 
 
-def _summary_table(findings: Iterator[Finding], number: int, csv_path: str) -> list[str]:
-    """Return the first findings in aligned columns, and where the rest of them is."""
-    rows = [("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")]
-    for finding in itertools.islice(findings, SUMMARY_FINDINGS):
-        since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
-        rows.append(
-            (
-                finding.status,
-                finding.account_id,
-                finding.region,
-                finding.instance_id,
-                cut_text(finding.name, 24) or "-",
-                since,
-                ", ".join(short_violation(finding, violation) for violation in finding.violations),
-            )
-        )
-    if len(rows) == 1:
-        return []
-    lines = in_columns(rows)
-    more = number - len(rows) + 1
-    where = "" if csv_path in ("", "-") else f" in {csv_path}"
-    return with_rest(lines, more, where)
+def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
+    """Write for people what was scanned, what was found, what was not read, and how the run ends."""
+    paragraphs = ["\n".join(map(printable, lines)) for lines in _summary(report, csv_path) if lines]
+    text = "\n\n".join(paragraphs) + "\n"
+    if colour:
+        text = _COLOURED.sub(lambda word: f"{word[1] or ''}\x1b[{COLOURS[word[2]]}m{word[2]}\x1b[0m", text)
+    file.write(text)
 
 
-def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line a row, with its cells below each other."""
-    shown = [[*map(printable, row)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in shown
-    ]
+def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
+    """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
+    policy, totals, code = report.scan.policy, report.totals, report.exit_code
+    read, found = count_lines(totals)
+    dry_run = " — a dry run, nothing is recorded" if report.dry_run else ""
+    yield [f"Policy {policy.name} ({policy.file}): {read}{dry_run}", found]
+    yield table_lines(map(_finding_row, report.findings()), totals["findings"], TABLE_HEAD, csv_path)
+    yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
+    managed = totals["findings_managed"]
+    are = "is on an instance" if managed == 1 else "are on instances"
+    services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
+    yield [f"{counted(managed, 'finding')} {are} that an AWS service operates: {services}"] if managed else []
+    unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
+    yield [f"{cost:,.2f} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
+    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
+    yield table_lines(resolved, totals["resolved"])
+    whys = ((case, dict.fromkeys(map(str, case.exempted))) for case in report.exempted())
+    yield table_lines((_row("EXEMPTED", case, "; ".join(why)) for case, why in whys), totals["exempted"])
+    for change, numbers in _preview(report).items() if report.dry_run else ():
+        title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
+        lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
+        yield lines and [f"Findings that would be {title}, by required tag:", *lines]
+    yield report.notices
+    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
+    yield unread and ["Could not be read (their findings are unchanged):", *unread]
+    yield [f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
-def with_rest(lines: Sequence[str], more: int, where: str = "") -> list[str]:
-    """Return a part of the summary: its lines, and how many more there are."""
-    return ["", *lines, *([f"… and {more:,} more{where}"] if more else [])]
+def _finding_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of the summary."""
+    since = "-" if finding.status is Status.NEW else finding.first_seen[:10]
+    return _row(finding.status, finding, since, ", ".join(short_violations(finding)))
 
 
-def short_violation(finding: Finding, violation: Violation) -> str:
-    """Return a violation in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
-    wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
-    what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
-    notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
-    notes += [
-        f"{cut_text(suggestion.value, 40)}?"
-        for suggestion in finding.suggestions
-        if suggestion.tag_key == violation.tag_key and suggestion.confidence >= MIN_CONFIDENCE
-    ]
-    return violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else "")
+def name_cell(name: str) -> str:
+    """Return a name as a table shows it: cut if it is long, a dash if there is none."""
+    return cut_text(name, 24) or "-"
 
 
-def _summary_resolved(resolved: Iterator[Finding], number: int) -> list[str]:
-    """Return the first findings that are no longer open, and why."""
-    if not number:
-        return []
-    lines = [
-        f"RESOLVED  {finding.account_id}  {finding.region}  {finding.instance_id}  {cut_text(finding.name, 24) or '-'}  "
-        f"{finding.resolution}"
-        for finding in itertools.islice(resolved, SUMMARY_FINDINGS)
-    ]
-    return with_rest(lines, number - len(lines))
+def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str, ...]:
+    """Return a row of a table: what became of an instance, where it is, its name, and what more is to say."""
+    return status, *_place(case), name_cell(case.tags.get("Name", "")), *more
 
 
-def _summary_exempted(exempted: Iterator[ExemptedInstance], number: int) -> list[str]:
-    """Return the first instances that are exempted, and why."""
-    if not number:
-        return []
-    lines = [
-        f"EXEMPTED  {case.account_id}  {case.region}  {case.instance_id}  {cut_text(case.tags.get('Name', ''), 24) or '-'}  "
-        + "; ".join(dict.fromkeys(map(str, case.exempted)))
-        for case in itertools.islice(exempted, SUMMARY_FINDINGS)
-    ]
-    return with_rest(lines, number - len(lines))
-
-
-def _summary_operators(report: ScanReport) -> list[str]:
-    """Return how many of the findings are on instances that AWS services operate, if any are."""
-    if not report.operators:
-        return []
-    number = report.totals["findings_managed"]
-    are = "is on an instance" if number == 1 else "are on instances"
-    services = ", ".join(f"{service} ({count:,})" for service, count in report.operators)
-    return ["", f"{counted(number, 'finding')} {are} that an AWS service operates: {services}"]
-
-
-def _summary_costs(report: ScanReport) -> list[str]:
-    """Return what the findings that lack each tag cost in a month, if there are prices."""
-    if not report.costs:
-        return []
-    left_out = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
-    return ["", *(f"{cost:,.2f} a month without {key}{left_out}" for key, cost in report.costs)]
-
-
-def _summary_preview(changes: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return what a scan with this policy would open and close, tag by tag."""
-    lines = []
-    for key, title in (("new", "would be NEW"), ("policy_changed", "would be RESOLVED as policy_changed")):
-        if changes[key]:
-            lines += ["", f"Findings that {title}, by required tag:"]
-            lines += [f"  {number:>9,}  {tag}" for tag, number in changes[key].items()]
-    return lines
-
-
-def _coloured(line: str) -> str:
-    """Return a line of the summary with the word coloured that says what it is."""
-    word = next(
-        (word for word in COLOURS if line.startswith(word) or (line.startswith("Exit") and word in line)), ""
-    )
-    return line.replace(word, f"\x1b[{COLOURS[word]}m{word}\x1b[0m", 1) if word else line
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryReport:
-    """The findings that a state keeps, as far as they were asked for; of one instance all that became of it."""
-
-    policy: str
-    findings: Callable[[], Iterator[Finding]]
-    events: Callable[[Finding], Sequence[Event]] | None
-    changes: Sequence[Change]
-
-
-def write_history_csv(file: TextIOBase, report: HistoryReport) -> None:
-    """Write a row a finding, in the columns that a scan's CSV has."""
-    file.write(csv_line(CSV_COLUMNS))
-    for finding in report.findings():
-        file.write(csv_line(_csv_row(finding)))
-
-
-def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
-    """Write findings in the shape that a scan's JSON has; of one instance with their events and changes."""
-
-    def record(finding: Finding) -> dict[str, Any]:
-        if not report.events:
-            return finding_record(finding)
-        return finding_record(finding) | {
-            "events": [_event_record(event) for event in report.events(finding)],
-            "changes": [asdict(change) for change in report.changes if change.target == finding.target],
-        }
-
-    file.write(f'{{\n"version": {json.dumps(__version__)},\n"policy": {json.dumps(report.policy)},\n')
-    write_json_list(file, "findings", map(record, report.findings()), end="\n}\n")
-
-
-def _event_record(event: Event) -> dict[str, Any]:
-    """Return what became of a finding as a JSON object."""
-    violations = [violation_record(violation) for violation in event.violations]
-    return {"at": event.at, "event": event.event, "violations": violations, "resolution": event.resolution}
-
-
-HISTORY_WRITERS = {"csv": write_history_csv, "json": write_history_json}
+def short_violations(finding: Finding) -> list[str]:
+    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
+    likely = {s.tag_key: s.value for s in finding.suggestions if s.confidence >= MIN_CONFIDENCE}
+    texts = []
+    for violation in finding.violations:
+        wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
+        what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
+        notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
+        if violation.tag_key in likely:
+            notes.append(f"{cut_text(likely[violation.tag_key], 40)}?")
+        texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
+    return texts
 
 
 def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
-    """Yield the rules in force in a region, each with the policy's line that it comes from."""
+    """Yield the rules in force in a region, each with its line in the policy."""
     here = "every region that is not named" if region == "*" else region
     yield f"Policy {policy.name} in {here}:"
     for rule in policy.rules(region):
@@ -5480,14 +5341,19 @@ def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
 
 
 def explain(
-    policy: Policy, target: Target, instance: Instance, finding: Finding | None, now: datetime
+    policy: Policy,
+    target: Target,
+    instance: Instance,
+    finding: Finding | None,
+    changes: Iterable[Change],
+    now: datetime,
 ) -> Iterator[str]:
-    """Yield, rule by rule, why an instance passes or fails, and then its history."""
-    name = instance.tags.get("Name")
+    """Yield, rule by rule, why an instance passes or fails, then its history."""
+    name = f" ({instance.tags['Name']})" if instance.tags.get("Name") else ""
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
     managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
-    yield f"{instance.instance_id}{f' ({name})' if name else ''} in {target}, {instance.state}{managed}{then}:"
+    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
     exempted = {case.violation.tag_key: case for case in sighting.exempted}
@@ -5495,69 +5361,83 @@ def explain(
         line = f"({policy.file}:{rule.line})"
         if rule.key in failing:
             yield f"  FAILS     {failing[rule.key].message} {line}"
-        elif rule.key in exempted:
-            case = exempted[rule.key]
+        elif case := exempted.get(rule.key):
             yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
         else:
             yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
-    for exemption in policy.exemptions if failing else ():
-        if exemption.required_tags and not failing.keys() & exemption.required_tags:
-            continue
-        reasons = [*exemption.mismatches(target, instance)]
-        reasons += [] if exemption.holds(now.date()) else [f"it ended on {exemption.expires}"]
-        # Of one condition that is not met nothing is near, unless the instance has the tag with another value.
-        near = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
-        if len(reasons) == 1 and (near or not exemption.holds(now.date())):
-            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
-            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+    yield from _near_exemptions(policy, target, instance, failing, now.date())
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
     if not policy.includes(instance.state):
         yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
-    yield _history(finding)
+    yield from _past(finding, target, changes)
 
 
-def _history(finding: Finding | None) -> str:
-    """Return what the state knows of a finding, in one line."""
-    if finding is None:
-        return "  History: none known"
-    seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
-    again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
-    ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
-    return f"  History: {finding.status}, {seen}{again}{ended}"
+def _near_exemptions(
+    policy: Policy, target: Target, instance: Instance, failing: Mapping[str, Violation], today: date
+) -> Iterator[str]:
+    """Yield the exemptions that would cover what fails but for one condition, or because they have ended."""
+    for exemption in policy.exemptions if failing else ():
+        if exemption.required_tags and not failing.keys() & exemption.required_tags:
+            continue
+        ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
+        reasons = [*exemption.mismatches(target, instance), *ended]
+        # A single condition that is not met is not near, unless the instance has the tag with another value.
+        partly = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        if len(reasons) == 1 and (ended or partly):
+            which = f"{policy.file}:{exemption.line} ({exemption.reason})"
+            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
 
 
-def story(finding: Finding, events: Iterable[Event]) -> Iterator[str]:
-    """Yield what became of an instance's finding, a line an event."""
+def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) -> Iterator[str]:
+    """Yield the history of a finding in one line, and the tags that were written to its instance."""
+    if finding:
+        seen = f"found {counted(finding.times_seen, 'time')} from {finding.first_seen} to {finding.last_seen}"
+        again = f", reopened {counted(finding.times_reopened, 'time')}" if finding.times_reopened else ""
+        ended = f", resolved at {finding.resolved_at} ({finding.resolution})" if finding.resolved_at else ""
+        yield f"  History: {finding.status}, {seen}{again}{ended}"
+    else:
+        yield "  History: none known"
+    yield from (f"  Written   {change}" for change in changes if change.target == target)
+
+
+def history_lines(report: HistoryReport) -> Iterator[str]:
+    """Yield a table of the findings or, for one instance, its timeline."""
+    if report.events:
+        for finding in report.findings():
+            yield from _timeline(finding, report.events(finding), report.changes)
+        return
+    rows = map(_history_row, report.findings())
+    first = next(rows, None)
+    head = (*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1])
+    yield from in_columns(itertools.chain([head, first], rows)) if first else ["No matching findings"]
+
+
+def _history_row(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row of `history`, with what it lacks, or how and when it was resolved."""
+    ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
+    what = ended or ", ".join(short_violations(finding))
+    return _row(finding.status, finding, finding.first_seen[:10], f"{finding.times_seen:,}", what)
+
+
+def _timeline(finding: Finding, events: Iterable[Event], changes: Iterable[Change]) -> Iterator[str]:
+    """Yield what happened to a finding, one line per event, and what is known of its instance."""
     name = f" ({finding.name})" if finding.name else ""
     yield f"{finding.instance_id}{name} in {finding.target}, {finding.state} at {finding.last_seen}:"
     for event in events:
         how = event.resolution or ", ".join(violation.message for violation in event.violations)
         yield f"  {event.at}  {event.event:<8}  {how}"
-    yield _history(finding)
+    yield from _past(finding, finding.target, changes)
     yield from (f"  Suggested: {suggestion}" for suggestion in finding.suggestions)
     if finding.created_by:
         yield f"  Created by: {finding.created_by}"
 
 
-def history_lines(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a table of findings, a line each; the columns are as wide as what AWS gives them."""
-    shape = "{:<8}  {:<12}  {:<14}  {:<19}  {:<24}  {:<10}  {:>5}  {}"
-    yield shape.format("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "SEEN", "VIOLATIONS")
-    for finding in findings:
-        ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
-        yield shape.format(
-            *(finding.status, finding.account_id, finding.region, finding.instance_id),
-            *(printable(cut_text(finding.name, 24)) or "-", finding.first_seen[:10], finding.times_seen),
-            ended or ", ".join(short_violation(finding, violation) for violation in finding.violations),
-        ).rstrip()
-
-
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A report that was asked for: its format, and the file that it goes to (`-`: standard output)."""
+    """A report that was asked for: its format, and the file it goes to (`-` for stdout)."""
 
     format: str
     path: str
@@ -5570,32 +5450,42 @@ class Output:
 
     @property
     def is_device(self) -> bool:
-        """True for a name in /dev: it stands for what is behind it, which may be a file (`3>out`, /dev/fd/3)."""
+        """True for a name in /dev; what is behind it may be a file (`3>out`, /dev/fd/3)."""
         return os.path.realpath(Path(self.path).parent) in {"/dev", os.path.realpath("/dev/fd")}
+
+    def __str__(self) -> str:
+        return f"--{self.format} {self.path}"
+
+
+@contextlib.contextmanager
+def _output_errors(output: Output) -> Iterator[None]:
+    """Raise OutputError, which says what to do, where the system cannot write a report."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{output} cannot be written: {error.strerror}"
+        raise OutputError(f"{reason}; name another place, or make room") from error
 
 
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
-    try:
+    with _output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
-            raise OutputError(f"--{output.format} {path} is a directory: name a file in it")
+            raise OutputError(f"{output} is a directory: name a file in it")
         if output.replaceable and not path.parent.is_dir():
-            raise OutputError(f"--{output.format} {path}: there is no directory {path.parent}; create it")
+            raise OutputError(f"{output}: there is no directory {path.parent}; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
-            raise OutputError(f"--{output.format} {path}: the directory {path.parent} cannot be written to")
-    except OSError as error:  # a name that is too long, a directory that may not be entered
-        raise _output_error(output, error) from error
+            raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A new file that holds a report until it is published: open, private, and never opened again by its name."""
+    """A new, private file that holds a report until it is published; its name is never opened again."""
 
     output: Output
     file: IO[bytes]
-    path: Path | None  # beside the goal, to be moved there; None: it has no name, and is copied
-    mode: int  # that it gets when it is published
+    path: Path | None  # beside its destination, to be moved there; None: it has no name, and is copied
 
 
 def open_private(path: str, flags: int) -> int:
@@ -5604,24 +5494,19 @@ def open_private(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def staged_outputs(outputs: Sequence[Output]) -> Iterator[list[Staged]]:
+def staged_outputs(outputs: Iterable[Output]) -> Iterator[list[Staged]]:
     """Yield a new file for each report; at the end those that were not published are removed."""
-    mask = os.umask(0o077)
-    os.umask(mask)
     staged: list[Staged] = []
     with contextlib.ExitStack() as stack:
         for output in outputs:
-            try:
-                if output.replaceable:
-                    path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}"
+            path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}" if output.replaceable else None
+            with _output_errors(output):
+                if path:
                     stack.callback(_remove, path)
                     file: IO[bytes] = open(path, "x+b", buffering=0, opener=open_private)  # noqa: SIM115
-                    staged.append(Staged(output, stack.enter_context(file), path, 0o666 & ~mask))
                 else:
-                    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
-                    staged.append(Staged(output, file, None, 0o600))
-            except OSError as error:
-                raise _output_error(output, error) from error
+                    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            staged.append(Staged(output, stack.enter_context(file), path))
         yield staged
 
 
@@ -5631,68 +5516,70 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _output_error(output: Output, error: OSError) -> OutputError:
-    """Return the error of a report that cannot be written."""
-    return OutputError(
-        f"--{output.format} {output.path} cannot be written: {error.strerror}; name another place, or make room"
-    )
+Report = TypeVar("Report")
+Writers = Mapping[str, Callable[[TextIOBase, Report], None]]  # by format
 
 
-def stage_report(staged: Sequence[Staged], write: Callable[[Output, TextIOBase], None]) -> None:
-    """Write each report into its new file, down to the disk; raises OutputError."""
-    for goal in staged:
-        try:
-            goal.file.seek(0)
-            goal.file.truncate()
-            with open(goal.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
-                write(goal.output, file)
-            os.fsync(goal.file.fileno())
-        except OSError as error:
-            raise _output_error(goal.output, error) from error
-
-
-def report_writer(report: ScanReport) -> Callable[[Output, TextIOBase], None]:
-    """Return what writes a report in the format of an output."""
-    return lambda output, file: WRITERS[output.format](file, report)
+def stage_report(staged: Iterable[Staged], writers: Writers[Report], report: Report) -> None:
+    """Write a report in the format of each new file, down to the disk; raises OutputError."""
+    for new in staged:
+        with _output_errors(new.output):
+            new.file.seek(0)
+            new.file.truncate()
+            with open(new.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
+                writers[new.output.format](file, report)
+            os.fsync(new.file.fileno())
 
 
 PIPE_SECONDS = 10.0  # to wait for the reader of a named pipe
 
 
-def publish_report(staged: Sequence[Staged], emit: Callable[[str], None]) -> None:
-    """Move each new file to its goal; then write those that go to stdout (by emit), a pipe or a device."""
-    for goal in sorted(staged, key=lambda goal: goal.path is None):
-        try:
-            if goal.path:
-                _move(goal, goal.path)
-                continue
-            goal.file.seek(0)
-            with open(goal.file.fileno(), encoding="utf-8", newline="", closefd=False) as source:
-                pieces = iter(lambda: source.read(CHUNK_SIZE), "")
-                if goal.output.path == "-":
-                    for piece in pieces:
-                        emit(piece)
-                else:
-                    with open(_open_device(goal.output), "w", encoding="utf-8", newline="") as device:
-                        device.writelines(pieces)
-        except BrokenPipeError:  # a reader that has read enough
-            continue
-        except OSError as error:
-            raise _output_error(goal.output, error) from error
+def publish_report(staged: Iterable[Staged], emit: Callable[[str], None]) -> None:
+    """Move each new file into place; then write those for stdout (by emit), a pipe or a device."""
+    for new in sorted(staged, key=lambda new: new.path is None):
+        # A reader that has read enough closes its pipe.
+        with _output_errors(new.output), contextlib.suppress(BrokenPipeError):
+            if new.path:
+                _move(new.file, new.path, new.output)
+            else:
+                _copy(new.file, new.output, emit)
 
 
-def _move(goal: Staged, path: Path) -> None:
-    """Move a staged file to its goal, with the mode of an ordinary file; raises OutputError."""
-    descriptor = goal.file.fileno()
-    if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+def write_report(
+    outputs: Iterable[Output], writers: Writers[Report], report: Report, emit: Callable[[str], None]
+) -> None:
+    """Write a report to all its outputs, each whole or not at all; raises OutputError."""
+    with staged_outputs(outputs) as staged:
+        stage_report(staged, writers, report)
+        publish_report(staged, emit)
+
+
+def _move(file: IO[bytes], path: Path, output: Output) -> None:
+    """Move a staged file into place, with the mode of an ordinary file; raises OutputError."""
+    if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
         raise OutputError(
-            f"--{goal.output.format} {goal.output.path}: another process replaced the file it was written to; "
-            "name a directory that only you can write to"
+            f"{output}: another process replaced the file it was written to; name a directory that only "
+            "you can write to"
         )
     if os.chmod in os.supports_fd:
-        os.chmod(descriptor, goal.mode)
-    goal.file.close()  # Windows moves no open file
-    path.replace(goal.output.path)
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(file.fileno(), 0o666 & ~mask)
+    file.close()  # Windows moves no open file
+    path.replace(output.path)
+
+
+def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
+    """Copy a staged file to stdout (by emit), a pipe or a device; raises OutputError."""
+    file.seek(0)
+    with open(file.fileno(), encoding="utf-8", newline="", closefd=False) as source:
+        pieces = iter(functools.partial(source.read, CHUNK_SIZE), "")
+        if output.path == "-":
+            for piece in pieces:
+                emit(piece)
+        else:
+            with open(_open_device(output), "w", encoding="utf-8", newline="") as device:
+                device.writelines(pieces)
 
 
 def _open_device(output: Output) -> int:
@@ -5707,7 +5594,7 @@ def _open_device(output: Output) -> int:
                 raise
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"--{output.format} {path} is a pipe that nobody reads: start its reader, and run again"
+                    f"{output} is a pipe that nobody reads: start its reader, and run again"
                 ) from error
             time.sleep(0.1)
         else:
@@ -5716,20 +5603,18 @@ def _open_device(output: Output) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     if stat.S_ISREG(os.fstat(descriptor).st_mode) and not output.is_device:
         os.close(descriptor)
-        raise OutputError(
-            f"--{output.format} {path}: another process replaced this pipe by a file; run again"
-        )
+        raise OutputError(f"{output}: another process replaced this pipe by a file; run again")
     return descriptor
 
 
 ########################################################################################################
-# 8 Dashboard: write_html
+# 8 Dashboard: write_html; _node, _card, _picture, _line, _bar, _table draw; then the page from top to bottom
 ########################################################################################################
 
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """All that the dashboard shows; `trend` and `standings` are of every scan and target that the state has."""
+    """Everything the dashboard shows; `trend` and `standings` have every scan and target of the state."""
 
     policy: Policy
     made_at: datetime
@@ -5740,68 +5625,81 @@ class Dashboard:
 
 
 HTML_STYLE = """
-:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;
---note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;
---warn:#f2cf83;--note:#33290f;--h0:#17302b;--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;
-font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
-h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;margin:0}
-h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}a{color:inherit}
-.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;text-transform:uppercase;color:var(--soft)}
-.soft,footer{color:var(--soft);font-size:.875rem}.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
+:root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;
+--bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;
+--h3:#eba883;--h4:#b5502b;--h5:#7c260d;--on:#fff}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#151412;--card:#1e1c19;--ink:#ece7dd;
+--soft:#aaa398;--rule:#3b372f;--bad:#f0946c;--good:#6fc9b5;--warn:#f2cf83;--note:#33290f;--h0:#17302b;
+--h1:#33231b;--h2:#54301f;--h3:#7b4026;--h4:#d3744a;--h5:#f8b08d;--on:#1a0d06}}
+*{box-sizing:border-box}body{margin:0 auto;padding:2.5rem 1.25rem 3rem;max-width:72rem;
+background:var(--paper);color:var(--ink);overflow-wrap:anywhere;font:1rem/1.5 system-ui,-apple-system,
+"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
+h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;
+margin:0}h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}
+a{color:inherit}.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;
+text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-size:.875rem}
+.warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
 .banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
-.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));margin-top:1.25rem}
-.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:0}
-.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);border-top:4px solid var(--soft)}
-.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
+.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));
+margin-top:1.25rem}.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+margin:0}.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);
+border-top:4px solid var(--soft)}.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}
+.good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
 section,footer{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
 svg{display:block;overflow:visible}.card svg,.chart,.scroll,table,details{margin-top:1rem}
-text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
-.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}
-.done{color:var(--good)}.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
+text{font-size:11.5px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:4px;
+stroke-linejoin:round}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line,.new,.bar{color:var(--bad)}
+.hollow{fill:var(--paper)}.card .hollow{fill:var(--card)}.done{color:var(--good)}
+.again{color:var(--h3);stroke:var(--bad);outline:1px solid var(--bad);outline-offset:-1px}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}.step{padding:.0625rem .5rem}
-.key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;background:currentColor}
-table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}.scroll{overflow-x:auto}.scroll table{margin:0}
-th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-thead th{color:var(--soft);vertical-align:bottom;border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
-.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}.bars .number{width:1%;padding-right:0}
-.heat th,.heat td{border:2px solid var(--paper);padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
-.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}.heat td:nth-child(2),.heat tr.all>*{font-weight:700}
-.heat th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
-.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}.h2{background:var(--h2)}.h3{background:var(--h3)}
-.h4,.h5{background:var(--h4);color:var(--on)}.h5{background:var(--h5)}summary{cursor:pointer}
-.unread{background:repeating-linear-gradient(135deg,var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
-@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}.list tr,.list td{display:block}
-.list{font-size:.875rem}.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
-.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;overflow-wrap:anywhere}
-.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;color:var(--soft)}.list td:empty{display:none}}
-@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}details{display:none}
-body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}.card,tr,svg{break-inside:avoid}h2{break-after:avoid}
-.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}
-.scroll{overflow:visible}.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
-.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;overflow-wrap:anywhere}}
+.key{display:inline-block;width:.875rem;height:.875rem;margin-right:.375rem;vertical-align:-.125rem;
+background:currentColor}table{border-collapse:collapse;width:100%;font-size:.875rem;overflow-wrap:break-word}
+.scroll{overflow-x:auto}.scroll table{margin:0}th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;
+vertical-align:top;border-bottom:1px solid var(--rule)}thead th{color:var(--soft);vertical-align:bottom;
+border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
+.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}
+.bars .number{width:1%;padding-right:0}.heat th,.heat td{border:2px solid var(--paper);
+padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
+.heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}
+.heat td:nth-child(2),.heat tr.all>*{font-weight:700}.heat th:first-child{text-align:left;position:sticky;
+left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0}
+.h0{background:var(--h0);color:var(--good)}.h1,.h2,.h3{background:var(--h1);color:var(--ink)}
+.h2{background:var(--h2)}.h3{background:var(--h3)}.h4,.h5{background:var(--h4);color:var(--on)}
+.h5{background:var(--h5)}summary{cursor:pointer}.unread{background:repeating-linear-gradient(135deg,
+var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
+@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}
+.list tr,.list td{display:block}.list{font-size:.875rem}
+.list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
+.list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;
+overflow-wrap:anywhere}.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;
+color:var(--soft)}.list td:empty{display:none}}
+@media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+details{display:none}body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}
+.card,tr,svg{break-inside:avoid}h2{break-after:avoid}.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}
+.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}.scroll{overflow:visible}
+.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
+.heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;
+overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
+RED, PALE, GREEN, GREY = "#b5502b", "#eba883", "#2a8a78", "#888"  # where the style is blocked, as in Jenkins
 Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
 
 
 def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
-    """Write the dashboard as one page without script, and without anything from elsewhere."""
-    page = ElementTree.Element("html", lang="en")
-    _add_head(page, f"{dashboard.policy.name}: required tags")
-    body = _add(page, "body")
-    main = _add(body, "main")
-    for add in (_add_header, _add_cards, _add_trend, _add_heat_map, _add_counts, _add_lists):
-        add(main, dashboard)
-    source = f"the policy {_brief(dashboard.policy.name, 120)} ({_brief(dashboard.policy.file, 120)})"
-    _add(body, "footer", f"Made by tagcheck {__version__} for {source}. All times are UTC.")
+    """Write the dashboard as one page that runs no script and loads nothing."""
+    name, policy_file = _brief(dashboard.policy.name, 120), _brief(dashboard.policy.file, 120)
+    cards = (_trend_card(dashboard), _worst_card(dashboard.standings), _ask_card(dashboard))
+    parts = [_header(dashboard, name), _node("div.cards", *cards), _trend(dashboard.trend)]
+    parts += [_heat_map(dashboard.standings), _counts(dashboard.open), *_lists(dashboard)]
+    source = f"Made by tagcheck {__version__} for the policy {name} ({policy_file}). All times are UTC."
+    body = _node("body", _node("main", *parts), _node("footer", source))
+    page = _node("html", _head(_brief(f"{dashboard.policy.name}: required tags", 120)), body, lang="en")
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -5810,19 +5708,114 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
-def _add(parent: Element, tag: str, text: str = "", **attributes: Any) -> Element:
-    """Add an element; what strangers wrote stays text in it, and its invisible characters are seen."""
+def _node(selector: str, *children: Element | str, **attributes: object) -> Element:
+    """Return an element such as `p.soft`; what strangers wrote stays text in it, with nothing invisible."""
+    tag, *classes = selector.split(".")
+    attributes = {"class": " ".join(filter(None, classes))} | attributes
     names = {key.rstrip("_").replace("_", "-"): printable(str(value)) for key, value in attributes.items()}
-    element = ElementTree.SubElement(parent, tag, {name: value for name, value in names.items() if value})
-    element.text = printable(text)
+    element = ElementTree.Element(tag, {name: value for name, value in names.items() if value})
+    for child in children:
+        if not isinstance(child, str):
+            element.append(child)
+        elif len(element):
+            element[-1].tail = printable(child)
+        else:
+            element.text = printable(child)
     return element
 
 
-def _say(parent: Element, bold: str, text: str, look: str = "") -> Element:
-    """Add a paragraph that begins in bold."""
-    paragraph = _add(parent, "p", class_=look)
-    _add(paragraph, "b", bold).tail = printable(text)
-    return paragraph
+def _bold(bold: str, text: str) -> Element:
+    """Draw a paragraph that begins in bold."""
+    return _node("p", _node("b", bold), text)
+
+
+def _card(question: str, answer: str, *children: Element, tone: str = "") -> Element:
+    """Draw a card: a question, its answer, and what supports it."""
+    return _node(f"article.card.{tone}", _node("h2", question), _node("p.verdict", answer), *children)
+
+
+def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
+    """Draw a section: its heading, how to read it, and its content."""
+    leads = [_node("p.soft", lead)] if lead else []
+    return _node("section", _node("h2", title), *leads, *children, **attributes)
+
+
+def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
+    """Draw a picture in percent across and pixels down, so that its text does not shrink on a phone."""
+    words = [_node("title", title), *([_node("desc", text)] if text else [])]
+    return _node(f"svg.{look}", *words, *drawn, role="img", width="100%", height=height)
+
+
+def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "") -> Element:
+    """Draw a few words in a picture."""
+    place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
+    return _node(f"text.{look}", text, fill=GREY, font_size=12, **place)
+
+
+def _bar(look: str, colour: str, **place: str) -> Element:
+    """Draw a bar of a chart."""
+    return _node(f"rect.{look}", color=colour, **place)
+
+
+def _grid(lines: Sequence[tuple[int, float]]) -> list[Element]:
+    """Draw lines across a chart, each with its number; the line of 0 is the axis."""
+    group = _node("g.grid", stroke="#8888")
+    for number, y in lines:
+        place = {"x1": 0, "x2": "100%", "y1": f"{y:.1f}", "y2": f"{y:.1f}"}
+        group.append(_node("line" if number else "line.axis", **place))
+    return [group, *(_label(f"{number:,}", 0, y - 4) for number, y in lines)]
+
+
+def _ticks(peak: int, most: int = 4) -> list[int]:
+    """Return round numbers from 0 up to a peak, in at most so many steps."""
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    step = next(step for step in steps if step * most >= peak)
+    return list(range(0, peak + 1, step))
+
+
+def _line(
+    points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
+) -> list[Element]:
+    """Draw the open findings as a line with its area; a dot is hollow where a scan left targets unread."""
+    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
+    span, width = moments[-1] - moments[0], _LEFT + _WIDTH - left
+    across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
+    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    corners = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
+    area = _node("path", d=corners, fill="currentColor", fill_opacity=0.12)
+    stroke = {"fill": "none", "stroke": "currentColor", "stroke_width": 2, "stroke_linejoin": "round"}
+    line = _node("path", d=f"M{path}", vector_effect="non-scaling-stroke", **stroke)
+    box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
+    plot = _node("svg.line", area, line, **box, y=top, width="100%", height=height, color=RED)
+    dots = _node("g.line", color=RED, stroke="currentColor", stroke_width=1.5)
+    for point, x, y in zip(points, across, down, strict=True):
+        unread = point.targets_unread
+        if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
+            more = f", {counted(unread, 'target')} not read" if unread else ""
+            title = _node("title", f"{_minute(point.at)}: {point.open:,} open{more}")
+            look, fill = ("circle.hollow", "#fff") if unread else ("circle", "currentColor")
+            dots.append(_node(look, title, cx=f"{x:.2f}%", cy=f"{top + y:.1f}", r=3, fill=fill))
+    return [plot, dots]
+
+
+def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
+    """Draw the first rows as a table without its empty columns, and count the others."""
+    cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
+    known = {column: values for column, values in cells if any(values)}
+    looks = [COLUMN_LOOKS.get(column, "") for column in known]
+    head = [_node(f"th.{look}", column, scope="col") for look, column in zip(looks, known, strict=True)]
+    body = _node("tbody")
+    for row in zip(*known.values(), strict=True):
+        named = zip(looks, known, row, strict=True)
+        body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
+    table = _node("table.list", _node("thead", _node("tr", *head)), body)
+    return [_node("div.scroll", table), *_rest(len(rows) - most)]
+
+
+def _rest(number: int) -> list[Element]:
+    """Draw how many more there are than are shown, if there are any."""
+    return [_node("p.soft", line) for line in more_lines(number)]
 
 
 def _brief(text: str, width: int = 60) -> str:
@@ -5835,50 +5828,52 @@ def _minute(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _add_head(page: Element, title: str) -> None:
-    """Add what a browser must know before it shows anything, above all that it may load and run nothing."""
-    head = _add(page, "head")
-    _add(head, "meta", charset="utf-8")
+def _head(title: str) -> Element:
+    """Return the head of the page, which forbids the browser to run or load anything."""
+    style = _node("style")
+    style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
     rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    _add(head, "meta", http_equiv="Content-Security-Policy", content=rules)
-    _add(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    _add(head, "meta", name="color-scheme", content="light dark")
-    _add(head, "meta", name="referrer", content="no-referrer")
-    _add(head, "title", _brief(title, 120))
-    _add(head, "style").text = HTML_STYLE
+    metas = (
+        _node("meta", charset="utf-8"),
+        _node("meta", http_equiv="Content-Security-Policy", content=rules),
+        _node("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        _node("meta", name="color-scheme", content="light dark"),
+        _node("meta", name="referrer", content="no-referrer"),
+    )
+    return _node("head", *metas, _node("title", title), style)
 
 
-def _add_header(main: Element, dashboard: Dashboard) -> None:
-    """Add whose tags these are, as of when, and in words how much of it was not read."""
+def _header(dashboard: Dashboard, name: str) -> Element:
+    """Draw the policy, the time and the size of the fleet, and a banner if targets were not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
-    accounts, regions = (len(_worst_first(standings, name)) for name in ("account_id", "region"))
-    header = _add(main, "header")
-    _add(header, "p", "EC2 instances and their required tags", class_="eyebrow")
-    _add(header, "h1", _brief(dashboard.policy.name, 120))
+    accounts, regions = (len(_worst_first(standings, place)) for place in ("account_id", "region"))
     days = (dashboard.made_at - datetime.fromisoformat(latest)).days
     ago = f", {counted(days, 'day')} ago" if days > 0 else ""
-    fleet = f"{counted(sum(standing.instances for standing in standings), 'instance')} in "
-    fleet += f"{counted(accounts, 'account')} and {counted(regions, 'region')}"
-    made_at = _minute(utc_text(dashboard.made_at))
-    _add(header, "p", f"{made_at} UTC · latest scan {_minute(latest)}{ago} · {fleet}", class_="soft")
+    fleet = counted(sum(standing.instances for standing in standings), "instance")
+    fleet += f" in {counted(accounts, 'account')} and {counted(regions, 'region')}"
+    when = f"{_minute(utc_text(dashboard.made_at))} UTC · latest scan {_minute(latest)}{ago} · {fleet}"
+    heading = _node("p.eyebrow", "EC2 instances and their required tags"), _node("h1", name)
+    header = _node("header", *heading, _node("p.soft", when))
     if unread := _unread(standings):
         codes = Counter(_brief((standing.error or "").partition(":")[0], 40) for standing in unread)
         why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
         more = ", …" if len(codes) > 3 else ""
-        text = f" ({why}{more}). What is said of them is as they were last read; nothing is known of them since. "
         were = f"of {counted(len(standings), 'target')} {'was' if len(unread) == 1 else 'were'} not read"
-        banner = _say(header, f"Incomplete: {len(unread):,} {were}", text, "banner")
-        _add(banner, "a", "Which, and why", href="#unread")
+        text = "What is said of them is as they were last read; nothing is known of them since."
+        bold = _node("b", f"Incomplete: {len(unread):,} {were}")
+        link = _node("a", "Which, and why", href="#unread")
+        header.append(_node("p.banner", bold, f" ({why}{more}). {text} ", link))
+    return header
 
 
 def _unread(standings: Iterable[Standing]) -> list[Standing]:
-    """Return the targets that are not known as they are now."""
+    """Return the targets that the latest scan could not read."""
     return [standing for standing in standings if standing.error]
 
 
 def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
-    """Return how many instances comply, how many do not, and the first as a share: never 100% that are fewer."""
+    """Return how many instances comply, how many do not, and the share that does, never rounded up."""
     pairs = [(standing.compliant, standing.findings) for standing in standings]
     compliant, findings = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
     percent = 100 * compliant // max(compliant + findings, 1)
@@ -5887,7 +5882,7 @@ def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
 
 
 def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
-    """Return the targets by account_id or region; first where most is open, then where most is not read."""
+    """Group the targets by account_id or region, most open findings first, then most unread targets."""
     groups: dict[str, list[Standing]] = {}
     for standing in standings:
         groups.setdefault(getattr(standing.target, attribute), []).append(standing)
@@ -5895,218 +5890,136 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
     return {name: groups[name] for name in sorted(groups, key=badness.__getitem__)}
 
 
-def _add_cards(main: Element, dashboard: Dashboard) -> None:
-    """Add the answers to the three questions: does it get better, where is it worst, and whom to ask."""
-    cards = _add(main, "div", class_="cards")
-    _add_trend_card(cards, dashboard)
-    _add_worst_card(cards, dashboard.standings)
-    _add_ask_card(cards, dashboard)
-
-
-def _add_card(cards: Element, question: str, answer: str, tone: str = "") -> Element:
-    """Add a question and its answer."""
-    card = _add(cards, "article", class_=f"card {tone}".rstrip())
-    _add(card, "h2", question)
-    _add(card, "p", answer, class_="verdict")
-    return card
-
-
-def _add_trend_card(cards: Element, dashboard: Dashboard) -> None:
-    """Add whether there are fewer open findings than 30 days before the latest scan, or at the first one."""
+def _trend_card(dashboard: Dashboard) -> Element:
+    """Draw the card that compares the open findings with 30 days ago, or with the first scan."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Does it get better?", counted(total, "open finding")
     if len(trend) == 1:
-        _add(_add_card(cards, question, now), "p", "Not known yet: a trend needs a second scan.")
-        return
+        return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
     latest = datetime.fromisoformat(trend[-1].at)
     month_ago = utc_text(latest - timedelta(days=30))
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     change = total - base.open
-    word, tone, more = ("better", "good", "fewer") if change < 0 else ("worse", "bad", "more")
-    card = _add_card(cards, question, f"Getting {word}" if change else "Unchanged", tone if change else "")
+    better, worse = ("Getting better", "good", "fewer"), ("Getting worse", "bad", "more")
+    answer, tone, more = better if change < 0 else worse if change else ("Unchanged", "", "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
+    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
     when = f"{days} before" if base.at <= month_ago else "at the first scan"
-    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
-    _say(card, now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")
+    lines = [_bold(now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
-        _add(card, "p", f"As far as is known: {doubt}.", class_="warn")
+        lines.append(_node("p.warn", f"As far as is known: {doubt}."))
     points = _grouped(trend, HTML_POINTS)
-    svg = _add_picture(card, f"Open findings: {base.open:,} {when}, {total:,} now", "", 44)
-    _add_line(svg, points, max(point.open for point in points), 4, 36, 1.0)
+    line = _line(points, max(point.open for point in points), 4, 36, left=1.0)
+    lines.append(_picture(f"Open findings: {base.open:,} {when}, {total:,} now", "", 44, *line))
+    return _card(question, answer, *lines, tone=tone)
 
 
-def _add_worst_card(cards: Element, standings: Sequence[Standing]) -> None:
-    """Add the target, the account and the region with most open findings, and the lowest compliance."""
+def _worst_card(standings: Sequence[Standing]) -> Element:
+    """Draw the card of the target, account and region with most open findings and least compliance."""
     question, unread = "Where is it worst?", _unread(standings)
+    text = f"{counted(len(unread), 'target')} not read: it may be worse there."
+    warning = [_node("p.warn", text)] if unread else []
     worst = max(standings, key=lambda standing: standing.findings)
-    if worst.findings:
-        card = _add_card(cards, question, worst.target.account_id, "bad")
-        _add(card, "p", worst.target.region, class_="verdict")
-        since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
-        _say(card, f"{worst.findings:,} of {counted(worst.instances, 'instance')}", f" lack tags{since}")
-        for attribute in ("account_id", "region"):
-            groups = _worst_first(standings, attribute)
-            name, group = next(iter(groups.items()))
-            if len(groups) > 1:
-                _, findings, share = _compliance(group)
-                _say(card, name, f" in all: {findings:,} open, {share} compliant")
-        judged = [s for s in standings if not s.error and s.compliant + s.findings]
-        lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
-        share = _compliance([lowest])[2]
-        if share != _compliance([worst])[2]:
-            _say(card, str(lowest.target), f": {share} of {counted(lowest.instances, 'instance')} compliant")
-    elif unread:
-        _add(_add_card(cards, question, "Not known"), "p", "Nothing is open in what was read.")
-    else:
-        _add(_add_card(cards, question, "Nowhere", "good"), "p", _all_good(standings))
-    if unread:
-        text = f"{counted(len(unread), 'target')} not read: it may be worse there."
-        _add(cards[-1], "p", text, class_="warn")
+    if not worst.findings and unread:
+        return _card(question, "Not known", _node("p", "Nothing is open in what was read."), *warning)
+    if not worst.findings:
+        return _card(question, "Nowhere", _node("p", _all_good(standings)), tone="good")
+    since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
+    of = f"{worst.findings:,} of {counted(worst.instances, 'instance')}"
+    lines = [_node("p.verdict", worst.target.region), _bold(of, f" lack tags{since}")]
+    for attribute in ("account_id", "region"):
+        groups = _worst_first(standings, attribute)
+        name = next(iter(groups))
+        _, findings, share = _compliance(groups[name])
+        if len(groups) > 1:
+            lines.append(_bold(name, f" in all: {findings:,} open, {share} compliant"))
+    judged = [s for s in standings if not s.error and s.compliant + s.findings]
+    lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
+    share = _compliance([lowest])[2]
+    if share != _compliance([worst])[2]:
+        of = f"{share} of {counted(lowest.instances, 'instance')}"
+        lines.append(_bold(str(lowest.target), f": {of} compliant"))
+    return _card(question, worst.target.account_id, *lines, *warning, tone="bad")
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
-    """Return what can be said in truth where everything was read and nothing is open."""
-    counts = zip(*((s.instances, s.compliant, s.exempted) for s in standings), strict=True)
-    instances, compliant, exempted = map(sum, counts)
+    """Return what is true when everything was read and nothing is open."""
+    numbers = [(standing.instances, standing.compliant, standing.exempted) for standing in standings]
+    instances, compliant, exempted = map(sum, zip(*numbers, strict=True))
+    fleet = counted(instances, "instance")
     if compliant == instances:
-        fleet = counted(instances, "instance")
         return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
     rest = ((exempted, "exempted"), (instances - compliant - exempted, "too young to judge"))
     others = " and ".join(f"{number:,} {word}" for number, word in rest if number)
-    return f"{compliant:,} of {counted(instances, 'instance')} carry their tags; {others}."
+    return f"{compliant:,} of {fleet} carry their tags; {others}."
 
 
-def _add_ask_card(cards: Element, dashboard: Dashboard) -> None:
-    """Add who created most of what is open, else who probably owns it, and what puts most right at once."""
+def _ask_card(dashboard: Dashboard) -> Element:
+    """Draw the card of those who own or created most of what is open, and of the largest cause."""
     found, question = dashboard.open, "Whom to ask?"
-    people = found.by_owner or found.by_creator
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
-        _add(_add_card(cards, question, nobody), "p", "Nothing is open.")
-        return
-    card = _add_card(cards, question, _brief(people[0][0]) if people else "Not known")
+        return _card(question, nobody, _node("p", "Nothing is open."))
+
+    def named(counts: Iterable[tuple[str, int]]) -> str:
+        return ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in counts)
+
+    people = found.by_owner or found.by_creator
+    lines = []
     if people:
-        does = "owns, or probably owns," if found.by_owner else "created"
-        _say(card, f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
+        does = f"{'owns, or probably owns,' if found.by_owner else 'created'} {people[0][1]:,}"
+        lines.append(_bold(does, f" of {counted(found.total, 'instance')} with findings"))
     if len(people) > 1:
-        _say(card, "Then", ": " + ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in people[1:4]))
+        lines.append(_bold("Then", f": {named(people[1:4])}"))
     if found.by_owner and found.by_creator:
-        makers = ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in found.by_creator[:3])
-        _say(card, "Created", f" by {makers}")
+        lines.append(_bold("Created", f" by {named(found.by_creator[:3])}"))
     if found.causes:
-        _say(card, "Most at once", f": {_brief(str(found.causes[0]), 240)}")
+        lines.append(_bold("Most at once", f": {_brief(str(found.causes[0]), 240)}"))
     if not found.by_creator:
-        line = _add(card, "p", "Who created the instances is not known: ", class_="soft")
-        _add(line, "code", "scan --creators").tail = " looks it up."
+        code, text = _node("code", "scan --creators"), "Who created the instances is not known: "
+        lines.append(_node("p.soft", text, code, " looks it up."))
+    return _card(question, _brief(people[0][0]) if people else "Not known", *lines)
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
-    """Return at most so many points; one that stands for several scans is as the last of them, with their sums."""
+    """Merge neighbouring scans into at most so many points, each with their sums and its last state."""
     size = -(-len(trend) // most)
-    groups = [trend[start : start + size] for start in range(0, len(trend), size)]
-    return [
-        replace(group[-1], new=sum(p.new for p in group), reopened=sum(p.reopened for p in group),
-                resolved=sum(p.resolved for p in group), targets_unread=max(p.targets_unread for p in group))
-        for group in groups
-    ]  # fmt: skip
+    points = []
+    for group in (trend[start : start + size] for start in range(0, len(trend), size)):
+        sums = {name: sum(getattr(p, name) for p in group) for name in ("new", "reopened", "resolved")}
+        points.append(replace(group[-1], targets_unread=max(p.targets_unread for p in group), **sums))
+    return points
 
 
-def _add_picture(parent: Element, title: str, text: str, height: int, look: str = "") -> Element:
-    """Add a picture as wide as its place: it draws in percent across and in pixels down, so that no text shrinks."""
-    svg = _add(parent, "svg", role="img", width="100%", height=height, class_=look)
-    _add(svg, "title", title)
-    if text:
-        _add(svg, "desc", text)
-    return svg
-
-
-def _add_line(
-    svg: Element, points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
-) -> None:
-    """Draw what was open as a line with its area, hollow where a scan left targets unread."""
-    moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
-    span = moments[-1] - moments[0]
-    width = _LEFT + _WIDTH - left
-    across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
-    down = [height * (1 - point.open / max(peak, 1)) for point in points]
-    box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none", "overflow": "visible"}
-    plot = _add(svg, "svg", y=top, width="100%", height=height, class_="line", color="#b5502b", **box)
-    path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    area = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
-    _add(plot, "path", d=area, fill="currentColor", fill_opacity=0.12)
-    line = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_linejoin": "round"}
-    _add(plot, "path", d=f"M{path}", vector_effect="non-scaling-stroke", **line)
-    dots = _add(svg, "g", class_="line", color="#b5502b", stroke="currentColor", stroke_width=1.5)
-    for point, x, y in zip(points, across, down, strict=True):
-        unread, place = point.targets_unread, {"cx": f"{x:.2f}%", "cy": f"{top + y:.1f}", "r": "3"}
-        if point is points[-1] or (left == _LEFT and (unread or len(points) <= HTML_BARS)):
-            look = {"class_": "hollow", "fill": "#fff"} if unread else {"fill": "currentColor"}
-            more = f", {counted(unread, 'target')} not read" if unread else ""
-            dot = _add(dots, "circle", **place, **look)
-            _add(dot, "title", f"{_minute(point.at)}: {point.open:,} open{more}")
-
-
-def _ticks(peak: int, most: int = 4) -> list[int]:
-    """Return round numbers from 0 up to a peak, in at most so many steps."""
-    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
-    step = next(step for step in steps if step * most >= peak)
-    return list(range(0, peak + 1, step))
-
-
-def _add_grid(svg: Element, lines: Sequence[tuple[int, float]]) -> None:
-    """Draw lines across, each with its number."""
-    grid = _add(svg, "g", class_="grid", stroke="#8888")
-    for number, y in lines:
-        _add(grid, "line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="" if number else "axis")
-        _add_label(svg, f"{number:,}", 0, y - 4)
-
-
-def _add_label(svg: Element, text: str, x: float, y: float, anchor: str = "start", look: str = "") -> None:
-    """Write a few words into a picture."""
-    place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
-    _add(svg, "text", text, class_=look, fill="#888", font_size=12, **place)
-
-
-def _add_section(parent: Element, title: str, lead: str = "", **attributes: Any) -> Element:
-    """Add a section with its heading and what is to be known of it."""
-    section = _add(parent, "section", **attributes)
-    _add(section, "h2", title)
-    if lead:
-        _add(section, "p", lead, class_="soft")
-    return section
-
-
-def _add_trend(main: Element, dashboard: Dashboard) -> None:
-    """Add the open findings over time, what each scan changed, and the latest scans in numbers."""
-    trend, points = dashboard.trend, _grouped(dashboard.trend, HTML_POINTS)
-    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
-    section = _add_section(main, "Open findings over time", lead)
+def _trend(trend: Sequence[TrendPoint]) -> Element:
+    """Draw the open findings over time, what each scan changed, and the latest scans in numbers."""
+    points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
+    drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
+    drawn += _line(points, peak, 18, 200)
     (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}, in {counted(len(trend), 'scan')}"
-    svg = _add_picture(section, "Open findings over time", text, 250, "chart")
-    _add_grid(svg, [(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
-    _add_line(svg, points, peak, 18, 200)
     form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
     for quarter in range(5) if end > start else [2]:
         moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
         look = "wide" if quarter % 2 else ""  # too many for a phone
-        _add_label(svg, f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look)
-    _add_changes(section, trend)
-    details = _add(section, "details")
-    _add(details, "summary", "The latest scans in numbers", class_="soft")
-    rows = [
-        (_minute(p.at), *(f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)),
-         f"{p.targets_unread:,} of {counted(p.targets, 'target')}")
-        for p in trend[: -HTML_ROWS - 1 : -1]
-    ]  # fmt: skip
-    _add_table(details, ("Scan", "Open", "NEW", "REOPENED", "RESOLVED", "Not read"), rows)
+        drawn.append(_label(f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look))
+    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}"
+    text += f", in {counted(len(trend), 'scan')}"
+    chart = _picture("Open findings over time", text, 250, *drawn, look="chart")
+    rows = []
+    for p in trend[: -HTML_ROWS - 1 : -1]:
+        numbers = [f"{number:,}" for number in (p.open, p.new, p.reopened, p.resolved)]
+        rows.append([_minute(p.at), *numbers, f"{p.targets_unread:,} of {counted(p.targets, 'target')}"])
+    table = _table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows)
+    details = _node("details", _node("summary.soft", "The latest scans in numbers"), *table)
+    lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
+    return _titled("Open findings over time", lead, chart, *_changes(trend), details)
 
 
-def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
-    """Draw what scans opened upward and what they resolved downward, several to a bar where there are many."""
+def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
+    """Draw what scans opened (up) and resolved (down) as bars; a bar may stand for several scans."""
     bars, size = _grouped(trend, HTML_BARS), -(-len(trend) // HTML_BARS)
     # To the first scan everything is NEW: at its scale all others would be flat.
     first, *others = (bar.new + bar.reopened for bar in bars)
@@ -6115,99 +6028,82 @@ def _add_changes(section: Element, trend: Sequence[TrendPoint]) -> None:
     cut = first > 2 * rest > 0
     up = rest if cut else max(first, 0, *others)
     if not up + down:
-        return
+        return []
     each = "each bar is a scan" if size == 1 else f"each bar is {size:,} scans"
-    legend = _add(section, "p", class_="legend soft")
-    for look, words in (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)")):
-        _add(_add(legend, "span"), "span", class_=f"key {look}").tail = f"{words} "
-    _add(legend, "span", each)
-    svg = _add_picture(section, "NEW, REOPENED and RESOLVED findings per scan", each, 200, "chart")
+    looks = (("new", "NEW (up)"), ("again", "REOPENED (up)"), ("done", "RESOLVED (down)"))
+    keys = [_node("span", _node(f"span.key.{look}"), f"{words} ") for look, words in looks]
     scale = 150 / (up + down)
     zero, ticks = 22 + up * scale, _ticks(max(up, down), 2)
-    _add_grid(svg, [(n, zero - n * scale) for n in ticks if n <= up])
-    _add_grid(svg, [(n, zero + n * scale) for n in ticks[1:] if n <= down])
+    drawn = _grid([(n, zero - n * scale) for n in ticks if n <= up])
+    drawn += _grid([(n, zero + n * scale) for n in ticks[1:] if n <= down])
     slot = _WIDTH / len(bars)
     width = min(slot * 0.72, 6)
     for index, bar in enumerate(bars):
         middle = _LEFT + slot * (index + 0.5)
-        left = middle - width / 2
-        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
-        group = _add(svg, "g", fill="currentColor")
         text = f"{bar.new:,} NEW, {bar.reopened:,} REOPENED, {bar.resolved:,} RESOLVED"
-        _add(group, "title", f"{_minute(bar.at)}: {text}")
-        for look, number, above, colour in (
-            ("new", new, new, "#b5502b"), ("again", again, new + again, "#eba883"), ("done", bar.resolved, 0, "#2a8a78"),
-        ):  # fmt: skip
+        group = _node("g", _node("title", f"{_minute(bar.at)}: {text}"), fill="currentColor")
+        new, again = min(bar.new, up), min(bar.reopened, max(up - bar.new, 0))
+        # Each with its colour, its number, and how far above zero its top is.
+        parts = ("new", RED, new, new), ("again", PALE, again, new + again), ("done", GREEN, bar.resolved, 0)
+        across = {"x": f"{middle - width / 2:.2f}%", "width": f"{width:.2f}%"}
+        for look, colour, number, above in parts:
+            upright = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}"}
             if number:
-                box = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}", "class_": look}
-                _add(group, "rect", x=f"{left:.2f}%", width=f"{width:.2f}%", color=colour, **box)
+                group.append(_bar(look, colour, **across, **upright))
+        drawn.append(group)
         if index in (0, len(bars) - 1):
             anchor = "middle" if len(bars) < 4 else "end" if index else "start"
-            _add_label(svg, bar.at[:10], middle, 196, anchor)
+            drawn.append(_label(bar.at[:10], middle, 196, anchor))
     if cut:
-        _add_label(svg, f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14)
+        drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
+    picture = _picture("NEW, REOPENED and RESOLVED findings per scan", each, 200, *drawn, look="chart")
+    return [_node("p.legend.soft", *keys, _node("span", each)), picture]
 
 
-def _add_table(parent: Element, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Add a table whose rows stand as blocks on a phone, each cell behind the name of its column."""
-    table = _add(_add(parent, "div", class_="scroll"), "table", class_="list")
-    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
-    for column in columns:
-        _add(head, "th", column, scope="col", class_=COLUMN_LOOKS.get(column, ""))
-    for row in rows:
-        line = _add(body, "tr")
-        for column, cell in zip(columns, row, strict=True):
-            _add(line, "td", cell, data_label=column, class_=COLUMN_LOOKS.get(column, ""))
-
-
-def _add_heat_map(main: Element, dashboard: Dashboard) -> None:
-    """Add the compliance of each account in each region, the worst first; what was not read is hatched."""
-    standings, name = dashboard.standings, "Compliance by account and region"
+def _heat_map(standings: Sequence[Standing]) -> Element:
+    """Draw the compliance of each account in each region, worst first; what was not read is hatched."""
     accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
-    shown = [(account, accounts[account], "") for account in list(accounts)[:HTML_ACCOUNTS]]
-    others = [standing for account in list(accounts)[HTML_ACCOUNTS:] for standing in accounts[account]]
+    names, title = list(accounts), "Compliance by account and region"
+    rows = [(account, accounts[account], "") for account in names[:HTML_ACCOUNTS]]
     lead = "The share of instances that carry their tags, of those that were judged; worst first."
-    if others:
-        lead += f" Of {counted(len(accounts), 'account')} these are the {HTML_ACCOUNTS} worst."
-        shown.append((f"all the others ({len(accounts) - HTML_ACCOUNTS:,})", others, ""))
-    if len(accounts) > 1:
-        shown.append(("all accounts", list(standings), "all"))
-    section = _add_section(main, name, lead)
-    legend = _add(section, "p", class_="legend soft")
-    below = f"below {COMPLIANCE_STEPS[-1]}%"
-    for step, words in enumerate(["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), below]):
-        _add(legend, "span", words, class_=f"step h{step}").tail = " "
-    _add(legend, "span", "not read", class_="step unread")
-    box = _add(section, "div", class_="scroll", tabindex=0, role="region", aria_label=name)
-    table = _add(box, "table", class_="heat")
-    head, body = _add(_add(table, "thead"), "tr"), _add(table, "tbody")
-    for column in ("Account", "all", *regions):
-        _add(head, "th", column, scope="col")
-    for account, group, look in shown:
-        row = _add(body, "tr", class_=look)
-        _add(row, "th", account, scope="row")
-        _add_cell(row, f"{account}, all regions", group)
+    if others := names[HTML_ACCOUNTS:]:
+        lead += f" Of {counted(len(names), 'account')} these are the {HTML_ACCOUNTS} worst."
+        rest = [standing for account in others for standing in accounts[account]]
+        rows.append((f"all the others ({len(others):,})", rest, ""))
+    if len(names) > 1:
+        rows.append(("all accounts", list(standings), "all"))
+    steps = ["100%", *(f"{step}% or more" for step in COMPLIANCE_STEPS[1:]), f"below {COMPLIANCE_STEPS[-1]}%"]
+    legend = _node("p.legend.soft")
+    for step, words in enumerate(steps):
+        legend.append(_node(f"span.step.h{step}", words))
+        legend[-1].tail = " "
+    legend.append(_node("span.step.unread", "not read"))
+    head = [_node("th", column, scope="col") for column in ("Account", "all", *regions)]
+    body = _node("tbody")
+    for account, group, look in rows:
         by_region = _worst_first(group, "region")
-        for region in regions:
-            _add_cell(row, f"{account}, {region}", by_region.get(region, []))
+        cells = [_heat_cell(f"{account}, {region}", by_region.get(region, [])) for region in regions]
+        whole = _heat_cell(f"{account}, all regions", group)
+        body.append(_node(f"tr.{look}", _node("th", account, scope="row"), whole, *cells))
+    table = _node("table.heat", _node("thead", _node("tr", *head)), body)
+    box = _node("div.scroll", table, tabindex=0, role="region", aria_label=title)
+    return _titled(title, lead, legend, box)
 
 
-def _add_cell(row: Element, where: str, standings: Sequence[Standing]) -> None:
-    """Add a cell of the heat map; where anything was not read it says so, and has no colour of compliance."""
+def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
+    """Draw a cell of the heat map; where anything was not read it says so, and has no other colour."""
     read, unread = [standing for standing in standings if not standing.error], len(_unread(standings))
-    compliant, findings, text = _compliance(read)
+    compliant, findings, share = _compliance(read)
     judged = compliant + findings
     step = sum(100 * compliant < limit * judged for limit in COMPLIANCE_STEPS)
     title = f"{where}: {findings:,} of {counted(judged, 'instance')} lack tags" if read else where
     look = "unread" if unread else f"h{step}" if judged else ""
-    cell = _add(row, "td", text if read else "not read" if unread else "", class_=look, title=title)
-    if read and unread:
-        _add(cell, "small", f" {unread:,} not read")
+    small = [_node("small", f" {unread:,} not read")] if read and unread else []
+    return _node(f"td.{look}", share if read else "not read" if unread else "", *small, title=title)
 
 
-def _add_counts(main: Element, dashboard: Dashboard) -> None:
-    """Add the open findings by tag, age and person, and the money spent without each tag."""
-    found, pair = dashboard.open, _add(main, "div", class_="pair")
+def _counts(found: OpenFindings) -> Element:
+    """Draw the open findings by tag, age, creator, service and owner, and the cost by tag, as bars."""
     unpriced = found.total - found.priced
     spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
@@ -6220,92 +6116,70 @@ def _add_counts(main: Element, dashboard: Dashboard) -> None:
         ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
+    pair = _node("div.pair")
     for title, lead, rows in charts:
+        body, most = _node("tbody"), max((number for _, number in rows), default=0) or 1
+        for name, number in rows[:HTML_ROWS]:
+            brief, amount, width = _brief(name), f"{number:,.0f}", f"{100 * number / most:.1f}%"
+            bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
+            cells = _node("td", _picture(f"{brief}: {amount}", "", 12, bar)), _node("td.number", amount)
+            body.append(_node("tr", _node("th", brief, scope="row"), *cells))
         if rows:
-            section = _add_section(pair, title, lead)
-            body = _add(_add(section, "table", class_="bars"), "tbody")
-            most = max(number for _, number in rows) or 1
-            for name, number in rows[:HTML_ROWS]:
-                row, amount = _add(body, "tr"), f"{number:,.0f}"
-                _add(row, "th", _brief(name), scope="row")
-                svg = _add_picture(_add(row, "td"), f"{_brief(name)}: {amount}", "", 12)
-                box = {"width": f"{100 * number / most:.1f}%", "height": "12", "class_": "bar"}
-                _add(svg, "rect", color="#b5502b", fill="currentColor", **box)
-                _add(row, "td", amount, class_="number")
-            _add_rest(section, len(rows) - HTML_ROWS)
+            pair.append(_titled(title, lead, _node("table.bars", body), *_rest(len(rows) - HTML_ROWS)))
+    return pair
 
 
-def _add_rest(section: Element, number: int) -> None:
-    """Say how many more there are than are shown."""
-    if number > 0:
-        _add(section, "p", f"… and {number:,} more", class_="soft")
-
-
-def _add_lists(main: Element, dashboard: Dashboard) -> None:
-    """Add the causes, the oldest findings, the exemptions that end, and what was not read: each where there is any."""
-    found, unread = dashboard.open, _unread(dashboard.standings)
-    causes = [
-        (f"{cause.instances:,}", cause.target.account_id, cause.target.region, _brief(str(cause), 240))
-        for cause in found.causes
-    ]
-    oldest = [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]
-    endings = [(_brief(problem.message, 120), _brief(problem.where, 240)) for problem in dashboard.endings]
-    unread.sort(key=lambda standing: (standing.last_read or "", standing.target))
-    not_read = [
-        (s.target.account_id, s.target.region, _minute(s.last_read) if s.last_read else "never",
-         f"{s.findings:,}" if s.last_read else "not known", _brief(s.error or "", 240))
-        for s in unread
-    ]  # fmt: skip
-    lists: tuple[tuple[str, str, str, Sequence[Sequence[str]], int], ...] = (
-        ("Causes", "What many instances share, and where to put it right for all of them.", "Instances,Account,Region,What to do", causes, HTML_ROWS),
-        ("Open for longest", "", "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month", oldest, HTML_ROWS),
-        ("Exemptions that end", "", "When,Exemption", endings, HTML_ROWS),
-        ("Not read", "Nothing is known of these since they were last read; what was open then still counts.", "Account,Region,Last read,Open,Why", not_read, HTML_UNREAD),
-    )  # fmt: skip
-    for title, lead, columns, rows, most in lists:
-        if rows:
-            section = _add_section(main, title, lead, id="unread" if rows is not_read else "")
-            cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
-            known = {column: values for column, values in cells if any(values)}
-            _add_table(section, list(known), zip(*known.values(), strict=True))
-            _add_rest(section, len(rows) - most)
+def _lists(dashboard: Dashboard) -> Iterator[Element]:
+    """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
+    found = dashboard.open
+    if causes := [(f"{c.instances:,}", *astuple(c.target), _brief(str(c), 240)) for c in found.causes]:
+        lead = "What many instances share, and where to put it right for all of them."
+        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
+    if oldest := [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]:
+        columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
+        yield _titled("Open for longest", "", *_table(columns, oldest))
+    if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
+        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
+    rows = []
+    for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
+        known = ("never", "not known")
+        if target.last_read:
+            known = (_minute(target.last_read), f"{target.findings:,}")
+        rows.append((*astuple(target.target), *known, _brief(target.error or "", 240)))
+    if rows:
+        lead = "Nothing is known of these since they were last read; what was open then still counts."
+        table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
+        yield _titled("Not read", lead, *table, id="unread")
 
 
 def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
-    """Return what is shown of a finding that has been open for long."""
+    """Return a finding as a row of those that are open for longest."""
     days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
-    return (
-        finding.instance_id,
-        _brief(finding.name, 40),
-        *(finding.account_id, finding.region),
-        f"{finding.first_seen[:10]}, {counted(days, 'day')}",
-        _brief(
-            ", ".join(_brief(short_violation(finding, violation), 80) for violation in finding.violations),
-            240,
-        ),
-        _brief(", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions), 240),
-        _brief(finding.created_by or ""),
-        "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}",
-    )
+    since = f"{finding.first_seen[:10]}, {counted(days, 'day')}"
+    lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
+    likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
+    cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"
+    where = (finding.instance_id, _brief(finding.name, 40), finding.account_id, finding.region)
+    return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.created_by or ""), cost)
 
 
 ########################################################################################################
-# 9 Notifications: write_digests, slack_text, plain_text, find_webhook, post_to_slack, publish_to_sns, send_email
+# 9 Notifications: digest_lines, write_digests, digest_text, find_webhook, and a sender for each medium
 ########################################################################################################
 
-DIGEST_LINES, OWNER_LINES = 10, 100  # findings named in a digest of everything, and in an owner's
+DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
 # Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
 SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
 SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 SLACK_SECONDS = 10.0
 SLACK_PAUSES = (1.0, 3.0)  # before trying again, where Slack does not say how long
 SLACK_LONGEST_PAUSE = 30.0
-# What SES says of one message; after any other error the next one would fail as well.
-OF_ONE_EMAIL = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
+# SES's errors about one message; after any other error the next message would fail as well.
+ONE_EMAIL_ERRORS = ("MessageRejected", "BadRequestException", "InvalidParameterValue")
 
 
 class Section(NamedTuple):
-    """A part of a digest: its title, the first of its lines, and how many there are."""
+    """A part of a digest: its title, the first of its lines, and how many lines there are."""
 
     title: str
     lines: Sequence[str]
@@ -6314,169 +6188,137 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a channel, or one owner, is told of a scan; `told` are the subjects to mark once it is."""
+    """A message about a scan, for all who get everything, or for one owner: an address or a Slack member."""
 
     channel: str
-    to: str | None
+    to: str
     title: str
     sections: Sequence[Section]
-    told: Sequence[str]
 
     @property
     def medium(self) -> str:
-        """How it is sent; an owner is an address or a member of Slack."""
+        """How it is sent: by slack, sns or email."""
         return ("email" if "@" in self.to else "slack") if self.to else self.channel
 
-    def __str__(self) -> str:
-        return self.to or self.channel
+
+Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
 def ending_subjects(policy: Policy, today: date) -> list[str]:
-    """Return under what the state keeps that the end of an exemption was told: once for each date."""
+    """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
     exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
     ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
     return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
 
 
-def write_digests(report: ScanReport, owed: Mapping[str, Container[str]]) -> list[Digest]:
-    """Return what each channel and each owner is told of a scan: nothing where there is nothing to say.
+def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -> Iterator[DigestLine]:
+    """Yield what belongs in digests: channel, recipient, subject and line.
 
-    With `on: new` it takes something that the channel is still owed: a finding, an unread target, the end of an
-    exemption. A digest of everything then also names the targets and exemptions that it was told of before.
+    `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
     """
-    policy = report.scan.policy
-    assert policy.notify
-    notify, channels = policy.notify, policy.notify.channels
+    policy, numbers = report.scan.policy, Counter[str]()
+    notify = policy.notify or Notify()
     owners = notify.owners or Owners()
-    lines: dict[tuple[str, str | None], list[str]] = {}
-    told: dict[tuple[str, str | None], list[str]] = {}
-    numbers: Counter[tuple[str, str | None]] = Counter()
+
+    def channels_for(subject: str) -> Iterator[tuple[str, str | None]]:
+        waiting = pending(subject)
+        for channel in notify.channels:
+            if notify.on == "any" or channel in waiting:
+                yield channel, subject if channel in waiting else None
+
     for finding in report.findings():
-        subject = f"finding {finding.target} {finding.instance_id}"
-        owed_to = owed.get(subject, ())
-        for channel in channels:
-            if notify.on == "new" and channel not in owed_to:
-                continue
-            known = _known_names(finding, owners.tag, policy.placeholder_values)
-            key = channel, owners.recipient(known.values()) if channel == "owners" else None
-            if key == ("owners", None):
-                continue
-            numbers[key] += 1
-            if len(lines.setdefault(key, [])) < (OWNER_LINES if key[1] else DIGEST_LINES):
-                lines[key].append(_finding_line(finding, known))
-            told.setdefault(key, []).extend([subject] if channel in owed_to else [])
-    word = "new finding" if notify.on == "new" else "open finding"
-    unread = [target for target in report.coverage if not target.read]
-    endings = check_expiry(policy, report.scan.started_at.date())
-    others = [f"unread {target.target}" for target in unread]
-    others += ending_subjects(policy, report.scan.started_at.date())
-    parts = (
-        _section("Not read, so nothing is known of them:", (f"{t.target}: {t.error_code}: {t.error_message}" for t in unread)),
-        _section("What to put right for many at once:", cause_lines(report.causes)),
-        _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
-    )  # fmt: skip
-    digests = []
-    for channel in channels:
-        due = [subject for subject in others if channel in owed.get(subject, ())]
-        key = channel, None
-        if channel == "owners" or not (numbers[key] or due or (notify.on == "any" and others)):
-            continue
-        title = [counted(numbers[key], word)] if numbers[key] else []
-        title += [f"{counted(len(unread), 'target')} not read"] if unread else []
-        title += [f"{counted(len(endings), 'exemption')} at an end"] if endings else []
-        findings = Section("Findings:", lines.get(key, []), numbers[key])
-        sections = [Section("", _count_lines(report), 2), findings, *parts]
-        subjects = [*told.get(key, ()), *due]
-        digests.append(_digest(policy, channel, None, ", ".join(title), sections, subjects))
-    for (channel, to), subjects in told.items():
+        for channel, subject in channels_for(f"finding {finding.target} {finding.instance_id}"):
+            names = _known_names(finding, owners.tag, policy.placeholder_values)
+            recipient = owners.recipient(names.values()) if channel == "owners" else ""
+            if recipient is not None:
+                numbers[channel] += 1
+                is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
+                yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
+    unread = [f"unread {target.target}" for target in report.unread]
+    for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
+        yield from (
+            (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
+        )
+
+
+def write_digests(
+    report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
+) -> Iterator[Digest]:
+    """Yield a digest for each recipient: who it is, the number of its findings, and their first lines."""
+    policy = report.scan.policy
+    word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
+    for to, number, lines in recipients:
+        title = [counted(number, word)] if number else []
         if to:
-            number = numbers[channel, to]
-            sections = [Section("Yours, by the owner tag or by who made them:", lines[channel, to], number)]
-            digests.append(_digest(policy, channel, to, counted(number, word), sections, subjects))
-    return digests
-
-
-def _digest(policy: Policy, channel: str, to: str | None, title: str, sections: Iterable[Section], told: Sequence[str]) -> Digest:  # fmt: skip
-    """Return a digest of the sections that are not empty."""
-    title = printable(f"tagcheck {cut_text(policy.name, 40)}: {title}")
-    return Digest(channel, to, title, [section for section in sections if section.number], told)
+            sections = [Section("Your findings, by owner tag or creator:", lines, number)]
+        else:
+            endings = check_expiry(policy, report.scan.started_at.date())
+            title += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
+            title += [f"{counted(len(endings), 'exemption')} ending"] if endings else []
+            errors = (
+                f"{target.target}: {target.error_code}: {target.error_message}" for target in report.unread
+            )
+            sections = [
+                Section("", count_lines(report.totals), 2),
+                Section("Findings:", lines, number),
+                _section("Could not be read (their findings are unchanged):", errors),
+                _section("Fix many at once:", cause_lines(report.causes)),
+                _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+            ]
+        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(title)}")
+        yield Digest(channel, to, headline, [section for section in sections if section.number])
 
 
 def _section(title: str, lines: Iterable[str]) -> Section:
-    """Return a section that names the first of these lines."""
+    """Return a section with the first of these lines."""
     every = list(lines)
     return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
 
 
-def _count_lines(report: ScanReport) -> list[str]:
-    """Return the counts of a scan."""
-    totals = report.totals
-    return [
-        f"{totals['targets'] - totals['targets_unread']:,} of {counted(totals['targets'], 'target')} read, "
-        f"{counted(totals['instances'], 'instance')}, {totals['compliant']:,} compliant",
-        f"{counted(totals['findings'], 'finding')}: {totals['new']:,} NEW, {totals['repeat']:,} REPEAT, "
-        f"{totals['reopened']:,} REOPENED; {totals['resolved']:,} RESOLVED",
-    ]
+def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
+    """Return who may know about an instance: its owner, then its creator, where they are known."""
+    key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
+    owner, creator = stripped(finding.tags.get(key, "")), finding.created_by or ""
+    names = {
+        "owner": "" if owner.casefold() in placeholders else owner,
+        "created by": "" if creator.startswith(UNKNOWN) else creator,
+    }
+    return {role: name for role, name in names.items() if name}
 
 
-def _known_names(finding: Finding, owner_tag: str, placeholder_values: Container[str]) -> dict[str, str]:
-    """Return who may know of an instance, by what they are to it: its owner, then its creator."""
-    value = finding.tags.get(owner_tag) or finding.tags.get(near_miss(finding.tags, owner_tag) or "", "")
-    owner = stripped(value)
-    known = {"owner": "" if owner.casefold() in placeholder_values else owner}
-    creator = finding.created_by or ""
-    known["created by"] = "" if creator.startswith(UNKNOWN) else creator
-    return {role: name for role, name in known.items() if name}
-
-
-def _finding_line(finding: Finding, known: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, whom to ask, and what the tags probably are."""
+def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
+    """Return a finding in one line: what it lacks, whom to ask, and likely values of the tags."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    what = ", ".join(short_violation(finding, violation) for violation in finding.violations)
-    who = [f"{role} {cut_text(name, 60)}" for role, name in known.items()]
-    # The surer ones stand with what is missing already.
+    parts = [", ".join(short_violations(finding))]
+    parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
+    # short_violations shows the more confident suggestions already.
     unsure = [
         f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
     ]
-    probably = [f"perhaps {', '.join(unsure)}"] if unsure else []
-    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join([what, *who, *probably])}"
+    parts += [f"perhaps {', '.join(unsure)}"] if unsure else []
+    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
     return cut_text(printable(line), 400)
 
 
-def _fitted(section: Section, width: int, encode: Callable[[str], str] = str) -> list[str]:
-    """Return a section's lines as far as they fit, and the count of those that are cut."""
-    shown: list[str] = []
-    for line in map(encode, section.lines):
-        width -= len(line) + 1
-        if width < 0:
-            break
-        shown.append(line)
-    more = section.number - len(shown)
-    return [*shown, *([f"… and {more:,} more"] if more else [])]
-
-
-def slack_text(digest: Digest) -> str:
-    """Return a digest for Slack: its lines in code blocks, where nothing becomes a mention, a link or bold."""
-    blocks = [
-        f"{section.title}\n```\n"
-        + "\n".join(_fitted(section, SECTION_WIDTHS["slack"], _slack_escape))
-        + "\n```"
-        for section in digest.sections
-    ]
-    mention = f"<@{digest.to}> " if digest.to else ""
-    return "\n".join([mention + _slack_escape(digest.title), *blocks])
+def digest_text(digest: Digest) -> str:
+    """Return a digest as text; for Slack in code blocks, where nothing becomes a mention, a link or bold."""
+    is_slack, width = digest.medium == "slack", SECTION_WIDTHS[digest.medium]
+    encode: Callable[[str], str] = _slack_escape if is_slack else str
+    fence = ["```"] if is_slack else []
+    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + encode(digest.title)]
+    for title, lines, number in digest.sections:
+        encoded = [*map(encode, lines)]
+        ends = itertools.accumulate(len(line) + 1 for line in encoded)
+        shown = encoded[: sum(end <= width for end in ends)]
+        more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
+        head = [title] if title or is_slack else []
+        parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
+    return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
 
 
 def _slack_escape(text: str) -> str:
     """Escape what Slack reads as a command, such as `<!channel>`, and what would end a code block."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
-
-
-def plain_text(digest: Digest) -> str:
-    """Return a digest for a medium that shows a text as it is."""
-    width = SECTION_WIDTHS[digest.medium]
-    parts = ["\n".join(filter(None, [part.title, *_fitted(part, width)])) for part in digest.sections]
-    return "\n\n".join([digest.title, *parts]) + "\n"
 
 
 def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
@@ -6488,61 +6330,49 @@ def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
         )
     parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
     if not parts:
-        raise UsageError(f"what {name} holds is no https:// URL of a webhook: copy it from Slack anew")
-    if parts[1].removesuffix(":443") not in (*SLACK_HOSTS, *slack.allow_hosts):
-        hosts = ", ".join((*SLACK_HOSTS, *slack.allow_hosts))
+        raise UsageError(f"{name} does not hold the https:// URL of a webhook: copy it again from Slack")
+    hosts = (*SLACK_HOSTS, *slack.allow_hosts)
+    if parts[1].removesuffix(":443") not in hosts:
         raise UsageError(
-            f"what {name} holds is the URL of another host than {hosts}: see notify.slack.allow_hosts"
+            f"{name} holds a URL of another host than {', '.join(hosts)}: see notify.slack.allow_hosts"
         )
     return url
 
 
 def post_to_slack(url: str, text: str) -> None:
-    """Post a text to a webhook; raises NotificationError, which does not repeat the URL.
-
-    Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
-    """
+    """Post a text to a webhook; raises NotificationError, which does not repeat the URL."""
     import urllib.request as http
 
+    # Of urllib's handlers only these: the others would open files, and follow a redirect to anywhere.
     opener = http.OpenerDirector()
-    for handler in (
-        http.ProxyHandler,
-        http.HTTPSHandler,
-        http.HTTPDefaultErrorHandler,
-        http.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
+    opener.add_handler(http.ProxyHandler())
+    opener.add_handler(http.HTTPSHandler())
     message = json.dumps({"text": text, "unfurl_links": False, "unfurl_media": False}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": f"tagcheck/{__version__}"}
     request = http.Request(url, message, headers)
-    for pause in (*SLACK_PAUSES, None):
-        status, said, retry_after = _answer(opener, request)
+    for pause in (*SLACK_PAUSES, math.inf):
+        status, body, retry_after = _answer(opener, request)
         if status < 300:
             return
         wait = float(retry_after) if retry_after.isdecimal() else pause
-        if pause is None or wait is None or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
+        if pause == math.inf or wait > SLACK_LONGEST_PAUSE or (status != 429 and status < 500):
             break
         LOG.debug("Slack answered %d; trying again in %.0f s", status, wait)
         time.sleep(wait)
-    # Slack's own errors are words such as no_service; a page of something else may repeat the URL.
-    word = f" ({said})" if re.fullmatch("[a-z_]{2,40}", said) and said not in url else ""
+    # Slack's own errors are words such as no_service; another page may repeat the URL.
+    word = f" ({body})" if re.fullmatch("[a-z_]{2,40}", body) and body not in url else ""
     redirect = ", a redirect, which is not followed" if status < 400 else ""
     raise NotificationError(f"Slack answered {status}{word}{redirect}")
 
 
 def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
-    """Return status, beginning and Retry-After of the answer to a request; raises NotificationError."""
+    """Return status, first bytes and Retry-After of the answer to a request; raises NotificationError."""
     import http.client
-    import urllib.error
 
     def ask() -> tuple[int, str, str]:
-        try:
-            with opener.open(request, timeout=SLACK_SECONDS) as answer:
-                return answer.status, "", ""
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(100).decode(errors="replace")
-                return error.code, said, error.headers.get("Retry-After", "")
+        with opener.open(request, timeout=SLACK_SECONDS) as answer:
+            body = answer.read(100).decode(errors="replace") if answer.status >= 300 else ""
+            return answer.status, body, answer.headers.get("Retry-After", "")
 
     try:
         return within(SLACK_SECONDS, ask)
@@ -6550,27 +6380,28 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise NotificationError(f"Slack did not answer within {SLACK_SECONDS:.0f} s") from None
-        # The other kinds may repeat the URL.
+        # Other exceptions may repeat the URL.
         why = str(reason) if isinstance(reason, OSError) else type(reason).__name__
-        raise NotificationError(f"Slack cannot be reached: {why}") from None
+        raise NotificationError(f"cannot reach Slack: {why}") from None
 
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
-    """Publish a digest to a topic, whose subjects are ASCII and shorter than 100 characters; raises TargetError."""
+    """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
     subject = digest.title.encode("ascii", "replace").decode()[:99]
-    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=plain_text(digest))
+    call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
+    subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, digest_text(digest)))
+    to = [digest.to] if digest.to else list(email.to)
     call_aws(
         client,
         "SendEmail",
         FromEmailAddress=email.sender,
-        Destination={"ToAddresses": [digest.to] if digest.to else list(email.to)},
-        Content={"Simple": {"Subject": {"Data": digest.title, "Charset": "UTF-8"},
-                            "Body": {"Text": {"Data": plain_text(digest), "Charset": "UTF-8"}}}},
-    )  # fmt: skip
+        Destination={"ToAddresses": to},
+        Content={"Simple": {"Subject": subject, "Body": {"Text": body}}},
+    )
 
 
 ########################################################################################################
@@ -7237,8 +7068,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
             for target, instances, message in done.warnings
         ],
     }
-    write_json_head(file, head)
-    write_json_list(file, "rows", map(_outcome_record, done.outcomes), "\n}\n")
+    write_json_object(file, head, rows=map(_outcome_record, done.outcomes))
 
 
 def _outcome_record(outcome: Outcome) -> dict[str, Any]:
@@ -7257,6 +7087,17 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
         "message": outcome.message or None,
         "warning": outcome.warning or None,
     }
+
+
+def _write_outcomes_csv(file: TextIOBase, done: Remediation) -> None:
+    """Write the plan again, whatever became of it, as CSV."""
+    file.write(plan_text(outcome.row for outcome in done.outcomes))
+
+
+REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
+    "csv": _write_outcomes_csv,
+    "json": write_remediation_json,
+}
 
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
@@ -7280,25 +7121,19 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         return
     if rows:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        shown = [
-            (
-                *(row.action, row.target.account_id, row.target.region, row.instance_id),
-                *(
-                    cut_text(row.name, 24) or "-",
-                    cut_text(row.tag_key, 40),
-                    cut_text(row.value, 40) or "-",
-                    row.why,
-                ),
-            )
-            for row in rows[:SUMMARY_FINDINGS]
-        ]
-        where = f" in {csv_path}" if csv_path not in ("", "-") else ""
-        yield from with_rest(in_columns([head, *shown]), len(rows) - len(shown), where)
+        yield ""
+        yield from table_lines(map(_plan_cells, rows), len(rows), head, csv_path)
         yield ""
     yield from _warning_lines(done)
     if writing and writing[0].action in PLAN_ACTIONS:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
     yield "Nothing was written" + (f"; to write it: {command('--apply')}" if writing else "")
+
+
+def _plan_cells(row: PlanRow) -> tuple[str, ...]:
+    """Return a row of a plan as the table shows it."""
+    where = (row.target.account_id, row.target.region, row.instance_id, name_cell(row.name))
+    return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
 
 
 def _warning_lines(done: Remediation) -> Iterator[str]:
@@ -7560,10 +7395,9 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         talk = sys.stderr if "-" in (output.path for output in outputs) else sys.stdout
         report: ScanReport | None = None
         summary = StringIO()
-        digests: list[Digest] = []
 
         def record(path: Path) -> None:
-            nonlocal report, summary, digests
+            nonlocal report, summary
             with record_scan(db, path, scan, finished_at, state.name):
                 coverage = fetch_coverage(db, scan)
                 begun_anew = filter(
@@ -7575,10 +7409,11 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
                     *check_patterns(policy),
                 )
                 report = _report(args, db, scan, finished_at, coverage, [*begun_anew, *notices, *more])
-                if policy.notify:
-                    owe_notifications(db, scan, policy.notify.channels, ending_subjects(policy, now.date()))
-                    digests = write_digests(report, fetch_owed(db, policy.name))
-                stage_report(staged, report_writer(report))
+                if senders:
+                    queue_notifications(db, scan, ending_subjects(policy, now.date()))
+                    pending = functools.partial(fetch_pending, db, policy.name)
+                    add_digest_lines(db, digest_lines(report, pending))
+                stage_report(staged, WRITERS, report)
                 summary = StringIO()
                 write_summary(summary, report, args.csv, colour=_has_colour(talk))
                 if isinstance(state, LocalState):
@@ -7598,71 +7433,68 @@ def run_scan(args: argparse.Namespace, now: datetime) -> ExitCode:
         if not args.quiet:
             emit(summary.getvalue(), talk)
         if senders:
-            _notify(senders, digests, state, scan, finished_at)
+            _notify(senders, db, state, report)
         return report.exit_code
 
 
-def _senders(args: argparse.Namespace, policy: Policy) -> dict[str, Callable[[Digest], None]]:
-    """Return how a digest is sent by each medium, before anything is read; raises UsageError, CredentialsError."""
+def _senders(args: argparse.Namespace, policy: Policy) -> Senders:
+    """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
-    notify = policy.notify
-    if notify and notify.slack:
+    notify = policy.notify or Notify()
+    if notify.slack:
         webhook = find_webhook(notify.slack, os.environ)
-        senders["slack"] = lambda digest: post_to_slack(webhook, slack_text(digest))
-    if notify and (notify.sns or notify.email):
-        aws = Aws(args.profile, workers=1)
-        if topic := notify.sns:
-            region = topic.split(":")[3]
-            senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
-        if email := notify.email:
-            home = email.region or aws.session.region_name or home_region(sorted(policy.regions))
-            senders["email"] = lambda digest: send_email(aws.client("sesv2", home), email, digest)
+        senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
+    aws = Aws(args.profile, workers=1) if notify.sns or notify.email else None
+    if aws and (topic := notify.sns):
+        senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", topic.split(":")[3]), topic, digest)
+    if aws and (email := notify.email):
+        region = email.region or aws.session.region_name or home_region(sorted(policy.regions))
+        senders["email"] = lambda digest: send_email(aws.client("sesv2", region), email, digest)
     return senders
 
 
-def _notify(
-    senders: Mapping[str, Callable[[Digest], None]],
-    digests: Sequence[Digest],
-    state: State,
-    scan: Scan,
-    told_at: datetime,
-) -> None:
-    """Send the digests, and mark what was told channel by channel; raises NotificationError for what was not.
+def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> None:
+    """Send the digests; raises NotificationError if some could not be sent."""
+    with sighting_errors():
+        failures = _send(senders, db, state, report)
+        shown = "; ".join(itertools.islice(failures, 5))
+        more = sum(1 for _ in failures)
+    if shown:
+        shown += f"; and {more:,} more" if more else ""
+        raise NotificationError(
+            f"the scan is recorded, but not every notification was sent; the next scan tries again: {shown}"
+        )
 
-    A crash between the two makes the next scan tell that channel again: rather twice than never.
+
+def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
+    """Send the digests, record in the state what each channel was sent, and yield what failed.
+
+    A crash between the two makes the next scan send that channel's again: rather twice than never.
     """
-    failures: list[str] = []
-    down: set[str] = set()
-    for channel, group in itertools.groupby(digests, key=lambda digest: digest.channel):
-        told: list[str] = []
-        for digest in group:
+    policy, down = report.scan.policy, set[str]()
+    for channel in policy.notify.channels if policy.notify else ():
+        for digest in write_digests(report, channel, fetch_digests(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
                 _heed_signals()
                 senders[digest.medium](digest)
-                told += digest.told
-            except TagcheckError as error:
-                failures.append(f"{digest}: {error}")
-                if not (isinstance(error, TargetError) and error.code in OF_ONE_EMAIL):
-                    down.add(digest.medium)
-            except KeyboardInterrupt:
-                failures.append(f"{digest}: interrupted")
-                down |= senders.keys()
+                continue
+            except (TagcheckError, KeyboardInterrupt) as error:
+                failure = error
             finally:
                 _ignore_signals()
+            drop_digest(db, channel, digest.to)
+            if isinstance(failure, KeyboardInterrupt):
+                down |= senders.keys()
+            elif not (isinstance(failure, TargetError) and failure.code in ONE_EMAIL_ERRORS):
+                down.add(digest.medium)
+            yield f"{digest.to or channel}: {str(failure) or 'interrupted'}"
         try:
-            for path in state.attempts() if told else ():
-                record_told(path, scan.policy.name, channel, told, told_at)
+            record_sent(db, state, policy.name, channel, report.finished_at)
         except StateError as error:
             LOG.debug("%s", error)
-            failures.append(f"{channel}: told, and will be told again, as the state could not be marked")
-    if failures:
-        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-        raise NotificationError(
-            f"the scan is recorded, but not everybody was told, and the next scan tries again: "
-            f"{'; '.join(failures[:5])}{more}"
-        )
+            yield f"{channel}: sent, and will be sent again, as the state could not be updated"
 
 
 def _report(
@@ -7742,7 +7574,7 @@ def _check_scope(args: argparse.Namespace, policy: Policy) -> None:
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
     """Return the reports that were asked for, each known to be writable; raises UsageError, OutputError."""
-    formats = ("csv", "json", "junit", "html")
+    formats = (*WRITERS, "html")
     paths = {name: path for name in formats if (path := getattr(args, name, None))}
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
@@ -8119,9 +7951,7 @@ def run_validate(args: argparse.Namespace, now: datetime) -> ExitCode:
     if args.json:
         output = Output("json", args.json)
         check_output(output)
-        with staged_outputs([output]) as staged:
-            stage_report(staged, lambda _, file: _write_problems(file, results))
-            publish_report(staged, emit)
+        write_report([output], {"json": _write_problems}, results, emit)
     if args.json != "-":
         emit("\n".join(lines) + "\n")
     valid = all(problem.severity == "warning" for problems in results.values() for problem in problems)
@@ -8222,10 +8052,7 @@ def run_explain(args: argparse.Namespace, now: datetime) -> ExitCode:
         lines = [
             line
             for target, instance, finding in cases
-            for line in (
-                *explain(policy, target, instance, finding, now),
-                *(f"  Written   {change}" for change in changes if change.target == target),
-            )
+            for line in explain(policy, target, instance, finding, changes, now)
         ]
     else:
         lines = [
@@ -8337,30 +8164,11 @@ def run_history(args: argparse.Namespace, now: datetime) -> ExitCode:
             (lambda finding: fetch_events(db, policy, finding)) if args.instance else None,
             fetch_changes(db, policy, args.instance) if args.instance else (),
         )
-        found = next(report.findings(), None)
-        if args.instance and found is None:
+        if args.instance and next(report.findings(), None) is None:
             raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
-        with staged_outputs(outputs) as staged:
-            stage_report(staged, lambda output, file: HISTORY_WRITERS[output.format](file, report))
-            publish_report(staged, emit)
+        write_report(outputs, HISTORY_WRITERS, report, emit)
         if not outputs:
-            lines = (
-                history_lines(report.findings())
-                if found
-                else iter(["No finding is kept that was asked for."])
-            )
-            if report.events:
-                lines = itertools.chain.from_iterable(
-                    [
-                        *story(finding, report.events(finding)),
-                        *(
-                            f"  Written   {change}"
-                            for change in report.changes
-                            if change.target == finding.target
-                        ),
-                    ]
-                    for finding in report.findings()
-                )
+            lines = history_lines(report)
             while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
                 emit(block)
     return ExitCode.COMPLIANT
@@ -8380,9 +8188,7 @@ def run_report(args: argparse.Namespace, now: datetime) -> ExitCode:
             )
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
-    with staged_outputs(outputs) as staged:
-        stage_report(staged, lambda _, file: write_html(file, dashboard))
-        publish_report(staged, emit)
+    write_report(outputs, {"html": write_html}, dashboard, emit)
     return ExitCode.COMPLIANT
 
 
@@ -8458,14 +8264,7 @@ def run_remediate(args: argparse.Namespace, now: datetime) -> ExitCode:
         well = {Result.PLANNED, Result.NOT_ASKED, Result.WRITTEN, Result.ALREADY_THERE}
         code = ExitCode.COMPLIANT if well.issuperset(o.result for o in outcomes) else ExitCode.INCOMPLETE
         done = Remediation(policy, args.apply, outcomes, undo_file, code)
-
-        def write(output: Output, file: TextIOBase) -> None:
-            if output in plans:
-                file.write(plan_text(in_scope))
-            else:
-                write_remediation_json(file, done)
-
-        stage_report(staged, write)
+        stage_report(staged, REMEDIATION_WRITERS, done)
         for output in plans:  # again, as applying takes its time
             check_plan_goal(output)
         publish_report(staged, emit)

@@ -1,13 +1,18 @@
 """Notifications: who is told of what, once, by Slack, SNS and e-mail, and what happens when that fails."""
 
 import json
+import signal
 import sqlite3
 import ssl
 import threading
 import time
+import tracemalloc
+from collections import Counter
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aws_server import ACCOUNT_ID
@@ -156,7 +161,7 @@ def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
     for _ in range(2):
         scan(by_slack(slack), [GOOD], policy=exempt, regions=(REGION, OTHER), env=slack.env, check=4)
     (text,) = slack.texts
-    assert text.startswith("tagcheck test: 1 target not read, 1 exemption at an end")
+    assert text.startswith("tagcheck test: 1 target not read, 1 exemption ending")
     assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
     assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
 
@@ -223,11 +228,11 @@ def test_a_slack_that_trickles_costs_a_time_out(scan, slack, tmp_path):
     ("url", "said"),
     [
         (None, "put the webhook's URL into the environment variable HOOK"),
-        (f"file:///etc/{SECRET}", "no https:// URL"),
-        (f"http://hooks.slack.com/services/{SECRET}", "no https:// URL"),
+        (f"file:///etc/{SECRET}", "does not hold the https:// URL"),
+        (f"http://hooks.slack.com/services/{SECRET}", "does not hold the https:// URL"),
         (f"https://example.com/services/{SECRET}", "another host than hooks.slack.com"),
         (f"https://hooks.slack.com@example.com/{SECRET}", "another host"),
-        (f"https://hooks.slack.com/services/{SECRET} x", "no https:// URL"),
+        (f"https://hooks.slack.com/services/{SECRET} x", "does not hold the https:// URL"),
     ],
 )
 def test_a_webhook_that_is_none_is_refused_before_anything_is_read(scan, tmp_path, url, said):
@@ -239,7 +244,7 @@ def test_a_webhook_that_is_none_is_refused_before_anything_is_read(scan, tmp_pat
 
 def test_a_slack_whose_certificate_nobody_knows_is_not_told(scan, slack):
     result = scan(by_slack(slack), [{}], env={"HOOK": slack.env["HOOK"]}, check=5)
-    assert "Slack cannot be reached" in result.err
+    assert "cannot reach Slack" in result.err
     assert slack.texts == []
 
 
@@ -312,6 +317,23 @@ def test_each_owner_gets_what_is_theirs(scan, aws, slack):
     assert (len(sent()), len(slack.texts)) == (4, 2)
 
 
+def test_only_an_owner_whose_email_is_rejected_gets_it_from_the_next_scan(scan, aws):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    notify = {
+        "email": {"from": "tags@example.com", "region": REGION},
+        "owners": {"domains": ["example.com"]},
+    }
+    fleet = [{"Owner": f"{who}@example.com"} for who in ("ann", "bob", "cyd")]
+    rejected = aws.fault("error", service="sesv2", code="MessageRejected", status=400, message="no", times=1)
+    result = scan(notify, fleet, env=aws.env, check=5)
+    assert "ann@example.com: MessageRejected" in result.err
+    assert "bob" not in result.err
+    assert sent().keys() == {("bob@example.com",), ("cyd@example.com",)}
+    rejected.times = 0
+    scan(notify, fleet, env=aws.env, check=3)
+    assert [mail[0][:3] for mail in sent()] == ["bob", "cyd", "ann"]
+
+
 def test_iam_policy_lists_what_notifying_needs(tagcheck, tmp_path):
     notify = {"sns": {"topic_arn": TOPIC}, "email": {"from": "tags@example.com", "to": ["ops@example.com"]}}
     save_policy(tmp_path, notify=notify)
@@ -326,6 +348,62 @@ def test_iam_policy_lists_what_notifying_needs(tagcheck, tmp_path):
 def test_a_million_findings_do_not_make_a_long_digest():
     lines = [f"line {number} " + "x" * 300 for number in range(100)]
     section = script.Section("Findings:", lines, 1_000_000)
-    digest = script.Digest("slack", None, "t", [section], [])
-    assert len(script.slack_text(digest)) < 3_200
-    assert "… and 999,991 more" in script.slack_text(digest)
+    digest = script.Digest("slack", "", "t", [section])
+    assert len(script.digest_text(digest)) < 3_200
+    assert "… and 999,991 more" in script.digest_text(digest)
+
+
+def test_an_owner_gets_the_first_hundred_findings_and_the_number_of_the_others(scan, aws):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    notify = {
+        "email": {"from": "tags@example.com", "region": REGION},
+        "owners": {"mapping": {"ann": "ann@example.com"}},
+    }
+    scan(notify, [{"Owner": "ann"}] * 130, env=aws.env, check=3)
+    text = sent()[("ann@example.com",)]
+    assert text.count("Project missing") == 100
+    assert "… and 30 more" in text
+
+
+@pytest.fixture
+def signals():
+    """Put back how the process reacts to signals: a scan changes it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_the_memory_that_digests_take_does_not_grow_with_findings(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    target, launched, mails = script.Target(ACCOUNT_ID, REGION), datetime(2026, 1, 1, tzinfo=UTC), Counter()
+    email = {"from": "tags@example.com", "to": ["ops@example.com"], "region": REGION}
+    keys = {"version": 1, "name": "test", "required_tags": ["Project"], "regions": {REGION: None}}
+    keys |= {"notify": {"email": email, "owners": {"domains": ["example.com"]}}}
+    Path("policy.yaml").write_text(json.dumps(keys))
+    monkeypatch.setattr(script, "Aws", lambda *_, **__: SimpleNamespace(client=lambda *_: None))
+    monkeypatch.setattr(script, "send_email", lambda *_: mails.update(["sent"]))
+
+    def owned(n):
+        return script.Instance(f"i-{n:017x}", "running", launched, {"Owner": f"owner-{n}@example.com"})
+
+    def peak(number):
+        def readings(*_):
+            for first in range(0, number, 500):
+                yield target, [owned(n) for n in range(first, first + 500)]
+            yield target, None
+
+        monkeypatch.setattr(script, "read_saved", readings)
+        Path("instance_state.db").unlink(missing_ok=True)
+        mails.clear()
+        tracemalloc.start()
+        try:
+            assert script.main(["scan", "--quiet", "--policy", "policy.yaml", "--instances", "none"]) == 3
+            assert mails["sent"] == number + 1
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    _, few, many = peak(500), peak(1_000), peak(6_000)  # the first imports modules
+    assert many < few + 300_000, f"{few:,} bytes for 1,000 findings, {many:,} for 6,000"

@@ -509,6 +509,15 @@ def test_summary_is_aligned(scan, tmp_path):
         assert not any(row[start].isspace() for row in rows)
 
 
+def test_summary_cuts_a_long_name(scan, tmp_path):
+    name, shown = "x" * 200, f"  {'x' * 23}…  "
+    save(tmp_path, {"Name": name})
+    new = scan(*READ, check=3).out
+    save(tmp_path, GOOD | {"Name": name})
+    resolved = scan(*READ, check=0).out
+    assert [(out.count(shown), "x" * 24 in out) for out in (new, resolved)] == [(1, False)] * 2
+
+
 def test_summary_says_all_there_is_to_say(scan, tmp_path):
     save(tmp_path, {"Name": "web-1", "owner": "ann"}, {"Name": "web-2", **GOOD, "Environment": "prd"}, BARE)
     scan(check=4)

@@ -114,7 +114,7 @@ def test_findings_are_listed_as_they_are_asked_for(kept, args, expected):
     # Both were first seen on the first day; the region decides.
     order = ["3", "1"]
     assert ids(result) == expected if expected[:2] == order else sorted(ids(result)) == sorted(expected)
-    assert expected or result.out == "No finding is kept that was asked for.\n"
+    assert expected or result.out == "No matching findings\n"
 
 
 def test_an_instance_has_its_story(kept):
@@ -142,6 +142,13 @@ def test_json_and_csv_have_the_shape_of_a_scan(kept):
     (of_one,) = json.loads(history(kept, instance(1), "--json", "-", check=0).out)["findings"]
     assert [event["event"] for event in of_one["events"]] == ["NEW", "CHANGED", "RESOLVED", "REOPENED"]
     assert (of_one["events"][2]["resolution"], of_one["changes"]) == ("tagged", [])
+
+
+def test_columns_of_a_long_table_get_wider_and_never_narrower():
+    rows = [["NEW", "a" * 30, "end"], *[["NEW", "b", "end"]] * 1500, ["REOPENED", "c", "end"]]
+    lines = list(script.in_columns([*rows, *[["NEW", "d", "end"]] * 1500]))
+    places = [line.index("end") for line in lines]  # 1,000 rows are laid out at a time
+    assert places == [37] * 1000 + [42] * 2002
 
 
 def test_hostile_texts_are_told_as_text(kept):
