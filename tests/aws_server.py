@@ -658,6 +658,7 @@ class AwsServer:
         self._faults: list[Fault] = []
         self._requests: list[Request] = []
         self._credentials: dict[str, dict[str, str]] = {}
+        self._backstage: dict[tuple[str, str, str | None], Any] = {}
         self._rests: dict[tuple[str, str, str], ET.Element | Answer] = {}
         self._token_numbers = itertools.count(1)
 
@@ -740,8 +741,13 @@ class AwsServer:
 
     def backstage(self, service: str, region: str, account_id: str | None = None) -> Any:
         """Make a boto3 client to set a scene with: nothing but moto sees its requests."""
-        once = {"total_max_attempts": 1}
-        return self.client(service, region, account_id, user_agent_extra=BACKSTAGE, retries=once)
+        key = (service, region, account_id)
+        if key not in self._backstage:
+            once = {"total_max_attempts": 1}
+            self._backstage[key] = self.client(
+                service, region, account_id, user_agent_extra=BACKSTAGE, retries=once
+            )
+        return self._backstage[key]
 
     def _credentials_for(self, account_id: str) -> dict[str, str]:
         """Assume a role of another account, once: moto tells accounts apart by the role's access key."""

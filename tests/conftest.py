@@ -1,56 +1,56 @@
 """What the tests share: AWS on a loopback port, and the script as its users run it."""
 
+import contextlib
 import csv
+import functools
+import io
 import json
+import logging
 import os
+import signal
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import tempfile
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
+from botocore.loaders import JSONFileLoader, Loader
+from botocore.retries.standard import ExponentialBackoff
 
 if TYPE_CHECKING:
     from aws_server import AwsServer
 
 TAGCHECK = Path(__file__).resolve().parent.parent / "tagcheck.py"
+sys.path.insert(0, str(TAGCHECK.parent))
+with contextlib.chdir(Path(__file__).parent):  # so that the default policy has an absolute path
+    import tagcheck as script_module
 
 
-# As the script, but for the time: its directory and the time stand before its arguments.
+# Like the script, but at a given time: its directory and the time precede its arguments.
 AT_A_TIME = """import sys, datetime; sys.path.insert(0, sys.argv.pop(1)); import tagcheck
 raise SystemExit(tagcheck.main(now=datetime.datetime.fromisoformat(sys.argv.pop(1))))"""
+
+
+class Interpreter:
+    """The Python that runs the script where it has a process of its own."""
+
+    ours = path = sys.executable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the tests that take minutes be asked for, and the script run with another interpreter."""
     parser.addoption("--python", default=sys.executable, help="the interpreter that runs the script")
     parser.addoption("--soak", action="store_true", help="run the tests that take minutes as well")
-
-
-def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Run the files of the whole suite side by side, as a test mostly waits for the script that it runs."""
-    only_told = ("help", "version", "collectonly", "markers", "showfixtures")
-    if config.args_source is pytest.Config.ArgsSource.ARGS or any(map(vars(config.option).get, only_told)):
-        return None
-    files = sorted(Path(__file__).parent.glob("test_*.py"), key=lambda file: -file.stat().st_size)
-
-    def run(file: Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    failed = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, done in zip(files, pool.map(run, files), strict=True):
-            passed = done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-            failed += not passed
-            *before, last = done.stdout.splitlines() or [""]
-            print(*([] if passed else [*before, done.stderr]), f"{file.name}: {last}", sep="\n", flush=True)
-    return int(failed > 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,13 +62,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the tests themselves from any true account, and from proxies on the way to loopback."""
-    os.environ["PYTHON_OF_THE_SCRIPT"] = config.getoption("--python")
+    Interpreter.path = config.getoption("--python")
     config.addinivalue_line("markers", "soak: takes minutes, and is skipped without --soak")
     for name in list(os.environ):
         if name.startswith("AWS_") or name.lower().endswith("_proxy"):
             del os.environ[name]
     os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    hurry_boto()
+
+
+def hurry_boto() -> None:
+    """Let no session find and parse the models of AWS's services again, and shorten the pauses between tries."""
+    load_once = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
+    JSONFileLoader.load_file = lambda self, file_path: load_once(file_path)
+    list_once = functools.cache(Loader.list_available_services)
+    of_paths = functools.cache(lambda paths: Loader([*paths], include_default_search_paths=False))
+    Loader.list_available_services = lambda self, type_name: list_once(
+        of_paths((*self.search_paths,)), type_name
+    )
+    delay_amount = ExponentialBackoff.delay_amount
+    ExponentialBackoff.delay_amount = lambda *args: delay_amount(*args) / 100
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,11 @@ class Result:
     out: str
     err: str
     cwd: Path
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of stdout."""
+        return self.out.splitlines()
 
     def json(self, name: str) -> Any:
         """Read a JSON file that the run wrote, or its stdout for `-`."""
@@ -109,33 +128,188 @@ def run_tagcheck(
     check: int | None = None,
     timeout: float = 60,
     now: datetime | None = None,
+    process: bool = False,
 ) -> Result:
-    """Run the script, and fail the test where it crashed or ended with another code than `check`.
+    """Run the script, and fail the test if it crashed or ended with another code than `check`.
 
-    With `now` it is that time for the script.
+    It runs inside this process, which is fast, unless a test asks for a `process` or cannot do without one.
+    With `now`, that is the time for the script.
     """
-    told = [script] if now is None else ["-c", AT_A_TIME, script.parent, now.isoformat()]
+    variables = clean_environment(cwd) | dict(env or {})
+    given = stdin.encode() if isinstance(stdin, str) else stdin or b""
+    process = process or stdin is not None or needs_process(args, script, env or {})
+    run = run_process if process else run_here
+    code, out, err = run(args, cwd, script, variables, given, timeout, now)
+    shown = f"tagcheck.py {' '.join(map(str, args))}\n--- stdout\n{out}\n--- stderr\n{err}"
+    if "Traceback" in err:
+        pytest.fail(f"crashed with exit code {code}: {shown}")
+    if check is not None and code != check:
+        pytest.fail(f"exit code {code}, not {check}: {shown}")
+    return Result(code, out, err, cwd)
+
+
+def needs_process(args: Sequence[str | Path], script: Path, env: Mapping[str, str]) -> bool:
+    """Return whether a run depends on what only a process of its own can have."""
+    return (
+        threading.current_thread() is not threading.main_thread()
+        or Interpreter.path != Interpreter.ours
+        or (script != TAGCHECK and script not in CONSTANTS)
+        or any(name.startswith(("PYTHON", "LANG", "LC_", "TZ")) for name in env)
+        or any(str(arg).startswith("/dev/std") for arg in args)
+    )
+
+
+def run_process(
+    args: Sequence[str | Path],
+    cwd: Path,
+    script: Path,
+    env: Mapping[str, str],
+    stdin: bytes,
+    timeout: float,
+    now: datetime | None,
+) -> tuple[int, str, str]:
+    """Run the script in a process of its own; returns its exit code, stdout and stderr."""
+    start = [script] if now is None else ["-c", AT_A_TIME, script.parent, now.isoformat()]
     run = subprocess.run(
-        [os.environ["PYTHON_OF_THE_SCRIPT"], *told, *args],
+        [Interpreter.path, *start, *args],
         cwd=cwd,
-        env=clean_environment(cwd) | dict(env or {}),
-        input=stdin.encode() if isinstance(stdin, str) else stdin or b"",
+        env=env,
+        input=stdin,
         capture_output=True,
         timeout=timeout,
         check=False,
     )
-    out, err = run.stdout.decode(errors="replace"), run.stderr.decode(errors="replace")
-    shown = f"tagcheck.py {' '.join(map(str, args))}\n--- stdout\n{out}\n--- stderr\n{err}"
-    if "Traceback" in err:
-        pytest.fail(f"crashed with exit code {run.returncode}: {shown}")
-    if check is not None and run.returncode != check:
-        pytest.fail(f"exit code {run.returncode}, not {check}: {shown}")
-    return Result(run.returncode, out, err, cwd)
+    return run.returncode, run.stdout.decode(errors="replace"), run.stderr.decode(errors="replace")
+
+
+def run_here(
+    args: Sequence[str | Path],
+    cwd: Path,
+    script: Path,
+    env: Mapping[str, str],
+    stdin: bytes,
+    timeout: float,
+    now: datetime | None,
+) -> tuple[int, str, str]:
+    """Run the script's `main` in this process as in one of its own; returns its exit code, stdout and stderr.
+
+    An exception that would crash the script passes through, for pytest to show and `--pdb` to look at.
+    """
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n") for name in ("stdout", "stderr")}
+    given = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+    threads = {*threading.enumerate()}
+    constants = SHORT_PAUSES | CONSTANTS.get(script, {})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(cwd))
+        stack.enter_context(mock.patch.dict(os.environ, env, clear=True))
+        stack.enter_context(mock.patch.multiple(sys, stdin=given, **streams))
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", None))
+        stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
+        stack.enter_context(kept_handlers())
+        stack.enter_context(as_if_new(script_module, constants))
+        stack.enter_context(time_limit(timeout))
+        try:
+            code: Any = script_module.main([os.fspath(arg) for arg in args], now=now)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            wait_for_threads(threads)
+    if code == script_module.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt  # which was meant for pytest
+    for stream in streams.values():
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(errors="replace") for stream in streams.values())
+    return int(code or 0), out, err
+
+
+@contextlib.contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Put the handlers of signals, of the log and of warnings back to what they were."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logs = [(log, log.handlers[:], log.propagate, log.level) for log in map(logging.getLogger, LOGS)]
+    with warnings.catch_warnings():
+        # as Python itself has it, where pytest would show all
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = print_warning
+        try:
+            yield
+        finally:
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+            for log, handlers, propagate, level in logs:
+                log.handlers, log.propagate = handlers, propagate
+                log.setLevel(level)
+
+
+def print_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+) -> None:
+    """Print a warning to stderr, where Python prints it."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
+@contextlib.contextmanager
+def as_if_new(module: types.ModuleType, constants: Mapping[str, Any]) -> Iterator[None]:
+    """Let a module have other constants, and no cache that remembers the former ones; boto3 has no session."""
+    boto3 = sys.modules.get("boto3")
+    caches = [value for value in vars(module).values() if hasattr(value, "cache_clear")]
+    assert all(getattr(module, name) for name in constants)
+    with contextlib.ExitStack() as stack:
+        for name, value in constants.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        if boto3:
+            stack.enter_context(mock.patch.object(boto3, "DEFAULT_SESSION", None))
+        for cache in caches:
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
+        yield
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fail the test where what runs takes longer."""
+
+    def end(*_: Any) -> None:
+        pytest.fail(f"the script still ran after {seconds:g} seconds")
+
+    former = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def wait_for_threads(earlier: Container[threading.Thread]) -> None:
+    """Wait for the threads of a run, which would end with its process; the next test must not meet them."""
+    deadline = time.monotonic() + 10
+    for thread in threading.enumerate():
+        if thread not in earlier and thread.name.endswith(("(run)", "(work)")):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                pytest.fail(f"{thread.name} goes on after its run: the test needs a process of its own")
+
+
+#: The loggers that the script changes.
+LOGS = ("tagcheck", "botocore")
+#: What else would take most of the time of the tests.
+SHORT_PAUSES = {
+    "NETWORK_PAUSES": (0.02,),
+    "S3_PAUSE": 0.05,
+    "SLACK_PAUSES": (0.02, 0.02),
+    "LOOKUP_PAUSE": 0.01,
+}
+#: What other constants the scripts of `script_with` have.
+CONSTANTS: dict[Path, dict[str, Any]] = {}
 
 
 def script_with(directory: Path, **constants: float | tuple[float, ...]) -> Path:
     """Write a script that is tagcheck.py with other constants, to see soon what would take minutes."""
     path = directory / "impatient.py"
+    CONSTANTS[path] = constants
     lines = [
         *("import sys", f"sys.path.insert(0, {str(TAGCHECK.parent)!r})", "import tagcheck"),
         *(f"assert tagcheck.{name}; tagcheck.{name} = {value!r}" for name, value in constants.items()),
@@ -143,16 +317,6 @@ def script_with(directory: Path, **constants: float | tuple[float, ...]) -> Path
     ]
     path.write_text("\n".join(lines))
     return path
-
-
-Case = TypeVar("Case")
-Outcome = TypeVar("Outcome")
-
-
-def at_once(run: Callable[[str, Case], Outcome], cases: Mapping[str, Case]) -> dict[str, Future[Outcome]]:
-    """Run cases that have nothing to do with each other at the same time; each fails where it is asked for."""
-    with ThreadPoolExecutor(4) as pool:
-        return {name: pool.submit(run, name, case) for name, case in cases.items()}
 
 
 @pytest.fixture

@@ -1,22 +1,21 @@
-"""Section 9: the script as its users run it, from its arguments to its exit code."""
+"""Command line: the script as its users run it, from its arguments to its exit code."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault
+from builders import instance, remembered, save_fleet, save_policy
 from conftest import TAGCHECK, Result, clean_environment
 
 import tagcheck as script
@@ -30,39 +29,19 @@ Tagcheck = Callable[..., Result]
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    """Write a policy that asks for Owner and CostCenter in two regions; JSON is YAML."""
-    tags = {"required_tags": ["Owner", "CostCenter"], "regions": {REGION: None, OTHER_REGION: None}}
-    path = tmp_path / "policy.yaml"
-    path.write_text(json.dumps({"version": 1, "name": "test"} | tags))
-    return path
+    """Write a policy that asks for Owner and CostCenter in two regions."""
+    regions = {REGION: None, OTHER_REGION: None}
+    return save_policy(tmp_path, required_tags=["Owner", "CostCenter"], regions=regions)
 
 
 def save(path: Path, *items: tuple[str, dict[str, str]]) -> Path:
-    """Write a file as `aws ec2 describe-instances` prints it, with these instances and their tags."""
-    instances = [
-        {
-            "InstanceId": instance_id,
-            "State": {"Name": "running"},
-            "Placement": {"AvailabilityZone": f"{REGION}a"},
-            "LaunchTime": "2026-02-24T10:30:45+00:00",
-            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-        }
-        for instance_id, tags in items
-    ]
-    path.write_text(json.dumps({"Reservations": [{"OwnerId": ACCOUNT_ID, "Instances": instances}]}))
-    return path
+    """Save instances, each with its id and its tags."""
+    return save_fleet(path, *(instance(*item) for item in items))
 
 
 def statuses(result: Result, key: str = "findings") -> dict[str, str]:
     """Read the status of each finding of a run by its instance."""
     return {finding["instance_id"]: finding["status"] for finding in result.json("out.json")[key]}
-
-
-def remembered(directory: Path, region: str = "%") -> list[tuple[Any, ...]]:
-    """Read what the state holds of the findings of a region, every column of it."""
-    with closing(sqlite3.connect(directory / "instance_state.db")) as db:
-        query = "SELECT * FROM findings WHERE region LIKE ? ORDER BY account_id, region, instance_id"
-        return db.execute(query, (region,)).fetchall()
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -368,7 +347,7 @@ def test_interrupted_scan_ends_at_once_and_leaves_everything_as_it_was(
     try:
         wait_for(fault, hits, process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=15)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         aws.clear_faults()

@@ -1,4 +1,4 @@
-"""Section 7: the dashboard, as a parser and as a browser see it, whatever is in a tag and however much there is."""
+"""Dashboard: the dashboard, as a parser and as a browser see it, whatever is in a tag and however much there is."""
 
 import base64
 import contextlib

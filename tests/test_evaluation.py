@@ -1,4 +1,4 @@
-"""Section 3: an instance's tags and its rules give its violations."""
+"""Evaluation: an instance's tags and its rules give its violations."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Section 2: a policy file becomes a Policy, or is refused with every mistake's place."""
+"""Policy: a policy file becomes a Policy, or is refused with every mistake's place."""
 
 import textwrap
 from datetime import timedelta

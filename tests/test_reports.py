@@ -1,4 +1,4 @@
-"""Section 7: what a scan prints and writes, to the letter, whatever is in a tag."""
+"""Reports: what a scan prints and writes, to the letter, whatever is in a tag."""
 
 import csv
 import json
@@ -13,16 +13,14 @@ import unicodedata
 from xml.etree import ElementTree
 
 import pytest
+from builders import LAUNCHED, instance, save_fleet, save_policy
 from conftest import TAGCHECK, clean_environment, script_with
 
 import tagcheck
 
 ACCOUNT, REGION, OTHER_REGION = "123456789012", "us-east-1", "eu-west-1"
-LAUNCHED = "2026-02-24T10:30:45+00:00"
 READ = ("--region", REGION)  # without it the other region is not read, as the saved files have nothing of it
 POLICY = {
-    "version": 1,
-    "name": "test",
     "required_tags": ["Owner", "CostCenter", {"key": "Environment", "values": ["dev", "prod"]}],
     "placeholder_values": ["tbd"],
     "regions": {REGION: {}, OTHER_REGION: {}},
@@ -34,19 +32,10 @@ FIRST_ID = "i-0123456789abcdef0"
 
 def save(cwd, *tags, launched=LAUNCHED, region=REGION, **policy):
     """Save a policy, and a fleet of an instance for each of these tags."""
-    instances = [
-        {
-            "InstanceId": f"i-{int(FIRST_ID[2:], 16) + number:017x}",
-            "State": {"Name": "running"},
-            "LaunchTime": launched,
-            "Placement": {"AvailabilityZone": f"{region}a"},
-            "Tags": [{"Key": key, "Value": value} for key, value in of_one.items()],
-        }
-        for number, of_one in enumerate(tags)
-    ]
-    answer = {"Reservations": [{"OwnerId": ACCOUNT, "Instances": instances}]}
-    (cwd / "fleet.json").write_text(json.dumps(answer))
-    (cwd / "policy.yaml").write_text(json.dumps(POLICY | policy))  # YAML holds JSON
+    first = int(FIRST_ID[2:], 16)
+    one_each = (instance(first + n, each, launched=launched, region=region) for n, each in enumerate(tags))
+    save_fleet(cwd, *one_each)
+    save_policy(cwd, **POLICY | policy)
 
 
 COMMAND = ("scan", "--policy", "policy.yaml", "--instances", "fleet.json")

@@ -1,9 +1,7 @@
-"""Section 6: what is remembered between scans, and that no accident costs any of it."""
+"""State: what is remembered between scans, and that no accident costs any of it."""
 
 import csv
-import gc
 import json
-import logging
 import os
 import random
 import re
@@ -22,7 +20,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import TAGCHECK, clean_environment
+from builders import SAVED_FILES, save_fleet, save_policy
+from builders import reservation as instance
+from conftest import TAGCHECK, clean_environment, run_tagcheck
 
 import tagcheck as script
 
@@ -36,32 +36,8 @@ BARE: dict[str, str] = {}
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
 
-def instance(
-    number=1, tags=BARE, *, region=REGION, account=ACCOUNT, launched=NOW - 30 * DAY, state="running"
-):
-    """Make a reservation of one instance, as `aws ec2 describe-instances` prints it."""
-    one = {
-        "InstanceId": f"i-{number:017x}",
-        "State": {"Name": state},
-        "LaunchTime": launched.isoformat(),
-        "Placement": {"AvailabilityZone": f"{region}a"},
-        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-    }
-    return {"OwnerId": account, "Instances": [one]}
-
-
 # Complies with every policy here, and keeps fleets from being empty: of an empty one the account is unknown.
 BYSTANDER = instance(0xFF, {"Owner": "bob", "Project": "x", "CostCenter": "CC-1042", "Environment": "prod"})
-
-
-def save(path, *reservations, **more):
-    path.write_text(json.dumps({"Reservations": reservations, **more}))
-
-
-def save_policy(path, **keys):
-    """Write a policy that asks for Owner in one region, but for the keys that are given."""
-    standard = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: {}}}
-    path.write_text(json.dumps(standard | keys))  # YAML holds JSON
 
 
 def query(sql, path=STATE):
@@ -81,30 +57,16 @@ def outcome(report, number=1, *, region=REGION, account=ACCOUNT):
 
 
 @pytest.fixture
-def in_process(tmp_path, monkeypatch):
-    """Let the script run in this process and the test's directory, and undo what it does to the process."""
-    monkeypatch.chdir(tmp_path)
-    on_signal = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threshold, handlers, level = gc.get_threshold(), list(logging.root.handlers), script.LOG.level
-    yield
-    for number, handler in on_signal.items():
-        signal.signal(number, handler)
-    gc.set_threshold(*threshold)
-    logging.root.handlers[:] = handlers
-    script.LOG.setLevel(level)
-
-
-@pytest.fixture
-def scan(in_process):
+def scan(tmp_path, monkeypatch):
     """Scan saved instances at a time of the test's choice, and give the JSON report."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*reservations, now=NOW, policy=BARE, args=(), **answer):
-        save(Path("fleet.json"), *reservations, **answer)
-        save_policy(Path("policy.yaml"), **policy)
-        files = ["--policy", "policy.yaml", "--instances", "fleet.json", "--json", "out.json"]
-        code = script.main(["scan", "-q", *files, *args], now=now)
-        report = json.loads(Path("out.json").read_text())
-        assert (report["exit_code"], report["started_at"]) == (code, script.utc_text(now))
+        save_fleet(tmp_path, *reservations, **answer)
+        save_policy(tmp_path, **policy)
+        result = run_tagcheck("scan", "-q", *SAVED_FILES, "--json", "out.json", *args, cwd=tmp_path, now=now)
+        report = result.json("out.json")
+        assert (report["exit_code"], report["started_at"]) == (result.code, script.utc_text(now))
         return report
 
     return run
@@ -413,7 +375,7 @@ def test_findings_of_an_unread_target_are_not_recorded(scan):
 )
 def test_instance_on_two_pages_is_one(scan, tmp_path, files):
     for number, reservations in enumerate(files):
-        save(tmp_path / f"page{number}.json", *reservations)
+        save_fleet(tmp_path / f"page{number}.json", *reservations)
     pages = [arg for number in range(1, len(files)) for arg in ("--instances", f"page{number}.json")]
     report = scan(*files[0], policy=TWO, args=pages)
     assert (report["summary"]["instances"], report["summary"]["compliant"]) == (2, 1)
@@ -457,7 +419,7 @@ def test_finding_resolves_and_reopens_while_the_clock_goes_back(scan):
 
 
 def test_times_are_utc_in_every_time_zone(tagcheck, tmp_path):
-    save(tmp_path / "fleet.json", instance(1))
+    save_fleet(tmp_path / "fleet.json", instance(1))
     save_policy(tmp_path / "policy.yaml")
     for count, zone in enumerate(("UTC", "EAST-14", "WEST12"), 1):
         before = script.utc_text(datetime.now(UTC))
@@ -467,7 +429,7 @@ def test_times_are_utc_in_every_time_zone(tagcheck, tmp_path):
         (finding,) = run.json("-")["findings"]
         assert before <= finding["last_seen"] <= script.utc_text(datetime.now(UTC))
         assert finding["times_seen"] == count
-        assert finding["launch_time"] == "2026-01-25T10:30:45Z"
+        assert finding["launch_time"] == "2026-02-24T10:30:45Z"
 
 
 # ---- The older tool's table --------------------------------------------------------------------------------
@@ -556,7 +518,7 @@ OLDER_TABLE = "SELECT * FROM flagged_instances"
 def older(tmp_path):
     """Save an older state whose instances are all to be found again, and give its directory."""
     save_older_state(tmp_path / STATE, *((number, LONG_AGO, 1) for number in range(200)))
-    save(tmp_path / "fleet.json", *map(instance, range(200)))
+    save_fleet(tmp_path / "fleet.json", *map(instance, range(200)))
     save_policy(tmp_path / "policy.yaml")
     return tmp_path
 
@@ -696,7 +658,7 @@ def link_to_itself(path):
 def filled(tmp_path_factory):
     """Give a directory in which a scan has found much, to copy."""
     cwd = tmp_path_factory.mktemp("filled")
-    save(cwd / "fleet.json", *map(instance, range(300)))
+    save_fleet(cwd / "fleet.json", *map(instance, range(300)))
     save_policy(cwd / "policy.yaml")
     assert finish(start(cwd, "--instances", "fleet.json"))[0] == 3
     return cwd
@@ -738,17 +700,15 @@ ANOTHER = "name another file with --state"
         pytest.param(link_to_itself, "--state", id="a link to itself"),
     ],
 )
-def test_unusable_state_is_refused_untouched(in_process, capsys, filled, tmp_path, spoil, way_out, options):
+def test_unusable_state_is_refused_untouched(filled, tmp_path, spoil, way_out, options):
     shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
     state = tmp_path / STATE
     spoil(state)
     before = state.read_bytes() if state.is_file() else None
     files = sorted(path.name for path in tmp_path.iterdir())
     old_csv = (tmp_path / "violators.csv").read_bytes()
-    save(tmp_path / "fleet.json", BYSTANDER)  # so that what is remembered is read: all is resolved
-    command = ["scan", "-q", "--policy", "policy.yaml", "--instances", "fleet.json"]
-    assert script.main([*command, *options]) == 5
-    message = capsys.readouterr().err
+    save_fleet(tmp_path / "fleet.json", BYSTANDER)  # so that what is remembered is read: all is resolved
+    message = run_tagcheck("scan", "-q", *SAVED_FILES, *options, cwd=tmp_path, check=5).err
     assert way_out in message
     assert str(state) in message
     assert (state.read_bytes() if state.is_file() else None) == before
@@ -759,7 +719,7 @@ def test_unusable_state_is_refused_untouched(in_process, capsys, filled, tmp_pat
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["scan", "dry run"])
 @as_root
 def test_unreadable_state_is_refused(tagcheck, tmp_path, options):
-    save(tmp_path / "fleet.json", instance(1))
+    save_fleet(tmp_path / "fleet.json", instance(1))
     save_policy(tmp_path / "policy.yaml")
     command = ["scan", "--policy", "policy.yaml", "--instances", "fleet.json", "-q"]
     tagcheck(*command, check=3)
@@ -769,7 +729,7 @@ def test_unreadable_state_is_refused(tagcheck, tmp_path, options):
 
 @as_root
 def test_state_in_a_read_only_directory_is_refused(tagcheck, tmp_path):
-    save(tmp_path / "fleet.json", instance(1))
+    save_fleet(tmp_path / "fleet.json", instance(1))
     save_policy(tmp_path / "policy.yaml")
     place = tmp_path / "place"
     place.mkdir(mode=0o500)
@@ -779,7 +739,7 @@ def test_state_in_a_read_only_directory_is_refused(tagcheck, tmp_path):
 
 
 def test_state_in_a_missing_directory_is_refused(tagcheck, tmp_path):
-    save(tmp_path / "fleet.json", instance(1))
+    save_fleet(tmp_path / "fleet.json", instance(1))
     save_policy(tmp_path / "policy.yaml")
     command = ["scan", "--policy", "policy.yaml", "--instances", "fleet.json", "--state", "nowhere/state.db"]
     run = tagcheck(*command, check=5)
@@ -865,7 +825,7 @@ FILES = ["--instances", "fleet.json", "--json", "out.json"]
 @pytest.fixture
 def fleet(tmp_path):
     """Save a fleet whose findings are more than SQLite holds in memory, and give its directory."""
-    save(tmp_path / "fleet.json", *FLEET)
+    save_fleet(tmp_path / "fleet.json", *FLEET)
     save_policy(tmp_path / "policy.yaml")
     return tmp_path
 
@@ -1055,7 +1015,7 @@ def test_full_disk_costs_nothing(fleet, limit, blamed):
 
 def test_full_temporary_directory_costs_nothing(fleet):
     notes = {f"Note{number}": "x" * 250 for number in range(6)}
-    save(fleet / "fleet.json", *(instance(number, notes) for number in range(2500)))
+    save_fleet(fleet / "fleet.json", *(instance(number, notes) for number in range(2500)))
     code, err = finish(start(fleet, "--instances", "fleet.json", **limited(1_300_000)))
     assert code == 5
     assert re.search("space|room", err)
@@ -1091,7 +1051,7 @@ raise SystemExit(tagcheck.main())"""
 def test_ctrl_c_while_findings_are_resolved_is_an_interruption(scan, tmp_path):
     scan(instance(1), BYSTANDER)
     (tmp_path / "stopped.py").write_text(STOPPED_WHILE_RESOLVING)
-    save(tmp_path / "none.json", BYSTANDER)
+    save_fleet(tmp_path / "none.json", BYSTANDER)
     before = query("SELECT status FROM findings")
     run = subprocess.run(
         [sys.executable, "stopped.py", TAGCHECK.parent, "scan", "--policy", "policy.yaml", "--instances", "none.json"],

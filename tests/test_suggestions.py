@@ -1,4 +1,4 @@
-"""Section 4: what a missing value probably is, how far that can be believed, and what findings have in common."""
+"""Suggestions: what a missing value probably is, how far that can be believed, and what findings have in common."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import drift
 import pytest
+from builders import reservation, save_fleet
 from conftest import run_tagcheck
 
 from tagcheck import (
@@ -471,23 +472,7 @@ def test_where_tags_have_nothing_to_do_with_groups_nothing_is_sure(tmp_path):
 def members(number, tags, lacking=0, first=1, **more):
     """Reservations of so many instances with the same tags, the first few of them without Owner."""
     return [
-        {
-            "OwnerId": TARGET.account_id,
-            "Instances": [
-                {
-                    "InstanceId": f"i-{first + n:017x}",
-                    "State": {"Name": "running"},
-                    "LaunchTime": "2026-01-01T00:00:00+00:00",
-                    "Placement": {"AvailabilityZone": "us-east-1a"},
-                    "Tags": [
-                        {"Key": key, "Value": value}
-                        for key, value in tags.items()
-                        if n >= lacking or key != "Owner"
-                    ],
-                    **more,
-                }
-            ],
-        }
+        reservation(first + n, {key: tags[key] for key in tags if n >= lacking or key != "Owner"}, **more)
         for n in range(number)
     ]
 
@@ -514,7 +499,7 @@ def caused(tmp_path_factory):
         *members(2, {**EVERY, "aws:autoscaling:groupName": "tiny-asg"}, lacking=1, first=500),
         *members(8, {**EVERY, "Name": "pet"}, lacking=8, first=600),
     ]  # fmt: skip
-    (cwd / "fleet.json").write_text(json.dumps({"Reservations": fleet}))
+    save_fleet(cwd, *fleet)
     return run_tagcheck("scan", "--instances", "fleet.json", "--json", "out.json", cwd=cwd, check=3)
 
 
@@ -556,7 +541,7 @@ def test_the_json_has_each_cause_and_each_finding_its_own(caused):
 
 def test_suggestions_stand_in_every_report(tmp_path):
     fleet = members(60, {**EVERY, "aws:autoscaling:groupName": "web-asg"}, lacking=1)
-    (tmp_path / "fleet.json").write_text(json.dumps({"Reservations": fleet}))
+    save_fleet(tmp_path, *fleet)
     run = run_tagcheck("scan", "--instances", "fleet.json", "--json", "out.json", cwd=tmp_path, check=3)
     [finding] = run.json("out.json")["findings"]
     [suggestion] = finding["suggestions"]

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from aws_server import ACCOUNT_ID, run_instances_event
+from builders import save_policy
 from conftest import script_with
 
 import tagcheck as script
@@ -33,8 +34,7 @@ def scan(aws, tagcheck, tmp_path):
     """Give a function that scans one region, and looks creators up."""
 
     def run(*args, regions=(REGION,), policy=(), cwd=tmp_path, **options):
-        keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": dict.fromkeys(regions)}
-        (cwd / "policy.yaml").write_text(json.dumps(keys | dict(policy)))
+        save_policy(cwd, regions=dict.fromkeys(regions), **dict(policy))
         files = ("--policy", "policy.yaml", "--json", "out.json")
         return tagcheck("scan", *files, "--creators", *args, cwd=cwd, env=aws.env, **options)
 
@@ -246,7 +246,7 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
     ids = [aws.launch(REGION)[0] for _ in range(4)]
     for id_ in ids:
         remember(aws, [id_], user("ann"))
-    first = scan("--creators-budget", "1s", check=3)
+    first = scan("--creators-budget", "1s", check=3, process=True)
     known = [id_ for id_, who in created_by(first).items() if who]
     assert 1 <= len(known) <= 2
     _, notice = first.json("out.json")["notices"]
@@ -254,7 +254,7 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
         f"Who created {script.counted(4 - len(known), 'instance')} was not looked up within --creators-budget 1s: "
         "the next scan goes on"
     )
-    second = scan(check=3)
+    second = scan(check=3, process=True)
     assert set(created_by(second).values()) == {"ann"}
     # Two calls a second of an account and region are what CloudTrail takes.
     times = [call.received_at for call in aws.calls("LookupEvents")]
@@ -266,7 +266,7 @@ def test_the_budget_ends_an_answer_that_trickles(aws, scan):
     aws.launch(REGION)
     aws.fault("trickle", action="LookupEvents", seconds=5)
     begun = time.monotonic()
-    result = scan("--creators-budget", "1s", check=3)
+    result = scan("--creators-budget", "1s", check=3, process=True)
     assert time.monotonic() - begun < 20
     assert (
         "1 instance was not looked up within --creators-budget 1s" in result.json("out.json")["notices"][-1]

@@ -1,6 +1,5 @@
 """The README's Ansible tasks, as ansible-playbook runs them against AWS that moto plays."""
 
-import json
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from aws_server import AwsServer
+from builders import save_policy
 from conftest import TAGCHECK, clean_environment
 
 README = (TAGCHECK.parent / "README.md").read_text("utf-8")
@@ -33,8 +33,7 @@ def test_playbook_scans_plans_writes_and_knows_what_has_changed(
     aws: AwsServer, tasks: list[dict[str, object]], tmp_path: Path
 ) -> None:
     shutil.copy(TAGCHECK, tmp_path)
-    keys = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: {}}}
-    (tmp_path / "policy.yaml").write_text(json.dumps(keys))
+    save_policy(tmp_path)
     (id_,) = aws.launch(REGION, tags={"owner": "ann"})
     play = [{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]
     text = yaml.safe_dump(play, sort_keys=False).replace("/opt/tagcheck", str(tmp_path))

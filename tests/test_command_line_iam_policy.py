@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer
+from builders import save_policy
 from conftest import Result, run_tagcheck
 
 from tagcheck import check_state
@@ -26,13 +27,6 @@ Document = dict[str, Any]
 Documents = dict[str, Document]
 
 
-def write_policy(directory: Path, keys: Mapping[str, Any]) -> Path:
-    """Write a policy that asks for Owner, with these keys; JSON is YAML."""
-    path = directory / "policy.yaml"
-    path.write_text(json.dumps({"version": 1, "name": "test", "required_tags": ["Owner"], **keys}))
-    return path
-
-
 Print = Callable[..., Documents]
 
 
@@ -45,7 +39,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Print:
         case = json.dumps([keys, args])
         if case not in known:
             cwd = tmp_path_factory.mktemp("printed")
-            command = ("iam-policy", "--policy", write_policy(cwd, keys), *args)
+            command = ("iam-policy", "--policy", save_policy(cwd, **keys), *args)
             known[case] = run_tagcheck(*command, cwd=cwd, check=0).json("-")
         return known[case]
 
@@ -158,7 +152,7 @@ def test_only_the_required_tags_may_be_written(printed: Print) -> None:
 def test_state_without_bucket_or_key_is_refused(
     tagcheck: Callable[..., Result], tmp_path: Path, state: str
 ) -> None:
-    args = ("iam-policy", "--policy", write_policy(tmp_path, ONE_REGION), "--state", state)
+    args = ("iam-policy", "--policy", save_policy(tmp_path, **ONE_REGION), "--state", state)
     assert "s3://BUCKET/KEY" in tagcheck(*args, check=2).err
 
 
@@ -212,7 +206,7 @@ class Fleet:
             "AWS_ACCESS_KEY_ID": self.key["AccessKeyId"],
             "AWS_SECRET_ACCESS_KEY": self.key["SecretAccessKey"],
         }
-        command = ("scan", "--policy", write_policy(cwd, keys), *args, "--json", "out.json")
+        command = ("scan", "--policy", save_policy(cwd, **keys), *args, "--json", "out.json")
         self.aws.checks_permissions = True
         try:
             return run_tagcheck(*command, cwd=cwd, env=self.aws.env | env, check=code)
@@ -294,7 +288,15 @@ def remediate(fleet: Fleet, document: Document, cwd: Path, *args: str) -> Result
         "AWS_ACCESS_KEY_ID": fleet.key["AccessKeyId"],
         "AWS_SECRET_ACCESS_KEY": fleet.key["SecretAccessKey"],
     }
-    command = ("remediate", "--policy", write_policy(cwd, ONE_REGION), *args, "--apply", "--json", "out.json")
+    command = (
+        "remediate",
+        "--policy",
+        save_policy(cwd, **ONE_REGION),
+        *args,
+        "--apply",
+        "--json",
+        "out.json",
+    )
     fleet.aws.checks_permissions = True
     try:
         return run_tagcheck(*command, cwd=cwd, env=fleet.aws.env | env)

@@ -30,7 +30,7 @@ CUT_ANSWER_ERRORS = (HTTPClientError, ResponseParserError)
 def client(aws: AwsServer, service: str = "ec2", region: str = REGION, account_id: str | None = None) -> Any:
     """Make a client that asks once and does not wait long."""
     once = {"mode": "standard", "total_max_attempts": 1}
-    return aws.client(service, region, account_id, retries=once, read_timeout=2)
+    return aws.client(service, region, account_id, retries=once, read_timeout=30)
 
 
 def found(aws: AwsServer, region: str = REGION, account_id: str | None = None, **options: Any) -> list[str]:

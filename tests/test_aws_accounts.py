@@ -1,4 +1,4 @@
-"""Section 5, many accounts: which are scanned, how they are entered, and that none is missed in silence."""
+"""AWS, many accounts: which are scanned, how they are entered, and that none is missed in silence."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,11 +22,12 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
-from conftest import TAGCHECK, Result, at_once, clean_environment, run_tagcheck, script_with
+from builders import instance, reservation, save_fleet, save_policy
+from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 
 import tagcheck as script
 
-OWN, MEMBER, OTHER = ACCOUNT_ID, "210987654321", "098765432109"
+OWN, MEMBER, OTHER, SUSPENDED = ACCOUNT_ID, "210987654321", "098765432109", "111122223333"
 REGION, REGIONS = "us-east-1", ("ap-south-1", "eu-west-1", "us-east-1")
 ROLE = "tagcheck-read"
 OUTPUTS = ("--csv", "out.csv", "--json", "out.json", "--junit", "out.xml")
@@ -37,12 +38,9 @@ Scan = Callable[..., Result]
 
 
 def write_policy(directory: Path, accounts: Mapping[str, Any] | None, *regions: str, **keys: Any) -> Path:
-    """Write a policy that asks for Owner in these accounts and regions; JSON is YAML."""
-    policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": dict.fromkeys(regions)}
+    """Write a policy that asks for Owner in these accounts and regions."""
     scope = {"accounts": {"role_name": ROLE} | dict(accounts)} if accounts else {}
-    path = directory / "policy.yaml"
-    path.write_text(json.dumps(policy | scope | keys), encoding="utf-8")
-    return path
+    return save_policy(directory, regions=dict.fromkeys(regions), **scope, **keys)
 
 
 @pytest.fixture
@@ -74,11 +72,6 @@ def coverage(result: Result) -> dict[tuple[str, str], str | None]:
 def accounts_of(result: Result) -> list[str]:
     """Read which accounts a scan looked at."""
     return sorted({account_id for account_id, _ in coverage(result)})
-
-
-def key_of(case: str) -> str:
-    """Give a caller an access key of its own, by which the server knows it."""
-    return f"KEY{re.sub('[^A-Z]', '', case.upper())}"
 
 
 def found(result: Result, key: str = "findings") -> list[str]:
@@ -442,36 +435,14 @@ LISTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Listed:
-    """What a scan ended with, and what its caller asked for."""
-
-    result: Result
-    requests: list[Request]
-
-
-@pytest.fixture(scope="module")
-def listed(aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Listed]]:
-    """Scan with every list of the table, all at once."""
-    aws, directory = aws_server, tmp_path_factory.mktemp("listed")
-    aws.reset()
-    make_organization(aws, members=0)
-    impatient = script_with(directory, SDK_ATTEMPTS=2, NETWORK_PAUSES=(0.01,), MAX_PAGES=100)
-
-    def run(why: str, listing: Listing) -> Listed:
-        (cwd := directory / why).mkdir()
-        key = key_of(why)
-        aws.fault(**listing.fault, action="ListAccounts", when=lambda request: request.access_key == key)
-        args = ("scan", "--policy", write_policy(cwd, {"organization": True}, REGION), *OUTPUTS)
-        result = run_tagcheck(*args, cwd=cwd, env=aws.env | {"AWS_ACCESS_KEY_ID": key}, script=impatient)
-        return Listed(result, [request for request in aws.requests if request.access_key == key])
-
-    return at_once(run, LISTINGS)
-
-
 @pytest.mark.parametrize("why", LISTINGS)
-def test_list_of_accounts_is_whole_or_an_error(listed: dict[str, Future[Listed]], why: str) -> None:
-    listing, result, requests = LISTINGS[why], listed[why].result().result, listed[why].result().requests
+def test_list_of_accounts_is_whole_or_an_error(aws: AwsServer, scan: Scan, tmp_path: Path, why: str) -> None:
+    listing = LISTINGS[why]
+    make_organization(aws, members=0)
+    aws.fault(**listing.fault, action="ListAccounts")
+    impatient = script_with(tmp_path, SDK_ATTEMPTS=2, MAX_PAGES=100)
+    result = scan({"organization": True}, script=impatient)
+    requests = aws.requests
     for text in listing.says:
         assert text in result.err + result.out
     if listing.accounts:
@@ -507,20 +478,11 @@ def test_account_in_a_state_that_is_new_is_unread_and_keeps_its_findings(
     assert entered(aws.requests) == [MEMBER]
 
 
-SAVED = {
-    "InstanceId": "i-0a",
-    "State": {"Name": "running"},
-    "Placement": {"AvailabilityZone": "us-east-1a"},
-    "LaunchTime": "2026-02-24T10:30:45+00:00",
-}
-
-
 @pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
 def test_share_without_an_account_says_so_and_writes_every_output(
     aws: AwsServer, scan: Scan, tmp_path: Path, saved: bool
 ) -> None:
-    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}]}
-    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    save_fleet(tmp_path, instance())
     args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
     result = scan(None, args=args, check=0)
     notice = "--shard 1/4 has no account to scan: nothing was read in this run"
@@ -534,8 +496,7 @@ def test_share_without_an_account_says_so_and_writes_every_output(
 
 
 def test_share_of_a_file_that_is_cut_is_not_empty(tagcheck: Callable[..., Result], tmp_path: Path) -> None:
-    fleet = {"Reservations": [{"OwnerId": OWN, "Instances": [SAVED]}], "NextToken": "t"}
-    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    save_fleet(tmp_path, instance(), NextToken="t")
     args = ("--policy", write_policy(tmp_path, None, REGION), "--instances", "fleet.json", "--shard", "1/4")
     assert "fleet.json has a NextToken, so more follows" in tagcheck("scan", *args, check=2).err
 
@@ -576,36 +537,16 @@ SCOPES = {
     "asked for, but excluded": Scope(LIST | {"exclude": [OTHER]}, ("--account", OTHER), says=OTHER, code=2),
     "another than the caller's": Scope(None, ("--account", MEMBER), says=f"credentials are of {OWN}", code=2),
     "every id excluded": Scope({"ids": [OTHER], "exclude": [OTHER]}, says="exclude", code=2),
-    "suspended account asked for": Scope({"organization": True}, ("--account", "SUSPENDED"), says="SUSPENDED", code=2),
+    "suspended account asked for": Scope({"organization": True}, ("--account", SUSPENDED), says="SUSPENDED", code=2),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def scoped(aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Listed]]:
-    """Scan with every scope of the table, all at once."""
-    aws, directory = aws_server, tmp_path_factory.mktemp("scoped")
-    aws.reset()
-    aws.fault(
-        **answers([account(MEMBER), account(OWN), account("111122223333", "SUSPENDED")]),
-        action="ListAccounts",
-    )
-
-    def run(why: str, scope: Scope) -> Listed:
-        (cwd := directory / why).mkdir()
-        key = key_of(why)
-        args = ("scan", "--policy", write_policy(cwd, scope.accounts, *REGIONS[1:]), *OUTPUTS)
-        more = [arg.replace("SUSPENDED", "111122223333") for arg in scope.args]
-        result = run_tagcheck(*args, *more, cwd=cwd, env=aws.env | {"AWS_ACCESS_KEY_ID": key})
-        return Listed(result, [request for request in aws.requests if request.access_key == key])
-
-    return at_once(run, SCOPES)
-
-
 @pytest.mark.parametrize("why", SCOPES)
-def test_scope_is_what_policy_and_arguments_have_in_common(
-    scoped: dict[str, Future[Listed]], why: str
-) -> None:
-    scope, result, requests = SCOPES[why], scoped[why].result().result, scoped[why].result().requests
+def test_scope_is_what_policy_and_arguments_have_in_common(aws: AwsServer, scan: Scan, why: str) -> None:
+    scope = SCOPES[why]
+    listed = [account(MEMBER), account(OWN), account(SUSPENDED, "SUSPENDED")]
+    aws.fault(**answers(listed), action="ListAccounts")
+    result, requests = scan(scope.accounts, *REGIONS[1:], args=scope.args), aws.requests
     assert result.code == scope.code, result.err
     assert scope.says in result.err
     assert entered(requests) == sorted(set(scope.scanned) - {OWN})
@@ -640,15 +581,7 @@ def test_saved_instances_of_accounts_out_of_scope_are_left_out(
     args: tuple[str, ...],
     scanned: list[str],
 ) -> None:
-    instance = {
-        "State": {"Name": "running"},
-        "Placement": {"AvailabilityZone": "us-east-1a"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-    }
-    reservations = [
-        {"OwnerId": id_, "Instances": [instance | {"InstanceId": f"i-{id_}"}]} for id_ in (OWN, MEMBER)
-    ]
-    (tmp_path / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
+    save_fleet(tmp_path, *(reservation(f"i-{id_}", account=id_) for id_ in (OWN, MEMBER)))
     policy = write_policy(tmp_path, accounts, REGION)
     result = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", *OUTPUTS, *args, check=3)
     assert found(result) == [f"i-{id_}" for id_ in scanned]
@@ -807,6 +740,14 @@ ROLES = {
     ),
     "expired when they come": Role((expiring(-60),), "Any", where=(), assumed=4),
 }
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a scan ended with, and what its caller asked for."""
+
+    result: Result
+    requests: list[Request]
 
 
 WITH_ROLES = {why: f"2000000000{number}" for number, why in enumerate(ROLES, start=10)}
@@ -984,7 +925,7 @@ def test_signal_ends_a_scan_all_of_whose_workers_wait(
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(number)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         aws.clear_faults()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from conftest import Result
-
-import tagcheck as script
+from builders import NO_TAGS, reservation, save_fleet, save_policy
+from builders import instance_id as ident
+from conftest import Result, run_tagcheck
 
 if TYPE_CHECKING:
     from aws_server import AwsServer
@@ -20,47 +20,21 @@ ACCOUNT, OTHER_ACCOUNT = "123456789012", "012345678901"
 REGION, OTHER_REGION = "us-east-1", "eu-west-1"
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(1)
-NO_TAGS: Mapping[str, str] = {}
 RIGHT = {"Owner": "ann", "CostCenter": "CC-1042"}
-
-
-def ident(number: int) -> str:
-    return f"i-{number:017x}"
 
 
 def instance(
     number: int,
     tags: Mapping[str, str] = NO_TAGS,
     *,
-    account: str = ACCOUNT,
-    region: str = REGION,
     age: timedelta = 30 * DAY,
-    state: str = "running",
+    **keys: Any,
 ) -> dict[str, Any]:
-    """Make a reservation of one instance, as `aws ec2 describe-instances` prints it."""
-    one = {
-        "InstanceId": ident(number),
-        "State": {"Name": state},
-        "LaunchTime": (NOW - age).isoformat(),
-        "Placement": {"AvailabilityZone": f"{region}a"},
-        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-    }
-    return {"OwnerId": account, "Instances": [one]}
+    """Make a reservation of one instance of an age."""
+    return reservation(number, tags, launched=NOW - age, **keys)
 
 
 BYSTANDER = instance(0xFF, RIGHT)
-
-
-class Run(NamedTuple):
-    """How a command ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
 
 
 class Scan(NamedTuple):
@@ -85,29 +59,21 @@ class Scan(NamedTuple):
 
 
 class Desk:
-    """The script in this process, in a directory of its own, at any time."""
+    """The script in a directory of its own, at any time."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self) -> None:
         self.write_policy()
 
     def write_policy(self, **keys: Any) -> None:
         """Write a policy that asks for Owner and CostCenter in two regions; JSON is YAML."""
-        standard = {
-            "version": 1,
-            "name": "test",
-            "required_tags": ["Owner", "CostCenter"],
-            "regions": {REGION: None, OTHER_REGION: None},
-        }
-        Path("policy.yaml").write_text(json.dumps(standard | keys))
+        standard = {"required_tags": ["Owner", "CostCenter"], "regions": {REGION: None, OTHER_REGION: None}}
+        save_policy(Path(), **standard | keys)
 
     def write_fleet(self, *reservations: Mapping[str, Any]) -> None:
-        Path("fleet.json").write_text(json.dumps({"Reservations": reservations}))
+        save_fleet(Path(), *reservations)
 
-    def run(self, *args: str, now: datetime = NOW) -> Run:
-        self._capsys.readouterr()
-        code = script.main(args, now=now)
-        return Run(code, *self._capsys.readouterr())
+    def run(self, *args: str, now: datetime = NOW) -> Result:
+        return run_tagcheck(*args, cwd=Path.cwd(), now=now)
 
     def scan(self, *reservations: Mapping[str, Any], now: datetime = NOW, args: Iterable[str] = ()) -> Scan:
         """Scan these instances; a region without any is said to be empty."""
@@ -119,14 +85,14 @@ class Desk:
             run.code, run.out, json.loads(Path("out.json").read_text()), ET.parse("out.xml").getroot()
         )
 
-    def explain(self, *args: str, now: datetime = NOW) -> Run:
+    def explain(self, *args: str, now: datetime = NOW) -> Result:
         return self.run("explain", "--policy", "policy.yaml", *args, now=now)
 
 
 @pytest.fixture
-def desk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Desk:
+def desk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Desk:
     monkeypatch.chdir(tmp_path)
-    return Desk(capsys)
+    return Desk()
 
 
 # ---- Which instances an exemption covers -------------------------------------------------------------------
@@ -537,7 +503,7 @@ def org(desk: Desk) -> Desk:
     return desk
 
 
-def has(run: Run, *words: str) -> bool:
+def has(run: Result, *words: str) -> bool:
     """Tell whether one line has all the words."""
     return any(all(word in line for word in words) for line in run.lines)
 
@@ -615,7 +581,7 @@ def test_explain_with_a_wrong_policy_tells_the_mistakes(org: Desk) -> None:
 FINE = {"Owner": "ann", "CostCenter": "CC-1042", "Environment": "dev"}
 
 
-def explain_saved(desk: Desk, number: int, *reservations: Mapping[str, Any], now: datetime = NOW) -> Run:
+def explain_saved(desk: Desk, number: int, *reservations: Mapping[str, Any], now: datetime = NOW) -> Result:
     desk.write_fleet(*reservations)
     run = desk.explain(ident(number), "--instances", "fleet.json", now=now)
     assert run.code == 0, run.err

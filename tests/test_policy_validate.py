@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 import yaml
+from builders import instance, save_fleet, save_policy
 from conftest import TAGCHECK, Result, run_tagcheck
 
 import tagcheck as script
@@ -50,16 +51,13 @@ class Verdict(NamedTuple):
 
 
 @pytest.fixture
-def validate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Verdict]:
-    """Run `validate` in this process, in the test's own directory; a crash is the test's failure."""
+def validate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Verdict]:
+    """Run `validate` in the test's own directory; a crash is the test's failure."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str | Path) -> Verdict:
-        code = script.main(["validate", *map(str, args)], now=NOW)
-        out, err = capsys.readouterr()
-        return Verdict(code, out.splitlines(), err)
+        result = run_tagcheck("validate", *args, cwd=Path.cwd(), now=NOW)
+        return Verdict(result.code, result.lines, result.err)
 
     return run
 
@@ -116,31 +114,20 @@ def test_odd_but_legal(validate: Callable[..., Verdict], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("path", VALID, ids=stem)
-def test_what_is_valid_can_be_explained_and_scanned_with(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
-) -> None:
-    use(monkeypatch, tmp_path, path)
-    out = capsys.readouterr().out
-    assert all(line.isprintable() for line in out.splitlines())
+def test_what_is_valid_can_be_explained_and_scanned_with(tmp_path: Path, path: Path) -> None:
+    assert all(line.isprintable() for line in use(tmp_path, path))
 
 
-def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: Path) -> None:
-    """Explain a policy, and scan with it: both must end as they should."""
-    monkeypatch.chdir(tmp_path)
-    instance = {
-        "InstanceId": "i-0123456789abcdef0",
-        "State": {"Name": "running"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-        "Placement": {"AvailabilityZone": "us-east-1a"},
-        "Tags": [{"Key": "Name", "Value": "x"}],
-    }
-    fleet = {"Reservations": [{"OwnerId": "123456789012", "Instances": [instance]}]}
-    Path("fleet.json").write_text(json.dumps(fleet))
-    assert script.main(["explain", "--policy", str(policy)], now=NOW) == 0
+def use(cwd: Path, policy: Path) -> list[str]:
+    """Explain a policy, and scan with it: both must end as they should; gives what they printed."""
+    save_fleet(cwd, instance(1, {"Name": "x"}))
+    explained = run_tagcheck("explain", "--policy", policy, cwd=cwd, now=NOW, check=0)
     regions = script.load_policy(str(policy)).regions
     scope = ["--region", "us-east-1"] if regions.keys() & {"us-east-1", "*"} else []
-    scan = ["scan", "--policy", str(policy), "--instances", "fleet.json", "--dry-run", *scope]
-    assert script.main(scan, now=NOW) in (0, 3, 4)
+    args = ("--policy", policy, "--instances", "fleet.json", "--dry-run", *scope)
+    scanned = run_tagcheck("scan", *args, cwd=cwd, now=NOW)
+    assert scanned.code in (0, 3, 4)
+    return explained.lines + scanned.lines
 
 
 @pytest.mark.parametrize(
@@ -275,17 +262,14 @@ def test_what_validates_never_crashes_a_scan(
     policy = tmp_path / "p.yaml"
     policy.write_text(text)
     if validate(policy).code == 0:
-        use(monkeypatch, tmp_path, policy)
+        use(tmp_path, policy)
 
 
 # ---- Patterns ----------------------------------------------------------------------------------------------
 
 
 def pattern_policy(path: Path, pattern: str) -> None:
-    rule = {"key": "Tag", "pattern": pattern}
-    path.write_text(
-        json.dumps({"version": 1, "name": "p", "required_tags": [rule], "regions": {"us-east-1": None}})
-    )
+    save_policy(path, required_tags=[{"key": "Tag", "pattern": pattern}])
 
 
 @pytest.mark.parametrize(
@@ -547,7 +531,7 @@ def test_quick_verdict(tmp_path: Path, content: bytes, codes: list[int]) -> None
     (tmp_path / "p.yaml").write_bytes(content)
     (tmp_path / "measured.py").write_text(MEASURED)
     result = run_tagcheck(
-        TAGCHECK, "validate", "p.yaml", cwd=tmp_path, script=tmp_path / "measured.py", timeout=20
+        TAGCHECK, "validate", "p.yaml", cwd=tmp_path, script=tmp_path / "measured.py", timeout=120
     )
     assert result.code in codes
     assert_fair(result.code, result.out.splitlines())
@@ -622,7 +606,7 @@ def test_no_bytes_end_in_a_crash(validate: Callable[..., Verdict], tmp_path: Pat
 @pytest.mark.parametrize("seed", range(10_000, 10_020))
 def test_no_bytes_end_in_a_traceback(tagcheck: Tagcheck, tmp_path: Path, seed: int) -> None:
     (tmp_path / "p.yaml").write_bytes(mutated(random.Random(seed)))
-    result = tagcheck("validate", "p.yaml", timeout=20)
+    result = tagcheck("validate", "p.yaml")
     assert_fair(result.code, result.out.splitlines())
 
 

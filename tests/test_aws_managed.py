@@ -1,6 +1,5 @@
 """Instances that AWS services operate: none is overlooked because AWS hides it, and every report names the service."""
 
-import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer
+from builders import instance, save_fleet, save_policy
 from conftest import Result
 
 REGION = "us-east-1"
@@ -17,34 +17,10 @@ OUTPUTS = ("--csv", "out.csv", "--json", "out.json")
 Tagcheck = Callable[..., Result]
 
 
-def write_policy(directory: Path, **keys: Any) -> Path:
-    """Write a policy that asks for Owner in one region; JSON is YAML."""
-    policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: None}}
-    path = directory / "policy.yaml"
-    path.write_text(json.dumps(policy | keys), encoding="utf-8")
-    return path
-
-
 def saved_instance(number: int, principal: str | None = None, **tags: str) -> dict[str, Any]:
-    """Write an instance as the AWS CLI prints it."""
-    return {
-        "InstanceId": f"i-{number:017x}",
-        "State": {"Name": "running"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-        "Placement": {"AvailabilityZone": f"{REGION}a"},
-        "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-        "Operator": {"Managed": True, "Principal": principal} if principal else {"Managed": False},
-    }
-
-
-def save(directory: Path, *instances: dict[str, Any]) -> Path:
-    """Save instances as `aws ec2 describe-instances` prints them."""
-    path = directory / "fleet.json"
-    path.write_text(
-        json.dumps({"Reservations": [{"OwnerId": ACCOUNT_ID, "Instances": list(instances)}]}),
-        encoding="utf-8",
-    )
-    return path
+    """Make an instance that an AWS service may operate."""
+    operator = {"Managed": True, "Principal": principal} if principal else {"Managed": False}
+    return instance(number, tags, Operator=operator)
 
 
 def open_findings(directory: Path) -> list[tuple[Any, ...]]:
@@ -75,7 +51,7 @@ def test_a_scan_finds_hidden_instances_and_names_the_service(
     tagcheck: Tagcheck, aws: AwsServer, node: str, tmp_path: Path
 ) -> None:
     (other,) = aws.launch(REGION)
-    run = tagcheck("scan", "--policy", write_policy(tmp_path), *OUTPUTS, env=aws.env, check=3)
+    run = tagcheck("scan", "--policy", save_policy(tmp_path), *OUTPUTS, env=aws.env, check=3)
     report = run.json("out.json")
     assert {f["instance_id"]: f["managed_by"] for f in report["findings"]} == {node: EKS, other: None}
     assert report["summary"]["findings_managed"] == 1
@@ -88,7 +64,7 @@ def test_a_scan_finds_hidden_instances_and_names_the_service(
 def test_a_hidden_instance_is_repeat_and_never_gone(
     tagcheck: Tagcheck, aws: AwsServer, node: str, tmp_path: Path
 ) -> None:
-    policy = write_policy(tmp_path)
+    policy = save_policy(tmp_path)
     for status in ("NEW", "REPEAT"):
         run = tagcheck("scan", "--policy", policy, *OUTPUTS, env=aws.env, check=3)
         assert [f["status"] for f in run.json("out.json")["findings"]] == [status]
@@ -98,7 +74,7 @@ def test_a_hidden_instance_is_repeat_and_never_gone(
 def test_explain_says_which_service_operates_the_instance(
     tagcheck: Tagcheck, aws: AwsServer, node: str, tmp_path: Path
 ) -> None:
-    policy = write_policy(tmp_path)
+    policy = save_policy(tmp_path)
     live = tagcheck("explain", node, "--live", "--region", REGION, "--policy", policy, env=aws.env, check=0)
     assert f"running, managed by {EKS}:" in live.out
     tagcheck("scan", "--policy", policy, env=aws.env, check=3)
@@ -109,7 +85,7 @@ def test_explain_says_which_service_operates_the_instance(
 def test_remediate_reads_and_tags_a_hidden_instance(
     tagcheck: Tagcheck, aws: AwsServer, node: str, tmp_path: Path
 ) -> None:
-    policy = write_policy(tmp_path, required_tags=[{"key": "Owner", "default": "platform"}])
+    policy = save_policy(tmp_path, required_tags=[{"key": "Owner", "default": "platform"}])
     tagcheck("scan", "--policy", policy, env=aws.env, check=3)
     tagcheck("remediate", "--policy", policy, "--apply", env=aws.env, check=0)
     (reservation,) = aws.client("ec2", REGION).describe_instances(IncludeManagedResources=True)[
@@ -122,7 +98,7 @@ def test_a_refusal_for_a_managed_instance_is_the_result_of_its_row(
     tagcheck: Tagcheck, aws: AwsServer, node: str, tmp_path: Path
 ) -> None:
     (other,) = aws.launch(REGION)
-    policy = write_policy(tmp_path, required_tags=[{"key": "Owner", "default": "platform"}])
+    policy = save_policy(tmp_path, required_tags=[{"key": "Owner", "default": "platform"}])
     tagcheck("scan", "--policy", policy, env=aws.env, check=3)
     aws.fault(
         "error",
@@ -149,32 +125,32 @@ def test_a_refusal_for_a_managed_instance_is_the_result_of_its_row(
 def test_an_exemption_of_managed_instances(
     tagcheck: Tagcheck, tmp_path: Path, managed_by: str, exempted: set[int]
 ) -> None:
-    fleet = save(
+    fleet = save_fleet(
         tmp_path, saved_instance(1, EKS), saved_instance(2, "lambda.amazonaws.com"), saved_instance(3)
     )
-    policy = write_policy(tmp_path, exemptions=[{"reason": "theirs", "managed_by": managed_by}])
+    policy = save_policy(tmp_path, exemptions=[{"reason": "theirs", "managed_by": managed_by}])
     run = tagcheck("scan", "--policy", policy, "--instances", fleet, *OUTPUTS, check=3)
     assert {int(case["instance_id"][2:], 16) for case in run.json("out.json")["exempted"]} == exempted
     assert len(run.json("out.json")["findings"]) == 3 - len(exempted)
 
 
 def test_explain_names_an_exemption_for_another_service(tagcheck: Tagcheck, tmp_path: Path) -> None:
-    fleet = save(tmp_path, saved_instance(1, "lambda.amazonaws.com"))
+    fleet = save_fleet(tmp_path, saved_instance(1, "lambda.amazonaws.com"))
     exemption = {"reason": "theirs", "managed_by": EKS, "regions": [REGION]}
-    policy = write_policy(tmp_path, exemptions=[exemption])
+    policy = save_policy(tmp_path, exemptions=[exemption])
     run = tagcheck("explain", f"i-{1:017x}", "--instances", fleet, "--policy", policy, check=0)
     assert f"it is for instances managed by {EKS}; this one is managed by lambda.amazonaws.com" in run.out
 
 
 def test_files_without_managed_instances_resolve_none_of_them(tagcheck: Tagcheck, tmp_path: Path) -> None:
-    policy = write_policy(tmp_path)
+    policy = save_policy(tmp_path)
     scan = ("scan", "--policy", policy, *OUTPUTS, "--instances")
-    tagcheck(*scan, save(tmp_path, saved_instance(1, EKS), saved_instance(2)), check=3)
+    tagcheck(*scan, save_fleet(tmp_path, saved_instance(1, EKS), saved_instance(2)), check=3)
     right = (
         saved_instance(2, Owner="ann"),
         saved_instance(3, EKS, Owner="ann"),
     )  # another one proves nothing
-    run = tagcheck(*scan, save(tmp_path, *right), check=0)
+    run = tagcheck(*scan, save_fleet(tmp_path, *right), check=0)
     (notice,) = run.json("out.json")["notices"][:1]
     assert notice.startswith(f"1 open finding in {ACCOUNT_ID} {REGION} may be of instances that AWS hides")
     assert "--include-managed-resources" in notice
@@ -187,11 +163,11 @@ def test_files_without_managed_instances_resolve_none_of_them(tagcheck: Tagcheck
 def test_an_instance_is_gone_where_the_files_would_have_it(
     tagcheck: Tagcheck, tmp_path: Path, principal: str | None
 ) -> None:
-    scan = ("scan", "--policy", write_policy(tmp_path), *OUTPUTS, "--instances")
+    scan = ("scan", "--policy", save_policy(tmp_path), *OUTPUTS, "--instances")
     ordinary = saved_instance(2, Owner="ann")
-    tagcheck(*scan, save(tmp_path, saved_instance(1, principal), ordinary), check=3)
+    tagcheck(*scan, save_fleet(tmp_path, saved_instance(1, principal), ordinary), check=3)
     options = ["--include-managed-resources"] if principal else []
-    run = tagcheck(*scan, save(tmp_path, ordinary), *options, check=0)
+    run = tagcheck(*scan, save_fleet(tmp_path, ordinary), *options, check=0)
     assert [finding["resolution"] for finding in run.json("out.json")["resolved"]] == ["gone"]
     assert open_findings(tmp_path) == []
 
@@ -199,39 +175,39 @@ def test_an_instance_is_gone_where_the_files_would_have_it(
 def test_of_what_the_first_edition_recorded_nothing_is_gone_by_files_alone(
     tagcheck: Tagcheck, tmp_path: Path
 ) -> None:
-    scan = ("scan", "--policy", write_policy(tmp_path), *OUTPUTS, "--instances")
+    scan = ("scan", "--policy", save_policy(tmp_path), *OUTPUTS, "--instances")
     ordinary = saved_instance(2, Owner="ann")
-    tagcheck(*scan, save(tmp_path, saved_instance(1), ordinary), check=3)
+    tagcheck(*scan, save_fleet(tmp_path, saved_instance(1), ordinary), check=3)
     with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db, db:
         db.execute("UPDATE findings SET managed_by = NULL")  # as its migration leaves them
-    assert tagcheck(*scan, save(tmp_path, ordinary), check=0).json("out.json")["resolved"] == []
+    assert tagcheck(*scan, save_fleet(tmp_path, ordinary), check=0).json("out.json")["resolved"] == []
     assert open_findings(tmp_path) == [(f"i-{1:017x}", None)]
 
 
 def test_the_option_for_files_needs_files(tagcheck: Tagcheck, tmp_path: Path) -> None:
-    run = tagcheck("scan", "--policy", write_policy(tmp_path), "--include-managed-resources", check=2)
+    run = tagcheck("scan", "--policy", save_policy(tmp_path), "--include-managed-resources", check=2)
     assert "give it with --instances" in run.err
 
 
 @pytest.mark.parametrize("operator", [{"Managed": "true"}, {"Managed": True, "Principal": 7}, ["x"]])
 def test_an_operator_of_another_form_is_refused(tagcheck: Tagcheck, tmp_path: Path, operator: object) -> None:
-    fleet = save(tmp_path, saved_instance(1) | {"Operator": operator})
-    run = tagcheck("scan", "--policy", write_policy(tmp_path), "--instances", fleet, check=2)
+    fleet = save_fleet(tmp_path, saved_instance(1) | {"Operator": operator})
+    run = tagcheck("scan", "--policy", save_policy(tmp_path), "--instances", fleet, check=2)
     assert "Reservations[0].Instances[0]" in run.err
 
 
 def test_an_instance_whose_service_is_not_named_is_managed_all_the_same(
     tagcheck: Tagcheck, tmp_path: Path
 ) -> None:
-    fleet = save(tmp_path, saved_instance(1) | {"Operator": {"Managed": True}})
-    policy = write_policy(tmp_path, exemptions=[{"reason": "theirs", "managed_by": "*"}])
+    fleet = save_fleet(tmp_path, saved_instance(1) | {"Operator": {"Managed": True}})
+    policy = save_policy(tmp_path, exemptions=[{"reason": "theirs", "managed_by": "*"}])
     run = tagcheck("scan", "--policy", policy, "--instances", fleet, *OUTPUTS, check=0)
     assert run.json("out.json")["summary"]["exempted"] == 1
 
 
 def test_the_dashboard_counts_them(tagcheck: Tagcheck, tmp_path: Path) -> None:
-    policy = write_policy(tmp_path)
-    fleet = save(tmp_path, *(saved_instance(number, EKS) for number in (1, 2)))
+    policy = save_policy(tmp_path)
+    fleet = save_fleet(tmp_path, *(saved_instance(number, EKS) for number in (1, 2)))
     tagcheck("scan", "--policy", policy, "--instances", fleet, check=3)
     tagcheck("report", "--html", "page.html", "--policy", policy, check=0)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -239,7 +215,9 @@ def test_the_dashboard_counts_them(tagcheck: Tagcheck, tmp_path: Path) -> None:
 
 
 def test_a_service_that_operates_many_is_a_cause(tagcheck: Tagcheck, tmp_path: Path) -> None:
-    fleet = save(tmp_path, *(saved_instance(number, "workspaces.amazonaws.com") for number in range(1, 4)))
-    run = tagcheck("scan", "--policy", write_policy(tmp_path), "--instances", fleet, check=3)
+    fleet = save_fleet(
+        tmp_path, *(saved_instance(number, "workspaces.amazonaws.com") for number in range(1, 4))
+    )
+    run = tagcheck("scan", "--policy", save_policy(tmp_path), "--instances", fleet, check=3)
     cause = "1 AWS service: 3 instances lack Owner; set it where workspaces.amazonaws.com takes its tags from"
     assert cause in run.out

@@ -1,6 +1,7 @@
 """Patterns of a policy meet tag values that strangers write: no value stops a scan, and none hides a finding."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -14,10 +15,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from conftest import TAGCHECK
+from builders import instance, policy, save_fleet, save_policy
+from conftest import TAGCHECK, Result, run_tagcheck
 
 import tagcheck as script
 
@@ -30,47 +32,23 @@ NOT_CHECKED = "not checked, as its pattern took too long on other values; it cou
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 
 
-class Run(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Main = Callable[..., Run]
+Main = Callable[..., Result]
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
-    """Give a function that runs a command in process, in the test's own directory and with a short limit."""
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
+    """Give a function that runs a command in the test's own directory and with a short limit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "PATTERN_SECONDS", 0.1)
 
-    def run(*args: str) -> Run:
-        code = script.main(args, now=NOW)
-        return Run(code, *capsys.readouterr())
-
-    return run
+    return functools.partial(run_tagcheck, cwd=tmp_path, now=NOW)
 
 
 def write(pattern: str, values: Sequence[str]) -> None:
     """Write a policy with a pattern for CostCenter, and an instance for each value."""
     rule = {"key": "CostCenter", "pattern": pattern}
-    policy = {"version": 1, "name": "p", "required_tags": [rule], "regions": {"us-east-1": None}}
-    Path("p.yaml").write_text(json.dumps(policy))
-    instances = [
-        {
-            "InstanceId": f"i-{number:017x}",
-            "State": {"Name": "running"},
-            "LaunchTime": "2026-02-24T10:30:45+00:00",
-            "Placement": {"AvailabilityZone": "us-east-1a"},
-            "Tags": [{"Key": "CostCenter", "Value": value}],
-        }
-        for number, value in enumerate(values)
-    ]
-    fleet = {"Reservations": [{"OwnerId": "123456789012", "Instances": instances}]}
-    Path("fleet.json").write_text(json.dumps(fleet))
+    save_policy(Path("p.yaml"), required_tags=[rule])
+    save_fleet(Path(), *(instance(number, {"CostCenter": value}) for number, value in enumerate(values)))
 
 
 SCAN = "scan --policy p.yaml --instances fleet.json --region us-east-1 --account 123456789012 --json out.json".split()
@@ -273,9 +251,8 @@ def test_ctrl_c_during_a_match_ends_the_run(tmp_path: Path, monkeypatch: pytest.
 def load(*patterns: str) -> list[str]:
     """Return the messages of a policy with these patterns."""
     rules = [{"key": f"k{number}", "pattern": pattern} for number, pattern in enumerate(patterns)]
-    policy = {"version": 1, "name": "p", "required_tags": rules, "regions": {"us-east-1": None}}
     try:
-        script.check_policy(json.dumps(policy).encode(), "p.yaml")
+        script.check_policy(json.dumps(policy(required_tags=rules)).encode(), "p.yaml")
     except script.PolicyError as error:
         return [problem.message for problem in error.problems]
     return []

@@ -397,16 +397,13 @@ def run(aws, tmp_path):
 
 
 @pytest.fixture
-def remediate(aws, run, tmp_path, monkeypatch, capsys):
-    """Run `remediate` in this process, and give its exit code and what it said on stderr."""
+def remediate(run, tmp_path, monkeypatch):
+    """Run `remediate`, and give its exit code and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
-    for name, value in aws.env.items():
-        monkeypatch.setenv(name, value)
 
     def remediate(*args):
-        capsys.readouterr()
-        code = script.main(["remediate", "--policy", "policy.yaml", *args])
-        return code, capsys.readouterr().err
+        result = run("remediate", *args, check=None)
+        return result.code, result.err
 
     return remediate
 
@@ -847,7 +844,8 @@ def test_undo_file_that_cannot_be_made_stops_it_before_the_first_call(aws, run, 
     full = script_with(tmp_path)
     stop = "def add(*_): raise tagcheck.OutputError('no room')\ntagcheck.UndoFile.add = add\nraise SystemExit"
     full.write_text(full.read_text().replace("raise SystemExit", stop))
-    assert "no room" in run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full).err
+    result = run("remediate", "--plan", "plan.csv", "--apply", check=5, script=full, process=True)
+    assert "no room" in result.err
     assert writes(aws) == []
     assert changes(tmp_path / "instance_state.db") == []
 
@@ -864,7 +862,7 @@ def undo(aws, run, remediate, tmp_path):
         row(id_, action="replace" if former else "add", Current=former or "")
         for id_, former in zip(ids, before, strict=True)
     ]
-    script.main(["scan", "--policy", "policy.yaml", "--quiet"])
+    run("scan", "--quiet", check=None)
     save_plan(tmp_path / "plan.csv", *rows)
     assert remediate("--plan", "plan.csv", "--apply")[0] == 0
     [path] = tmp_path.glob("remediate-undo-*.csv")

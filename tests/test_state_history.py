@@ -10,8 +10,11 @@ from dataclasses import astuple
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import builders
 import drift
 import pytest
+from builders import SAVED_FILES, save_fleet, save_policy
+from builders import instance_id as instance
 from conftest import run_tagcheck
 
 import tagcheck as script
@@ -25,39 +28,29 @@ HOSTILE = '</title><script>alert(1)</script>\x1b[2J\u202e=HYPERLINK("http://x")'
 
 def save(directory, fleet):
     """Save instances: region -> id's last digit -> tags, or (tags, more of what EC2 says)."""
-    reservations = []
-    for region, instances in fleet.items():
-        for number, tags in instances.items():
+    instances = []
+    for region, of_region in fleet.items():
+        for number, tags in of_region.items():
             tags, more = tags if isinstance(tags, tuple) else (tags, {})
-            item = {
-                "InstanceId": f"i-{number:017x}",
-                "State": {"Name": "running"},
-                "LaunchTime": "2026-01-01T00:00:00+00:00",
-                "Placement": {"AvailabilityZone": f"{region}a"},
-                "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-            }
-            reservations.append({"OwnerId": ACCOUNT, "Instances": [item | more]})
-    (directory / "fleet.json").write_text(json.dumps({"Reservations": reservations}))
+            instances.append(builders.instance(number, tags, region=region, **more))
+    save_fleet(directory, *instances)
 
 
 def scan(directory, day, fleet, *args, **options):
     """Scan on the so-many-th day."""
-    keys = {
-        "version": 1,
-        "name": "test",
-        "required_tags": ["Owner", "Project"],
-        "regions": {REGION: {}, OTHER: {}},
-    }
-    (directory / "policy.yaml").write_text(json.dumps(keys))
+    save_policy(directory, required_tags=["Owner", "Project"], regions={REGION: {}, OTHER: {}})
     save(directory, fleet)
-    files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--json", "out.json")
     return run_tagcheck(
-        "scan", "--quiet", *files, *args, cwd=directory, now=START + timedelta(days=day), **options
+        "scan",
+        "--quiet",
+        *SAVED_FILES,
+        "--json",
+        "out.json",
+        *args,
+        cwd=directory,
+        now=START + timedelta(days=day),
+        **options,
     )
-
-
-def instance(number):
-    return f"i-{number:017x}"
 
 
 def command(directory, *args, day=40, **options):

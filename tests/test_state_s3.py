@@ -1,8 +1,7 @@
-"""Section 6, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
+"""State, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
 
 import functools
 import itertools
-import json
 import random
 import re
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
-from conftest import TAGCHECK, Result, at_once, clean_environment, run_tagcheck, script_with
+from builders import SAVED_FILES, instance, save_fleet, save_policy
+from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
 
 import tagcheck as script
 
@@ -31,17 +31,7 @@ OUTPUTS = ("--csv", "out.csv", "--json", "out.json", "--junit", "out.xml")
 # ---- What the tests share ----------------------------------------------------------------------------------
 
 
-def instance(instance_id: str) -> dict[str, Any]:
-    """Write an instance without a tag as `aws ec2 describe-instances` prints it."""
-    return {
-        "InstanceId": instance_id,
-        "State": {"Name": "running"},
-        "Placement": {"AvailabilityZone": f"{REGION}a"},
-        "LaunchTime": "2026-02-24T10:30:45+00:00",
-    }
-
-
-SCAN = ("scan", "--policy", "policy.yaml", "--instances", "fleet.json", *OUTPUTS)
+SCAN = ("scan", *SAVED_FILES, *OUTPUTS)
 
 
 class State:
@@ -56,10 +46,8 @@ class State:
     def new_agent(self, *ids: str) -> Path:
         """Make the directory of an agent that has never been there, with a policy and saved instances."""
         (cwd := self.directory / f"agent{next(self._agents)}").mkdir(parents=True)
-        policy = {"version": 1, "name": "test", "required_tags": ["Owner"], "regions": {REGION: None}}
-        (cwd / "policy.yaml").write_text(json.dumps(policy))
-        saved = {"OwnerId": ACCOUNT_ID, "Instances": [instance(id_) for id_ in (SHARED, *ids)]}
-        (cwd / "fleet.json").write_text(json.dumps({"Reservations": [saved]}))
+        save_policy(cwd)
+        save_fleet(cwd, *map(instance, (SHARED, *ids)))
         return cwd
 
     def scan(self, *args: str, code: int | None = 3, cwd: Path | None = None, **options: Any) -> Result:
@@ -327,46 +315,17 @@ TROUBLES = {
 }
 
 
-@dataclass(frozen=True)
-class Aftermath:
-    """What is left after a scan that met troubles."""
-
-    result: Result
-    hits: list[int]
-    stored: bytes | None
-    counted: tuple[int, int] | None
-
-
-@pytest.fixture(scope="module")
-def passed(
-    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[Aftermath]]:
-    """Scan with every trouble of the table, each into a state of its own."""
-    directory, aws = tmp_path_factory.mktemp("passed"), new_bucket(aws_server)
-
-    def scan(why: str, case: Trouble) -> Aftermath:
-        state = State(aws, directory / why, f"{why}.db")
-        if not case.first:
-            state.stored = recorded
-        faults = [state.fault(**fault) for fault in case.faults]
-        result = state.scan(code=None)
-        return Aftermath(
-            result, [fault.hits for fault in faults], state.stored, state.counted if state.stored else None
-        )
-
-    return at_once(scan, TROUBLES)
-
-
 @pytest.mark.parametrize("why", TROUBLES)
-def test_trouble_passes_and_every_scan_is_counted_once(
-    passed: dict[str, Future[Aftermath]], why: str
-) -> None:
-    case, after = TROUBLES[why], passed[why].result()
-    assert after.hits == [fault["times"] for fault in case.faults]
-    assert after.counted == (case.counted, case.counted)
-    assert after.result.code == 3, after.result.err
-    assert statuses(after.result) == [case.status]
-    assert [row["Status"] for row in after.result.csv("out.csv")] == [case.status]
+def test_trouble_passes_and_every_scan_is_counted_once(state: State, recorded: bytes, why: str) -> None:
+    case = TROUBLES[why]
+    if not case.first:
+        state.stored = recorded
+    faults = [state.fault(**fault) for fault in case.faults]
+    result = state.scan(code=3)
+    assert [fault.hits for fault in faults] == [fault["times"] for fault in case.faults]
+    assert state.counted == (case.counted, case.counted)
+    assert statuses(result) == [case.status]
+    assert [row["Status"] for row in result.csv("out.csv")] == [case.status]
 
 
 def test_only_verbose_scans_show_that_they_try_again(state: State, recorded: bytes) -> None:
@@ -405,7 +364,7 @@ REFUSALS: dict[str, Refusal] = {
     "captive portal that answers 403": (
         lambda recorded: recorded,
         download("body", status=403, **PORTAL),
-        "403",
+        "ForeignAnswer",
     ),
     "empty": (lambda _: b"", None, "is empty"),
     "garbage": (lambda _: b"not a database" * 400, None, "is not a SQLite database"),
@@ -420,36 +379,19 @@ REFUSALS: dict[str, Refusal] = {
 }
 
 
-@pytest.fixture(scope="module")
-def refused(
-    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[tuple[Result, list[Request]]]]:
-    """Scan into every state of the table that cannot be used."""
-    directory, aws = tmp_path_factory.mktemp("refused"), new_bucket(aws_server)
-
-    def scan(why: str, case: Refusal) -> tuple[Result, list[Request]]:
-        make, fault, _ = case
-        state = State(aws, directory / why, f"{why}.db")
-        if (stored := make(recorded)) is not None:
-            state.stored = stored
-        if fault:
-            state.fault(**fault)
-        result = state.scan(code=None)
-        assert state.stored == stored
-        return result, state.calls("PutObject")
-
-    return at_once(scan, REFUSALS)
-
-
 @pytest.mark.parametrize("why", REFUSALS)
 def test_state_that_cannot_be_used_is_refused_untouched_before_the_scan(
-    refused: dict[str, Future[tuple[Result, list[Request]]]], why: str
+    state: State, recorded: bytes, why: str
 ) -> None:
-    result, uploads = refused[why].result()
-    assert result.code == 5
-    assert REFUSALS[why][-1] in result.err
-    assert result.err.startswith(f"tagcheck: the state s3://{BUCKET}/{why}.db")
-    assert uploads == []
+    make, fault, says = REFUSALS[why]
+    state.stored = stored = make(recorded)
+    if fault:
+        state.fault(**fault)
+    result = state.scan(code=5)
+    assert says in result.err
+    assert result.err.startswith(f"tagcheck: the state {state.location}")
+    assert state.stored == stored
+    assert state.calls("PutObject") == []
     assert not (result.cwd / "out.csv").exists()
 
 
@@ -468,7 +410,7 @@ def test_download_that_trickles_ends_the_scan(
 ) -> None:
     state.stored = recorded
     state.fault("trickle", action="GetObject", seconds=0.2, in_headers=in_headers)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=5, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=5, process=True)
     assert f"tagcheck: the state {state.location}: given up after 2 tries" in result.err
     assert "CallTimeout" in result.err
     assert state.stored == recorded
@@ -479,14 +421,14 @@ def test_upload_whose_answer_trickles_is_found_to_stand(
 ) -> None:
     state.stored = recorded
     state.fault("trickle", action="PutObject", seconds=0.2, in_headers=True, times=1)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=3, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=1.0), code=3, process=True)
     assert [finding["times_seen"] for finding in result.json("out.json")["findings"]] == [2]
 
 
 def test_upload_that_never_ends_still_leaves_the_csv(state: State, recorded: bytes, tmp_path: Path) -> None:
     state.stored = recorded
     state.fault("slow", action="PutObject", seconds=60)
-    result = state.scan(script=script_with(tmp_path, S3_SECONDS=0.5), code=5, timeout=60)
+    result = state.scan(script=script_with(tmp_path, S3_SECONDS=0.5), code=5, process=True)
     assert "given up after 2 tries" in result.err
     assert len(result.csv("out.csv")) == 1
     assert state.stored == recorded
@@ -541,42 +483,24 @@ ENDLESS = {
 }
 
 
-@pytest.fixture(scope="module")
-def given_up(
-    recorded: bytes, aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[Aftermath]]:
-    """Scan with every trouble that does not end, each into a state of its own, and with less patience."""
-    directory, aws = tmp_path_factory.mktemp("given_up"), new_bucket(aws_server)
-    impatient = script_with(directory, S3_TRIES=3, S3_PAUSE=0.01)
-
-    def scan(why: str, fault: dict[str, Any]) -> Aftermath:
-        state = State(aws, directory / why, f"{why}.db")
-        state.stored = recorded
-        cwd = state.new_agent()
-        for name in ("out.json", "out.xml"):
-            (cwd / name).write_text("as it was")
-        limits = state.fault(**fault)
-        result = state.scan(cwd=cwd, code=None, script=impatient)
-        return Aftermath(result, [limits.hits], state.stored, state.counted)
-
-    return at_once(scan, ENDLESS)
-
-
 @pytest.mark.parametrize("why", ENDLESS)
 def test_tries_run_out_and_only_the_csv_is_written(
-    given_up: dict[str, Future[Aftermath]], recorded: bytes, why: str
+    state: State, recorded: bytes, tmp_path: Path, why: str
 ) -> None:
-    after = given_up[why].result()
-    assert (after.result.code, after.result.out) == (5, "")
-    assert f"the state s3://{BUCKET}/{why}.db: given up after 3 tries" in after.result.err
-    assert "not recorded, run again" in after.result.err
-    others = after.hits[0] if ENDLESS[why]["kind"] == "answer" else 0
-    assert after.counted == (1 + others, 1 + others)
-    assert (after.stored == recorded) is (others == 0)
-    cwd = after.result.cwd
+    state.stored = recorded
+    cwd, fault = state.new_agent(), state.fault(**ENDLESS[why])
+    for name in ("out.json", "out.xml"):
+        (cwd / name).write_text("as it was")
+    result = state.scan(cwd=cwd, code=5, script=script_with(tmp_path, S3_TRIES=3))
+    assert result.out == ""
+    assert f"the state {state.location}: given up after 3 tries" in result.err
+    assert "not recorded, run again" in result.err
+    others = fault.hits if ENDLESS[why]["kind"] == "answer" else 0
+    assert state.counted == (1 + others, 1 + others)
+    assert (state.stored == recorded) is (others == 0)
     assert {(cwd / name).read_text() for name in ("out.json", "out.xml")} == {"as it was"}
     assert {file.name for file in cwd.iterdir()} == {"policy.yaml", "fleet.json", *OUTPUTS[1::2]}
-    assert [row["Status"] for row in after.result.csv("out.csv")] == ["REPEAT"]
+    assert [row["Status"] for row in result.csv("out.csv")] == ["REPEAT"]
 
 
 def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
@@ -597,7 +521,7 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=30)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")

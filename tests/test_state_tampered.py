@@ -1,22 +1,21 @@
-"""Section 6: a state that somebody has changed is data; it costs no finding, and no command crashes on it."""
+"""State: one that somebody has changed is data; it costs no finding, and no command crashes on it."""
 
 import contextlib
 import csv
-import gc
 import json
-import logging
 import os
 import random
-import signal
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from builders import policy, save_policy
+from conftest import Result, run_tagcheck
 
 import tagcheck as script
 
@@ -25,39 +24,21 @@ FLEET = Path(__file__).resolve().parent / "data" / "fleet.json"
 STATE = "instance_state.db"
 POLICY = ("--policy", "policy.yaml")
 SAVED = ("--instances", "fleet.json")
-KEYS = {
-    "version": 1,
-    "name": "test",
-    "required_tags": ["Owner", "CostCenter", {"key": "Environment", "default": "dev"}],
-    "regions": {"us-east-1": {}, "eu-west-1": {}},
-    "grace_period": "2h",
-}
+KEYS = policy(
+    required_tags=["Owner", "CostCenter", {"key": "Environment", "default": "dev"}],
+    regions={"us-east-1": {}, "eu-west-1": {}},
+    grace_period="2h",
+)
 VIOLATIONS, UNREAD, FAILED = 3, 4, 5
 
 
-class Run(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 class Desk:
-    """The script in this process, in a directory of its own."""
+    """The script in a directory of its own."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def run(self, *args: str, now: datetime = TODAY) -> Result:
+        return run_tagcheck(*args, cwd=Path.cwd(), now=now)
 
-    def run(self, *args: str, now: datetime = TODAY) -> Run:
-        self._capsys.readouterr()
-        try:
-            code = script.main(args, now=now)
-        except SystemExit as end:  # of argparse
-            code = int(end.code or 0)
-        return Run(code, *self._capsys.readouterr())
-
-    def scan(self, *args: str, now: datetime = TODAY) -> Run:
+    def scan(self, *args: str, now: datetime = TODAY) -> Result:
         return self.run(
             "scan",
             *POLICY,
@@ -73,21 +54,12 @@ class Desk:
 
 
 @pytest.fixture
-def desk(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Desk]:
-    """Give a desk without a state, and undo what the script does to the process."""
+def desk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Desk:
+    """Give a desk without a state."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "policy.yaml").write_text(json.dumps(KEYS))
+    save_policy(tmp_path, **KEYS)
     save_fleet()
-    on_signal = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threshold, handlers, level = gc.get_threshold(), list(logging.root.handlers), script.LOG.level
-    yield Desk(capsys)
-    for number, handler in on_signal.items():
-        signal.signal(number, handler)
-    gc.set_threshold(*threshold)
-    logging.root.handlers[:] = handlers
-    script.LOG.setLevel(level)
+    return Desk()
 
 
 def save_fleet(change: Callable[[int, dict[str, Any]], None] = lambda *_: None) -> None:
@@ -116,13 +88,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Give a state after three scans, in which findings came and went, and tags were written."""
     directory = tmp_path_factory.mktemp("history")
     with contextlib.chdir(directory):
-        Path("policy.yaml").write_text(json.dumps(KEYS))
+        save_policy(directory, **KEYS)
         for days, change in ((9, strip_first), (5, tag_first), (2, lambda *_: None)):
             save_fleet(change)
             now = TODAY - timedelta(days=days)
             where = ("--region", "us-east-1", "--region", "eu-west-1")
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-                assert script.main(["scan", "-q", *POLICY, *SAVED, *where], now=now) == VIOLATIONS
+            run_tagcheck("scan", "-q", *POLICY, *SAVED, *where, cwd=directory, now=now, check=VIOLATIONS)
         with closing(sqlite3.connect(STATE)) as db, db:
             db.execute(
                 "INSERT INTO changes SELECT NULL, 'x/1', policy, account_id, region, instance_id, 'Owner', NULL, 'ann', "
