@@ -2743,7 +2743,7 @@ def describe_creators(
     One RunInstances may create many of them, and answers for all. Raises TargetError.
     """
     waiting = dict(launches)
-    while waiting and time.monotonic() < deadline:
+    while waiting and time.monotonic() + LOOKUP_PAUSE < deadline:  # a lookup waits for its turn
         instance_id, launched = next(iter(waiting.items()))
         try:
             created = _look_up_creator(client, instance_id, min(launched, LAST_LAUNCH), deadline)
@@ -7335,7 +7335,9 @@ def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None])
     read = [os.path.realpath(path) for path in inputs if path and path != "-"]
     taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
-        raise UsageError("two options name the same file, or one of the state's own: give each its own")
+        raise UsageError(
+            "two options name the same file, or an output has the name of the state's journal: give each its own"
+        )
     for output in outputs:
         check_output(output)
     return outputs
