@@ -80,8 +80,7 @@ from typing import (
 )
 from xml.etree import ElementTree
 from xml.parsers import expat
-from xml.sax.saxutils import XMLGenerator
-from xml.sax.xmlreader import AttributesImpl
+from xml.sax.saxutils import escape, quoteattr
 
 __version__ = "1.0"
 
@@ -4639,36 +4638,23 @@ CSV_COLUMNS = tuple(
 def write_csv(file: TextIOBase, report: ScanReport | HistoryReport) -> None:
     """Write one row per finding and, so that none looks clean, one per unread target (Status UNREAD)."""
     file.write(csv_line(CSV_COLUMNS))
-    for cells in itertools.chain(map(_finding_cells, report.findings()), map(_unread_cells, report.unread)):
+    file.writelines(csv_line(_finding_cells(finding)) for finding in report.findings())
+    for unread in report.unread:
+        cells = {"Status": "UNREAD", "AccountId": unread.target.account_id, "Region": unread.target.region}
+        cells["Error"] = f"{unread.error_code}: {unread.error_message}"
         file.write(csv_line(cells.get(column, "") for column in CSV_COLUMNS))
 
 
-def _finding_cells(finding: Finding) -> dict[str, str]:
-    """Return a finding's cells by column; an empty tag counts as missing, a wrong value as invalid."""
-    wrong = ViolationType.NONCOMPLIANT_VALUE
-    return {
-        "InstanceId": finding.instance_id,
-        "MissingTags": ",".join(v.tag_key for v in finding.violations if v.type is not wrong),
-        "LaunchTime": _csv_time(finding.launch_time),
-        "InvalidTags": ",".join(f"{v.tag_key}={v.value}" for v in finding.violations if v.type is wrong),
-        "Status": finding.status,
-        "FirstSeen": _csv_time(finding.first_seen),
-        "LastSeen": _csv_time(finding.last_seen),
-        "TimesSeen": str(finding.times_seen),
-        "AccountId": finding.account_id,
-        "Region": finding.region,
-        "Name": finding.name,
-        "State": finding.state,
-        "CreatedBy": finding.creator,
-        "SuggestedTags": ", ".join(map(str, finding.suggestions)),
-        "ManagedBy": finding.managed_by or "",
-    }
-
-
-def _unread_cells(coverage: Coverage) -> dict[str, str]:
-    """Return the cells of a target that could not be read."""
-    where = {"AccountId": coverage.target.account_id, "Region": coverage.target.region}
-    return {"Status": "UNREAD", **where, "Error": f"{coverage.error_code}: {coverage.error_message}"}
+def _finding_cells(finding: Finding) -> list[str]:
+    """Return a finding's cells in the order of CSV_COLUMNS; an empty tag is missing, a wrong value invalid."""
+    wrong = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
+    missing = ",".join(v.tag_key for v in finding.violations if v not in wrong)
+    invalid = ",".join(f"{v.tag_key}={v.value}" for v in wrong)
+    first, last = _csv_time(finding.first_seen), _csv_time(finding.last_seen)
+    cells = [finding.instance_id, missing, _csv_time(finding.launch_time), invalid]
+    cells += [finding.status, first, last, str(finding.times_seen), finding.account_id, finding.region]
+    cells += [finding.name, finding.state, finding.creator, ", ".join(map(str, finding.suggestions))]
+    return [*cells, "", finding.managed_by or ""]
 
 
 def _csv_time(text: str) -> str:
@@ -4704,19 +4690,15 @@ def csv_line(texts: Iterable[str]) -> str:
     return f"{','.join(quoted)}\n"
 
 
-_encode = json.JSONEncoder(
-    default=to_record
-).encode  # violations, suggestions, events and changes are dataclasses
+# Violations, suggestions, events and changes are dataclasses.
+_encode = json.JSONEncoder(default=to_record).encode
 
 
 def write_json_object(file: TextIOBase, head: Mapping[str, Any], **lists: Iterable[object]) -> None:
     """Write an object: the keys of its head, then its lists, one line per record, which are streamed."""
-    separator = "{\n"
-    for key, value in head.items():
-        file.write(f"{separator}{_encode(key)}: {_encode(value)}")
-        separator = ",\n"
+    file.write("{\n" + ",\n".join(f"{_encode(key)}: {_encode(value)}" for key, value in head.items()))
     for key, records in lists.items():
-        file.write(f"{separator}{_encode(key)}: [")
+        file.write(f",\n{_encode(key)}: [")
         for number, record in enumerate(records):
             file.write((",\n" if number else "\n") + _encode(record))
         file.write("]")
@@ -4768,9 +4750,8 @@ def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
 def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
-    status = {"status": "read" if coverage.read else "unread", "error": error}
     counts = to_record(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
-    return to_record(coverage.target) | status | counts
+    return to_record(coverage.target) | {"status": "unread" if error else "read", "error": error} | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
@@ -4816,22 +4797,27 @@ def write_junit(file: TextIOBase, report: ScanReport) -> None:
 
     Jenkins keeps a case's history under its name, so names hold no counts and no dates.
     """
-    xml = XMLGenerator(file, encoding="UTF-8", short_empty_elements=True)
-    xml.startDocument()
-    totals = report.totals
-    attributes = {
-        "name": "tagcheck",
-        "tests": totals["targets"] + totals["findings"] + totals["exempted"],
-        "failures": totals["findings"],
-        "errors": totals["targets_unread"],
-        "time": f"{(report.finished_at - report.scan.started_at).total_seconds():.3f}",
-    }
-    with _element(xml, "testsuites", attributes):
-        # All three are sorted by place, and a target comes right before the cases in it.
-        cases: Iterator[Case] = heapq.merge(report.coverage, report.findings(), report.exempted(), key=_place)
-        for _, group in itertools.groupby(cases, key=lambda case: _place(case)[:2]):
-            _write_suite(xml, group, utc_text(report.scan.started_at).removesuffix("Z"))
-    xml.endDocument()
+    totals, begun = report.totals, report.scan.started_at
+    tests = totals["targets"] + totals["findings"] + totals["exempted"]
+    counts = {"tests": tests, "failures": totals["findings"], "errors": totals["targets_unread"]}
+    timestamp = utc_text(begun).removesuffix("Z")
+    seconds = f"{(report.finished_at - begun).total_seconds():.3f}"
+    file.write('<?xml version="1.0" encoding="UTF-8"?>\n')
+    file.write(_start_tag("testsuites", name="tagcheck", time=seconds, **counts))
+    # All three are sorted by place, and a target comes right before the cases in it.
+    cases: Iterator[Case] = heapq.merge(report.coverage, report.findings(), report.exempted(), key=_place)
+    for (account_id, region), group in itertools.groupby(cases, key=lambda case: _place(case)[:2]):
+        suite = f"{account_id}.{region}"
+        for case in group:
+            if isinstance(case, Coverage):
+                counts = {"tests": 1 + case.findings + case.exempted, "failures": case.findings}
+                counts |= {"errors": int(not case.read), "skipped": case.exempted, "time": 0}
+                file.write(_start_tag("testsuite", name=suite, timestamp=timestamp, **counts))
+            name = _place(case)[2] or "scan"
+            file.write(_start_tag("testcase", classname=suite, name=name, time=0))
+            file.write(f"{_outcome(case)}</testcase>\n")
+        file.write("</testsuite>\n")
+    file.write("</testsuites>\n")
 
 
 Case = Coverage | Finding | ExemptedInstance
@@ -4844,54 +4830,25 @@ def _place(case: Case) -> tuple[str, str, str]:
     return case.account_id, case.region, case.instance_id
 
 
-def _write_suite(xml: XMLGenerator, cases: Iterator[Case], timestamp: str) -> None:
-    """Write the suite of the target that comes first among these cases."""
-    target = next(cases)
-    assert isinstance(target, Coverage)
-    attributes = {
-        "name": f"{target.target.account_id}.{target.target.region}",
-        "tests": 1 + target.findings + target.exempted,
-        "failures": target.findings,
-        "errors": int(not target.read),
-        "skipped": target.exempted,
-        "time": 0,
-        "timestamp": timestamp,
-    }
-    with _element(xml, "testsuite", attributes):
-        for case in itertools.chain([target], cases):
-            name = _place(case)[2] or "scan"
-            with _element(xml, "testcase", {"classname": attributes["name"], "name": name, "time": 0}):
-                _write_outcome(xml, case)
-
-
-def _write_outcome(xml: XMLGenerator, case: Case) -> None:
-    """Write the error of an unread target, the failure of a finding, or why an instance is exempted."""
+def _outcome(case: Case) -> str:
+    """Return the error of an unread target, the failure of a finding, or why an instance is exempted."""
     if isinstance(case, Coverage):
-        if not case.read:
-            error = {"type": case.error_code or "", "message": case.error_message or ""}
-            with _element(xml, "error", error):
-                pass
-    elif isinstance(case, ExemptedInstance):
-        with _element(xml, "skipped", {"message": "; ".join(map(str, case.exempted))}):
-            pass
-    else:
-        messages = [violation.message for violation in case.violations]
-        types = dict.fromkeys(violation.type for violation in case.violations)
-        with _element(xml, "failure", {"type": ",".join(types), "message": "; ".join(messages)}):
-            history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
-            lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
-            xml.characters("\n".join(map(printable, lines)))
+        error = {"type": case.error_code, "message": case.error_message}
+        return "" if case.read else f"{_start_tag('error', **error)}</error>"
+    if isinstance(case, ExemptedInstance):
+        return f"{_start_tag('skipped', message='; '.join(map(str, case.exempted)))}</skipped>"
+    messages = [violation.message for violation in case.violations]
+    types = ",".join(dict.fromkeys(violation.type for violation in case.violations))
+    history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
+    lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
+    text = escape("\n".join(map(printable, lines)))
+    return f"{_start_tag('failure', type=types, message='; '.join(messages))}{text}</failure>"
 
 
-@contextlib.contextmanager
-def _element(xml: XMLGenerator, name: str, attributes: Mapping[str, object]) -> Iterator[None]:
-    """Write an element around what the body of the `with` writes; XML has no place for most controls."""
-    xml.startElement(name, AttributesImpl({key: printable(str(value)) for key, value in attributes.items()}))
-    try:
-        yield
-    finally:
-        xml.endElement(name)
-        xml.characters("\n")
+def _start_tag(tag: str, /, **attributes: object) -> str:
+    """Return the start tag of an XML element; XML has no place for most controls."""
+    pairs = (f" {key}={quoteattr(printable(str(value)))}" for key, value in attributes.items())
+    return f"<{tag}{''.join(pairs)}>"
 
 
 # A new format needs its writer, its row here, and its option in the lists of the command line.
