@@ -1716,7 +1716,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
 
 
 ########################################################################################################
-# 3 Evaluation: judge, evaluate, check_tag, near_miss, is_too_young, resolution, decide_exit_code
+# 3 Evaluation: judge, check_tag, near_miss, is_too_young, resolution, decide_exit_code
 ########################################################################################################
 
 
@@ -1789,7 +1789,8 @@ def new_state_notice(state: str) -> str:
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
     """Return how an instance of a target does under a policy; of several exemptions the first counts."""
-    violations = evaluate(instance.tags, policy.rules(target.region), policy.placeholder_values)
+    rules, placeholders = policy.rules(target.region), policy.placeholder_values
+    violations = tuple(filter(None, (check_tag(instance.tags, rule, placeholders) for rule in rules)))
     exempted: dict[str, Exempted] = {}
     if violations and policy.exemptions:
         in_force = (exemption for exemption in policy.exemptions if exemption.holds(now.date()))
@@ -1800,13 +1801,6 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         violations = tuple(violation for violation in violations if violation.tag_key not in exempted)
     too_young = is_too_young(instance, policy.grace_period, now)
     return Sighting(instance, violations, tuple(exempted.values()), too_young)
-
-
-def evaluate(
-    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholders: frozenset[str]
-) -> tuple[Violation, ...]:
-    """Return how an instance's tags fail the rules, in the order of the rules; () where they comply."""
-    return tuple(filter(None, (check_tag(tags, rule, placeholders) for rule in rules)))
 
 
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
@@ -1852,28 +1846,22 @@ def bare_key(key: str) -> str:
     return re.sub(r"[\s_-]", "", key).casefold()
 
 
-# A launch further in the future is a mistake in the answer, and the instance would never be judged.
-MAX_CLOCK_DIFFERENCE = timedelta(days=1)
-
-
 def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> bool:
     """Return whether an instance is still within its grace period: tags often come after the launch."""
-    return -MAX_CLOCK_DIFFERENCE < now - instance.launch_time < grace_period
+    # A launch further in the future is a mistake in the answer, and the instance would never be judged.
+    return -timedelta(days=1) < now - instance.launch_time < grace_period
 
 
 def resolution(
     violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
 ) -> Resolution:
-    """Return why a finding is no longer open; `tags` are None where the instance is gone.
-
-    `exempted` are the keys that do not count. If a tag is still as it was, it is the policy that changed.
-    """
+    """Return why a finding is closed: by its tags now (None: it is gone) and the keys that are exempted."""
     if tags is None:
         return Resolution.GONE
     if any(violation.tag_key in exempted for violation in violations):
         return Resolution.EXEMPTED
     for violation in violations:
-        value = tags.get(violation.tag_key, "")
+        value = tags.get(violation.tag_key, "")  # still as it was? Then it is the policy that changed.
         if is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value):
             return Resolution.POLICY_CHANGED
     return Resolution.TAGGED
@@ -1897,14 +1885,11 @@ def decide_exit_code(coverage: Sequence[Coverage], fail_on: FailOn) -> ExitCode:
 
 
 class GroupKind(NamedTuple):
-    """A way in which instances belong together; `remedy` says how to have the group tag them, if it can.
-
-    `risk` is what happens to a tag that is set on an instance only.
-    """
+    """A way in which instances belong together."""
 
     word: str
-    remedy: str = ""
-    risk: str = "the tag is lost when an instance is replaced"
+    remedy: str = ""  # how to have the group tag its instances, if it can
+    risk: str = "the tag is lost when an instance is replaced"  # where it is set on an instance only
 
 
 # The most specific first. A cause is a group that can tag its instances; how is in AWS's user guides (EC2
@@ -1973,14 +1958,11 @@ def cause_of(groups: Iterable[Group]) -> Group | None:
 
 
 class Agreement(NamedTuple):
-    """The most common valid value of a tag in a group, and how many members have it, or any valid one.
-
-    If hardly any member has a valid one, `agreeing` is 0, and `members` counts all.
-    """
+    """The most common valid value of a tag in a group."""
 
     value: str
-    agreeing: int
-    members: int
+    agreeing: int  # how many have it; 0 if hardly any member has a valid one
+    members: int  # how many have a valid one; all where `agreeing` is 0
 
 
 MIN_MEMBERS = 3  # fewer say nothing of a group
@@ -2133,6 +2115,9 @@ NO_CONNECTION = frozenset(
     "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError "
     "CallTimeout".split()
 )
+_CUT_SHORT = frozenset(
+    "IncompleteReadError ResponseStreamingError FlexibleChecksumError ResponseParserError".split()
+)
 # Advice by service and code, by code, or by service.
 _CALL_ADVICE = ADVICE | {
     "sts AccessDenied": "the role does not exist, or does not trust the caller (tagcheck.py iam-policy)",
@@ -2144,10 +2129,7 @@ _CALL_ADVICE = ADVICE | {
 
 
 class CallError(TargetError):
-    """A call to AWS that failed: AWS's code or ours, advice, and what AWS said.
-
-    `status` is the HTTP status of a refusal, or 0. `transient` errors are those of the network.
-    """
+    """A call to AWS that failed: the code, advice, what AWS said, the HTTP status, or 0, of a refusal."""
 
     def __init__(
         self, code: str, said: str, operation: str, *, status: int = 0, transient: bool = False
@@ -2164,12 +2146,8 @@ class CallError(TargetError):
 
 
 def call_error(error: Exception, operation: str) -> TagcheckError:
-    """Return the error to report for an exception of a call to AWS; raises any other again.
-
-    The codes are the same with every version of botocore and urllib3.
-    """
+    """Return the error to report for an exception of a call to AWS; raises any other again."""
     import botocore.exceptions as exceptions
-    import botocore.parsers
 
     name = type(error).__name__
     code, said, status, transient = "ForeignAnswer", f"{name}: {error}", 0, False
@@ -2181,12 +2159,8 @@ def call_error(error: Exception, operation: str) -> TagcheckError:
             if isinstance(given, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,100}", given):
                 code = given
             said = message if isinstance(message, str) else ""
-        case (
-            exceptions.IncompleteReadError()
-            | exceptions.ResponseStreamingError()
-            | exceptions.FlexibleChecksumError()
-            | botocore.parsers.ResponseParserError()  # its text repeats the answer, perhaps with credentials
-        ):
+        # The text of a ResponseParserError repeats the answer, perhaps with credentials.
+        case _ if name in _CUT_SHORT:
             code, said, transient = "IncompleteAnswer", name, True
         case exceptions.ConnectionError() | exceptions.HTTPClientError():
             # Other texts may repeat a header, and with it the session token: only the kind may be printed.
@@ -2491,13 +2465,10 @@ def describe_regions(client: Any) -> list[str]:
     """Return the regions that are enabled in the account; raises TargetError."""
     pages = read_pages(client, "DescribeRegions", "Regions", AllRegions=True)
     try:
-        enabled = sorted(
-            region["RegionName"]
-            for region in itertools.chain.from_iterable(pages)
-            if region["OptInStatus"] != "not-opted-in"
-        )
+        regions = {region["RegionName"]: region["OptInStatus"] for page in pages for region in page}
     except KeyError as error:
         raise CallError("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
+    enabled = sorted(name for name, status in regions.items() if status != "not-opted-in")
     wrong = [name for name in enabled if not re.fullmatch(REGION_NAME, name)]  # they become host names
     if wrong or not enabled:
         problem = f"a region {wrong[0]!r}" if wrong else "no region at all"
@@ -2567,14 +2538,13 @@ class _Element(NamedTuple):
 _LEAF = _Element("text")
 _TAG = _Element("closed", {"key": _LEAF, "value": _LEAF})
 _TEXTS = ("instanceId", "launchTime", "instanceType", "subnetId", "vpcId")
-_INSTANCE_MEMBERS = {
-    **dict.fromkeys(_TEXTS, _LEAF),
+_PARTS = {
     "instanceState": _Element("open", {"name": _LEAF}),
     "iamInstanceProfile": _Element("open", {"arn": _LEAF}),
     "operator": _Element("open", {"managed": _LEAF, "principal": _LEAF}),
     "tagSet": _Element("closed", {"item": _TAG}),
 }
-_INSTANCE = _Element("open", _INSTANCE_MEMBERS)
+_INSTANCE = _Element("open", dict.fromkeys(_TEXTS, _LEAF) | _PARTS)
 _RESERVATION = _Element("open", {"ownerId": _LEAF, "instancesSet": _Element("closed", {"item": _INSTANCE})})
 _LIST = _Element("closed", {"item": _RESERVATION})
 _ROOT = _Element("closed", {"requestId": _LEAF, "nextToken": _LEAF, "reservationSet": _LIST})
@@ -2698,11 +2668,9 @@ class _AnswerParser:
 
 
 def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
-    """Return the instances of an answer of DescribeInstances, and its token.
+    """Return the instances of an answer of DescribeInstances, which comes in pieces, and its token.
 
-    Takes the answer in pieces, and keeps only what is read: a page of 1,000 is 8 MB, and a tree of it 60 MB,
-    in each thread. Raises ExpatError, and TargetError where it cannot be EC2's whole answer, or is about
-    another account than the given one.
+    A page of 1,000 is 8 MB, and a tree of it 60 MB, in each thread. Raises ExpatError and TargetError.
     """
     parser = _AnswerParser("DescribeInstances", _ROOT, account_id)
     root = parser.read(body)
@@ -2711,13 +2679,24 @@ def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[I
     return list(parser.instances.values()), root.get("nextToken", "")
 
 
+def _matching(pattern: str, text: str, what: str) -> str:
+    """Return the part of a text that a pattern matches at its start; raises ValueError."""
+    if match := re.match(pattern, text):
+        return match[0]
+    raise ValueError(f"{shown_value(text)} is not {what}")
+
+
+def _account_id(text: str) -> str:
+    """Return a text that is an account id; raises ValueError."""
+    return _matching(rf"{ACCOUNT_ID}\Z", text, "an account id")
+
+
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
     # EC2 has made ids longer before; what people write has the lengths of today (INSTANCE_ID).
-    if not re.fullmatch("i-[0-9a-f]+", instance_id):
-        raise ValueError(f"{shown_value(instance_id)} is not an instance id")
+    _matching(r"i-[0-9a-f]+\Z", instance_id, "an instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
@@ -2918,43 +2897,26 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _account_id(text: str) -> str:
-    """Return a text that is an account id; raises ValueError."""
-    if not re.fullmatch(ACCOUNT_ID, text):
-        raise ValueError(f"{shown_value(text)} is not an account id")
-    return text
-
-
 def zone_region(zone: str) -> str:
     """Return the region of an availability, local or wavelength zone: us-west-2 of us-west-2-lax-1a."""
-    match = re.match(REGION_NAME, zone)
-    if not match:
-        raise ValueError(f"{shown_value(zone)} is not an availability zone")
-    return match[0]
+    return _matching(REGION_NAME, zone, "an availability zone")
 
 
 PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
 HOURS_A_MONTH = 730  # as in AWS's own calculator
+Prices = dict[tuple[str, str], float]  # of an hour, by instance type and region
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What an hour of an instance costs, by instance type and region."""
-
-    hourly: Mapping[tuple[str, str], float]
-
-    def monthly_cost(self, instance: Instance, region: str) -> float | None:
-        """Return what an instance in its present state costs in a month; None without its price."""
-        hourly = self.hourly.get((instance.instance_type, region))
-        if hourly is None:
-            return None
-        runs = instance.state in ("pending", "running") or is_new_state(instance.state)
-        return hourly * HOURS_A_MONTH if runs else 0.0
+def monthly_cost(prices: Prices, instance: Instance, region: str) -> float | None:
+    """Return what an instance in its present state costs in a month; None without its price."""
+    hourly = prices.get((instance.instance_type, region))
+    runs = instance.state in ("pending", "running") or is_new_state(instance.state)
+    return hourly and (hourly * HOURS_A_MONTH if runs else 0.0)
 
 
 def load_prices(path: str) -> Prices:
     """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
-    hourly: dict[tuple[str, str], float] = {}
+    prices: Prices = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
@@ -2967,12 +2929,12 @@ def load_prices(path: str) -> Prices:
                     raise UsageError(f"{place}: {shown_value(price)} is not a price: write it as 0.0832")
                 if not is_region(region):
                     raise UsageError(f"{place}: AWS has no region {shown_value(region)}")
-                hourly[kind, region] = float(price)
+                prices[kind, region] = float(price)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    return Prices(hourly)
+    return prices
 
 
 ########################################################################################################
@@ -7098,7 +7060,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     senders = {} if args.dry_run else _senders(args, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
-    prices = load_prices(args.prices) if args.prices else Prices({})
+    prices = load_prices(args.prices) if args.prices else {}
     actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
     aws = None if args.instances else Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
@@ -7547,7 +7509,7 @@ def _collect(
         if len(usage) > MAX_USAGE:
             add_usage(db, usage)
             usage.clear()
-        costs = (prices.monthly_cost(sighting.instance, target.region) for sighting in seen)
+        costs = (monthly_cost(prices, sighting.instance, target.region) for sighting in seen)
         add_sightings(db, numbers[target], zip(seen, costs, strict=True))
         progress.page(target, len(seen))
     progress.close()

@@ -1,11 +1,12 @@
 """Evaluation: an instance's tags and its rules give its violations."""
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
 import tagcheck
-from tagcheck import RequiredTag, Resolution, ViolationType
+from tagcheck import Instance, RequiredTag, Resolution, Target, ViolationType
 
 PLACEHOLDERS = frozenset({"tbd", "n/a", "none"})
 OWNER = RequiredTag("Owner")
@@ -121,7 +122,15 @@ def test_the_exact_key_wins_over_a_near_miss(exact, expected):
 
 
 def test_violations_come_in_the_order_of_the_rules():
-    found = tagcheck.evaluate({"Environment": "prd"}, (COST_CENTER, ENVIRONMENT, OWNER), PLACEHOLDERS)
+    policy = SimpleNamespace(
+        rules=lambda region: (COST_CENTER, ENVIRONMENT, OWNER),
+        placeholder_values=PLACEHOLDERS,
+        exemptions=(),
+        grace_period=timedelta(0),
+    )
+    instance = Instance("i-00000001", "running", datetime(2026, 1, 1, tzinfo=UTC), {"Environment": "prd"})
+    target, now = Target("111122223333", "us-east-1"), datetime(2026, 2, 1, tzinfo=UTC)
+    found = tagcheck.judge(target, instance, policy, now).violations
     assert [violation.tag_key for violation in found] == ["CostCenter", "Environment", "Owner"]
     assert found[1].message == "Environment is 'prd', not one of dev, test, prod (did you mean 'prod'?)"
 

@@ -43,8 +43,8 @@ COLUMNS = script.PLAN_COLUMNS
 
 def finding(tags, *suggestions, region=REGION, policy=POLICY, cause=None, id_="i-00000001"):
     """Make an open finding of an instance with these tags, as a scan would."""
-    rules = policy.rules(region)
-    violations = script.evaluate(tags, rules, policy.placeholder_values)
+    checks = (script.check_tag(tags, rule, policy.placeholder_values) for rule in policy.rules(region))
+    violations = tuple(filter(None, checks))
     times = ("2026-02-24T10:30:45Z",) * 2
     return script.Finding(
         *(ACCOUNT_ID, region, id_, "running", times[0], tags, violations, script.Status.NEW),
