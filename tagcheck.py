@@ -6102,7 +6102,6 @@ def send_email(client: Any, email: Email, digest: Digest) -> None:
 ########################################################################################################
 
 
-@unique
 class Action(StrEnum):
     """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
 
@@ -6118,7 +6117,6 @@ PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
 UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
 
 
-@unique
 class Result(StrEnum):
     """What became of a row of a plan."""
 
@@ -6164,11 +6162,6 @@ class PlanRow:
     def writes(self) -> bool:
         """True if the row changes something, unless the instance has changed."""
         return self.action not in (Action.REVIEW, Action.SKIP)
-
-    @property
-    def operation(self) -> str:
-        """The operation of EC2 that carries the row out."""
-        return "DeleteTags" if self.action is Action.DELETE else "CreateTags"
 
     @property
     def value_after(self) -> str | None:
@@ -6231,17 +6224,12 @@ class PlanRows:
             "AND result IN ('planned', 'written') GROUP BY 1, 2, 4 ORDER BY 3 DESC, 1, 2, 4"
         )
         names = ("account_id", "region", "instances", "message")
-        return [
-            dict(zip(names, (*place, number, f"{counted(number, 'instance')} of {warning}"), strict=True))
-            for *place, number, warning in rows
-        ]
+        each = ((*place, number, f"{counted(number, 'instance')} of {text}") for *place, number, text in rows)
+        return [dict(zip(names, row, strict=True)) for row in each]
 
 
 def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
-    """Yield what would fix findings: suggestions that are sure enough, or else the policy's default.
-
-    A tag that the policy no longer requires is left out, and so is a value that it would not accept.
-    """
+    """Yield what would fix findings and the policy still allows: sure suggestions, or else its default."""
     for finding in findings:
         failing = {violation.tag_key for violation in finding.violations}
         suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
@@ -6479,10 +6467,8 @@ class UndoFile:
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
-            message = (
-                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
-            )
-            raise OutputError(f"{message} (no more tags were written)") from error
+            message = f"the undo file {self.path} cannot be written: {error.strerror}"
+            raise OutputError(f"{message}; no more tags were written: make room and run again") from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
@@ -6529,18 +6515,16 @@ CALL_INTERVAL = 0.11
 def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
     """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
     problems = []
-    for row in rows:
-        state = states.get(row.account_id)
-        if row.writes and state != "ACTIVE":
-            how = f"is {state}" if state else "is not there"
-            complaint = f"in the organization the account {row.account_id} {how}: "
-            complaint += "take the row out, or choose others with --account"
-            if policy.accounts is None:
-                complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
-            file, _, line = row.place.rpartition(":")
-            if not file:
-                raise UsageError(f"{row}: {complaint}")
-            problems.append(Problem(file, int(line), 1, "", complaint))
+    for row in (row for row in rows if row.writes and states.get(row.account_id) != "ACTIVE"):
+        how = f"is {states[row.account_id]}" if row.account_id in states else "is not there"
+        complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
+        if policy.accounts:
+            complaint = f"in the organization the account {row.account_id} {how}: take the row out, or "
+            complaint += "choose others with --account"
+        file, _, line = row.place.rpartition(":")
+        if not file:
+            raise UsageError(f"{row}: {complaint}")
+        problems.append(Problem(file, int(line), 1, "", complaint))
     if problems:
         raise PolicyError(problems)
 
@@ -6567,7 +6551,7 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
 
 
 def _in_parts(items: Sequence[Any], size: int) -> list[Any]:
-    """Return items in parts of at most a size."""
+    """Return items in parts of at most this size."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -6586,36 +6570,40 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
     return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
 
 
-def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[str]]:
-    """Return the calls that carry rows out: operation and tags, and the instances that get exactly these."""
-    tags: dict[tuple[str, str], dict[str, str]] = {}
+Call = tuple[bool, tuple[tuple[str, str], ...]]  # True to delete, False to create; the tags
+
+
+def tag_calls(rows: Iterable[PlanRow]) -> dict[Call, list[str]]:
+    """Return the calls that carry rows out, each with the instances that get exactly its tags."""
+    tags: dict[tuple[bool, str], dict[str, str]] = {}
     for row in rows:
+        deletes = row.value_after is None
         # DeleteTags gets the value as well: it deletes no other (EC2 API reference).
-        value = row.current if row.action is Action.DELETE else row.value
-        tags.setdefault((row.operation, row.instance_id), {})[row.tag_key] = value
-    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
-    for (operation, id_), of_instance in tags.items():
-        calls.setdefault((operation, tuple(sorted(of_instance.items()))), []).append(id_)
+        value = row.current if deletes else row.value
+        tags.setdefault((deletes, row.instance_id), {})[row.tag_key] = value
+    calls: dict[Call, list[str]] = {}
+    for (deletes, id_), of_instance in tags.items():
+        calls.setdefault((deletes, tuple(sorted(of_instance.items()))), []).append(id_)
     return calls
 
 
 def write_tags(
-    client: Any, operation: str, ids: Sequence[str], tags: Sequence[tuple[str, str]], splits: Iterator[int]
+    client: Any, call: Call, ids: Sequence[str], splits: Iterator[int]
 ) -> Iterator[tuple[Sequence[str], TargetError | None]]:
     """Create or delete the same tags on instances; yields those done, and those refused with the reason.
 
     EC2 refuses a whole batch because of one instance. It names those that are gone; to find others the batch
     is halved, as often as there are `splits`. Raises TargetError where any other call would fail as well.
     """
-    pairs = [{"Key": key, "Value": value} for key, value in tags]
+    operation = "DeleteTags" if call[0] else "CreateTags"
+    pairs = [{"Key": key, "Value": value} for key, value in call[1]]
     batches = _in_parts(ids, WRITE_BATCH)
     while batches:
         batch = batches.pop()
         try:
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
             if WRITTEN not in answer:  # as in a captive portal's "200 OK"
-                message = "the answer does not say that it is done"
-                raise CallError("ForeignAnswer", message, f"ec2:{operation}")
+                raise CallError("ForeignAnswer", "the answer confirms nothing", f"ec2:{operation}")
             yield batch, None
         except TargetError as error:
             if not is_of_instance(error):
@@ -6668,12 +6656,11 @@ _ON_RESULT = {
 
 def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Change:
     """Return what the state keeps of a row: what is intended if it is planned, else what was written."""
-    tag = (row.account_id, row.region, row.instance_id, row.tag_key)
     intended = row.result is Result.PLANNED
     # ADD writes where nothing is, or blanks: which of them is known once the tags have been read.
     former = row.current or None if intended and row.action is not Action.ADD else row.former
-    status: Literal["intended", "written"] = "intended" if intended else "written"
-    return Change(f"{run}/{row}", policy_name, *tag, former, row.value_after, row.why, who, at, status)
+    tag = (row.account_id, row.region, row.instance_id, row.tag_key, former, row.value_after, row.why)
+    return Change(f"{run}/{row}", policy_name, *tag, who, at, "intended" if intended else "written")
 
 
 def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
@@ -6705,14 +6692,14 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
     # Anyone can write or edit an undo file.
     found = fetch_changes(db, policy_name, row.instance_id, row.target)
     changes = [change for change in found if change.tag_key == row.tag_key]
-    written = [change for change in changes if change.status == "written"]
+    last = next((change for change in reversed(changes) if change.status == "written"), None)
     # A person may have set the same value again since, which must stay.
-    if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
-        return replace(row, action=Action.SKIP, why=f"reverted already, at {written[-1].changed_at}")
+    if last and (last.former or "", last.value) == (row.current, row.value_after):
+        return replace(row, action=Action.SKIP, why=f"reverted already, at {last.changed_at}")
     for change in changes:
-        former = change.former
-        if is_blank(former or "") and is_blank(row.value_after or ""):
-            former = row.value_after  # the record of a killed run says "missing" for an empty tag as well
+        # The record of a killed run says "missing" for an empty tag as well.
+        blank = is_blank(change.former or "") and is_blank(row.value_after or "")
+        former = row.value_after if blank else change.former
         # What is not printable is never written over, and so not in an undo file: nothing is unescaped.
         if (change.value or "", former) == (row.current, row.value_after):
             return row
@@ -6805,19 +6792,19 @@ def _apply_batch(
     writing = [row for row in decided if row.result is Result.PLANNED]
     if writing:
         undo.add(writing)
-    answers: dict[tuple[str, str], TargetError | None] = {}
+    answers: dict[tuple[bool, str], TargetError | None] = {}
     failure, after = None, None
     try:
-        for (operation, pairs), alike in tag_calls(writing).items():
-            for answered, answer in write_tags(client, operation, alike, pairs, splits):
-                answers |= {(operation, id_): answer for id_ in answered}
+        for call, alike in tag_calls(writing).items():
+            for answered, answer in write_tags(client, call, alike, splits):
+                answers |= {(call[0], id_): answer for id_ in answered}
     except TargetError as error:
         failure = error
         with contextlib.suppress(TargetError):  # the answer may have been lost on its way back
             after = describe_tags(client, ids)
     for n, row in enumerate(decided):
         if row.result is Result.PLANNED:
-            answer = answers.get((row.operation, row.instance_id), failure)
+            answer = answers.get((row.value_after is None, row.instance_id), failure)
             decided[n] = row.became(*_result(row, answer, after))
     return decided, failure
 
@@ -6850,6 +6837,13 @@ class Remediation:
 def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
     """Write a plan as one JSON object, one line per row."""
     policy, rows, totals = done.policy, done.rows, done.rows.counts("result")
+    names = "account_id region instance_id name tag_key value action why result message warning".split()
+
+    def record(row: PlanRow) -> dict[str, Any]:
+        warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
+        others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
+        return to_record(row, names) | others
+
     head = {
         "version": __version__,
         "policy": to_record(policy, ("name", "file", "digest")),
@@ -6861,15 +6855,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
         "summary": {result: totals[result] for result in Result},
         "warnings": rows.warnings(),
     }
-    write_json_object(file, head, rows=map(_row_record, rows))
-
-
-def _row_record(row: PlanRow) -> dict[str, Any]:
-    """Return a row and what became of it as a JSON object."""
-    names = "account_id region instance_id name tag_key value action why result message warning".split()
-    warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
-    others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
-    return {name: getattr(row, name) for name in names} | others
+    write_json_object(file, head, rows=map(record, rows))
 
 
 REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
@@ -6880,12 +6866,17 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
     """Yield a plan or what became of it, for people, and what to do next."""
+
+    def cells(row: PlanRow) -> tuple[str, ...]:
+        where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
+        return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
+
     policy, rows, undo_file = done.policy, done.rows, done.undo_file
     actions, totals, warnings = rows.counts("action"), rows.counts("result"), rows.warnings()
     aside = [action for action in (Action.REVIEW, Action.SKIP) if actions[action]]
     others = "".join(f", {actions.pop(action):,} to {action}" for action in aside)
-    writing = (row for row in rows if row.writes)
-    instances = sum(1 for _ in itertools.groupby(writing, key=lambda row: (row.target, row.instance_id)))
+    writing = ((row.target, row.instance_id) for row in rows if row.writes)
+    instances = sum(1 for _ in itertools.groupby(writing))
     tags = f"{counted(actions.total(), 'tag')} to write on {counted(instances, 'instance')}"
     yield f"Policy {policy.name} ({policy.file}): {tags}{others}"
     if undo_file is not None:
@@ -6897,7 +6888,7 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         yield from table_lines(((f"  {row.result}", f"{row}: {row.message}") for row in not_written), left)
     elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        yield from ("", *table_lines(map(_table_cells, rows), totals.total(), head, csv_path), "")
+        yield from ("", *table_lines(map(cells, rows), totals.total(), head, csv_path), "")
     yield from table_lines(([f"Warning: {each['message']}"] for each in warnings), len(warnings))
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
     if fixes and undo_file is None:
@@ -6908,12 +6899,6 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
     elif undo_file is None:
         yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
-
-
-def _table_cells(row: PlanRow) -> tuple[str, ...]:
-    """Return a row of a plan as the table shows it."""
-    where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
-    return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
 
 
 ########################################################################################################
@@ -6939,25 +6924,23 @@ def _number(kind: type[float], low: int, high: float = math.inf) -> Callable[[st
     return read
 
 
-Shard = tuple[int, int]  # the first of eight: 1, 8
-ALL_ACCOUNTS: Shard = (1, 1)
-Statuses = tuple[str, ...]
-OPEN: Statuses = (Status.NEW, Status.REPEAT, Status.REOPENED)
-A_MINUTE = timedelta(minutes=1)
+ALL_ACCOUNTS = (1, 1)
+OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
 
 
-def _shard(text: str) -> Shard:
+def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for, for argparse."""
-    if match := re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text):
-        part, parts = int(match[1]), int(match[2])
-        if 1 <= part <= parts:
-            return part, parts
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
     raise argparse.ArgumentTypeError(f"{text!r} is not a share: write the first of eight as 1/8")
 
 
-def _statuses(word: str) -> Statuses:
+def _statuses(word: str) -> tuple[Status, ...]:
     """Return the statuses that a word stands for, for argparse."""
-    statuses = {status.lower(): (status,) for status in Status} | {"open": OPEN}
+    statuses: dict[str, tuple[Status, ...]] = {status.lower(): (status,) for status in Status} | {
+        "open": OPEN
+    }
     if word.lower() not in statuses:
         raise argparse.ArgumentTypeError(f"{printable(word)}: give open, {', '.join(Status)}")
     return statuses[word.lower()]
@@ -6975,9 +6958,7 @@ class Option(NamedTuple):
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
-FleetPaths = Annotated[
-    list[str], Option("saved `aws ec2 describe-instances` JSON, instead of AWS; - for stdin")
-]
+FleetPaths = Annotated[list[str], Option("files of `aws ec2 describe-instances` JSON to use, - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
@@ -7015,20 +6996,16 @@ class ScopeOptions(PolicyOptions):
 class ScanOptions(ScopeOptions):
     """Check every instance in scope against the policy; record, report, exit."""
 
-    shard: Annotated[Shard, Option("only the I-th of N shares of the accounts", "I/N", _shard)] = ALL_ACCOUNTS
+    shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
     include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
     workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
-    prices: Annotated[str | None, Option("a CSV of instance_type,region,hourly_price, for monthly costs")] = (
-        None
-    )
+    prices: Annotated[str | None, Option("monthly costs: a CSV of instance_type,region,hourly_price")] = None
     creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("how long to look (default: 60s)", "TIME", duration)] = (
-        A_MINUTE
-    )
+    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", duration)] = timedelta(0, 60)
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
     require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
     dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
@@ -7070,7 +7047,9 @@ class HistoryOptions(ScopeOptions):
     """List findings in the state: open, resolved, or one instance's."""
 
     instance: InstanceId = None
-    status: Annotated[list[Statuses], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)]
+    status: Annotated[
+        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
+    ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
     older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
     csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
@@ -7097,17 +7076,13 @@ class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
-    min_confidence: Annotated[float, Option("the least confidence", "P", _number(float, 0, 1))] = (
-        MIN_CONFIDENCE
-    )
+    min_confidence: Annotated[float, Option("least confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
     apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
     max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
-    undo: Annotated[str | None, Option("an earlier run's undo file: revert what has not changed since")] = (
-        None
-    )
+    undo: Annotated[str | None, Option("an undo file: revert what has not changed since its run")] = None
     quiet: Quiet
     verbose: Verbose
 
@@ -7221,9 +7196,8 @@ def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: Scan
         more = sum(1 for _ in failures)
     if shown:
         shown += f"; and {more:,} more" if more else ""
-        raise NotificationError(
-            f"the scan is recorded, but not every notification was sent; the next scan tries again: {shown}"
-        )
+        done = "the scan is recorded, but not every notification was sent; the next scan tries again"
+        raise NotificationError(f"{done}: {shown}")
 
 
 def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
@@ -7306,10 +7280,8 @@ def _look_up_creators(
             add_creators(db, target, creators)
             left[target] -= {instance_id for instance_id, _ in creators}
     if number := sum(map(len, left.values())):
-        yield (
-            f"Who created {counted(number, 'instance')} was not looked up within --creators-budget "
-            f"{int(args.creators_budget.total_seconds())}s: the next scan goes on"
-        )
+        limit = f"--creators-budget {int(args.creators_budget.total_seconds())}s"
+        yield f"Who created {counted(number, 'instance')} was not looked up within {limit}: the next scan goes on"
 
 
 def _check_scope(args: ScopeOptions, policy: Policy) -> None:
@@ -7336,7 +7308,7 @@ def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None])
     taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two options name the same file, or an output has the name of the state's journal: give each its own"
+            "two options name the same file, or an output the state's journal: give each its own"
         )
     for output in outputs:
         check_output(output)
@@ -7390,8 +7362,7 @@ Reading = tuple[Target, list[Instance] | TargetError | None]
 def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
-    First each account is entered, then its regions are read; consecutive targets are of different accounts, so
-    that a slow one does not keep all workers.
+    Consecutive targets are of different accounts, so that a slow account does not keep all workers.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
     home, caller, partition, _ = _identify(aws, policy, named)
@@ -7445,15 +7416,10 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 def _accounts_in_scope(
     args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
 ) -> dict[str, str]:
-    """Return the accounts to scan with their states; adds a notice for each that is inactive.
-
-    Raises UsageError, and TagcheckError where all are inactive.
-    """
-    in_scope = {
-        account_id: state
-        for account_id, state in _account_states(policy, aws, caller, home).items()
-        if policy.accounts is None or policy.accounts.covers(account_id)
-    }
+    """Return the accounts to scan with their states, and add notices of inactive ones; raises TagcheckError."""
+    covers = policy.accounts.covers if policy.accounts else bool
+    states = _account_states(policy, aws, caller, home)
+    in_scope = {account_id: state for account_id, state in states.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no account to scan: check ids and exclude")
     for account_id in args.account:
@@ -7464,8 +7430,8 @@ def _accounts_in_scope(
     active = {account_id: state for account_id, state in chosen.items() if state not in INACTIVE}
     notices += [f"Account {id_} is {chosen[id_]}: not scanned" for id_ in sorted(chosen.keys() - active)]
     if not active and args.shard == ALL_ACCOUNTS:
-        states = ", ".join(sorted(set(chosen.values())))
-        raise TagcheckError(f"no account to scan: all in scope are {states}; check the policy's accounts")
+        all_are = ", ".join(sorted(set(chosen.values())))
+        raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
     return active
 
 
@@ -7647,10 +7613,8 @@ def _problems(path: str, today: date) -> Sequence[Problem]:
     """Return the errors and warnings of a policy file."""
     try:
         return check_expiry(load_policy(path), today)
-    except PolicyError as error:
-        return error.problems
     except UsageError as error:
-        return [Problem(path, 1, 1, "", str(error))]
+        return error.problems if isinstance(error, PolicyError) else [Problem(path, 1, 1, "", str(error))]
 
 
 def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) -> None:
@@ -7660,7 +7624,7 @@ def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) 
         {
             "file": path,
             "valid": all(problem.severity == "warning" for problem in problems),
-            "problems": [{key: getattr(problem, key) for key in keys} for problem in problems[:MAX_PROBLEMS]],
+            "problems": [to_record(problem, keys) for problem in problems[:MAX_PROBLEMS]],
             "problem_count": len(problems),
         }
         for path, problems in results.items()
@@ -7678,11 +7642,7 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
 
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
-
-    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is
-    for whoever writes tags, and should be another role.
-    """
+    """Return the least IAM policies for what a policy uses: of the scan, the members' role, and who writes."""
     accounts, notify = policy.accounts, policy.notify
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
@@ -7754,9 +7714,8 @@ def _known_history(
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
-            findings = fetch_history(db, Selection(policy.name, instance_id))
-            known = {finding.target: finding for finding in findings}
-            return known, list(fetch_changes(db, policy.name, instance_id))
+            known = {each.target: each for each in fetch_history(db, Selection(policy.name, instance_id))}
+            return known, fetch_changes(db, policy.name, instance_id)
     except MissingStateError as error:
         if not elsewhere:
             raise
@@ -7774,9 +7733,7 @@ def _find_instance(
                 if instance.instance_id == args.instance and policy.covers(target.region):
                     return [(target, instance)]
         files = ", ".join(args.instances)
-        raise UsageError(
-            f"{args.instance} is not in {files}, or in a region that {policy.file} does not cover"
-        )
+        raise UsageError(f"{files}: no {args.instance} in a region that {policy.file} covers")
     if args.live:
         return [_describe_instance(args, policy, known)]
     cases = []
@@ -7804,10 +7761,8 @@ def _describe_instance(
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
-        raise UsageError(
-            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or "
-            f"choose credentials of {' or '.join(args.account)} with --profile"
-        )
+        only = f"--live looks only into the account of the credentials, {account_id}"
+        raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
     for region in regions:
         try:
@@ -7854,9 +7809,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     with _reading(args, policy.name) as db:
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
-            raise StateError(
-                f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
-            )
+            raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
@@ -7874,10 +7827,9 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
             pruned = max(pruned, prune_state(path, before, state.name))
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
-    targets = counted(pruned.coverage, "target")
     emit(
-        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of {targets} from before it; "
-        "the trend is kept\n"
+        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of "
+        f"{counted(pruned.coverage, 'target')} from before it; the trend is kept\n"
     )
     return ExitCode.COMPLIANT
 
@@ -7929,7 +7881,7 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
-            is_open = Selection(policy.name, None, args.account, args.region, ("NEW", "REPEAT", "REOPENED"))
+            is_open = Selection(policy.name, None, args.account, args.region, OPEN)
             return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
     return PlanRows(row for row in rows if args.includes(row.target))
 
@@ -7972,10 +7924,8 @@ def _apply(
     """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
     begun, run = time.monotonic(), uuid.uuid4().hex
     if (number := sum(row.writes for row in rows)) > args.max_changes:
-        raise UsageError(
-            f"the plan would write {number:,} tags, more than --max-changes {args.max_changes}: "
-            f"read it, and if all is well pass --max-changes {number}"
-        )
+        limit = f"more than --max-changes {args.max_changes}: read it, then pass --max-changes {number}"
+        raise UsageError(f"the plan would write {number:,} tags, {limit}")
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     regions = sorted({row.region for row in rows if row.writes})
@@ -8152,14 +8102,6 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _check_directory() -> None:
-    """Raise UsageError if the current directory is gone: relative paths would lead nowhere."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UsageError(f"cannot use the current directory: {error.strerror}; change to another") from error
-
-
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
     with SIGNALS:
@@ -8177,7 +8119,11 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         run, options = COMMANDS[given.command]
         args = options(**{each.name: getattr(given, each.name) for each in fields(options)})
         try:
-            _check_directory()
+            try:
+                os.getcwd()  # relative paths would lead nowhere
+            except OSError as error:
+                message = f"cannot use the current directory: {error.strerror}; change to another"
+                raise UsageError(message) from error
             return run(args, now or datetime.now(UTC))
         except PolicyError as error:
             number_of = counted(len(error.problems), "problem")
