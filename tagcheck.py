@@ -6280,12 +6280,10 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
         return f"{row.tag_key!r} cannot be written: the tag key is AWS's own, empty or too long"
     if len(row.value) > MAX_VALUE_LENGTH:
         return f"the value has {len(row.value)} characters; EC2 allows {MAX_VALUE_LENGTH}"
-    if row.action in UNDO_ACTIONS:
-        return None
     rule = next((rule for rule in policy.rules(row.region) if rule.key == row.tag_key), None)
-    if rule is None:
+    if rule is None and row.action in PLAN_ACTIONS:
         return f"{policy.file} does not require {row.tag_key} in {row.region}"
-    if not row.writes:
+    if rule is None or row.action not in (Action.ADD, Action.REPLACE):
         return None
     if not is_printable(row.value):
         return "the value has invisible characters"
@@ -6352,10 +6350,7 @@ def check_plan_output(output: Output) -> None:
 def read_plan(
     path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
-    """Return the rows of a plan or an undo file that a person may have edited; raises PolicyError.
-
-    `check` returns a row as it is to be carried out, or raises UsageError.
-    """
+    """Return the rows, as `check` makes them, of a file that a person may have edited; raises PolicyError."""
     rows, problems = PlanRows(), []
     for line, cells in _plan_cells(path):
         try:
@@ -7296,10 +7291,7 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
 
 
 def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None]) -> list[Output]:
-    """Return the outputs that were asked for, each writable and none of them an input.
-
-    Raises UsageError, OutputError.
-    """
+    """Return the outputs that were asked for, each writable and none an input; raises UsageError, OutputError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
@@ -7563,7 +7555,17 @@ def _collect(
     add_usage(db, usage)
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
-    yield from _exemption_notices(args, scan, used)
+    today = scan.started_at.date()
+    yield from map(str, check_expiry(policy, today))
+    for index, exemption in enumerate(policy.exemptions if not args.narrowed else ()):
+        if exemption.holds(today) and exemption not in used:
+            place = (
+                policy.file,
+                exemption.line,
+                exemption.column,
+                f"exemptions[{index}] ({exemption.reason})",
+            )
+            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
     yield from check_patterns(policy)
 
 
@@ -7582,17 +7584,6 @@ def _unseen_notices(
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
             yield f"{where} were not looked at, as this scan found no such region or account; they stay open"
-
-
-def _exemption_notices(args: ScanOptions, scan: Scan, used: Container[Exemption]) -> Iterator[str]:
-    """Yield a notice for each exemption that ends soon, has ended, or covered nothing."""
-    today = scan.started_at.date()
-    yield from map(str, check_expiry(scan.policy, today))
-    for index, exemption in enumerate(scan.policy.exemptions if not args.narrowed else ()):
-        if exemption.holds(today) and exemption not in used:
-            where = f"exemptions[{index}] ({exemption.reason})"
-            place = (scan.policy.file, exemption.line, exemption.column, where)
-            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -7733,20 +7724,19 @@ def _find_instance(
                 if instance.instance_id == args.instance and policy.covers(target.region):
                     return [(target, instance)]
         files = ", ".join(args.instances)
-        raise UsageError(f"{files}: no {args.instance} in a region that {policy.file} covers")
+        raise UsageError(f"{files}: no {args.instance}, or in a region that {policy.file} does not cover")
     if args.live:
         return [_describe_instance(args, policy, known)]
     cases = []
-    for target, finding in known.items():
+    for target, case in known.items():
         if args.includes(target) and policy.covers(target.region):
-            launched = datetime.fromisoformat(finding.launch_time)
-            own = (finding.instance_id, finding.state, launched, finding.tags)
-            cases.append((target, Instance(*own, managed_by=finding.managed_by or "")))
+            own = (case.instance_id, case.state, datetime.fromisoformat(case.launch_time), case.tags)
+            cases.append((target, Instance(*own, managed_by=case.managed_by or "")))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
+        why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
         raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it "
-            "complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: {why}"
         )
     return cases
 
@@ -7950,11 +7940,9 @@ class Progress:
     """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.live = not quiet and sys.stderr.isatty()
+        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
         self.instances: Counter[Target] = Counter()
-        self.ended = 0
-        self.shown_at = 0.0
+        self.ended, self.shown_at = 0, 0.0
 
     def page(self, target: Target, instances: int) -> None:
         """Count a page of a target; the line changes at most ten times a second."""
@@ -8016,10 +8004,7 @@ SIGNALS = Signals()
 
 
 def emit(text: str, stream: IO[str] | None = None) -> None:
-    """Write text to stdout, or to another stream; raises OutputError for stdout.
-
-    A reader that went away, as of `| head`, is not a failure.
-    """
+    """Write text to a stream; raises OutputError for stdout, but not if its reader went away (`| head`)."""
     stream = stream or sys.stdout
     try:
         stream.write(text)
@@ -8126,21 +8111,19 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
                 raise UsageError(message) from error
             return run(args, now or datetime.now(UTC))
         except PolicyError as error:
-            number_of = counted(len(error.problems), "problem")
             done = "written" if given.command == "remediate" else "scanned"
-            emit(f"{error}\n{number_of}; nothing was {done}\n", sys.stderr)
+            emit(f"{error}\n{counted(len(error.problems), 'problem')}; nothing was {done}\n", sys.stderr)
             return error.exit_code
         except TagcheckError as error:
-            emit_lines([f"tagcheck: {error}"], sys.stderr)
-            return error.exit_code
+            failure, code = str(error), error.exit_code
         except KeyboardInterrupt as interrupt:
-            emit(f"tagcheck: interrupted; {str(interrupt) or 'nothing was recorded'}\n", sys.stderr)
-            return ExitCode.INTERRUPTED
+            failure, code = f"interrupted; {str(interrupt) or 'nothing was recorded'}", ExitCode.INTERRUPTED
         except ModuleNotFoundError as error:
             if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
                 raise
-            emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
-            return ExitCode.CRASHED
+            failure, code = str(PackageError(f"the package {error.name} is missing")), ExitCode.CRASHED
+        emit_lines([f"tagcheck: {failure}"], sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
