@@ -6021,7 +6021,6 @@ def send_email(client: Any, email: Email, digest: Digest) -> None:
 ########################################################################################################
 
 
-@unique
 class Action(StrEnum):
     """What a row of a plan asks for; `restore` and `delete` are those of an undo file."""
 
@@ -6037,7 +6036,6 @@ PLAN_ACTIONS = (Action.ADD, Action.REPLACE, Action.REVIEW, Action.SKIP)
 UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
 
 
-@unique
 class Result(StrEnum):
     """What became of a row of a plan."""
 
@@ -6083,11 +6081,6 @@ class PlanRow:
     def writes(self) -> bool:
         """True if the row changes something, unless the instance has changed."""
         return self.action not in (Action.REVIEW, Action.SKIP)
-
-    @property
-    def operation(self) -> str:
-        """The operation of EC2 that carries the row out."""
-        return "DeleteTags" if self.action is Action.DELETE else "CreateTags"
 
     @property
     def value_after(self) -> str | None:
@@ -6150,17 +6143,12 @@ class PlanRows:
             "AND result IN ('planned', 'written') GROUP BY 1, 2, 4 ORDER BY 3 DESC, 1, 2, 4"
         )
         names = ("account_id", "region", "instances", "message")
-        return [
-            dict(zip(names, (*place, number, f"{counted(number, 'instance')} of {warning}"), strict=True))
-            for *place, number, warning in rows
-        ]
+        each = ((*place, number, f"{counted(number, 'instance')} of {text}") for *place, number, text in rows)
+        return [dict(zip(names, row, strict=True)) for row in each]
 
 
 def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
-    """Yield what would fix findings: suggestions that are sure enough, or else the policy's default.
-
-    A tag that the policy no longer requires is left out, and so is a value that it would not accept.
-    """
+    """Yield what would fix findings and the policy still allows: sure suggestions, or else its default."""
     for finding in findings:
         failing = {violation.tag_key for violation in finding.violations}
         suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
@@ -6211,12 +6199,10 @@ def row_complaint(row: PlanRow, policy: Policy) -> str | None:
         return f"{row.tag_key!r} cannot be written: the tag key is AWS's own, empty or too long"
     if len(row.value) > MAX_VALUE_LENGTH:
         return f"the value has {len(row.value)} characters; EC2 allows {MAX_VALUE_LENGTH}"
-    if row.action in UNDO_ACTIONS:
-        return None
     rule = next((rule for rule in policy.rules(row.region) if rule.key == row.tag_key), None)
-    if rule is None:
+    if rule is None and row.action in PLAN_ACTIONS:
         return f"{policy.file} does not require {row.tag_key} in {row.region}"
-    if not row.writes:
+    if rule is None or row.action not in (Action.ADD, Action.REPLACE):
         return None
     if not is_printable(row.value):
         return "the value has invisible characters"
@@ -6283,10 +6269,7 @@ def check_plan_output(output: Output) -> None:
 def read_plan(
     path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
-    """Return the rows of a plan or an undo file that a person may have edited; raises PolicyError.
-
-    `check` returns a row as it is to be carried out, or raises UsageError.
-    """
+    """Return the rows, as `check` makes them, of a file that a person may have edited; raises PolicyError."""
     rows, problems = PlanRows(), []
     for line, cells in _plan_cells(path):
         try:
@@ -6398,10 +6381,8 @@ class UndoFile:
             self.path = self.path.with_stem(f"{self.path.stem}-{uuid.uuid4().hex[:8]}")
             self.add(rows)
         except OSError as error:
-            message = (
-                f"the undo file {self.path} cannot be written: {error.strerror}; make room and run again"
-            )
-            raise OutputError(f"{message} (no more tags were written)") from error
+            message = f"the undo file {self.path} cannot be written: {error.strerror}"
+            raise OutputError(f"{message}; no more tags were written: make room and run again") from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
@@ -6448,18 +6429,16 @@ CALL_INTERVAL = 0.11
 def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
     """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
     problems = []
-    for row in rows:
-        state = states.get(row.account_id)
-        if row.writes and state != "ACTIVE":
-            how = f"is {state}" if state else "is not there"
-            complaint = f"in the organization the account {row.account_id} {how}: "
-            complaint += "take the row out, or choose others with --account"
-            if policy.accounts is None:
-                complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
-            file, _, line = row.place.rpartition(":")
-            if not file:
-                raise UsageError(f"{row}: {complaint}")
-            problems.append(Problem(file, int(line), 1, "", complaint))
+    for row in (row for row in rows if row.writes and states.get(row.account_id) != "ACTIVE"):
+        how = f"is {states[row.account_id]}" if row.account_id in states else "is not there"
+        complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
+        if policy.accounts:
+            complaint = f"in the organization the account {row.account_id} {how}: take the row out, or "
+            complaint += "choose others with --account"
+        file, _, line = row.place.rpartition(":")
+        if not file:
+            raise UsageError(f"{row}: {complaint}")
+        problems.append(Problem(file, int(line), 1, "", complaint))
     if problems:
         raise PolicyError(problems)
 
@@ -6486,7 +6465,7 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
 
 
 def _in_parts(items: Sequence[Any], size: int) -> list[Any]:
-    """Return items in parts of at most a size."""
+    """Return items in parts of at most this size."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -6505,36 +6484,40 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
     return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
 
 
-def tag_calls(rows: Iterable[PlanRow]) -> dict[tuple[str, tuple[tuple[str, str], ...]], list[str]]:
-    """Return the calls that carry rows out: operation and tags, and the instances that get exactly these."""
-    tags: dict[tuple[str, str], dict[str, str]] = {}
+Call = tuple[bool, tuple[tuple[str, str], ...]]  # True to delete, False to create; the tags
+
+
+def tag_calls(rows: Iterable[PlanRow]) -> dict[Call, list[str]]:
+    """Return the calls that carry rows out, each with the instances that get exactly its tags."""
+    tags: dict[tuple[bool, str], dict[str, str]] = {}
     for row in rows:
+        deletes = row.value_after is None
         # DeleteTags gets the value as well: it deletes no other (EC2 API reference).
-        value = row.current if row.action is Action.DELETE else row.value
-        tags.setdefault((row.operation, row.instance_id), {})[row.tag_key] = value
-    calls: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
-    for (operation, id_), of_instance in tags.items():
-        calls.setdefault((operation, tuple(sorted(of_instance.items()))), []).append(id_)
+        value = row.current if deletes else row.value
+        tags.setdefault((deletes, row.instance_id), {})[row.tag_key] = value
+    calls: dict[Call, list[str]] = {}
+    for (deletes, id_), of_instance in tags.items():
+        calls.setdefault((deletes, tuple(sorted(of_instance.items()))), []).append(id_)
     return calls
 
 
 def write_tags(
-    client: Any, operation: str, ids: Sequence[str], tags: Sequence[tuple[str, str]], splits: Iterator[int]
+    client: Any, call: Call, ids: Sequence[str], splits: Iterator[int]
 ) -> Iterator[tuple[Sequence[str], TargetError | None]]:
     """Create or delete the same tags on instances; yields those done, and those refused with the reason.
 
     EC2 refuses a whole batch because of one instance. It names those that are gone; to find others the batch
     is halved, as often as there are `splits`. Raises TargetError where any other call would fail as well.
     """
-    pairs = [{"Key": key, "Value": value} for key, value in tags]
+    operation = "DeleteTags" if call[0] else "CreateTags"
+    pairs = [{"Key": key, "Value": value} for key, value in call[1]]
     batches = _in_parts(ids, WRITE_BATCH)
     while batches:
         batch = batches.pop()
         try:
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
             if WRITTEN not in answer:  # as in a captive portal's "200 OK"
-                message = "the answer does not say that it is done"
-                raise CallError("ForeignAnswer", message, f"ec2:{operation}")
+                raise CallError("ForeignAnswer", "the answer confirms nothing", f"ec2:{operation}")
             yield batch, None
         except TargetError as error:
             if not is_of_instance(error):
@@ -6587,12 +6570,11 @@ _ON_RESULT = {
 
 def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Change:
     """Return what the state keeps of a row: what is intended if it is planned, else what was written."""
-    tag = (row.account_id, row.region, row.instance_id, row.tag_key)
     intended = row.result is Result.PLANNED
     # ADD writes where nothing is, or blanks: which of them is known once the tags have been read.
     former = row.current or None if intended and row.action is not Action.ADD else row.former
-    status: Literal["intended", "written"] = "intended" if intended else "written"
-    return Change(f"{run}/{row}", policy_name, *tag, former, row.value_after, row.why, who, at, status)
+    tag = (row.account_id, row.region, row.instance_id, row.tag_key, former, row.value_after, row.why)
+    return Change(f"{run}/{row}", policy_name, *tag, who, at, "intended" if intended else "written")
 
 
 def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
@@ -6624,14 +6606,14 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
     # Anyone can write or edit an undo file.
     found = fetch_changes(db, policy_name, row.instance_id, row.target)
     changes = [change for change in found if change.tag_key == row.tag_key]
-    written = [change for change in changes if change.status == "written"]
+    last = next((change for change in reversed(changes) if change.status == "written"), None)
     # A person may have set the same value again since, which must stay.
-    if written and (written[-1].former or "", written[-1].value) == (row.current, row.value_after):
-        return replace(row, action=Action.SKIP, why=f"reverted already, at {written[-1].changed_at}")
+    if last and (last.former or "", last.value) == (row.current, row.value_after):
+        return replace(row, action=Action.SKIP, why=f"reverted already, at {last.changed_at}")
     for change in changes:
-        former = change.former
-        if is_blank(former or "") and is_blank(row.value_after or ""):
-            former = row.value_after  # the record of a killed run says "missing" for an empty tag as well
+        # The record of a killed run says "missing" for an empty tag as well.
+        blank = is_blank(change.former or "") and is_blank(row.value_after or "")
+        former = row.value_after if blank else change.former
         # What is not printable is never written over, and so not in an undo file: nothing is unescaped.
         if (change.value or "", former) == (row.current, row.value_after):
             return row
@@ -6724,19 +6706,19 @@ def _apply_batch(
     writing = [row for row in decided if row.result is Result.PLANNED]
     if writing:
         undo.add(writing)
-    answers: dict[tuple[str, str], TargetError | None] = {}
+    answers: dict[tuple[bool, str], TargetError | None] = {}
     failure, after = None, None
     try:
-        for (operation, pairs), alike in tag_calls(writing).items():
-            for answered, answer in write_tags(client, operation, alike, pairs, splits):
-                answers |= {(operation, id_): answer for id_ in answered}
+        for call, alike in tag_calls(writing).items():
+            for answered, answer in write_tags(client, call, alike, splits):
+                answers |= {(call[0], id_): answer for id_ in answered}
     except TargetError as error:
         failure = error
         with contextlib.suppress(TargetError):  # the answer may have been lost on its way back
             after = describe_tags(client, ids)
     for n, row in enumerate(decided):
         if row.result is Result.PLANNED:
-            answer = answers.get((row.operation, row.instance_id), failure)
+            answer = answers.get((row.value_after is None, row.instance_id), failure)
             decided[n] = row.became(*_result(row, answer, after))
     return decided, failure
 
@@ -6769,6 +6751,13 @@ class Remediation:
 def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
     """Write a plan as one JSON object, one line per row."""
     policy, rows, totals = done.policy, done.rows, done.rows.counts("result")
+    names = "account_id region instance_id name tag_key value action why result message warning".split()
+
+    def record(row: PlanRow) -> dict[str, Any]:
+        warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
+        others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
+        return to_record(row, names) | others
+
     head = {
         "version": __version__,
         "policy": to_record(policy, ("name", "file", "digest")),
@@ -6780,15 +6769,7 @@ def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
         "summary": {result: totals[result] for result in Result},
         "warnings": rows.warnings(),
     }
-    write_json_object(file, head, rows=map(_row_record, rows))
-
-
-def _row_record(row: PlanRow) -> dict[str, Any]:
-    """Return a row and what became of it as a JSON object."""
-    names = "account_id region instance_id name tag_key value action why result message warning".split()
-    warning = row.warning if row.result in (Result.PLANNED, Result.WRITTEN) else ""
-    others = {"value": row.value_after, "message": row.message or None, "warning": warning or None}
-    return {name: getattr(row, name) for name in names} | others
+    write_json_object(file, head, rows=map(record, rows))
 
 
 REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
@@ -6799,12 +6780,17 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
     """Yield a plan or what became of it, for people, and what to do next."""
+
+    def cells(row: PlanRow) -> tuple[str, ...]:
+        where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
+        return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
+
     policy, rows, undo_file = done.policy, done.rows, done.undo_file
     actions, totals, warnings = rows.counts("action"), rows.counts("result"), rows.warnings()
     aside = [action for action in (Action.REVIEW, Action.SKIP) if actions[action]]
     others = "".join(f", {actions.pop(action):,} to {action}" for action in aside)
-    writing = (row for row in rows if row.writes)
-    instances = sum(1 for _ in itertools.groupby(writing, key=lambda row: (row.target, row.instance_id)))
+    writing = ((row.target, row.instance_id) for row in rows if row.writes)
+    instances = sum(1 for _ in itertools.groupby(writing))
     tags = f"{counted(actions.total(), 'tag')} to write on {counted(instances, 'instance')}"
     yield f"Policy {policy.name} ({policy.file}): {tags}{others}"
     if undo_file is not None:
@@ -6816,7 +6802,7 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         yield from table_lines(((f"  {row.result}", f"{row}: {row.message}") for row in not_written), left)
     elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        yield from ("", *table_lines(map(_table_cells, rows), totals.total(), head, csv_path), "")
+        yield from ("", *table_lines(map(cells, rows), totals.total(), head, csv_path), "")
     yield from table_lines(([f"Warning: {each['message']}"] for each in warnings), len(warnings))
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
     if fixes and undo_file is None:
@@ -6827,12 +6813,6 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
     elif undo_file is None:
         yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
-
-
-def _table_cells(row: PlanRow) -> tuple[str, ...]:
-    """Return a row of a plan as the table shows it."""
-    where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
-    return (row.action, *where, cut_text(row.tag_key, 40), cut_text(row.value, 40) or "-", row.why)
 
 
 ########################################################################################################
@@ -6858,25 +6838,23 @@ def _number(kind: type[float], low: int, high: float = math.inf) -> Callable[[st
     return read
 
 
-Shard = tuple[int, int]  # the first of eight: 1, 8
-ALL_ACCOUNTS: Shard = (1, 1)
-Statuses = tuple[str, ...]
-OPEN: Statuses = (Status.NEW, Status.REPEAT, Status.REOPENED)
-A_MINUTE = timedelta(minutes=1)
+ALL_ACCOUNTS = (1, 1)
+OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
 
 
-def _shard(text: str) -> Shard:
+def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for, for argparse."""
-    if match := re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text):
-        part, parts = int(match[1]), int(match[2])
-        if 1 <= part <= parts:
-            return part, parts
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
     raise argparse.ArgumentTypeError(f"{text!r} is not a share: write the first of eight as 1/8")
 
 
-def _statuses(word: str) -> Statuses:
+def _statuses(word: str) -> tuple[Status, ...]:
     """Return the statuses that a word stands for, for argparse."""
-    statuses = {status.lower(): (status,) for status in Status} | {"open": OPEN}
+    statuses: dict[str, tuple[Status, ...]] = {status.lower(): (status,) for status in Status} | {
+        "open": OPEN
+    }
     if word.lower() not in statuses:
         raise argparse.ArgumentTypeError(f"{printable(word)}: give open, {', '.join(Status)}")
     return statuses[word.lower()]
@@ -6894,9 +6872,7 @@ class Option(NamedTuple):
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
-FleetPaths = Annotated[
-    list[str], Option("saved `aws ec2 describe-instances` JSON, instead of AWS; - for stdin")
-]
+FleetPaths = Annotated[list[str], Option("files of `aws ec2 describe-instances` JSON to use, - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
@@ -6934,20 +6910,16 @@ class ScopeOptions(PolicyOptions):
 class ScanOptions(ScopeOptions):
     """Check every instance in scope against the policy; record, report, exit."""
 
-    shard: Annotated[Shard, Option("only the I-th of N shares of the accounts", "I/N", _shard)] = ALL_ACCOUNTS
+    shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
     include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
     workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
-    prices: Annotated[str | None, Option("a CSV of instance_type,region,hourly_price, for monthly costs")] = (
-        None
-    )
+    prices: Annotated[str | None, Option("monthly costs: a CSV of instance_type,region,hourly_price")] = None
     creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("how long to look (default: 60s)", "TIME", duration)] = (
-        A_MINUTE
-    )
+    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", duration)] = timedelta(0, 60)
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
     require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
     dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
@@ -6989,7 +6961,9 @@ class HistoryOptions(ScopeOptions):
     """List findings in the state: open, resolved, or one instance's."""
 
     instance: InstanceId = None
-    status: Annotated[list[Statuses], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)]
+    status: Annotated[
+        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
+    ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
     older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
     csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
@@ -7016,17 +6990,13 @@ class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
-    min_confidence: Annotated[float, Option("the least confidence", "P", _number(float, 0, 1))] = (
-        MIN_CONFIDENCE
-    )
+    min_confidence: Annotated[float, Option("least confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
     apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
     max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
-    undo: Annotated[str | None, Option("an earlier run's undo file: revert what has not changed since")] = (
-        None
-    )
+    undo: Annotated[str | None, Option("an undo file: revert what has not changed since its run")] = None
     quiet: Quiet
     verbose: Verbose
 
@@ -7140,9 +7110,8 @@ def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: Scan
         more = sum(1 for _ in failures)
     if shown:
         shown += f"; and {more:,} more" if more else ""
-        raise NotificationError(
-            f"the scan is recorded, but not every notification was sent; the next scan tries again: {shown}"
-        )
+        done = "the scan is recorded, but not every notification was sent; the next scan tries again"
+        raise NotificationError(f"{done}: {shown}")
 
 
 def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
@@ -7225,10 +7194,8 @@ def _look_up_creators(
             add_creators(db, target, creators)
             left[target] -= {instance_id for instance_id, _ in creators}
     if number := sum(map(len, left.values())):
-        yield (
-            f"Who created {counted(number, 'instance')} was not looked up within --creators-budget "
-            f"{int(args.creators_budget.total_seconds())}s: the next scan goes on"
-        )
+        limit = f"--creators-budget {int(args.creators_budget.total_seconds())}s"
+        yield f"Who created {counted(number, 'instance')} was not looked up within {limit}: the next scan goes on"
 
 
 def _check_scope(args: ScopeOptions, policy: Policy) -> None:
@@ -7243,10 +7210,7 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
 
 
 def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None]) -> list[Output]:
-    """Return the outputs that were asked for, each writable and none of them an input.
-
-    Raises UsageError, OutputError.
-    """
+    """Return the outputs that were asked for, each writable and none an input; raises UsageError, OutputError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
@@ -7255,7 +7219,7 @@ def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None])
     taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
     if len(set(goals)) < len(goals) or taken & set(goals):
         raise UsageError(
-            "two options name the same file, or an output has the name of the state's journal: give each its own"
+            "two options name the same file, or an output the state's journal: give each its own"
         )
     for output in outputs:
         check_output(output)
@@ -7309,8 +7273,7 @@ Reading = tuple[Target, list[Instance] | TargetError | None]
 def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
-    First each account is entered, then its regions are read; consecutive targets are of different accounts, so
-    that a slow one does not keep all workers.
+    Consecutive targets are of different accounts, so that a slow account does not keep all workers.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
     home, caller, partition, _ = _identify(aws, policy, named)
@@ -7364,15 +7327,10 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 def _accounts_in_scope(
     args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
 ) -> dict[str, str]:
-    """Return the accounts to scan with their states; adds a notice for each that is inactive.
-
-    Raises UsageError, and TagcheckError where all are inactive.
-    """
-    in_scope = {
-        account_id: state
-        for account_id, state in _account_states(policy, aws, caller, home).items()
-        if policy.accounts is None or policy.accounts.covers(account_id)
-    }
+    """Return the accounts to scan with their states, and add notices of inactive ones; raises TagcheckError."""
+    covers = policy.accounts.covers if policy.accounts else bool
+    states = _account_states(policy, aws, caller, home)
+    in_scope = {account_id: state for account_id, state in states.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no account to scan: check ids and exclude")
     for account_id in args.account:
@@ -7383,8 +7341,8 @@ def _accounts_in_scope(
     active = {account_id: state for account_id, state in chosen.items() if state not in INACTIVE}
     notices += [f"Account {id_} is {chosen[id_]}: not scanned" for id_ in sorted(chosen.keys() - active)]
     if not active and args.shard == ALL_ACCOUNTS:
-        states = ", ".join(sorted(set(chosen.values())))
-        raise TagcheckError(f"no account to scan: all in scope are {states}; check the policy's accounts")
+        all_are = ", ".join(sorted(set(chosen.values())))
+        raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
     return active
 
 
@@ -7516,7 +7474,17 @@ def _collect(
     add_usage(db, usage)
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
-    yield from _exemption_notices(args, scan, used)
+    today = scan.started_at.date()
+    yield from map(str, check_expiry(policy, today))
+    for index, exemption in enumerate(policy.exemptions if not args.narrowed else ()):
+        if exemption.holds(today) and exemption not in used:
+            place = (
+                policy.file,
+                exemption.line,
+                exemption.column,
+                f"exemptions[{index}] ({exemption.reason})",
+            )
+            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
     yield from check_patterns(policy)
 
 
@@ -7537,17 +7505,6 @@ def _unseen_notices(
             yield f"{where} were not looked at, as this scan found no such region or account; they stay open"
 
 
-def _exemption_notices(args: ScanOptions, scan: Scan, used: Container[Exemption]) -> Iterator[str]:
-    """Yield a notice for each exemption that ends soon, has ended, or covered nothing."""
-    today = scan.started_at.date()
-    yield from map(str, check_expiry(scan.policy, today))
-    for index, exemption in enumerate(scan.policy.exemptions if not args.narrowed else ()):
-        if exemption.holds(today) and exemption not in used:
-            where = f"exemptions[{index}] ({exemption.reason})"
-            place = (scan.policy.file, exemption.line, exemption.column, where)
-            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
-
-
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
     """Report what is wrong in each policy file; returns USAGE where one cannot be used."""
     outputs = _outputs(args, PROBLEM_WRITERS, args.policies)
@@ -7566,10 +7523,8 @@ def _problems(path: str, today: date) -> Sequence[Problem]:
     """Return the errors and warnings of a policy file."""
     try:
         return check_expiry(load_policy(path), today)
-    except PolicyError as error:
-        return error.problems
     except UsageError as error:
-        return [Problem(path, 1, 1, "", str(error))]
+        return error.problems if isinstance(error, PolicyError) else [Problem(path, 1, 1, "", str(error))]
 
 
 def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) -> None:
@@ -7579,7 +7534,7 @@ def _write_problems(file: TextIOBase, results: Mapping[str, Sequence[Problem]]) 
         {
             "file": path,
             "valid": all(problem.severity == "warning" for problem in problems),
-            "problems": [{key: getattr(problem, key) for key in keys} for problem in problems[:MAX_PROBLEMS]],
+            "problems": [to_record(problem, keys) for problem in problems[:MAX_PROBLEMS]],
             "problem_count": len(problems),
         }
         for path, problems in results.items()
@@ -7597,11 +7552,7 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
 
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies for what a policy uses, and perhaps `--creators`, by who needs them.
-
-    `scan` is the caller's; `member` and `member_trust` are for the role in the other accounts; `remediate` is
-    for whoever writes tags, and should be another role.
-    """
+    """Return the least IAM policies for what a policy uses: of the scan, the members' role, and who writes."""
     accounts, notify = policy.accounts, policy.notify
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
@@ -7673,9 +7624,8 @@ def _known_history(
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
-            findings = fetch_history(db, Selection(policy.name, instance_id))
-            known = {finding.target: finding for finding in findings}
-            return known, list(fetch_changes(db, policy.name, instance_id))
+            known = {each.target: each for each in fetch_history(db, Selection(policy.name, instance_id))}
+            return known, fetch_changes(db, policy.name, instance_id)
     except MissingStateError as error:
         if not elsewhere:
             raise
@@ -7693,22 +7643,19 @@ def _find_instance(
                 if instance.instance_id == args.instance and policy.covers(target.region):
                     return [(target, instance)]
         files = ", ".join(args.instances)
-        raise UsageError(
-            f"{args.instance} is not in {files}, or in a region that {policy.file} does not cover"
-        )
+        raise UsageError(f"{files}: no {args.instance}, or in a region that {policy.file} does not cover")
     if args.live:
         return [_describe_instance(args, policy, known)]
     cases = []
-    for target, finding in known.items():
+    for target, case in known.items():
         if args.includes(target) and policy.covers(target.region):
-            launched = datetime.fromisoformat(finding.launch_time)
-            own = (finding.instance_id, finding.state, launched, finding.tags)
-            cases.append((target, Instance(*own, managed_by=finding.managed_by or "")))
+            own = (case.instance_id, case.state, datetime.fromisoformat(case.launch_time), case.tags)
+            cases.append((target, Instance(*own, managed_by=case.managed_by or "")))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
+        why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
         raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: it "
-            "complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
+            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: {why}"
         )
     return cases
 
@@ -7723,10 +7670,8 @@ def _describe_instance(
     aws = Aws(args.profile, workers=1)
     _, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
-        raise UsageError(
-            f"--live looks only into the account of the credentials, {account_id}: leave out --account, or "
-            f"choose credentials of {' or '.join(args.account)} with --profile"
-        )
+        only = f"--live looks only into the account of the credentials, {account_id}"
+        raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
     for region in regions:
         try:
@@ -7773,9 +7718,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     with _reading(args, policy.name) as db:
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
-            raise StateError(
-                f"the state {args.state} has no counts of a scan of the policy {policy.name!r}: {WAY_OUT}"
-            )
+            raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
         open_ = fetch_open(db, policy.name, owner, now)
     dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
@@ -7793,10 +7736,9 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
             pruned = max(pruned, prune_state(path, before, state.name))
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
-    targets = counted(pruned.coverage, "target")
     emit(
-        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of {targets} from before it; "
-        "the trend is kept\n"
+        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of "
+        f"{counted(pruned.coverage, 'target')} from before it; the trend is kept\n"
     )
     return ExitCode.COMPLIANT
 
@@ -7848,7 +7790,7 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
-            is_open = Selection(policy.name, None, args.account, args.region, ("NEW", "REPEAT", "REOPENED"))
+            is_open = Selection(policy.name, None, args.account, args.region, OPEN)
             return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
     return PlanRows(row for row in rows if args.includes(row.target))
 
@@ -7891,10 +7833,8 @@ def _apply(
     """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
     begun, run = time.monotonic(), uuid.uuid4().hex
     if (number := sum(row.writes for row in rows)) > args.max_changes:
-        raise UsageError(
-            f"the plan would write {number:,} tags, more than --max-changes {args.max_changes}: "
-            f"read it, and if all is well pass --max-changes {number}"
-        )
+        limit = f"more than --max-changes {args.max_changes}: read it, then pass --max-changes {number}"
+        raise UsageError(f"the plan would write {number:,} tags, {limit}")
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     regions = sorted({row.region for row in rows if row.writes})
@@ -7919,11 +7859,9 @@ class Progress:
     """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.live = not quiet and sys.stderr.isatty()
+        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
         self.instances: Counter[Target] = Counter()
-        self.ended = 0
-        self.shown_at = 0.0
+        self.ended, self.shown_at = 0, 0.0
 
     def page(self, target: Target, instances: int) -> None:
         """Count a page of a target; the line changes at most ten times a second."""
@@ -7985,10 +7923,7 @@ SIGNALS = Signals()
 
 
 def emit(text: str, stream: IO[str] | None = None) -> None:
-    """Write text to stdout, or to another stream; raises OutputError for stdout.
-
-    A reader that went away, as of `| head`, is not a failure.
-    """
+    """Write text to a stream; raises OutputError for stdout, but not if its reader went away (`| head`)."""
     stream = stream or sys.stdout
     try:
         stream.write(text)
@@ -8071,14 +8006,6 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _check_directory() -> None:
-    """Raise UsageError if the current directory is gone: relative paths would lead nowhere."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UsageError(f"cannot use the current directory: {error.strerror}; change to another") from error
-
-
 def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     """Run a command and return its exit code; every expected failure ends here."""
     with SIGNALS:
@@ -8096,24 +8023,26 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         run, options = COMMANDS[given.command]
         args = options(**{each.name: getattr(given, each.name) for each in fields(options)})
         try:
-            _check_directory()
+            try:
+                os.getcwd()  # relative paths would lead nowhere
+            except OSError as error:
+                message = f"cannot use the current directory: {error.strerror}; change to another"
+                raise UsageError(message) from error
             return run(args, now or datetime.now(UTC))
         except PolicyError as error:
-            number_of = counted(len(error.problems), "problem")
             done = "written" if given.command == "remediate" else "scanned"
-            emit(f"{error}\n{number_of}; nothing was {done}\n", sys.stderr)
+            emit(f"{error}\n{counted(len(error.problems), 'problem')}; nothing was {done}\n", sys.stderr)
             return error.exit_code
         except TagcheckError as error:
-            emit_lines([f"tagcheck: {error}"], sys.stderr)
-            return error.exit_code
+            failure, code = str(error), error.exit_code
         except KeyboardInterrupt as interrupt:
-            emit(f"tagcheck: interrupted; {str(interrupt) or 'nothing was recorded'}\n", sys.stderr)
-            return ExitCode.INTERRUPTED
+            failure, code = f"interrupted; {str(interrupt) or 'nothing was recorded'}", ExitCode.INTERRUPTED
         except ModuleNotFoundError as error:
             if error.name not in ("boto3", "botocore", "yaml", "jsonschema"):
                 raise
-            emit(f"tagcheck: {PackageError(f'the package {error.name} is missing')}\n", sys.stderr)
-            return ExitCode.CRASHED
+            failure, code = str(PackageError(f"the package {error.name} is missing")), ExitCode.CRASHED
+        emit_lines([f"tagcheck: {failure}"], sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
