@@ -3405,7 +3405,7 @@ class S3State:
     ) -> None:
         self.path, self.name, self._create = path, f"s3://{bucket}/{key}", create
         self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
-        self._held = contextlib.ExitStack()
+        self.release_signals: Callable[[], None] = lambda: None  # lets the signals come again after a put
 
     def check(self) -> None:
         """Find out before the scan whether it can be read; raises StateError."""
@@ -3471,19 +3471,16 @@ class S3State:
         """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
         self._check(self.path)
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        self._held.callback(self._hold_signals())  # a put that is cut off may have been carried out
+        release = self._hold_signals()  # a put that is cut off may have been carried out
         try:
             with self.path.open("rb") as body:
                 arguments = {"Body": body, **self._object, **condition}
                 if not self._call("PutObject", lambda: self._s3.put_object(**arguments)):
                     raise _RetryError("the state was deleted meanwhile")
         except StateError:
-            self.release_signals()
+            release()
             raise
-
-    def release_signals(self) -> None:
-        """Let the signals come again that a put has held back."""
-        self._held.close()
+        self.release_signals = release
 
     def _check(self, path: Path) -> None:
         """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""

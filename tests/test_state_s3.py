@@ -577,6 +577,27 @@ def test_signal_while_changes_are_uploaded_comes_once_they_are_recorded(
     assert len(state.query("SELECT * FROM changes")) == 1
 
 
+def test_an_upload_that_is_tried_again_releases_no_signal_that_the_scan_holds(
+    state: State, recorded: bytes, tmp_path: Path
+) -> None:
+    state.stored = recorded
+    client, signals = state.aws.client("s3", REGION), script.Signals()
+    before = {number: signal.getsignal(number) for number in signals.numbers}
+    s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold)
+    try:
+        with signals:
+            assert len([*s3_state.attempts()]) == 1  # as a scan is recorded
+            signals.hold()
+            state.fault(**upload_error(412, UNMET), times=1)
+            for number, _ in enumerate(s3_state.attempts()):  # as what was sent is recorded
+                if number == 1:
+                    signal.raise_signal(signal.SIGTERM)
+            assert number == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/"])
 def test_location_without_bucket_or_key_is_a_usage_error(state: State, location: str) -> None:
     assert f"{location}: name the state as s3://BUCKET/KEY" in state.scan("--state", location, code=2).err
