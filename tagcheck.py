@@ -2465,10 +2465,10 @@ def describe_regions(client: Any) -> list[str]:
     """Return the regions that are enabled in the account; raises TargetError."""
     pages = read_pages(client, "DescribeRegions", "Regions", AllRegions=True)
     try:
-        regions = {region["RegionName"]: region["OptInStatus"] for page in pages for region in page}
+        regions = [(region["RegionName"], region["OptInStatus"]) for page in pages for region in page]
     except KeyError as error:
         raise CallError("ForeignAnswer", f"no {error}", "ec2:DescribeRegions") from error
-    enabled = sorted(name for name, status in regions.items() if status != "not-opted-in")
+    enabled = sorted(name for name, status in regions if status != "not-opted-in")
     wrong = [name for name in enabled if not re.fullmatch(REGION_NAME, name)]  # they become host names
     if wrong or not enabled:
         problem = f"a region {wrong[0]!r}" if wrong else "no region at all"
@@ -2907,7 +2907,7 @@ HOURS_A_MONTH = 730  # as in AWS's own calculator
 Prices = dict[tuple[str, str], float]  # of an hour, by instance type and region
 
 
-def monthly_cost(prices: Prices, instance: Instance, region: str) -> float | None:
+def cost_of_month(prices: Prices, instance: Instance, region: str) -> float | None:
     """Return what an instance in its present state costs in a month; None without its price."""
     hourly = prices.get((instance.instance_type, region))
     runs = instance.state in ("pending", "running") or is_new_state(instance.state)
@@ -7464,7 +7464,7 @@ def _collect(
         if len(usage) > MAX_USAGE:
             add_usage(db, usage)
             usage.clear()
-        costs = (monthly_cost(prices, sighting.instance, target.region) for sighting in seen)
+        costs = (cost_of_month(prices, sighting.instance, target.region) for sighting in seen)
         add_sightings(db, numbers[target], zip(seen, costs, strict=True))
         progress.page(target, len(seen))
     progress.close()
