@@ -6849,9 +6849,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _statuses(word: str) -> tuple[Status, ...]:
     """Return the statuses that a word stands for, for argparse."""
-    statuses: dict[str, tuple[Status, ...]] = {status.lower(): (status,) for status in Status} | {
-        "open": OPEN
-    }
+    statuses: dict[str, tuple[Status, ...]] = {"open": OPEN} | {each.lower(): (each,) for each in Status}
     if word.lower() not in statuses:
         raise argparse.ArgumentTypeError(f"{printable(word)}: give open, {', '.join(Status)}")
     return statuses[word.lower()]
@@ -6869,7 +6867,7 @@ class Option(NamedTuple):
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
-FleetPaths = Annotated[list[str], Option("files of `aws ec2 describe-instances` JSON to use, - for stdin")]
+FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
@@ -7191,8 +7189,9 @@ def _look_up_creators(
             add_creators(db, target, creators)
             left[target] -= {instance_id for instance_id, _ in creators}
     if number := sum(map(len, left.values())):
-        limit = f"--creators-budget {int(args.creators_budget.total_seconds())}s"
-        yield f"Who created {counted(number, 'instance')} was not looked up within {limit}: the next scan goes on"
+        who, seconds = counted(number, "instance"), int(args.creators_budget.total_seconds())
+        limit = f"--creators-budget {seconds}s"
+        yield f"Who created {who} was not looked up within {limit}: the next scan goes on"
 
 
 def _check_scope(args: ScopeOptions, policy: Policy) -> None:
@@ -7207,7 +7206,7 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
 
 
 def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None]) -> list[Output]:
-    """Return the outputs that were asked for, each writable and none an input; raises UsageError, OutputError."""
+    """Return the outputs that were asked for, each writable and none an input; raises TagcheckError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
@@ -7324,7 +7323,7 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 def _accounts_in_scope(
     args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
 ) -> dict[str, str]:
-    """Return the accounts to scan with their states, and add notices of inactive ones; raises TagcheckError."""
+    """Return the accounts to scan with their states; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
     states = _account_states(policy, aws, caller, home)
     in_scope = {account_id: state for account_id, state in states.items() if covers(account_id)}
@@ -7475,12 +7474,8 @@ def _collect(
     yield from map(str, check_expiry(policy, today))
     for index, exemption in enumerate(policy.exemptions if not args.narrowed else ()):
         if exemption.holds(today) and exemption not in used:
-            place = (
-                policy.file,
-                exemption.line,
-                exemption.column,
-                f"exemptions[{index}] ({exemption.reason})",
-            )
+            where = f"exemptions[{index}] ({exemption.reason})"
+            place = (policy.file, exemption.line, exemption.column, where)
             yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
     yield from check_patterns(policy)
 
@@ -7549,7 +7544,7 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
 
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies for what a policy uses: of the scan, the members' role, and who writes."""
+    """Return the least IAM policies by who needs them; `remediate` is for whoever writes, a role apart."""
     accounts, notify = policy.accounts, policy.notify
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
@@ -7830,7 +7825,7 @@ def _apply(
     """Check a plan's size, the credentials and the accounts, then carry it out; raises TagcheckError."""
     begun, run = time.monotonic(), uuid.uuid4().hex
     if (number := sum(row.writes for row in rows)) > args.max_changes:
-        limit = f"more than --max-changes {args.max_changes}: read it, then pass --max-changes {number}"
+        limit = f"more than --max-changes {args.max_changes}: read it first, then pass --max-changes {number}"
         raise UsageError(f"the plan would write {number:,} tags, {limit}")
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
