@@ -20,7 +20,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from unittest import mock
 
 import pytest
@@ -207,7 +207,8 @@ def run_here(
         stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
         stack.enter_context(kept_handlers())
         stack.enter_context(as_if_new(script_module, constants))
-        stack.enter_context(time_limit(timeout))
+        late = functools.partial(pytest.fail, f"the script still ran after {timeout:g} seconds")
+        stack.enter_context(time_limit(timeout, late))
         try:
             code: Any = script_module.main([os.fspath(arg) for arg in args], now=now)
         except SystemExit as end:
@@ -268,13 +269,9 @@ def as_if_new(module: types.ModuleType, constants: Mapping[str, Any]) -> Iterato
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Fail the test where what runs takes longer."""
-
-    def end(*_: Any) -> None:
-        pytest.fail(f"the script still ran after {seconds:g} seconds")
-
-    former = signal.signal(signal.SIGALRM, end)
+def time_limit(seconds: float, late: Callable[[], NoReturn]) -> Iterator[None]:
+    """Call `late`, which raises, in the body where it takes longer."""
+    former = signal.signal(signal.SIGALRM, lambda *_: late())
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

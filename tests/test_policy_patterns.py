@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from builders import instance, policy, save_fleet, save_policy
-from conftest import TAGCHECK, Result, run_tagcheck
+from conftest import TAGCHECK, Result, run_tagcheck, time_limit
 
 import tagcheck as script
 
@@ -375,20 +375,9 @@ class LateError(Exception):
     """`re` did not judge a value in time."""
 
 
-@contextlib.contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise LateError in the body when it takes longer."""
-
-    def ring(*_: object) -> None:
-        raise LateError
-
-    former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+def be_late() -> NoReturn:
+    """Raise LateError."""
+    raise LateError
 
 
 def check_search(main: Main, seed: int) -> tuple[str, str, float]:
@@ -415,7 +404,7 @@ def check_search(main: Main, seed: int) -> tuple[str, str, float]:
         message = found.get(number, "")
         outcome = "given up" if message.endswith(NOT_CHECKED) else outcome
         try:
-            with alarm(script.PATTERN_SECONDS / 10):
+            with time_limit(script.PATTERN_SECONDS / 10, be_late):
                 matches = re.fullmatch(pattern, value) is not None
         except (LateError, SystemError):  # of some patterns `re` itself says that it has a bug
             continue

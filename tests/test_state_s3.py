@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from aws_server import ACCOUNT_ID, AwsServer, Fault, Request
 from builders import SAVED_FILES, instance, save_fleet, save_policy
-from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
+from conftest import TAGCHECK, Result, clean_environment, kept_handlers, run_tagcheck, script_with
 
 import tagcheck as script
 
@@ -504,9 +504,8 @@ def test_tries_run_out_and_only_the_csv_is_written(
     assert [row["Status"] for row in result.csv("out.csv")] == ["REPEAT"]
 
 
-def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
-    state.stored = recorded
-    fault, cwd = state.fault(**upload_error(409, CONFLICT)), state.new_agent()
+def stopped_scan(state: State, cwd: Path, fault: Fault, hits: int) -> tuple[int, str, str]:
+    """Send SIGTERM to a scan once it has met a fault so often; returns its exit code, stdout and stderr."""
     process = subprocess.Popen(
         [sys.executable, TAGCHECK, *SCAN, "--state", state.location],
         cwd=cwd,
@@ -517,7 +516,7 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
     )
     try:
         end = time.monotonic() + 30
-        while fault.hits < 2:
+        while fault.hits < hits:
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -525,7 +524,21 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, out) == (130, "")
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def signals() -> Iterator[script.Signals]:
+    """Give a guard of signals, whose handlers do not outlive the test."""
+    with kept_handlers():
+        yield script.Signals()
+
+
+def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
+    state.stored = recorded
+    fault, cwd = state.fault(**upload_error(409, CONFLICT)), state.new_agent()
+    code, out, err = stopped_scan(state, cwd, fault, hits=2)
+    assert (code, out) == (130, "")
     assert "nothing was recorded" in err
     assert state.stored == recorded
 
@@ -533,69 +546,42 @@ def test_signal_ends_the_tries(state: State, recorded: bytes) -> None:
 def test_signal_during_the_upload_lets_state_and_reports_agree(state: State, recorded: bytes) -> None:
     state.stored = recorded
     fault, cwd = state.fault("slow", action="PutObject", seconds=1), state.new_agent()
-    process = subprocess.Popen(
-        [sys.executable, TAGCHECK, *SCAN, "--state", state.location],
-        cwd=cwd,
-        env=clean_environment(cwd) | state.aws.env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        end = time.monotonic() + 30
-        while not fault.hits:
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 3, err
+    code, _, err = stopped_scan(state, cwd, fault, hits=1)
+    assert code == 3, err
     assert state.counted == (2, 2)
     assert [row["status"] for row in json.loads((cwd / "out.json").read_text())["findings"]] == ["REPEAT"]
 
 
 def test_signal_while_changes_are_uploaded_comes_once_they_are_recorded(
-    state: State, recorded: bytes, tmp_path: Path
+    state: State, recorded: bytes, tmp_path: Path, signals: script.Signals
 ) -> None:
     state.stored = recorded
-    client, signals = state.aws.client("s3", REGION), script.Signals()
-    before = {number: signal.getsignal(number) for number in signals.numbers}
+    client = state.aws.client("s3", REGION)
     client.meta.events.register("before-send.s3.PutObject", lambda **_: signal.raise_signal(signal.SIGINT))
     s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold)
     change = script.Change(
         *("run/0", "test", ACCOUNT_ID, REGION, "i-0000000a", "Owner", None, "ann", "why", "who"),
         *("2026-02-24T10:30:45Z", "intended"),
     )
-    try:
-        with signals, pytest.raises(KeyboardInterrupt):
-            script.record_changes(s3_state, [(change, script.Result.PLANNED)])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals, pytest.raises(KeyboardInterrupt):
+        script.record_changes(s3_state, [(change, script.Result.PLANNED)])
     assert len(state.query("SELECT * FROM changes")) == 1
 
 
 def test_an_upload_that_is_tried_again_releases_no_signal_that_the_scan_holds(
-    state: State, recorded: bytes, tmp_path: Path
+    state: State, recorded: bytes, tmp_path: Path, signals: script.Signals
 ) -> None:
     state.stored = recorded
-    client, signals = state.aws.client("s3", REGION), script.Signals()
-    before = {number: signal.getsignal(number) for number in signals.numbers}
+    client = state.aws.client("s3", REGION)
     s3_state = script.S3State(client, BUCKET, KEY, tmp_path / "state.db", signals.hold)
-    try:
-        with signals:
-            assert len([*s3_state.attempts()]) == 1  # as a scan is recorded
-            signals.hold()
-            state.fault(**upload_error(412, UNMET), times=1)
-            for number, _ in enumerate(s3_state.attempts()):  # as what was sent is recorded
-                if number == 1:
-                    signal.raise_signal(signal.SIGTERM)
-            assert number == 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals:
+        assert len([*s3_state.attempts()]) == 1  # as a scan is recorded
+        signals.hold()
+        state.fault(**upload_error(412, UNMET), times=1)
+        for number, _ in enumerate(s3_state.attempts()):  # as what was sent is recorded
+            if number == 1:
+                signal.raise_signal(signal.SIGTERM)
+        assert number == 1
 
 
 @pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/"])
