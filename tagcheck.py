@@ -417,7 +417,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A target as it stands: how the latest scan of it ended, and the counts of when it was last read in full."""
+    """A target now: how its latest scan ended, and the counts of when it was last read in full."""
 
     target: Target
     error: str | None
@@ -3071,8 +3071,8 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent it
-    -- before. Only a finding has a line. It is '' where no digest lists it.
+    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was
+    -- sent it before. Only a finding has a line. It is '' where no digest lists it.
     CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
     CREATE INDEX digest_of ON digest_line (channel, recipient)
 """
@@ -4605,7 +4605,7 @@ def write_csv(file: TextIOBase, report: ScanReport | HistoryReport) -> None:
 
 
 def _finding_cells(finding: Finding) -> list[str]:
-    """Return a finding's cells in the order of CSV_COLUMNS; an empty tag is missing, a wrong value invalid."""
+    """Return a finding's cells, as CSV_COLUMNS; an empty tag is missing, a wrong value invalid."""
     wrong = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
     missing = ",".join(v.tag_key for v in finding.violations if v not in wrong)
     invalid = ",".join(f"{v.tag_key}={v.value}" for v in wrong)
@@ -7490,8 +7490,9 @@ def _unseen_notices(
         where = f"{counted(number, 'open finding')} in {target}"
         if target in read:
             yield (
-                f"{where} may be of instances that AWS hides and the files lack; they stay open. Save the files "
-                "with `aws ec2 describe-instances --include-managed-resources`, and give that option here, too"
+                f"{where} may be of instances that AWS hides and the files lack; they stay open. Save the "
+                "files with `aws ec2 describe-instances --include-managed-resources`, and give that option "
+                "here, too"
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
             yield f"{where} were not looked at, as this scan found no such region or account; they stay open"

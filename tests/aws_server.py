@@ -486,7 +486,7 @@ def cut_fault(passage: Passage) -> Answer:
 
 
 def trickle_fault(passage: Passage, *, seconds: float, in_headers: bool = False) -> Answer:
-    """Carry the request out, and send the answer byte by byte, with a pause of so many seconds before each."""
+    """Carry the request out, and send the answer byte by byte, with a pause before each."""
     raise TricklingError(passage.proceed(), seconds, in_headers, passage.ended)
 
 
@@ -651,7 +651,7 @@ class AwsServer:
         self.denied_roles: set[str] = set()
         #: Callers may do what IAM allows them, and nothing else; keys that IAM does not know may do nothing.
         self.checks_permissions = False
-        #: Instances that an AWS service operates, each with its principal; hidden from whoever does not ask for them.
+        #: Instances that an AWS service operates, by principal; hidden from those who do not ask for them.
         self.managed: dict[str, str] = {}
         #: What CloudTrail knows, by account and region, the newest event first.
         self.events: dict[tuple[str, str], list[dict[str, Any]]] = {}

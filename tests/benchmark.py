@@ -38,8 +38,9 @@ TAGCHECK = BENCHMARK.parent.parent / "tagcheck.py"
 OWN_ACCOUNT = "123456789012"
 ROLE_NAME = "tagcheck-read"
 REGIONS = (
-    "us-east-1 us-east-2 us-west-2 eu-west-1 eu-central-1 ap-south-1 sa-east-1 us-west-1 ca-central-1 eu-west-2 "
-    "eu-west-3 eu-north-1 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2"
+    "us-east-1 us-east-2 us-west-2 eu-west-1 eu-central-1 ap-south-1 sa-east-1 us-west-1 ca-central-1 "
+    "eu-west-2 eu-west-3 eu-north-1 ap-northeast-1 ap-northeast-2 ap-northeast-3 "
+    "ap-southeast-1 ap-southeast-2"
 ).split()
 REQUIRED_TAGS = ["Owner", "CostCenter", "Project"]
 PAGE_SIZE = 1000  # the most that EC2 puts on a page
@@ -224,7 +225,7 @@ TAG = "<item><key>{}</key><value>{}</value></item>"
 
 
 def answer_remediation(action: str, account: str, region: str, form: dict[str, str]) -> bytes:
-    """The body of a response to one of the calls of remediation, which is kept; the instances are as asked for."""
+    """The body of a response to one of the calls of remediation, which is kept."""
     if action == "ListTagCalls":
         return json.dumps(TAG_CALLS).encode()
     prefix = "ResourceId." if action == "CreateTags" else "InstanceId."
@@ -439,9 +440,9 @@ def run_report(fleet: Fleet, directory: str) -> None:
             ((time_, REPORT_TARGETS * (10_000 - n)) for n, time_ in enumerate(times)),
         )
         columns = (
-            "policy, account_id, region, instance_id, state, launch_time, tags, violations, last_scan, status, "
-            "first_seen, last_seen, times_seen, times_reopened, resolved_at, resolution, created_by, suggestions, "
-            "instance_type, cause_kind, cause, monthly_cost, tag_keys"
+            "policy, account_id, region, instance_id, state, launch_time, tags, violations, last_scan, "
+            "status, first_seen, last_seen, times_seen, times_reopened, resolved_at, resolution, created_by, "
+            "suggestions, instance_type, cause_kind, cause, monthly_cost, tag_keys"
         )
         db.executemany(
             f"INSERT INTO findings ({columns}) VALUES ({', '.join('?' * 23)})",
@@ -454,9 +455,8 @@ def measure_report(fleet: Fleet, rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         run_report(fleet, directory)
         size = (Path(directory) / "instance_state.db").stat().st_size
-        print(
-            f"{fleet.instances:,} findings, {REPORT_SCANS} scans of {REPORT_TARGETS} targets, {size >> 20} MiB"
-        )
+        scans = f"{REPORT_SCANS} scans of {REPORT_TARGETS} targets"
+        print(f"{fleet.instances:,} findings, {scans}, {size >> 20} MiB")
         command = [sys.executable, str(TAGCHECK), "report", "--html", "page.html", "--policy", "policy.yaml"]
         for _ in range(rounds):
             used = measure(Run("report", command, Path(directory), 0, 0))
@@ -686,9 +686,8 @@ def measure_remediation(fleet: Fleet, changes: int, latency_ms: int) -> None:
         kinds = ", ".join(
             f"{number} {action}" for action, number in Counter(call[1] for call in calls).items()
         )
-        print(
-            f"wrote {changes} tags in {usage.wall:.1f} s ({usage.cpu:.1f} s CPU, {usage.peak:.0f} MiB): {kinds}"
-        )
+        cost = f"{usage.wall:.1f} s ({usage.cpu:.1f} s CPU, {usage.peak:.0f} MiB)"
+        print(f"wrote {changes} tags in {cost}: {kinds}")
         print(
             f"{100 * len(calls) / changes:.2f} calls per 100 instances, at most {peak} a second in a target"
         )

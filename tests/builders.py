@@ -1,4 +1,4 @@
-"""What many tests make by hand: policies, instances as `aws ec2 describe-instances` prints them, and files of both."""
+"""What many tests make by hand: policies, instances as the AWS CLI prints them, and files of both."""
 
 import json
 import sqlite3

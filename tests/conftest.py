@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def hurry_boto() -> None:
-    """Let no session find and parse the models of AWS's services again, and shorten the pauses between tries."""
+    """Let sessions share the parsed models of AWS's services, and shorten the pauses between tries."""
     load_once = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
     JSONFileLoader.load_file = lambda self, file_path: load_once(file_path)
     list_once = functools.cache(Loader.list_available_services)
@@ -253,7 +253,7 @@ def print_warning(
 
 @contextlib.contextmanager
 def as_if_new(module: types.ModuleType, constants: Mapping[str, Any]) -> Iterator[None]:
-    """Let a module have other constants, and no cache that remembers the former ones; boto3 has no session."""
+    """Let a module have other constants, and empty caches; boto3 has no session."""
     boto3 = sys.modules.get("boto3")
     caches = [value for value in vars(module).values() if hasattr(value, "cache_clear")]
     assert all(getattr(module, name) for name in constants)

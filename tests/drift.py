@@ -1,8 +1,8 @@
 """Make up a fleet whose true tags are known, and let it drift day by day.
 
-Tests take the pure functions: `fleet` (every tag is true), `hide`, `untidy`, `drifting`, `as_answer`. As a script it
-scans each day of a drifting fleet and leaves the state: what a team has after a month. Every draw is named by the
-seed and by what it decides, so that nothing depends on the order of the draws.
+Tests take the pure functions: `fleet` (every tag is true), `hide`, `untidy`, `drifting`, `as_answer`. As a
+script it scans each day of a drifting fleet and leaves the state: what a team has after a month. Every draw
+is named by the seed and by what it decides, so that nothing depends on the order of the draws.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def group(seed: int, account_id: str, region: str, number: int, now: datetime, k
         named = {} if kind == "eks" else {"Name": f"{name}-{n:02d}" if kind == "pets" else name}
         age = timedelta(hours=3, days=rng.uniform(0, 40) if kind in SCALED else rng.uniform(20, 900))
         yield Record(
-            account_id, region, kind, f"{account_id}/{region}/{number}", instance_type, vpc_id, profile, true_tags,
+            account_id, region, kind, f"{account_id}/{region}/{number}", instance_type,
+            vpc_id, profile, true_tags,
             tags=named | structure | true_tags,
             launched=(now - age).replace(microsecond=0),
             instance_id=f"i-0{rng.getrandbits(64):016x}",
@@ -217,7 +218,7 @@ def hide(
     seed: int = 1,
     groups: bool = False,
 ) -> tuple[list[Record], dict[tuple[str, str], str]]:
-    """Take away a share of the tags that are true, one by one or from whole groups; returns what they were."""
+    """Hide a share of the true tags, one by one or from whole groups; returns what they were."""
     hidden: dict[tuple[str, str], str] = {}
     left = []
     for record in records:
@@ -230,7 +231,7 @@ def hide(
 
 
 def as_answer(records: Iterable[Record]) -> dict[str, Any]:
-    """The instances as `aws ec2 describe-instances --output json` prints them, each in its own reservation."""
+    """The instances as `aws ec2 describe-instances` prints them, each in its own reservation."""
     return {"Reservations": [{"OwnerId": r.account_id, "Instances": [described(r)]} for r in records]}
 
 
@@ -454,9 +455,10 @@ def run_demo(directory: Path, options: argparse.Namespace) -> int:
 def print_days(state: Path) -> None:
     """Print what each scan found where it could read, as the state has it."""
     names = "instances findings exempted new repeat reopened resolved".split()
+    sums = ", ".join(f"sum({name})" for name in names)
     with closing(sqlite3.connect(state)) as database:
         days = database.execute(
-            f"SELECT substr(started_at, 1, 10), {', '.join(f'sum({name})' for name in names)}, sum(status = 'unread') "
+            f"SELECT substr(started_at, 1, 10), {sums}, sum(status = 'unread') "
             "FROM scans JOIN coverage ON scan = scans.id GROUP BY scans.id ORDER BY scans.id"
         ).fetchall()
     for name, *cells in [("day", *names, "unread"), *days]:

@@ -1,4 +1,4 @@
-"""AWS: what AWS answers, what it fails with, and what was saved of it; no answer is ever taken for a clean one."""
+"""AWS: what AWS answers, what it fails with, and what was saved of it; no failure counts as clean."""
 
 import gzip
 import io
@@ -118,7 +118,8 @@ LAUNCHED_AT_NO_TIME = page_of("i-0a")[2].replace(b"launchTime", b"launchDate")
 NOT_VALIDATED = "AWS was not able to validate the provided access credentials"
 DENIED = "You are not authorized to perform this operation."
 ENCODED = " Encoded authorization failure message: " + "xyzzy" * 300
-SCP = "User: u is not authorized to perform: ec2:DescribeInstances with an explicit deny in a service control policy"
+SCP = "User: u is not authorized to perform: ec2:DescribeInstances"
+SCP += " with an explicit deny in a service control policy"
 HOSTILE = "first\nForged: line\x9b31m\u202e"
 
 
@@ -226,12 +227,12 @@ RECOVERIES = {
 }
 
 REGIONS = (
-    "af-south-1", "ap-east-1", "ap-east-2", "ap-northeast-1", "ap-northeast-2", "ap-northeast-3", "ap-south-1",
-    "ap-south-2", "ap-southeast-1", "ap-southeast-2", "ap-southeast-3", "ap-southeast-4", "ap-southeast-5",
-    "ap-southeast-6", "ap-southeast-7", "ca-central-1", "ca-west-1", "eu-central-1", "eu-central-2", "eu-north-1",
-    "eu-south-1", "eu-south-2", "eu-west-1", "eu-west-2", "eu-west-3", "il-central-1", "me-central-1", "me-south-1",
-    "mx-central-1", "sa-east-1", "us-east-1", "us-east-2", "us-gov-east-1", "us-gov-west-1", "us-west-1", "us-west-2",
-    "cn-north-1",
+    "af-south-1", "ap-east-1", "ap-east-2", "ap-northeast-1", "ap-northeast-2", "ap-northeast-3",
+    "ap-south-1", "ap-south-2", "ap-southeast-1", "ap-southeast-2", "ap-southeast-3", "ap-southeast-4",
+    "ap-southeast-5", "ap-southeast-6", "ap-southeast-7", "ca-central-1", "ca-west-1", "eu-central-1",
+    "eu-central-2", "eu-north-1", "eu-south-1", "eu-south-2", "eu-west-1", "eu-west-2", "eu-west-3",
+    "il-central-1", "me-central-1", "me-south-1", "mx-central-1", "sa-east-1", "us-east-1", "us-east-2",
+    "us-gov-east-1", "us-gov-west-1", "us-west-1", "us-west-2", "cn-north-1",
 )  # fmt: skip
 PLACES = dict(zip([*TROUBLES, *RECOVERIES], REGIONS, strict=True))
 
@@ -1053,8 +1054,9 @@ def hostile_answers(seed: int, elsewhere: str) -> Iterator[tuple[int, dict[str, 
     chosen = random.Random(seed)
 
     def xml(depth: int) -> str:
-        names = "DescribeInstancesResponse DescribeRegionsResponse AssumeRoleResult Credentials Expiration item Error"
-        name = chosen.choice([*names.split(), "regionInfo", "Code", "Message", "Account", "Arn", "Errors"])
+        responses = "DescribeInstancesResponse DescribeRegionsResponse AssumeRoleResult".split()
+        names = "Credentials Expiration item Error regionInfo Code Message Account Arn Errors".split()
+        name = chosen.choice(responses + names)
         inner = (
             "".join(xml(depth - 1) for _ in range(chosen.randrange(4)))
             if depth

@@ -102,8 +102,8 @@ def findings_table(path: Path) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(path)) as db:
         return db.execute(
             "SELECT policy, account_id, region, instance_id, state, launch_time, tags, violations, status, "
-            "first_seen, times_seen, times_reopened, resolved_at IS NULL, resolution, created_by, suggestions "
-            "FROM findings ORDER BY policy, account_id, region, instance_id"
+            "first_seen, times_seen, times_reopened, resolved_at IS NULL, resolution, created_by, "
+            "suggestions FROM findings ORDER BY policy, account_id, region, instance_id"
         ).fetchall()
 
 
@@ -133,7 +133,7 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(aws_server: AwsServer, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    """Scan a fleet; let an account be denied, one suspended, and a region disabled, scan again; and once more."""
+    """Scan a fleet; deny an account, suspend another, disable a region, and scan twice more."""
     aws, tmp_path = aws_server, tmp_path_factory.mktemp("fleet")
     aws.reset()
     aws.backstage("s3", REGION).create_bucket(Bucket=BUCKET)
@@ -363,7 +363,7 @@ def refuses(status: int, code: str, **when: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Listing:
-    """How Organizations answers: the accounts that are scanned then, and what is said; none, if it is an error."""
+    """How Organizations answers: which accounts are scanned then (none after an error), and what is said."""
 
     fault: dict[str, Any]
     accounts: tuple[str, ...] = ()
@@ -533,11 +533,15 @@ SCOPES = {
     "one account asked for": Scope(LIST, ("--account", MEMBER), (MEMBER,)),
     "share without an account": Scope(None, ("--shard", "1/4")),
     "share with the account": Scope(None, ("--shard", "3/4"), (OWN,)),
-    "unknown to the policy": Scope({"ids": [MEMBER]}, ("--account", OTHER), says=f"--account {OTHER}", code=2),
+    "unknown to the policy": Scope(
+        {"ids": [MEMBER]}, ("--account", OTHER), says=f"--account {OTHER}", code=2
+    ),
     "asked for, but excluded": Scope(LIST | {"exclude": [OTHER]}, ("--account", OTHER), says=OTHER, code=2),
     "another than the caller's": Scope(None, ("--account", MEMBER), says=f"credentials are of {OWN}", code=2),
     "every id excluded": Scope({"ids": [OTHER], "exclude": [OTHER]}, says="exclude", code=2),
-    "suspended account asked for": Scope({"organization": True}, ("--account", SUSPENDED), says="SUSPENDED", code=2),
+    "suspended account asked for": Scope(
+        {"organization": True}, ("--account", SUSPENDED), says="SUSPENDED", code=2
+    ),
 }  # fmt: skip
 
 
@@ -601,11 +605,20 @@ MISTAKES = {
         "organization: true\n  role_name: arn:aws:iam::123456789012:role/r",
         "7:14: accounts.role_name: ",
     ),
-    "id that is too short": ('ids: ["012345678901", 12345]\n  role_name: r', "6:25: accounts.ids[1]: '12345' is"),
+    "id that is too short": (
+        'ids: ["012345678901", 12345]\n  role_name: r',
+        "6:25: accounts.ids[1]: '12345' is",
+    ),
     "id with hyphens": ("ids: [0123-4567-8901]\n  role_name: r", "6:9: accounts.ids[0]: '0123-4567-8901' is"),
-    "name in place of an id": ("organization: true\n  exclude: [prod]\n  role_name: r", "7:13: accounts.exclude[0]: "),
+    "name in place of an id": (
+        "organization: true\n  exclude: [prod]\n  role_name: r",
+        "7:13: accounts.exclude[0]: ",
+    ),
     "no ids": ("ids: []\n  role_name: r", "6:8: accounts.ids: "),
-    "misspelt key": ("organisation: true\n  role_name: r", "6:3: accounts: unknown key 'organisation' (did you"),
+    "misspelt key": (
+        "organisation: true\n  role_name: r",
+        "6:3: accounts: unknown key 'organisation' (did you",
+    ),
 }  # fmt: skip
 
 

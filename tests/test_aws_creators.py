@@ -70,7 +70,10 @@ def remember(aws, ids, identity, ago=0.0, region=REGION, account_id=ACCOUNT_ID, 
         ),
         "EKS": (role("AWSServiceRoleForAmazonEKSNodegroup", "EKS"), "AmazonEKSNodegroup (automation)"),
         "service": ({"type": "AWSService", "invokedBy": "batch.amazonaws.com"}, "batch (automation)"),
-        "federated": ({"type": "FederatedUser", "arn": "arn:aws:sts::1:federated-user/x"}, "arn:aws:sts::1:federated-user/x"),
+        "federated": (
+            {"type": "FederatedUser", "arn": "arn:aws:sts::1:federated-user/x"},
+            "arn:aws:sts::1:federated-user/x",
+        ),
         "identity center": ({"type": "IdentityCenterUser", "principalId": "u-1"}, "u-1"),
         "nobody": ({}, "unknown (the event names nobody)"),
     }.values(),
@@ -112,7 +115,8 @@ def test_creators_are_found_shown_kept_and_not_asked_for_again(aws, scan, hasty,
     before = len(aws.requests)
     again = scan(check=3, script=hasty)
     assert created_by(again) == created_by(result)
-    asked = {call.params["LookupAttributes"][0]["AttributeValue"] for call in aws.requests[before:] if call.action == "LookupEvents"}  # fmt: skip
+    lookups = [call.params for call in aws.requests[before:] if call.action == "LookupEvents"]
+    asked = {params["LookupAttributes"][0]["AttributeValue"] for params in lookups}
     assert asked == {forgotten, failed}
     story = tagcheck("history", alone, "--policy", "policy.yaml", cwd=tmp_path)
     assert "  Created by: ann\n" in story.out
@@ -251,8 +255,8 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
     assert 1 <= len(known) <= 2
     _, notice = first.json("out.json")["notices"]
     assert notice == (
-        f"Who created {script.counted(4 - len(known), 'instance')} was not looked up within --creators-budget 1s: "
-        "the next scan goes on"
+        f"Who created {script.counted(4 - len(known), 'instance')} was not looked up within "
+        "--creators-budget 1s: the next scan goes on"
     )
     second = scan(check=3, process=True)
     assert set(created_by(second).values()) == {"ann"}

@@ -1,4 +1,4 @@
-"""Instances that AWS services operate: none is overlooked because AWS hides it, and every report names the service."""
+"""Instances that AWS services operate: AWS hides them, no scan misses them, and reports name the service."""
 
 import sqlite3
 from collections.abc import Callable

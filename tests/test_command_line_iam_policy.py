@@ -279,7 +279,7 @@ def test_each_action_was_left_out(printed: Print, features: str) -> None:
 def remediate(fleet: Fleet, document: Document, cwd: Path, *args: str) -> Result:
     """Write tags, or take them back, as a user who may do what the document says.
 
-    moto does not know on which resource, and under which condition, EC2 is called: only the actions are tried.
+    moto does not know resources and conditions of calls to EC2: only the actions are tried.
     """
     actions = [action for statement in document["Statement"] for action in statement["Action"]]
     statement = {"Effect": "Allow", "Action": actions, "Resource": "*"}

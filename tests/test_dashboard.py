@@ -1,4 +1,4 @@
-"""Dashboard: the dashboard, as a parser and as a browser see it, whatever is in a tag and however much there is."""
+"""Dashboard: the page as a parser and as a browser see it, whatever is in a tag and however much there is."""
 
 import base64
 import contextlib
@@ -76,11 +76,14 @@ def finding(text="web-1", **more):
     violation = tagcheck.Violation(text, tagcheck.ViolationType.NONCOMPLIANT_VALUE, text, None, text)
     near = tagcheck.Violation("CostCenter", tagcheck.ViolationType.MISSING, None, text, text)
     fields = {
-        "account_id": "000000000001", "region": REGIONS[0], "instance_id": "i-0123456789abcdef0", "state": "running",
+        "account_id": "000000000001", "region": REGIONS[0], "instance_id": "i-0123456789abcdef0",
+        "state": "running",
         "launch_time": "2025-01-01T00:00:00Z", "tags": {"Name": text}, "violations": (violation, near),
-        "status": tagcheck.Status.REPEAT, "first_seen": "2025-08-08T10:00:00Z", "last_seen": "2026-02-24T10:30:45Z",
+        "status": tagcheck.Status.REPEAT, "first_seen": "2025-08-08T10:00:00Z",
+        "last_seen": "2026-02-24T10:30:45Z",
         "times_seen": 9, "times_reopened": 0, "resolved_at": None, "resolution": None, "created_by": text,
-        "suggestions": (tagcheck.Suggestion("Owner", text, 0.9, text),), "instance_type": "m5.large", "cause": None,
+        "suggestions": (tagcheck.Suggestion("Owner", text, 0.9, text),),
+        "instance_type": "m5.large", "cause": None,
         "monthly_cost": 70.08, "managed_by": None,
     }  # fmt: skip
     return tagcheck.Finding(**fields | more)
@@ -112,7 +115,7 @@ def dashboard(of=None, trend=None, found=None, text="org-tagging", endings=()):
 
 
 def hostile_dashboard(text):
-    """Give a dashboard with a text in every place that strangers, AWS and the policy's author can write to."""
+    """Give a dashboard with a text wherever strangers, AWS and the policy's author can write."""
     of = [standing(error=f"{text}: {text}"), standing(2, REGIONS[1], error=f"Code: {text}", last_read=None)]
     of.append(
         replace(of[0], target=tagcheck.Target(text[:40], text[:40]), error=None, findings=9, compliant=1)
@@ -133,12 +136,14 @@ PAGES = {
     "three": lambda: dashboard([standing(), standing(error=UNREAD)], points(2, 9, 4, unread=[2])),
     "clean": lambda: dashboard([standing(findings=0, instances=1234)]),
     "large": lambda: large(unread=range(0, 8500, 50)),
-    "unread": lambda: dashboard([standing(a, error=UNREAD, last_read=None, findings=0, instances=0) for a in range(9)]),
-} | {f"hostile-{number}": functools.partial(hostile_dashboard, text) for number, text in enumerate(HOSTILE)}  # fmt: skip
+    "unread": lambda: dashboard(
+        [standing(a, error=UNREAD, last_read=None, findings=0, instances=0) for a in range(9)]
+    ),
+} | {f"hostile-{n}": functools.partial(hostile_dashboard, text) for n, text in enumerate(HOSTILE)}
 
 
 class Page(HTMLParser):
-    """A page as a parser has it: its elements with their attributes, and the text of each; raises what is wrong."""
+    """A page as a parser has it: elements with attributes, and the text of each; raises what is wrong."""
 
     VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
 
@@ -258,9 +263,9 @@ def test_what_strangers_wrote_stays_text_in_every_place(text):
     assert any(cell.get("title", "").startswith(start) for cell in page.all("td"))
     heads = page.texts("th", scope="row")  # account, tag, creator, service, owner, spend
     assert sum(name.startswith(start) for name in heads) == 6
-    cells = {label: [t for t, e in zip(page.texts("td"), page.all("td"), strict=True) if e.get("data-label") == label]
-             for label in ("Name", "Lacks", "Probably", "Created by", "What to do", "When", "Exemption", "Why")}  # fmt: skip
-    assert {label for label, texts in cells.items() if start not in "".join(texts)} == set()
+    cells = list(zip((cell.get("data-label") for cell in page.all("td")), page.texts("td"), strict=True))
+    for label in ("Name", "Lacks", "Probably", "Created by", "What to do", "When", "Exemption", "Why"):
+        assert start in "".join(text for name, text in cells if name == label), label
     assert start in page.texts("footer")[0]
     assert not re.search("[\x00-\x09\x0b-\x1f\u2028\u202e]", page.source)
     assert len(page.source) < 60_000
@@ -276,14 +281,36 @@ def test_a_long_text_is_cut():
     ("trend", "answer"),
     [
         pytest.param(points(8), "8 open findings Not known yet: a trend needs a second scan.", id="one scan"),
-        pytest.param(points(12, 8), "Getting better 8 open findings, 4 fewer (33%) than at the first scan, on 2026-02-23 (12)", id="two"),
-        pytest.param(points(*[5] * 20, *[4] * 40, 8), "Getting worse 8 open findings, 4 more (100%) than 30 days before, on 2026-01-25 (4)", id="a month"),
-        pytest.param(points(2, 8, days=200), "Getting worse 8 open findings, 6 more (300%) than 200 days before, on 2025-08-08 (2)", id="a gap"),
-        pytest.param(points(8, 3, 8), "Unchanged 8 open findings, as many as at the first scan, on 2026-02-22 (8)", id="unchanged"),
-        pytest.param(points(0, 8), "Getting worse 8 open findings, 8 more than at the first scan, on 2026-02-23 (0)", id="from none"),
-        pytest.param(points(9, 8, unread=[0]), "As far as is known: 2 targets not read then.", id="unread then"),
+        pytest.param(
+            points(12, 8),
+            "Getting better 8 open findings, 4 fewer (33%) than at the first scan, on 2026-02-23 (12)",
+            id="two",
+        ),
+        pytest.param(
+            points(*[5] * 20, *[4] * 40, 8),
+            "Getting worse 8 open findings, 4 more (100%) than 30 days before, on 2026-01-25 (4)",
+            id="a month",
+        ),
+        pytest.param(
+            points(2, 8, days=200),
+            "Getting worse 8 open findings, 6 more (300%) than 200 days before, on 2025-08-08 (2)",
+            id="a gap",
+        ),
+        pytest.param(
+            points(8, 3, 8),
+            "Unchanged 8 open findings, as many as at the first scan, on 2026-02-22 (8)",
+            id="unchanged",
+        ),
+        pytest.param(
+            points(0, 8),
+            "Getting worse 8 open findings, 8 more than at the first scan, on 2026-02-23 (0)",
+            id="from none",
+        ),
+        pytest.param(
+            points(9, 8, unread=[0]), "As far as is known: 2 targets not read then.", id="unread then"
+        ),
     ],
-)  # fmt: skip
+)
 def test_it_says_whether_it_gets_better(trend, answer):
     card = Page(dashboard([standing(findings=8)], trend)).card(0)
     assert answer in card
@@ -316,11 +343,21 @@ def test_it_says_where_it_is_worst():
     [
         ({"by_owner": []}, "Whom to ask? ann created 1,200 of 2,000 instances with findings Then: bob (7)"),
         ({"by_creator": []}, "Whom to ask? ann owns, or probably owns, 9 of 2,000 instances with findings"),
-        ({"by_owner": [("eve", 40)]}, "Whom to ask? eve owns, or probably owns, 40 of 2,000 instances with findings Created by ann (1,200), bob (7)"),
-        ({"by_creator": [], "by_owner": []}, "Whom to ask? Not known Most at once: 1 Auto Scaling group: 5 instances"),
-        ({"by_creator": [], "by_owner": [], "causes": []}, "Not known Who created the instances is not known: scan --creators looks it up."),
+        (
+            {"by_owner": [("eve", 40)]},
+            "Whom to ask? eve owns, or probably owns, 40 of 2,000 instances with findings "
+            "Created by ann (1,200), bob (7)",
+        ),
+        (
+            {"by_creator": [], "by_owner": []},
+            "Whom to ask? Not known Most at once: 1 Auto Scaling group: 5 instances",
+        ),
+        (
+            {"by_creator": [], "by_owner": [], "causes": []},
+            "Not known Who created the instances is not known: scan --creators looks it up.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_it_says_whom_to_ask(more, answer):
     people = {"by_creator": [("ann", 1200), ("bob", 7)], "by_owner": [("ann", 9)]}
     card = Page(dashboard(found=open_findings(2000, **people | more))).card(2)
@@ -354,7 +391,11 @@ def test_what_was_not_read_is_never_called_clean():
     )
     assert "Nobody yet" in page.card(2)
     assert "Every one" not in page.text
-    cells = {cell["title"]: (cell.get("class"), text) for cell, text in zip(page.all("td"), page.texts("td"), strict=True) if "title" in cell}  # fmt: skip
+    cells = {
+        cell["title"]: (cell.get("class"), text)
+        for cell, text in zip(page.all("td"), page.texts("td"), strict=True)
+        if "title" in cell
+    }
     assert cells[f"000000000001, {REGIONS[0]}"] == ("unread", "not read")
     assert cells[f"000000000001, {REGIONS[1]}: 0 of 10 instances lack tags"] == ("h0", "100%")
     assert cells["000000000001, all regions: 0 of 10 instances lack tags"] == ("unread", "100% 1 not read")
@@ -417,7 +458,8 @@ def test_a_chart_has_as_much_as_can_be_seen(scans):
 
 
 def test_the_line_and_the_bars_have_their_heights():
-    trend = [replace(p, new=n, reopened=r, resolved=d) for p, n, r, d in zip(points(1, 100, 50), (1, 80, 0), (0, 19, 0), (0, 0, 50), strict=True)]  # fmt: skip
+    changes = zip(points(1, 100, 50), (1, 80, 0), (0, 19, 0), (0, 0, 50), strict=True)
+    trend = [replace(point, new=n, reopened=r, resolved=d) for point, n, r, d in changes]
     page = Page(dashboard(trend=trend))
     path = [e["d"] for e in page.all("path")][-1]
     assert path == "M9.00,198.0L53.75,0.0L98.50,100.0"
@@ -464,8 +506,13 @@ def test_columns_and_sections_of_which_nothing_is_known_are_left_out():
     page = Page(dashboard(found=open_findings(9, oldest=[bare], **empty)))
     assert {"Created by", "Probably", "A month"} & set(page.texts("th")) == set()
     titles = page.texts("h2")
-    assert titles[3:] == ["Open findings over time", "Compliance by account and region", "Tags that are lacking",
-                          "Age of open findings", "Open for longest"]  # fmt: skip
+    assert titles[3:] == [
+        "Open findings over time",
+        "Compliance by account and region",
+        "Tags that are lacking",
+        "Age of open findings",
+        "Open for longest",
+    ]
     full = Page(
         dashboard(
             endings=[tagcheck.Problem("p", 1, 1, "exemptions[0] (it)", "ends on 2026-03-01", "warning")]
@@ -536,7 +583,8 @@ class Browser:
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
         ]  # fmt: skip
         # Chromium reads from 3 and writes to 4.
-        pipes = "import os, sys; os.dup2(%d, 13); os.dup2(%d, 4); os.dup2(13, 3); os.execvp(sys.argv[1], sys.argv[1:])"
+        pipes = "import os, sys; os.dup2(%d, 13); os.dup2(%d, 4); os.dup2(13, 3); "
+        pipes += "os.execvp(sys.argv[1], sys.argv[1:])"
         launcher = [sys.executable, "-c", pipes % (theirs, theirs_to), *command]
         self.process = subprocess.Popen(launcher, pass_fds=(theirs, theirs_to), stderr=subprocess.DEVNULL)
         os.close(theirs)
@@ -638,7 +686,9 @@ LAYOUT = """(() => {
     charts: charts.map(e => box(e).width),
     line: box(charts[0].querySelectorAll('path')[1] || charts[0]).width,
     bars: Math.min(...[...charts[1].querySelectorAll('rect')].map(e => box(e).width)),
-    outside: [...document.querySelectorAll('svg text')].filter(e => box(e).width && (box(e).left < 0 || box(e).right > innerWidth)).map(e => e.textContent),
+    outside: [...document.querySelectorAll('svg text')]
+      .filter(e => box(e).width && (box(e).left < 0 || box(e).right > innerWidth))
+      .map(e => e.textContent),
     cards: [...document.querySelectorAll('.card')].map(e => box(e).top),
     label: getComputedStyle(document.querySelector('.list td'), '::before').content,
     sideways: [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length,
@@ -677,12 +727,24 @@ def test_on_paper_nothing_is_cut_off(browser):
 
 CONTRAST = """(() => {
   const parse = c => c.match(/[\\d.]+/g).map(Number);
-  const light = c => { const [r, g, b] = parse(c).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-                       return .2126 * r + .7152 * g + .0722 * b; };
-  const behind = e => { while (e) { const c = getComputedStyle(e).backgroundColor; if (parse(c)[3] !== 0) return c; e = e.parentElement; } };
-  return [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && !e.closest('title, desc')).map(e => {
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = c => {
+    const [r, g, b] = parse(c).map(v => linear(v / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = e => {
+    while (e) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (parse(c)[3] !== 0) return c;
+      e = e.parentElement;
+    }
+  };
+  const hasText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  const shown = e => hasText(e) && !e.closest('title, desc');
+  return [...document.querySelectorAll('body *')].filter(shown).map(e => {
     const style = getComputedStyle(e);
-    const [a, b] = [light(e.tagName === 'text' ? style.fill : style.color), light(behind(e))].sort((x, y) => y - x);
+    const colour = e.tagName === 'text' ? style.fill : style.color;
+    const [a, b] = [light(colour), light(behind(e))].sort((x, y) => y - x);
     return [e.textContent.slice(0, 40), e.className.toString(), (a + .05) / (b + .05)];
   }).filter(found => found[2] < 4.5);
 })()"""  # fmt: skip

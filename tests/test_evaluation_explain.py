@@ -136,7 +136,9 @@ NUMBERS = set(range(1, 8))
         pytest.param({"accounts": [OTHER_ACCOUNT]}, {5, 6, 7}, id="an account"),
         pytest.param({"accounts": [OTHER_ACCOUNT, ACCOUNT]}, NUMBERS, id="every account"),
         pytest.param({"regions": [OTHER_REGION]}, {4, 5}, id="a region"),
-        pytest.param({"regions": [OTHER_REGION], "accounts": [OTHER_ACCOUNT]}, {5}, id="a region of an account"),
+        pytest.param(
+            {"regions": [OTHER_REGION], "accounts": [OTHER_ACCOUNT]}, {5}, id="a region of an account"
+        ),
         pytest.param({"instances": [ident(1), ident(2)], "tags": {"Team": "*"}}, {2}, id="ids and a tag"),
         pytest.param({"instances": [ident(1)], "regions": [OTHER_REGION]}, set(), id="never both"),
     ],
@@ -285,9 +287,15 @@ USELESS = {"reason": "nobody has this", "tags": {"Team": "none"}}
     ("exemption", "said"),
     [
         pytest.param(USELESS, True, id="matches no instance"),
-        pytest.param({"reason": "complies anyway", "instances": [ident(0xFF)]}, True, id="matches one that complies"),
+        pytest.param(
+            {"reason": "complies anyway", "instances": [ident(0xFF)]}, True, id="matches one that complies"
+        ),
         pytest.param({"reason": "used", "instances": [ident(1)]}, False, id="covers one"),
-        pytest.param({"reason": "used", "instances": [ident(1)], "required_tags": ["Owner"]}, False, id="covers in part"),
+        pytest.param(
+            {"reason": "used", "instances": [ident(1)], "required_tags": ["Owner"]},
+            False,
+            id="covers in part",
+        ),
         pytest.param(USELESS | {"expires": "2026-11-22"}, False, id="has ended"),
         pytest.param(USELESS | {"expires": "2026-11-23"}, True, id="ends today"),
     ],

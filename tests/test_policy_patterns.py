@@ -1,4 +1,4 @@
-"""Patterns of a policy meet tag values that strangers write: no value stops a scan, and none hides a finding."""
+"""Patterns of a policy meet tag values of strangers: no value stops a scan, and none hides a finding."""
 
 import contextlib
 import functools
@@ -51,7 +51,8 @@ def write(pattern: str, values: Sequence[str]) -> None:
     save_fleet(Path(), *(instance(number, {"CostCenter": value}) for number, value in enumerate(values)))
 
 
-SCAN = "scan --policy p.yaml --instances fleet.json --region us-east-1 --account 123456789012 --json out.json".split()
+SCAN = "scan --policy p.yaml --instances fleet.json --region us-east-1 --json out.json".split()
+SCAN += ["--account", "123456789012"]
 
 
 def messages() -> dict[int, str]:
@@ -350,7 +351,7 @@ def some_pattern(rng: random.Random, depth: int = 3) -> str:
 
 
 def some_policy_pattern(rng: random.Random) -> str:
-    """Make a pattern that `re` mostly takes, half of them slow only on values that no try at load time knows."""
+    """Make a pattern for `re`; half of them are slow only on values that no try at load time knows."""
     begun = rng.choice(["", "[xy]z"])
     while True:
         pattern = rng.choice(FLAGS) + begun + some_pattern(rng)

@@ -113,7 +113,8 @@ def test_default_is_planned_with_what_contradicts_it():
     [
         pytest.param(
             {"aws:autoscaling:groupName": "web"},
-            "Auto Scaling group web: the tag is lost when an instance is replaced; set it on web with propagation",
+            "Auto Scaling group web: the tag is lost when an instance is replaced; "
+            "set it on web with propagation",
             id="Auto Scaling",
         ),
         pytest.param(
@@ -123,13 +124,14 @@ def test_default_is_planned_with_what_contradicts_it():
         ),
         pytest.param(
             {"eks:cluster-name": "c", "eks:nodegroup-name": "n", "aws:autoscaling:groupName": "eks-n"},
-            "EKS node group c/n: the tag is lost when an instance is replaced; set it in the launch template of c/n",
+            "EKS node group c/n: the tag is lost when an instance is replaced; "
+            "set it in the launch template of c/n",
             id="EKS",
         ),
         pytest.param(
             {"karpenter.k8s.aws/ec2nodeclass": "default", "aws:ec2launchtemplate:id": "lt-1"},
-            "Karpenter node class default: the tag is lost when an instance is replaced; set it in spec.tags of the "
-            "EC2NodeClass default",
+            "Karpenter node class default: the tag is lost when an instance is replaced; "
+            "set it in spec.tags of the EC2NodeClass default",
             id="Karpenter",
         ),
         pytest.param({"Name": "web-1"}, "", id="nothing"),
@@ -942,7 +944,7 @@ def test_undo_is_taken_back_and_repeated(aws, run, undo, tmp_path):
 
 
 def test_undo_of_a_run_that_was_killed(aws, run, tmp_path):
-    """What the undo file and the state have of it was kept before the call; an empty tag counts as missing."""
+    """Undo file and state kept a row before its call; an empty tag counts as missing."""
     ids = [aws.launch(REGION, tags)[0] for tags in ({}, {"Owner": ""}, {"Owner": "  "}, {"Owner": "bob"})]
     rows = [row(id_) for id_ in ids[:3]] + [row(ids[3], action="replace", Current="bob")]
     save_plan(tmp_path / "plan.csv", *rows)

@@ -414,8 +414,8 @@ def test_junit(scan, tmp_path):
     assert failure.get("message") == "Owner is missing; CostCenter is missing"
 
 
-# Jenkins' xUnit plugin, junit-10.xsd: of each element the attributes that it must have, those that it may have,
-# and the elements that may stand in it. All attributes are texts there, but for `time`.
+# Jenkins' xUnit plugin, junit-10.xsd: of each element the attributes that it must have, those that it may
+# have, and the elements that may stand in it. All attributes are texts there, but for `time`.
 JUNIT = {
     "testsuites": ("", "name time tests failures errors", "testsuite"),
     "testsuite": (

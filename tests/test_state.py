@@ -1054,7 +1054,8 @@ def test_ctrl_c_while_findings_are_resolved_is_an_interruption(scan, tmp_path):
     save_fleet(tmp_path / "none.json", BYSTANDER)
     before = query("SELECT status FROM findings")
     run = subprocess.run(
-        [sys.executable, "stopped.py", TAGCHECK.parent, "scan", "--policy", "policy.yaml", "--instances", "none.json"],
+        [sys.executable, "stopped.py", TAGCHECK.parent, "scan", "--policy", "policy.yaml",
+         "--instances", "none.json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (run.returncode, "interrupted" in run.stderr) == (130, True), run.stderr

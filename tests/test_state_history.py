@@ -63,7 +63,7 @@ def history(directory, *args, **options):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A state after five scans: one instance comes and goes, one is half put right, one is not read at last."""
+    """A state after five scans: one instance comes and goes, one is half fixed, one is not read at last."""
     cwd = tmp_path_factory.mktemp("kept")
     scan(
         cwd,
@@ -128,7 +128,8 @@ def test_an_instance_has_its_story(kept):
         "  2026-03-11T06:00:00Z  CHANGED   Project is missing",
         "  2026-03-21T06:00:00Z  RESOLVED  tagged",
         "  2026-03-31T06:00:00Z  REOPENED  Project is missing",
-        "  History: REOPENED, found 3 times from 2026-03-01T06:00:00Z to 2026-03-31T06:00:00Z, reopened 1 time",
+        "  History: REOPENED, found 3 times from 2026-03-01T06:00:00Z to 2026-03-31T06:00:00Z, "
+        "reopened 1 time",
     ]
     gone = history(kept, instance(4), check=0).out
     assert "RESOLVED  gone" in gone
@@ -191,7 +192,8 @@ def first_version(path):
         db.execute(f"PRAGMA application_id = {script.APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
         db.execute(
-            "INSERT INTO scans VALUES (1, 'x', 'test', 'p', 'd', '2026-02-01T00:00:00Z', '2026-02-01T00:00:00Z')"
+            "INSERT INTO scans VALUES "
+            "(1, 'x', 'test', 'p', 'd', '2026-02-01T00:00:00Z', '2026-02-01T00:00:00Z')"
         )
         for number, (status, *ended) in enumerate(
             [("REPEAT", None, None), ("RESOLVED", "2026-02-09T00:00:00Z", "tagged")], 1
@@ -204,7 +206,8 @@ def first_version(path):
             db.execute(
                 f"INSERT INTO findings VALUES ({', '.join('?' * 19)})",
                 (number, "test", ACCOUNT, REGION, instance(number), "running", "2026-01-01T00:00:00Z", "{}",
-                 json.dumps(violations), 1, status, "2026-02-01T00:00:00Z", "2026-02-03T00:00:00Z", 3, 0, *ended, "ann", None),
+                 json.dumps(violations), 1, status, "2026-02-01T00:00:00Z", "2026-02-03T00:00:00Z",
+                 3, 0, *ended, "ann", None),
             )  # fmt: skip
 
 
@@ -371,8 +374,8 @@ PRICES = "instance_type,region,hourly_price\nm7g.large,us-east-1,0.1\nt3.micro,u
 def test_findings_carry_what_they_cost(tmp_path):
     (tmp_path / "prices.csv").write_text("\ufeff" + PRICES, encoding="utf-8")
     stopped = {"InstanceType": "t3.micro", "State": {"Name": "stopped"}}
-    of = {kind: {"InstanceType": kind} for kind in ("m7g.large", "x1.32xlarge")}
-    fleet = {1: ({}, of["m7g.large"]), 2: ({"Owner": "ann"}, of["m7g.large"]), 3: ({}, stopped), 4: ({}, of["x1.32xlarge"])}  # fmt: skip
+    large, huge = ({"InstanceType": kind} for kind in ("m7g.large", "x1.32xlarge"))
+    fleet = {1: ({}, large), 2: ({"Owner": "ann"}, large), 3: ({}, stopped), 4: ({}, huge)}
     result = scan(tmp_path, 0, {REGION: fleet, OTHER: {9: GOOD}}, "--prices", "prices.csv", check=3)
     report = result.json("out.json")
     costs = {finding["instance_id"][-1]: finding["monthly_cost"] for finding in report["findings"]}

@@ -1,4 +1,4 @@
-"""State, in S3: a state that outlives the agent, and counts every scan once whatever goes wrong on the way."""
+"""State in S3: it outlives the agent, and counts every scan once whatever goes wrong on the way."""
 
 import functools
 import itertools
@@ -271,7 +271,7 @@ def upload_error(status: int, code: str, **when: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What the requests of a scan meet, and how often scans are counted in the end, that before it included."""
+    """What the requests of a scan meet, and how many scans are counted in the end, with the one before."""
 
     faults: tuple[dict[str, Any], ...]
     counted: int = 2

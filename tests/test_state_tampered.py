@@ -96,8 +96,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             run_tagcheck("scan", "-q", *POLICY, *SAVED, *where, cwd=directory, now=now, check=VIOLATIONS)
         with closing(sqlite3.connect(STATE)) as db, db:
             db.execute(
-                "INSERT INTO changes SELECT NULL, 'x/1', policy, account_id, region, instance_id, 'Owner', NULL, 'ann', "
-                "'why', 'who', first_seen, 'written' FROM findings LIMIT 1"
+                "INSERT INTO changes SELECT NULL, 'x/1', policy, account_id, region, instance_id, 'Owner', "
+                "NULL, 'ann', 'why', 'who', first_seen, 'written' FROM findings LIMIT 1"
             )
         return Path(STATE).read_bytes()
 
@@ -213,7 +213,8 @@ OLDER = (
         ("CREATE VIEW foo AS SELECT * FROM flagged_instances", "it has a view 'foo'"),
         ("CREATE TABLE foo (x)", "it has a table 'foo'"),
         (
-            "INSERT INTO sqlite_master VALUES ('index', 'foo', 'flagged_instances', 2, 'CREATE INDEX foo ON x (y)')",
+            "INSERT INTO sqlite_master VALUES "
+            "('index', 'foo', 'flagged_instances', 2, 'CREATE INDEX foo ON x (y)')",
             "restore it from a backup",
         ),
     ],
@@ -253,7 +254,9 @@ HOSTILE_ROWS = {
     "violations are an object": """UPDATE findings SET violations = '{"tag_key": "x"}'""",
     "violations are none": "UPDATE findings SET violations = '[]'",
     "violations are numbers": "UPDATE findings SET violations = '[1]'",
-    "a violation's key is a list": """UPDATE findings SET violations = replace(violations, '"Owner"', '[]')""",
+    "a violation's key is a list": (
+        """UPDATE findings SET violations = replace(violations, '"Owner"', '[]')"""
+    ),
     "violations of no type": "UPDATE findings SET violations = replace(violations, 'missing', 'lost')",
     "violations are a blob": "UPDATE findings SET violations = x'5b5d'",
     "tags are numbers": """UPDATE findings SET tags = '{"Name": 1, "Owner": 2}'""",
@@ -272,10 +275,12 @@ HOSTILE_ROWS = {
     "a cause of no kind": "UPDATE findings SET cause_kind = 'fate', cause = 'x'",
     "a cause without a kind": "UPDATE findings SET cause_kind = NULL, cause = 'x'",
     "suggestions without a value": (
-        """UPDATE findings SET suggestions = '[{"tag_key":"Owner","value":null,"confidence":1,"evidence":""}]'"""
+        "UPDATE findings SET suggestions = "
+        """'[{"tag_key":"Owner","value":null,"confidence":1,"evidence":""}]'"""
     ),
     "suggestions that are too sure": (
-        """UPDATE findings SET suggestions = '[{"tag_key":"Owner","value":"a","confidence":9,"evidence":""}]'"""
+        "UPDATE findings SET suggestions = "
+        """'[{"tag_key":"Owner","value":"a","confidence":9,"evidence":""}]'"""
     ),
     "suggestions are no JSON": "UPDATE findings SET suggestions = 'x'",
     "a creator is a blob": "UPDATE findings SET created_by = x'ff'",
@@ -343,12 +348,18 @@ ATTACKS = {
     "keys in another case": "UPDATE findings SET instance_id = upper(instance_id), region = upper(region)",
     "keys as blobs": "UPDATE findings SET instance_id = CAST(instance_id AS BLOB)",
     "nothing was found": "DELETE FROM findings",
-    "all were told": "INSERT INTO notifications SELECT 'test', 'finding ' || account_id || ' ' || region || ' ' || "
-    "instance_id, 'slack', '2026-01-01T00:00:00Z' FROM findings",
-    "a region that is fine": f"INSERT INTO coverage SELECT {AS_OF_NEXT_SCAN}, account_id, region, 'read', NULL, NULL, "
-    "9, 9, 0, 0, 0, 0, 0, 0 FROM coverage WHERE scan = 3",
-    "a region that nobody read": f"INSERT INTO coverage SELECT {AS_OF_NEXT_SCAN}, account_id, 'moon-1', 'unread', 'x', "
-    "'x', 0, 0, 0, 0, 0, 0, 0, 0 FROM coverage WHERE scan = 3 LIMIT 1",
+    "all were told": (
+        "INSERT INTO notifications SELECT 'test', 'finding ' || account_id || ' ' || region || ' ' || "
+        "instance_id, 'slack', '2026-01-01T00:00:00Z' FROM findings"
+    ),
+    "a region that is fine": (
+        f"INSERT INTO coverage SELECT {AS_OF_NEXT_SCAN}, account_id, region, 'read', NULL, NULL, "
+        "9, 9, 0, 0, 0, 0, 0, 0 FROM coverage WHERE scan = 3"
+    ),
+    "a region that nobody read": (
+        f"INSERT INTO coverage SELECT {AS_OF_NEXT_SCAN}, account_id, 'moon-1', 'unread', 'x', "
+        "'x', 0, 0, 0, 0, 0, 0, 0, 0 FROM coverage WHERE scan = 3 LIMIT 1"
+    ),
 }
 
 
@@ -536,7 +547,8 @@ HOSTILE_OBJECTS = (
     "CREATE INDEX foo ON coverage (findings) WHERE findings > 0",
     "ALTER TABLE findings RENAME COLUMN status TO state2",
     "CREATE TABLE flagged_instances AS SELECT instance_id, first_seen, times_seen AS is_active FROM findings",
-    "CREATE TABLE flagged_instances (instance_id COLLATE NOCASE UNIQUE, first_seen, is_active CHECK (is_active = 1))",
+    "CREATE TABLE flagged_instances "
+    "(instance_id COLLATE NOCASE UNIQUE, first_seen, is_active CHECK (is_active = 1))",
     "ANALYZE",
     "PRAGMA writable_schema = ON; UPDATE sqlite_master SET sql = replace(sql, 'status', 'Status')",
     "PRAGMA writable_schema = ON; UPDATE sqlite_master SET rootpage = 2",
@@ -573,7 +585,8 @@ def tamper(chance: random.Random) -> str:
         table = chance.choice((*TABLES, "findings", "findings"))
         columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
         column, other = chance.choice(columns), chance.choice(columns)
-        where = f"{columns[0]} IN (SELECT {columns[0]} FROM {table} LIMIT {chance.choice((1, 99))} OFFSET {chance.randrange(4)})"
+        some = f"LIMIT {chance.choice((1, 99))} OFFSET {chance.randrange(4)}"
+        where = f"{columns[0]} IN (SELECT {columns[0]} FROM {table} {some})"
         value = chance.choice(HOSTILE_VALUES)
         if how == "value":
             how = f"{table}.{column} = {value!r:.40}"

@@ -1,4 +1,4 @@
-"""Suggestions: what a missing value probably is, how far that can be believed, and what findings have in common."""
+"""Suggestions: what a missing value probably is, how sure that is, and what findings have in common."""
 
 import itertools
 import json
@@ -59,7 +59,11 @@ def instance(tags, **more):
     {
         "nothing": ({}, []),
         "a node group, by its tag or by AWS's": (
-            {"eks:nodegroup-name": "ng", "aws:eks:cluster-name": "prod", "aws:autoscaling:groupName": "eks-ng"},
+            {
+                "eks:nodegroup-name": "ng",
+                "aws:eks:cluster-name": "prod",
+                "aws:autoscaling:groupName": "eks-ng",
+            },
             ["node_group prod/ng", "autoscaling_group eks-ng"],
         ),
         "a node group of which nobody knows the cluster": ({"eks:nodegroup-name": "ng"}, ["node_group ng"]),
@@ -72,7 +76,13 @@ def instance(tags, **more):
                 "eks:nodegroup-name": "ng",
                 "eks:cluster-name": "c",
             },
-            ["node_group c/ng", "autoscaling_group web-asg", "launch_template lt-1", "stack shop", "name_prefix web"],
+            [
+                "node_group c/ng",
+                "autoscaling_group web-asg",
+                "launch_template lt-1",
+                "stack shop",
+                "name_prefix web",
+            ],
         ),
         "a node of EKS Auto Mode": (
             {
@@ -83,18 +93,29 @@ def instance(tags, **more):
             ["node_class c/default", "launch_template lt-1"],
         ),
         "a node of Karpenter": (
-            {"eks:eks-cluster-name": "c", "karpenter.k8s.aws/ec2nodeclass": "gpu", "karpenter.sh/nodepool": "batch"},
+            {
+                "eks:eks-cluster-name": "c",
+                "karpenter.k8s.aws/ec2nodeclass": "gpu",
+                "karpenter.sh/nodepool": "batch",
+            },
             ["ec2_node_class c/gpu", "node_pool c/batch"],
         ),
         "a managed instance of ECS": (
-            {"aws:ecs:clusterName": "c", "aws:ecs:capacityProviderName": "cp", "aws:ec2launchtemplate:id": "lt-1"},
+            {
+                "aws:ecs:clusterName": "c",
+                "aws:ecs:capacityProviderName": "cp",
+                "aws:ec2launchtemplate:id": "lt-1",
+            },
             ["capacity_provider c/cp", "launch_template lt-1"],
         ),
         "a name without a number": ({"Name": "batch"}, ["name_prefix batch"]),
         "a name of a number alone": ({"Name": "42"}, []),
         "separators before the number": ({"Name": "db -_. 7"}, ["name_prefix db"]),
         "empty tags": ({"aws:autoscaling:groupName": "", "Name": "", "eks:nodegroup-name": ""}, []),
-        "a name that would take over a terminal": ({"Name": "\x1b[2Jweb\u202e1"}, [r"name_prefix \x1b[2Jweb\u202e"]),
+        "a name that would take over a terminal": (
+            {"Name": "\x1b[2Jweb\u202e1"},
+            [r"name_prefix \x1b[2Jweb\u202e"],
+        ),
     }.values(),
 )  # fmt: skip
 def test_groups_by_tags(tags, expected):
@@ -149,7 +170,10 @@ def agreements(values, keys):
         "in parts, as pages come": ([(["a"], 2), (["b"], 3), (["a"], 2)], Agreement("a", 4, 7)),
         "of equally many the first by name": ([(["b"], 2), (["a"], 2)], Agreement("a", 2, 4)),
         "a value each": ([([str(n)], 1) for n in range(5000)], None),
-        "not quite a value each": ([(["x"], 9), *(([str(n)], 1) for n in range(998))], Agreement("x", 9, 1007)),
+        "not quite a value each": (
+            [(["x"], 9), *(([str(n)], 1) for n in range(998))],
+            Agreement("x", 9, 1007),
+        ),
     }.values(),
 )  # fmt: skip
 def test_agreements(values, expected):
@@ -218,12 +242,20 @@ def own(tags, rule, siblings=(), reliability=None, placeholders=PLACEHOLDERS):
     {
         "a near-miss key": ({"owner": "ann"}, OWNER, "ann", 0.99, "it has owner=ann"),
         "with spaces around": ({"Owner ": " ann "}, OWNER, "ann", 0.99, "it has Owner =ann"),
-        "a near-miss key and case": ({"cost-center": "cc-1234"}, COST_CENTER, "CC-1234", 0.99, "it has cost-center=cc-1234"),
-        "a pattern's case": ({"CostCenter": "cc-1234"}, COST_CENTER, "CC-1234", 0.99, "it has CostCenter=cc-1234"),
+        "a near-miss key and case": (
+            {"cost-center": "cc-1234"}, COST_CENTER, "CC-1234", 0.99, "it has cost-center=cc-1234",
+        ),
+        "a pattern's case": (
+            {"CostCenter": "cc-1234"}, COST_CENTER, "CC-1234", 0.99, "it has CostCenter=cc-1234",
+        ),
         "a value's case": ({"Environment": "PROD"}, ENVIRONMENT, "prod", 0.99, "it has Environment=PROD"),
-        "a value's separators": ({"Environment": "P-R O_D"}, ENVIRONMENT, "prod", 0.99, "it has Environment=P-R O_D"),
+        "a value's separators": (
+            {"Environment": "P-R O_D"}, ENVIRONMENT, "prod", 0.99, "it has Environment=P-R O_D",
+        ),
         "a typo": ({"Environment": "prd"}, ENVIRONMENT, "prod", 0.9, "near to Environment=prd"),
-        "a longer word": ({"Environment": "Production"}, ENVIRONMENT, "prod", 0.9, "near to Environment=Production"),
+        "a longer word": (
+            {"Environment": "Production"}, ENVIRONMENT, "prod", 0.9, "near to Environment=Production",
+        ),
         "a shorter word": ({"Environment": "tes"}, ENVIRONMENT, "test", 0.9, "near to Environment=tes"),
     }.values(),
 )  # fmt: skip
@@ -352,7 +384,10 @@ def cause(kind, name, tag_key, instances):
             ["1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation"],
         ),
         "two groups in one line": (
-            [cause("autoscaling_group", "web-asg", "Owner", 1200), cause("autoscaling_group", "api", "Owner", 2)],
+            [
+                cause("autoscaling_group", "web-asg", "Owner", 1200),
+                cause("autoscaling_group", "api", "Owner", 2),
+            ],
             ["2 Auto Scaling groups: 1,202 instances lack Owner; set it on web-asg, api with propagation"],
         ),
         "each tag has its own": (
@@ -410,7 +445,7 @@ def test_the_order_of_the_instances_does_not_matter(tmp_path):
 
 
 class Measure:
-    """How often the suggestions that call themselves sure are true, and how much of what lacks they fill in."""
+    """How often the confident suggestions are true, and what share of the missing tags they fill in."""
 
     def __init__(self, records, report):
         truth = {record.instance_id: record.true_tags for record in records}
@@ -424,7 +459,8 @@ class Measure:
 
     def __str__(self):
         precision = f"precision {self.right / self.sure:.4f}" if self.sure else "nothing is sure"
-        return f"{precision} ({self.right:,} of {self.sure:,}), recall {self.right / self.lacking:.3f} of {self.lacking:,}"
+        recall = f"recall {self.right / self.lacking:.3f} of {self.lacking:,}"
+        return f"{precision} ({self.right:,} of {self.sure:,}), {recall}"
 
 
 SEEDS = (1, 2, 3, 4)
