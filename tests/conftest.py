@@ -139,7 +139,7 @@ def run_tagcheck(
     given = stdin.encode() if isinstance(stdin, str) else stdin or b""
     process = process or stdin is not None or needs_process(args, script, env or {})
     run = run_process if process else run_here
-    code, out, err = run(args, cwd, script, variables, given, timeout, now)
+    code, out, err = run(Call(args, cwd, script, variables, given, timeout, now))
     shown = f"tagcheck.py {' '.join(map(str, args))}\n--- stdout\n{out}\n--- stderr\n{err}"
     if "Traceback" in err:
         pytest.fail(f"crashed with exit code {code}: {shown}")
@@ -159,58 +159,57 @@ def needs_process(args: Sequence[str | Path], script: Path, env: Mapping[str, st
     )
 
 
-def run_process(
-    args: Sequence[str | Path],
-    cwd: Path,
-    script: Path,
-    env: Mapping[str, str],
-    stdin: bytes,
-    timeout: float,
-    now: datetime | None,
-) -> tuple[int, str, str]:
+@dataclass(frozen=True)
+class Call:
+    """One call of the script, with all that it can see of its surroundings."""
+
+    args: Sequence[str | Path]
+    cwd: Path
+    script: Path
+    env: Mapping[str, str]
+    stdin: bytes
+    timeout: float
+    now: datetime | None
+
+
+def run_process(call: Call) -> tuple[int, str, str]:
     """Run the script in a process of its own; returns its exit code, stdout and stderr."""
-    start = [script] if now is None else ["-c", AT_A_TIME, script.parent, now.isoformat()]
+    start = [call.script]
+    if call.now is not None:
+        start = ["-c", AT_A_TIME, call.script.parent, call.now.isoformat()]
     run = subprocess.run(
-        [Interpreter.path, *start, *args],
-        cwd=cwd,
-        env=env,
-        input=stdin,
+        [Interpreter.path, *start, *call.args],
+        cwd=call.cwd,
+        env=call.env,
+        input=call.stdin,
         capture_output=True,
-        timeout=timeout,
+        timeout=call.timeout,
         check=False,
     )
     return run.returncode, run.stdout.decode(errors="replace"), run.stderr.decode(errors="replace")
 
 
-def run_here(
-    args: Sequence[str | Path],
-    cwd: Path,
-    script: Path,
-    env: Mapping[str, str],
-    stdin: bytes,
-    timeout: float,
-    now: datetime | None,
-) -> tuple[int, str, str]:
+def run_here(call: Call) -> tuple[int, str, str]:
     """Run the script's `main` in this process as in one of its own; returns its exit code, stdout and stderr.
 
     An exception that would crash the script passes through, for pytest to show and `--pdb` to look at.
     """
     streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n") for name in ("stdout", "stderr")}
-    given = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+    given = io.TextIOWrapper(io.BytesIO(call.stdin), "utf-8")
     threads = {*threading.enumerate()}
-    constants = SHORT_PAUSES | CONSTANTS.get(script, {})
+    constants = SHORT_PAUSES | CONSTANTS.get(call.script, {})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(cwd))
-        stack.enter_context(mock.patch.dict(os.environ, env, clear=True))
+        stack.enter_context(contextlib.chdir(call.cwd))
+        stack.enter_context(mock.patch.dict(os.environ, call.env, clear=True))
         stack.enter_context(mock.patch.multiple(sys, stdin=given, **streams))
         stack.enter_context(mock.patch.object(tempfile, "tempdir", None))
         stack.enter_context(mock.patch.object(threading, "excepthook", threading.__excepthook__))
         stack.enter_context(kept_handlers())
         stack.enter_context(as_if_new(script_module, constants))
-        late = functools.partial(pytest.fail, f"the script still ran after {timeout:g} seconds")
-        stack.enter_context(time_limit(timeout, late))
+        late = functools.partial(pytest.fail, f"the script still ran after {call.timeout:g} seconds")
+        stack.enter_context(time_limit(call.timeout, late))
         try:
-            code: Any = script_module.main([os.fspath(arg) for arg in args], now=now)
+            code: Any = script_module.main([os.fspath(arg) for arg in call.args], now=call.now)
         except SystemExit as end:
             code = end.code
         finally:
