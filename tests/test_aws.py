@@ -646,6 +646,30 @@ def test_without_the_list_of_regions_those_named_are_scanned(
     assert remembered(tmp_path, "us-west-2") == before
 
 
+@pytest.mark.parametrize(
+    "statuses",
+    [("opted-in", "not-opted-in"), ("not-opted-in", "opted-in"), ("opted-in", "opt-in-not-required")],
+    ids=" ".join,
+)
+def test_region_that_is_listed_twice_is_scanned_if_one_entry_says_it_is_enabled(
+    aws: AwsServer, scan: Scan, statuses: tuple[str, str]
+) -> None:
+    """Read once. If it is disabled after all, EC2 refuses, and that is not taken for a clean region."""
+    enable_only(aws, REGION, "me-south-1")
+    ids = aws.launch("me-south-1")
+    items = [
+        f"<item><regionName>{name}</regionName><optInStatus>{status}</optInStatus></item>"
+        for name, status in [(REGION, "opt-in-not-required"), *(("me-south-1", each) for each in statuses)]
+    ]
+    answer = f"<DescribeRegionsResponse><regionInfo>{''.join(items)}</regionInfo></DescribeRegionsResponse>"
+    aws.fault(**body(answer.encode()), action="DescribeRegions")
+    result = scan("*", check=3)
+    assert found(result) == {"me-south-1": ids}
+    assert len(aws.calls("DescribeInstances", region="me-south-1")) == 1
+    aws.opted_in.clear()
+    assert errors(scan("*", check=4)) == {REGION: None, "me-south-1": "AuthFailure"}
+
+
 def test_one_region_asked_for_needs_no_list_of_them(aws: AwsServer, scan: Scan) -> None:
     result = scan("*", args=("--region", "us-west-2"), check=0)
     assert set(coverage(result)) == {"us-west-2"}
