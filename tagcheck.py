@@ -7757,7 +7757,8 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
             check_plan_output(output)
         staged = stack.enter_context(staged_outputs(outputs))
         if args.apply and changes:
-            beside = Path() if args.state.startswith("s3://") else Path(args.state).parent
+            state_file = os.path.realpath(args.state) if os.path.islink(args.state) else args.state
+            beside = Path() if args.state.startswith("s3://") else Path(state_file).parent
             undo = UndoFile(beside / f"remediate-undo-{now:%Y%m%dT%H%M%SZ}.csv")
             stack.callback(undo.close)
             stack.enter_context(_printing_undo_command(undo, command))

@@ -1228,6 +1228,16 @@ def test_state_in_s3_keeps_the_record(aws, run, tmp_path):
     assert len(list(tmp_path.glob("remediate-undo-*.csv"))) == 1
 
 
+def test_undo_file_is_beside_the_state_that_a_link_leads_to(aws, apply, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "instance_state.db").rename(tmp_path / "kept" / "state.db")
+    (tmp_path / "link.db").symlink_to("kept/state.db")
+    result, became = apply(row(*aws.launch(REGION)), args=("--state", "link.db"))
+    assert became == ["written"]
+    [undo] = tmp_path.glob("**/remediate-undo-*.csv")
+    assert (undo.parent, result.json("out.json")["undo_file"]) == (tmp_path / "kept", str(undo))
+
+
 # ---- How many calls, and how fast --------------------------------------------------------------------------
 
 
