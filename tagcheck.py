@@ -7105,14 +7105,15 @@ def _notify(senders: Senders, db: sqlite3.Connection, state: State, report: Scan
         more = sum(1 for _ in failures)
     if shown:
         shown += f"; and {more:,} more" if more else ""
-        done = "the scan is recorded, but not every notification was sent; the next scan tries again"
-        raise NotificationError(f"{done}: {shown}")
+        done = "the scan is recorded and its outputs are written, but not every notification was sent"
+        raise NotificationError(f"{done}; the next scan tries again: {shown}")
 
 
 def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanReport) -> Iterator[str]:
     """Send the digests, record in the state what each channel was sent, and yield what failed.
 
-    A crash between the two makes the next scan send that channel's again: rather twice than never.
+    A crash between the two makes the next scan send that channel's again: rather twice than never. A signal
+    that came since the scan was recorded stops here: it cannot stop the scan, but it can stop messages.
     """
     policy, down = report.scan.policy, set[str]()
     for channel in policy.notify.channels if policy.notify else ():

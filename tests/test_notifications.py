@@ -1,9 +1,12 @@
 """Notifications: who is told of what, once, by Slack, SNS and e-mail, and what happens when that fails."""
 
 import json
+import os
 import signal
 import sqlite3
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -18,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 from aws_server import ACCOUNT_ID
 from builders import SAVED_FILES, instance, save_fleet, save_policy
-from conftest import script_with
+from conftest import TAGCHECK, clean_environment, script_with
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -279,6 +282,34 @@ def test_a_slack_whose_certificate_nobody_knows_is_not_told(scan, slack):
     result = scan(by_slack(slack), [{}], env={"HOOK": slack.env["HOOK"]}, check=5)
     assert "cannot reach Slack" in result.err
     assert slack.texts == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signal_while_reports_are_written_leaves_the_messages_to_the_next_scan(scan, slack, tmp_path, number):
+    scan(by_slack(slack), [GOOD, GOOD], env=slack.env, check=0)
+    save_fleet(tmp_path, instance(0), instance(1))
+    (tmp_path / "violators.csv").unlink()
+    os.mkfifo(tmp_path / "violators.csv")
+    (tmp_path / "out.json").unlink()
+    process = subprocess.Popen(
+        [sys.executable, TAGCHECK, "scan", *SAVED_FILES, "--json", "out.json"],
+        cwd=tmp_path, env=clean_environment(tmp_path) | slack.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not (tmp_path / "out.json").exists():
+        assert time.monotonic() < end, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)  # the JSON is written, and the CSV waits for its reader
+    rows = (tmp_path / "violators.csv").read_text().splitlines()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, len(rows), slack.texts) == (5, 3, [])
+    said = "the scan is recorded and its outputs are written, but not every notification was sent"
+    assert err.endswith(f"tagcheck: {said}; the next scan tries again: slack: interrupted\n")
+    (tmp_path / "violators.csv").unlink()
+    result = scan(by_slack(slack), [{}, {}], env=slack.env, check=3)
+    assert [found["status"] for found in result.json("out.json")["findings"]] == ["REPEAT"] * 2
+    assert slack.texts[0].startswith("tagcheck test: 2 new findings")
 
 
 def published():
