@@ -7021,7 +7021,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         raise UsageError("--include-managed-resources describes saved files: give it with --instances")
     if args.csv is None:
         args = replace(args, csv="" if args.dry_run else "violators.csv")
-    outputs = _outputs(args, WRITERS, [args.state, args.policy, args.prices, *args.instances])
+    outputs = _outputs(args, WRITERS)
     senders = {} if args.dry_run else _senders(args, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
@@ -7206,18 +7206,30 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
             raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
 
 
-def _outputs(args: object, formats: Iterable[str], inputs: Iterable[str | None]) -> list[Output]:
-    """Return the outputs that were asked for, each writable and none an input; raises TagcheckError."""
+# The fields of options that name files to read, and the files that SQLite keeps beside a state.
+_INPUTS = ("policies", "policy", "prices", "instances", "plan", "undo", "state")
+_JOURNALS = ("-journal", "-wal", "-shm")
+
+
+def _outputs(args: object, formats: Iterable[str]) -> list[Output]:
+    """Return the outputs that were asked for, each writable and a file of its own; raises TagcheckError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
     outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
-    goals = [output.path if output.path == "-" else os.path.realpath(output.path) for output in outputs]
-    read = [os.path.realpath(path) for path in inputs if path and path != "-"]
-    taken = {f"{path}{end}" for path in read for end in ("", "-journal", "-wal", "-shm")}  # SQLite's own
-    if len(set(goals)) < len(goals) or taken & set(goals):
-        raise UsageError(
-            "two options name the same file, or an output the state's journal: give each its own"
-        )
+    taken: dict[str, str] = {}  # what each file is
+    for name in _INPUTS:
+        given = getattr(args, name, None) or []
+        for path in given if isinstance(given, list) else [given]:
+            if path != "-":
+                taken[os.path.realpath(path)] = path if name == "policies" else f"--{name} {path}"
+            if name == "state":
+                journals = (f"{os.path.realpath(path)}{end}" for end in _JOURNALS)
+                taken |= dict.fromkeys(journals, f"the journal of --state {path}")
+    for output in outputs:
+        file = output.path if output.path == "-" else os.path.realpath(output.path)
+        if file in taken:
+            raise UsageError(f"{output} and {taken[file]} are the same file: give each its own")
+        taken[file] = str(output)
     for output in outputs:
         check_output(output)
     return outputs
@@ -7501,7 +7513,7 @@ def _unseen_notices(
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
     """Report what is wrong in each policy file; returns USAGE where one cannot be used."""
-    outputs = _outputs(args, PROBLEM_WRITERS, args.policies)
+    outputs = _outputs(args, PROBLEM_WRITERS)
     results = {path: _problems(path, now.date()) for path in args.policies}
     errors = {path: sum(each.severity == "error" for each in problems) for path, problems in results.items()}
     write_report(outputs, PROBLEM_WRITERS, results, emit)
@@ -7683,7 +7695,7 @@ def _describe_instance(
 
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     """List findings that the state keeps, or the timeline of one instance."""
-    outputs = _outputs(args, HISTORY_WRITERS, [args.state, args.policy])
+    outputs = _outputs(args, HISTORY_WRITERS)
     policy = load_policy(args.policy).name
     statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
@@ -7705,7 +7717,7 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
 
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
-    outputs = _outputs(args, DASHBOARD_WRITERS, [args.state, args.policy])
+    outputs = _outputs(args, DASHBOARD_WRITERS)
     policy = load_policy(args.policy)
     keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
     owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
@@ -7745,9 +7757,9 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
         raise UsageError("--plan and --undo: give one of them")
     if args.role and not policy.accounts:
         raise UsageError(f"--role {printable(args.role)}: {policy.file} names no accounts to assume it in")
-    given = args.plan or args.undo
-    args = replace(args, csv=args.csv or ("" if given or args.apply else "remediate-plan.csv"))
-    outputs = _outputs(args, REMEDIATION_WRITERS, [args.state, args.policy, given])
+    new_plan = not (args.plan or args.undo or args.apply)
+    args = replace(args, csv=args.csv or ("remediate-plan.csv" if new_plan else ""))
+    outputs = _outputs(args, REMEDIATION_WRITERS)
     plans = [output for output in outputs if output.format == "csv"]
     undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:

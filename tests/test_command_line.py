@@ -159,21 +159,23 @@ def test_missing_package_is_named_and_no_finding(
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--json", "./violators.csv"),
-            "the same file",
+            "--json ./violators.csv and --csv violators.csv are the same file: give each its own",
             id="one goal twice",
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--json", "-", "--csv", "-"),
-            "the same file",
+            "--json - and --csv - are the same file",
             id="stdout twice",
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--csv", "instance_state.db"),
-            "the same file",
+            "--csv instance_state.db and --state instance_state.db are the same file",
             id="the state as CSV",
         ),
         pytest.param(
-            ("validate", "policy.yaml", "--json", "policy.yaml"), "the same file", id="the policy as JSON"
+            ("validate", "policy.yaml", "--json", "policy.yaml"),
+            "--json policy.yaml and policy.yaml are the same file",
+            id="the policy as JSON",
         ),
         pytest.param(
             ("scan", "--policy", "policy.yaml", "--instances", "none.json"),

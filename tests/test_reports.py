@@ -932,7 +932,9 @@ def test_pipe_that_becomes_a_link_to_a_file_leaves_the_file_intact(scan, tmp_pat
 
 @pytest.mark.parametrize("end", ["-journal", "-wal", "-shm"])
 def test_report_is_never_written_where_sqlite_keeps_its_own(scan, tmp_path, end):
-    assert "journal" in scan(*READ, "--csv", f"instance_state.db{end}", check=2).err
+    goal = f"instance_state.db{end}"
+    said = f"--csv {goal} and the journal of --state instance_state.db are the same file: give each its own"
+    assert said in scan(*READ, "--csv", goal, check=2).err
 
 
 def test_prices_are_not_overwritten(scan, tmp_path):
