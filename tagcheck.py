@@ -6268,23 +6268,26 @@ def read_plan(
 ) -> PlanRows:
     """Return the rows, as `check` makes them, of a file that a person may have edited; raises PolicyError."""
     rows, problems = PlanRows(), []
-    for line, cells in _plan_cells(path):
-        try:
-            row = _read_row(cells, f"{path}:{line}", actions)
-            if complaint := row_complaint(row, policy):
-                raise UsageError(complaint)
-            rows.add(check(row) if check else row)
-        except UsageError as error:
-            problems.append(Problem(path, line, 1, "", str(error)))
-        if len(problems) == MAX_PLAN_PROBLEMS:
-            break
+    try:
+        for line, columns, cells in _plan_cells(path):
+            try:
+                row = _read_row(columns, cells, f"{path}:{line}", actions)
+                if complaint := row_complaint(row, policy):
+                    raise UsageError(complaint)
+                rows.add(check(row) if check else row)
+            except UsageError as error:
+                problems.append(Problem(path, line, 1, "", str(error)))
+            if len(problems) == MAX_PLAN_PROBLEMS:
+                break
+    except PolicyError as error:  # the rest of the file cannot be read
+        problems += error.problems
     if problems:
         raise PolicyError(problems)
     return rows
 
 
-def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the cells of each row by column, and the line that it ends on; raises PolicyError."""
+def _plan_cells(path: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield the line that each row ends on, the columns, and the row's cells; raises PolicyError."""
     line = 0
 
     def texts(file: IO[str]) -> Iterator[str]:
@@ -6312,12 +6315,9 @@ def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
             if lacking:
                 raise UsageError(f"the header needs {', '.join(lacking)}, once each")
             for cells in table:
-                if len(cells) != len(columns) and any(map(str.strip, cells)):
-                    counts = f"{counted(len(cells), 'cell')} under {counted(len(columns), 'column')}"
-                    raise UsageError(f"{counts}: is a comma not in quotes, or the file cut short?")
-                row = dict(zip(columns, map(csv_text, cells), strict=False))
-                if any(text.strip() for name, text in row.items() if name != "Checksum"):
-                    yield line, row
+                named = itertools.zip_longest(columns, cells, fillvalue="")
+                if any(text.strip() for name, text in named if name != "Checksum"):
+                    yield line, columns, cells
     except (csv.Error, UsageError) as error:
         message = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
         raise PolicyError([Problem(path, line, 1, "", message)]) from error
@@ -6325,8 +6325,14 @@ def _plan_cells(path: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_row(cells: Mapping[str, str], place: str, actions: Container[Action]) -> PlanRow:
+def _read_row(
+    columns: Sequence[str], texts: Sequence[str], place: str, actions: Container[Action]
+) -> PlanRow:
     """Return a row of a plan; raises UsageError if a cell is wrong."""
+    if len(texts) != len(columns):
+        counts = f"{counted(len(texts), 'cell')} under {counted(len(columns), 'column')}"
+        raise UsageError(f"{counts}: is a comma not in quotes, or the file cut short?")
+    cells = dict(zip(columns, map(csv_text, texts), strict=True))
     account_id, region, instance_id = (cells[column].strip() for column in PLAN_NEEDED[:3])
     name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
     current, confidence, why, warning = others

@@ -240,6 +240,34 @@ def test_row_that_cannot_be_carried_out_is_named(tmp_path, rows, line, complaint
     assert (problem.line, complaint in str(problem)) == (line, True), str(problem)
 
 
+HEAD = ",".join(script.PLAN_NEEDED)
+WRONG = f"{ACCOUNT_ID},{REGION},i-1,Owner,ann,add"
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaints"),
+    [
+        pytest.param(
+            [WRONG, "a,b", WRONG, WRONG + ",more"],
+            ["2:1: 'i-1' is not", "3:1: 2 cells", "4:1: 'i-1' is not", "5:1: 7 cells"],
+            id="too few and too many cells",
+        ),
+        pytest.param([WRONG, "\xe9", WRONG], ["2:1: 'i-1' is not", "3:1: not UTF-8"], id="not UTF-8"),
+        pytest.param([WRONG, '"a', WRONG], ["2:1: 'i-1' is not", "4:1: not CSV"], id="quote left open"),
+        pytest.param(
+            [WRONG, "a" * 2_000_000], ["2:1: 'i-1' is not", "3:1: longer than"], id="too long a line"
+        ),
+    ],
+)
+def test_wrong_rows_are_all_named_where_the_file_is_broken_as_well(tmp_path, lines, complaints):
+    path = tmp_path / "plan.csv"
+    path.write_bytes("\n".join([HEAD, *lines]).encode("latin-1"))
+    with pytest.raises(script.PolicyError) as raised:
+        read(path)
+    for problem, complaint in zip(raised.value.problems, complaints, strict=True):
+        assert str(problem).startswith(f"{path}:{complaint}")
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
