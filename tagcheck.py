@@ -2212,6 +2212,8 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     A socket's time-out starts again with each byte, so it does not end an answer that trickles. The function
     runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a run alive.
     """
+    if seconds <= 0:
+        raise TimeoutError
     future: Future[T] = Future()
 
     def run() -> None:

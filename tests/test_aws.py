@@ -26,7 +26,7 @@ import boto3
 import pytest
 from aws_server import ACCOUNT_ID, EC2_NAMESPACE, IMAGE_ID, AwsServer, Request
 from builders import remembered, save_policy
-from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with
+from conftest import TAGCHECK, Result, clean_environment, run_tagcheck, script_with, wait_for_threads
 from moto import mock_aws
 
 import tagcheck as script
@@ -418,6 +418,16 @@ def test_answer_that_trickles_is_not_waited_for_to_its_end(
     assert remembered(tmp_path, REGION) + remembered(tmp_path, "eu-west-1") == before
     aws.fault("trickle", action="GetCallerIdentity", seconds=0.2)
     assert "CallTimeout" in scan(REGION, script=impatient, check=5, process=True).err
+
+
+def test_call_whose_deadline_has_passed_is_not_made(aws: AwsServer) -> None:
+    threads = {*threading.enumerate()}
+    client = aws.client("ec2", REGION)
+    with pytest.raises(script.TargetError) as caught:
+        script.call_aws(client, "DescribeInstances", time.monotonic() - 1)
+    wait_for_threads(threads)
+    assert caught.value.code == "CallTimeout"
+    assert aws.requests == []
 
 
 def test_interrupt_ends_a_scan_that_waits_for_its_first_answer(aws: AwsServer, tmp_path: Path) -> None:
