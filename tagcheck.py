@@ -788,8 +788,8 @@ def _string(example: str, **more: Any) -> dict[str, Any]:
 
 def _form(what: str, pattern: str, example: str) -> dict[str, Any]:
     """Return the schema of a text of some form; validate and editors say what any other text is not."""
-    complaint = f"is not {what}, such as {example}"
-    return _string(example, type="string", pattern=f"^({pattern})$", patternErrorMessage=complaint)
+    message = f"is not {what}, such as {example}"
+    return _string(example, type="string", pattern=f"^({pattern})$", patternErrorMessage=message)
 
 
 def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -1527,12 +1527,12 @@ def _texts(mapping: Any, key: str) -> dict[int, str]:
 def _check_rules(document: YamlDocument) -> None:
     """Check what a schema cannot express, and skip what the schema refuses."""
     value = document.value
-    complaint = functools.cache(functools.partial(_pattern_complaint, _MATCHER.seconds))
-    asked = _check_tags(document, (), value, complaint)
+    pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
+    asked = _check_tags(document, (), value, pattern_error)
     for region, entry in _given(value, "regions", dict).items():
         if region != "*":
             _check_region(document, ("regions", region), region, at_key=True)
-        asked |= _check_tags(document, ("regions", region), entry, complaint)
+        asked |= _check_tags(document, ("regions", region), entry, pattern_error)
     known = tuple(sorted(asked))
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
@@ -1569,7 +1569,7 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
             document.add(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
 
 
-_Complaint = Callable[[str], str]  # why a policy cannot use a pattern, or ""
+_PatternError = Callable[[str], str]  # why a policy cannot use a pattern, or ""
 
 
 def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
@@ -1579,7 +1579,7 @@ def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key:
         document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
 
 
-def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _Complaint) -> set[str]:
+def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error: _PatternError) -> set[str]:
     """Check the rules of one required_tags list; returns the keys that it requires."""
     seen: set[str] = set()
     for index, tag in enumerate(_given(entry, "required_tags", list)):
@@ -1595,11 +1595,11 @@ def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, complaint: _C
         if key != key.strip():
             document.add(key_path, f"{shown} begins or ends with a space: remove it")
         seen.add(key)
-        _check_values(document, rule_path, rule, complaint)
+        _check_values(document, rule_path, rule, pattern_error)
     return seen
 
 
-def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _Complaint) -> None:
+def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_error: _PatternError) -> None:
     """Check the values, the pattern and the default of a rule."""
     values: set[str] = set()
     for number, text in _texts(rule, "values").items():
@@ -1607,7 +1607,7 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _
             document.add((*path, "values", number), f"{shown_value(text)} is in the list twice")
         values.add(text)
     pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-    if pattern and (why := complaint(pattern)):
+    if pattern and (why := pattern_error(pattern)):
         document.add((*path, "pattern"), f"{shown_value(pattern)} {why}")
     elif default:
         texts = tuple(_texts(rule, "values").values())
@@ -1618,7 +1618,7 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any, complaint: _
             document.add((*path, "default"), message, near=(default, checked.values))
 
 
-def _pattern_complaint(began: float, pattern: str) -> str:
+def _pattern_error(began: float, pattern: str) -> str:
     """Return why a policy cannot use a pattern, or ""; `began` are the matcher's seconds before the first."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         return f"has more than {MAX_PATTERN_LENGTH:,} characters: list the values instead"
@@ -1647,7 +1647,7 @@ def _pattern_complaint(began: float, pattern: str) -> str:
 
 
 def _not_a_pattern(error: str) -> str:
-    """Return the complaint about a pattern that `re` does not accept."""
+    """Return what is wrong with a pattern that `re` does not accept."""
     hint = " (any text is .* in a pattern)" if "nothing to repeat" in error else ""
     return f"is not a regular expression: {cut_text(error, 200)}{hint}"
 
@@ -2457,7 +2457,7 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
-            f"cannot list the accounts of the organization: {_complaint(error)} (this takes the management "
+            f"cannot list the accounts of the organization: {_error_text(error)} (this takes the management "
             "account, or a delegated administrator)"
         ) from error
     return states
@@ -2825,7 +2825,7 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{shown}{place}: {_complaint(error)}") from error
+        raise UsageError(f"{shown}{place}: {_error_text(error)}") from error
     return targets, complete
 
 
@@ -2880,7 +2880,7 @@ def _at(value: Any, kind: type[T], *path: str) -> T:
     return value
 
 
-def _complaint(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """Return what an error says of an answer; a KeyError says only the key."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
@@ -3592,11 +3592,11 @@ def count_usage(usage: Usage, target: int, seen: Sighting, rules: Iterable[Requi
     values = seen.values(rules)
     cause = ""
     for kind, name in groups_of(seen.instance):
-        hands_on = GROUP_KINDS[kind].remedy
-        cause = cause or (name if hands_on else "")
+        can_tag = GROUP_KINDS[kind].remedy
+        cause = cause or (name if can_tag else "")
         # One copy with all its tags is enough for its wider groups, and those without would be many entries.
-        if hands_on or not cause or None not in values:
-            usage[target, kind, name, "" if hands_on else cause, values] += 1
+        if can_tag or not cause or None not in values:
+            usage[target, kind, name, "" if can_tag else cause, values] += 1
 
 
 def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
@@ -6036,7 +6036,7 @@ UNDO_ACTIONS = (Action.RESTORE, Action.DELETE)
 
 
 class Result(StrEnum):
-    """What became of a row of a plan."""
+    """The result of a row of a plan."""
 
     PLANNED = "planned"
     NOT_ASKED = "not_asked"  # review and skip
@@ -6050,7 +6050,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One tag to write on one instance, and what became of it; a file has the fields up to `warning`."""
+    """One tag to write on one instance, and the result; a file has the fields up to `warning`."""
 
     account_id: str
     region: str
@@ -6086,7 +6086,7 @@ class PlanRow:
         """The value of the tag once the row is carried out; None if it is deleted."""
         return None if self.action is Action.DELETE else self.value
 
-    def became(self, result: Result, message: str = "") -> PlanRow:
+    def with_result(self, result: Result, message: str = "") -> PlanRow:
         """Return the row with its result."""
         return replace(self, result=result, message=message)
 
@@ -6113,7 +6113,7 @@ class PlanRows:
 
     def add(self, row: PlanRow) -> None:
         """Add a row; raises UsageError if another one is for the same tag."""
-        new = row if row.writes else row.became(Result.NOT_ASKED)
+        new = row if row.writes else row.with_result(Result.NOT_ASKED)
         try:
             self._db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(_ROW))})", _cells(new))
         except sqlite3.IntegrityError as error:
@@ -6121,9 +6121,9 @@ class PlanRows:
             raise UsageError(f"{place} has the same tag of the same instance: keep one of them") from error
 
     def update(self, rows: Iterable[PlanRow]) -> None:
-        """Keep what became of rows."""
-        became = "result = :result, message = :message, former = :former, warning = :warning"
-        self._db.executemany(f"UPDATE rows SET {became} WHERE {_SAME_TAG}", map(asdict, rows))
+        """Keep the results of rows."""
+        new = "result = :result, message = :message, former = :former, warning = :warning"
+        self._db.executemany(f"UPDATE rows SET {new} WHERE {_SAME_TAG}", map(asdict, rows))
 
     def counts(self, column: str) -> Counter[str]:
         """Return the number of rows with each value of a column."""
@@ -6154,7 +6154,7 @@ def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> 
         for rule in policy.rules(finding.region) if policy.covers(finding.region) else ():
             if rule.key in failing:
                 row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
-                if row and not row_complaint(row, policy):
+                if row and not row_error(row, policy):
                     yield row
 
 
@@ -6186,7 +6186,7 @@ def revert_warning(cause: Group | None) -> str:
     return f"{kind.word} {cause.name}: {kind.risk}; {kind.remedy.format(names=cause.name)}"
 
 
-def row_complaint(row: PlanRow, policy: Policy) -> str | None:
+def row_error(row: PlanRow, policy: Policy) -> str | None:
     """Return why a policy does not allow a row; None if it does."""
     if not re.fullmatch(REGION_NAME, row.region):  # it becomes part of a host's name
         return f"{row.region!r} is not a region"
@@ -6274,8 +6274,8 @@ def read_plan(
         for line, columns, cells in _plan_cells(path):
             try:
                 row = _read_row(columns, cells, f"{path}:{line}", actions)
-                if complaint := row_complaint(row, policy):
-                    raise UsageError(complaint)
+                if message := row_error(row, policy):
+                    raise UsageError(message)
                 rows.add(check(row) if check else row)
             except UsageError as error:
                 problems.append(Problem(path, line, 1, "", str(error)))
@@ -6435,15 +6435,15 @@ def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str,
     """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
     problems = []
     for row in (row for row in rows if row.writes and states.get(row.account_id) != "ACTIVE"):
-        how = f"is {states[row.account_id]}" if row.account_id in states else "is not there"
-        complaint = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
+        message = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
         if policy.accounts:
-            complaint = f"in the organization the account {row.account_id} {how}: take the row out, or "
-            complaint += "choose others with --account"
+            state = states.get(row.account_id, "missing")
+            message = f"the account {row.account_id} is {state} in the organization: take the row out, or "
+            message += "choose others with --account"
         file, _, line = row.place.rpartition(":")
         if not file:
-            raise UsageError(f"{row}: {complaint}")
-        problems.append(Problem(file, int(line), 1, "", complaint))
+            raise UsageError(f"{row}: {message}")
+        problems.append(Problem(file, int(line), 1, "", message))
     if problems:
         raise PolicyError(problems)
 
@@ -6454,18 +6454,19 @@ def decide(row: PlanRow, tags: Mapping[str, str] | None) -> PlanRow:
     Only the value that the row was made for, or an empty one, is overwritten.
     """
     if tags is None:
-        return row.became(Result.GONE, "the instance is gone")
+        return row.with_result(Result.GONE, "the instance is gone")
     now = tags.get(row.tag_key)
     warning = revert_warning(cause_of(tag_groups(tags))) if row.action in PLAN_ACTIONS else ""
     row = replace(row, former=now, warning=warning)
     if now == row.value_after:
-        return row.became(Result.ALREADY_THERE)
+        return row.with_result(Result.ALREADY_THERE)
     expected = is_blank(now or "") if row.action is Action.ADD else (now or "") == row.current
     if not expected or not is_printable(now or ""):
-        return row.became(Result.CHANGED_SINCE, "it is missing now" if now is None else f"it is {now!r} now")
+        found = "missing" if now is None else repr(now)
+        return row.with_result(Result.CHANGED_SINCE, f"it is {found} now")
     new = {row.tag_key, *(key for key in tags if not key.lower().startswith("aws:"))}
     if now is None and len(new) > MAX_TAGS:
-        return row.became(Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
+        return row.with_result(Result.FAILED, f"it has {MAX_TAGS} tags, which is EC2's limit")
     return row
 
 
@@ -6636,16 +6637,17 @@ def apply_plan(
     enter: Callable[[str], None],
     undo: UndoFile,
     state: State,
-    change_of: Callable[[PlanRow], Change],
+    describe: Callable[[PlanRow], Change],
 ) -> None:
-    """Carry out a plan, target by target, and keep what became of each row; `enter` gets credentials.
+    """Carry out a plan, target by target, and keep each row's result; `enter` gets credentials.
 
-    All of it is intended in the state before the first call, and a row is in the undo file before its own:
-    kill it at any point, and state, file and tags tell what was done. --max-changes bounds the memory.
+    `describe` returns the record of a row. The state has every row as intended before the first call, and the
+    undo file has a row before its own call: if the run is killed at any point, state, file and tags tell what
+    was done. --max-changes bounds the memory.
     """
 
-    def record(became: Iterable[PlanRow]) -> None:
-        record_changes(state, [(change_of(row), row.result) for row in became])
+    def record(done: Iterable[PlanRow]) -> None:
+        record_changes(state, [(describe(row), row.result) for row in done])
 
     def is_refused(row: PlanRow) -> bool:
         return row.result in (Result.GONE, Result.FAILED) and str(row) in undo.rows
@@ -6664,7 +6666,7 @@ def apply_plan(
             LOG.info("%s: done", target)
     finally:
         untouched = [row for row in rows if row.result is Result.PLANNED and str(row) not in undo.rows]
-        record([*settled, *(row.became(Result.FAILED) for row in untouched)])
+        record([*settled, *(row.with_result(Result.FAILED) for row in untouched)])
         if refused := [*filter(is_refused, rows)]:
             undo.drop(refused)  # first the file: a row of it without its record would be refused
             record(refused)
@@ -6687,7 +6689,7 @@ def _apply_to_target(
     for part in _in_parts(alike, READ_BATCH):
         batch = [*itertools.chain.from_iterable(part)]
         if failure:
-            yield [row.became(Result.FAILED, f"not tried: {failure}") for row in batch]
+            yield [row.with_result(Result.FAILED, f"not tried: {failure}") for row in batch]
             continue
         with aws.account(target.account_id):
             batch, failure = _apply_batch(aws.client("ec2", target.region), batch, undo, splits)
@@ -6702,7 +6704,7 @@ def _apply_batch(
     try:
         tags = describe_tags(client, ids)
     except TargetError as error:
-        return [row.became(Result.FAILED, str(error)) for row in rows], error
+        return [row.with_result(Result.FAILED, str(error)) for row in rows], error
     decided = []
     for row in rows:
         decided.append(decide(row, tags.get(row.instance_id)))
@@ -6724,14 +6726,14 @@ def _apply_batch(
     for n, row in enumerate(decided):
         if row.result is Result.PLANNED:
             answer = answers.get((row.value_after is None, row.instance_id), failure)
-            decided[n] = row.became(*_result(row, answer, after))
+            decided[n] = row.with_result(*_result(row, answer, after))
     return decided, failure
 
 
 def _result(
     row: PlanRow, error: TargetError | None, after: Mapping[str, Mapping[str, str]] | None
 ) -> tuple[Result, str]:
-    """Return what became of a row after its call; `after` are the tags after an error of the target."""
+    """Return the result of a row after its call; `after` are the tags after an error of the target."""
     if error is None:
         return Result.WRITTEN, ""
     if is_gone(error):
@@ -6746,7 +6748,7 @@ def _result(
 
 @dataclass(frozen=True, slots=True)
 class Remediation:
-    """A plan and what became of its rows; `undo_file` is None if it was not applied."""
+    """A plan with its results; `undo_file` is None if it was not applied."""
 
     policy: Policy
     rows: PlanRows
@@ -6784,7 +6786,7 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 
 
 def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
-    """Yield a plan or what became of it, for people, and what to do next."""
+    """Yield a plan or its results, for people, and what to do next."""
 
     def cells(row: PlanRow) -> tuple[str, ...]:
         where = (row.account_id, row.region, row.instance_id, name_cell(row.name))
@@ -7863,11 +7865,11 @@ def _apply(
             role = replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
             aws.assume_role(account_id, role, home, partition)
 
-    def change(row: PlanRow) -> Change:
+    def describe(row: PlanRow) -> Change:
         at = now + timedelta(seconds=time.monotonic() - begun)
         return change_of(row, run, policy.name, who, utc_text(at))
 
-    apply_plan(rows, aws, enter, undo, state, change)
+    apply_plan(rows, aws, enter, undo, state, describe)
 
 
 class Progress:

@@ -118,7 +118,7 @@ def test_row_of_a_plan_says_the_same(main: Main) -> None:
     policy = script.load_policy("p.yaml")
     place = ("123456789012", "us-east-1", "i-0")
     row = script.PlanRow(*place, "", "CostCenter", HOSTILE[0], script.Action.ADD, None, None, "")
-    assert (script.row_complaint(row, policy) or "").endswith(STOPPED)
+    assert (script.row_error(row, policy) or "").endswith(STOPPED)
 
 
 @pytest.mark.usefixtures("main")

@@ -1234,8 +1234,7 @@ def test_account_that_is_not_active_in_the_organization_is_refused_before_a_role
     [mine] = aws.launch(REGION)
     save_plan(tmp_path / "plan.csv", row(mine), row(Account=MEMBER), row(Account="111122223333"))
     err = run("remediate", "--plan", "plan.csv", "--apply", check=2).err
-    how = f"is {state}" if state else "is not there"
-    assert err.startswith(f"plan.csv:3:1: in the organization the account {MEMBER} {how}: ")
+    assert err.startswith(f"plan.csv:3:1: the account {MEMBER} is {state or 'missing'} in the organization: ")
     assert err.endswith("1 problem; nothing was written\n")
     assert {request.action for request in aws.requests} == {"GetCallerIdentity", "ListAccounts"}
     only = ("--account", ACCOUNT_ID, "--account", "111122223333", "--json", "out.json")
