@@ -626,7 +626,7 @@ def test_star_is_all_regions_that_need_no_opting_in(aws: AwsServer, scan: Scan) 
             body(b"<DescribeRegionsResponse><regionInfo/></DescribeRegionsResponse>"),
             "ForeignAnswer",
             "proxy",
-            id="no region at all",
+            id="no regions",
         ),
         pytest.param(
             body(
@@ -771,7 +771,7 @@ def test_state_that_aws_added_later_is_judged_with_a_notice(aws: AwsServer, scan
     explained = ("explain", "--policy", "policy.yaml", ids[0], "--live", "--region", REGION)
     said = run_tagcheck(*explained, cwd=result.cwd, env=aws.env, check=0).out
     assert "is new to tagcheck" in said
-    assert "Not looked at" not in said
+    assert "Not checked" not in said
 
 
 def test_empty_state_is_no_answer_of_ec2(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
@@ -1390,8 +1390,8 @@ SECOND = "Reservations[0].Instances[1]: "
         pytest.param(b"RESERVATIONS\tr-0a", "is not what", id="--output text"),
         pytest.param(b'{"Reservations": [', "is not what", id="cut short"),
         pytest.param(b"[" * 100_000, "is not what", id="nested too deep"),
-        pytest.param([], "in place of an object with Reservations", id="a list, as --query gives"),
-        pytest.param("text", "'text' in place of an object with Reservations", id="text"),
+        pytest.param([], "instead of an object with Reservations", id="a list, as --query gives"),
+        pytest.param("text", "'text' instead of an object with Reservations", id="text"),
         pytest.param({}, "it has no 'Reservations'", id="an answer without the key"),
         pytest.param({"Volumes": []}, "it has no 'Reservations'", id="the answer of another command"),
         pytest.param({"Reservations": None}, "", id="null in place of the reservations"),
