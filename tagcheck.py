@@ -509,7 +509,7 @@ CHUNK_SIZE = 65_536  # bytes or characters to hold in memory of what is only cop
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
     # Not strftime: its %Y writes the year 1 as "1" on Linux.
-    return f"{moment.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat()}Z"
+    return f"{moment.astimezone(UTC).isoformat(timespec='seconds').removesuffix('+00:00')}Z"
 
 
 def counted(number: int, word: str, plural: str = "") -> str:
@@ -1744,6 +1744,8 @@ class Sighting:
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
         """Return the value of each required tag, None where it fails its rule, to suggest values from."""
+        if not self.violations and not self.exempted:
+            return tuple(self.instance.tags[rule.key] for rule in rules)
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
         return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
@@ -1931,7 +1933,10 @@ _GROUP_TAGS = (
 )
 
 
-def groups_of(instance: Instance) -> list[Group]:
+Groups = tuple[Group, ...]
+
+
+def groups_of(instance: Instance) -> Groups:
     """Return the groups of an instance within its target, the most specific first, with printable names."""
     others = (
         ("operator", instance.managed_by),
@@ -1940,7 +1945,7 @@ def groups_of(instance: Instance) -> list[Group]:
         ("subnet", instance.subnet_id),
         ("vpc", instance.vpc_id),
     )
-    return tag_groups(instance.tags) + [Group(kind, printable(name)) for kind, name in others if name]
+    return (*tag_groups(instance.tags), *(_group(kind, name) for kind, name in others if name))
 
 
 def tag_groups(tags: Mapping[str, str]) -> list[Group]:
@@ -1949,8 +1954,14 @@ def tag_groups(tags: Mapping[str, str]) -> list[Group]:
     for kind, key, cluster_keys in _GROUP_TAGS:
         if name := tags.get(key):
             cluster = next(filter(None, map(tags.get, cluster_keys)), None)
-            groups.append(Group(kind, printable(f"{cluster}/{name}" if cluster else name)))
+            groups.append(_group(kind, f"{cluster}/{name}" if cluster else name))
     return groups
+
+
+@functools.lru_cache(10_000)
+def _group(kind: str, name: str) -> Group:
+    """Return a group; its members, which are many, share it."""
+    return Group(kind, printable(name))
 
 
 def cause_of(groups: Iterable[Group]) -> Group | None:
@@ -2851,12 +2862,16 @@ def _account_id(text: str) -> str:
     return _matching(rf"{ACCOUNT_ID}\Z", text, "an account id")
 
 
+# EC2 has made ids longer before; what people write has the lengths of today (INSTANCE_ID).
+_EC2_ID = re.compile("i-[0-9a-f]+")
+
+
 def _instance(instance_id: Any, state: Any, launch_time: Any, tags: dict[str, str], *more: str) -> Instance:
     """Build an Instance from the texts of an answer; raises TypeError or ValueError if it is not whole."""
     if not (instance_id and isinstance(state, str) and state.strip()):
         raise ValueError("no instance id or no state")
-    # EC2 has made ids longer before; what people write has the lengths of today (INSTANCE_ID).
-    _matching(r"i-[0-9a-f]+\Z", instance_id, "an instance id")
+    if not _EC2_ID.fullmatch(instance_id):
+        raise ValueError(f"{shown_value(instance_id)} is not an instance id")
     launched = datetime.fromisoformat(launch_time)
     try:
         launched = launched.astimezone(UTC) if launched.tzinfo else launched.replace(tzinfo=UTC)
@@ -3715,15 +3730,17 @@ def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None
 
 
 def add_sightings(
-    db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, float | None]]
+    db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, Groups, float | None]]
 ) -> None:
-    """Add the sightings of a target, each with what the instance costs per month if that is known."""
-    rows = (_sighting_row(target, seen, cost) for seen, cost in sightings)
+    """Add the sightings of a target, each with its groups and what it costs per month if that is known."""
+    rows = (_sighting_row(target, *sighting) for sighting in sightings)
     with transaction(db):
         db.executemany(f"INSERT INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
 
 
-def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
+def _sighting_row(
+    target: int, seen: Sighting, groups: Groups, monthly_cost: float | None
+) -> tuple[object, ...]:
     """Return a row of `sighting`, up to `cause`."""
     instance = seen.instance
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
@@ -3731,35 +3748,46 @@ def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tu
     row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by, exempted)
     if not seen.violations:
         return (*row, seen.too_young, *(None,) * 7)
-    violations = to_json([to_record(violation) for violation in seen.violations])
-    keys = to_json([violation.tag_key for violation in seen.violations])
-    groups = groups_of(instance)
     cause = cause_of(groups) or (None, None)
-    more = (instance.instance_type, monthly_cost, to_json(groups), *cause)
-    return (*row, seen.too_young, violations, keys, *more)
+    more = (instance.instance_type, monthly_cost, _groups_json(groups), *cause)
+    return (*row, seen.too_young, *_violations_json(seen.violations), *more)
 
 
-# How many instances of a target have these values of the required tags in a group. In a group that is not a
-# cause, those of one cause are copies of each other and count once: an Auto Scaling group is one witness.
-Usage = Counter[tuple[int, str, str, str, tuple[str | None, ...]]]
-MAX_USAGE = 50_000  # entries to count in memory, some 15 MB
+# Siblings have the same groups and mostly fail in the same way: writing JSON once takes half of the time.
+@functools.lru_cache(1000)
+def _groups_json(groups: Groups) -> str:
+    """Return groups as JSON."""
+    return to_json(groups)
 
 
-def count_usage(usage: Usage, target: int, seen: Sighting, rules: Iterable[RequiredTag]) -> None:
-    """Count the tags of an instance in each of its groups."""
-    values = seen.values(rules)
-    cause = ""
-    for kind, name in groups_of(seen.instance):
-        hands_on = GROUP_KINDS[kind].remedy
-        cause = cause or (name if hands_on else "")
-        # One copy with all its tags is enough for its wider groups, and those without would be many entries.
-        if hands_on or not cause or None not in values:
-            usage[target, kind, name, "" if hands_on else cause, values] += 1
+@functools.lru_cache(1000)
+def _violations_json(violations: tuple[Violation, ...]) -> tuple[str, str]:
+    """Return violations and their tag keys as JSON."""
+    records = to_json([to_record(violation) for violation in violations])
+    return records, to_json([violation.tag_key for violation in violations])
+
+
+# How many instances of a target are in the same groups and have the same values of the required tags.
+Usage = Counter[tuple[int, Groups, tuple[str | None, ...]]]
+MAX_USAGE = 5000  # entries to count in memory, some 15 MB while they are added
 
 
 def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
-    """Add what was counted so far of the groups' tags; a group can come again."""
-    rows = ((*group, to_json(values), count) for (*group, values), count in usage.items())
+    """Add what was counted so far, group by group; a group can come again.
+
+    In a group that is not a cause, the members of one cause are copies of each other and count once: an Auto
+    Scaling group is one witness.
+    """
+    members: Counter[tuple[int, str, str, str, tuple[str | None, ...]]] = Counter()
+    for (target, groups, values), number in usage.items():
+        cause = ""
+        for kind, name in groups:
+            can_tag = GROUP_KINDS[kind].remedy
+            cause = cause or (name if can_tag else "")
+            # One copy with all its tags is enough for its wider groups; those without would be many entries.
+            if can_tag or not cause or None not in values:
+                members[target, kind, name, "" if can_tag else cause, values] += number
+    rows = ((*group, to_json(values), number) for (*group, values), number in members.items())
     with transaction(db):
         db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -3781,6 +3809,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         rows = db.execute(query, (target, kind, name))
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
+    @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
     def suggestions(target: int, violations: str, groups: str) -> str | None:
         members = [Group(*group) for group in json.loads(groups)]
         found = []
@@ -3974,6 +4003,7 @@ def _from_json(text: Any, kind: type) -> Any:
     return value
 
 
+@functools.lru_cache(1000)
 def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
     """Return the records that a list of JSON objects holds; raises ValueError or TypeError."""
     records = () if text is None else _from_json(text, list)
@@ -4804,9 +4834,14 @@ def csv_text(cell: str) -> str:
 
 def csv_line(texts: Iterable[str]) -> str:
     """Return a line of a CSV file; a cell that holds any usual separator is quoted."""
-    cells = map(csv_cell, texts)
-    quoted = ('"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell for cell in cells)
-    return f"{','.join(quoted)}\n"
+    return f"{','.join(map(_quoted_cell, texts))}\n"
+
+
+@functools.lru_cache(1000)  # most cells of a file are the same
+def _quoted_cell(text: str) -> str:
+    """Return a cell as it stands in a line."""
+    cell = csv_cell(text)
+    return '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
 
 
 # Violations, suggestions, events and changes are dataclasses.
@@ -7618,13 +7653,14 @@ def _collect(
             states.update(filter(is_new_state, {instance.state for instance in included}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
         rules = policy.rules(target.region)
-        for sighting in seen:
-            count_usage(usage, numbers[target], sighting, rules)
+        groups = [groups_of(instance) for instance in included]
+        for members, sighting in zip(groups, seen, strict=True):
+            usage[numbers[target], members, sighting.values(rules)] += 1
         if len(usage) > MAX_USAGE:
             add_usage(db, usage)
             usage.clear()
         costs = (cost_of_month(prices, sighting.instance, target.region) for sighting in seen)
-        add_sightings(db, numbers[target], zip(seen, costs, strict=True))
+        add_sightings(db, numbers[target], zip(seen, groups, costs, strict=True))
         progress.page(target, len(seen))
     progress.close()
     add_usage(db, usage)
