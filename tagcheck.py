@@ -3228,7 +3228,7 @@ SIGHTINGS = """
     );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, managed_by TEXT, exempted TEXT, too_young INTEGER NOT NULL, violations TEXT,
+        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, exempted TEXT, violations TEXT,
         tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT,
         suggestions TEXT, created_by TEXT, created_by_reason TEXT
     );
@@ -3733,24 +3733,31 @@ def add_sightings(
     db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, Groups, float | None]]
 ) -> None:
     """Add the sightings of a target, each with its groups and what it costs per month if that is known."""
-    rows = (_sighting_row(target, *sighting) for sighting in sightings)
+    rows = sorted((_sighting_row(target, *sighting) for sighting in sightings), key=len)
     with transaction(db):
-        db.executemany(f"INSERT INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
+        for width, alike in itertools.groupby(rows, key=len):
+            values = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
+            db.executemany(f"INSERT INTO sighting VALUES ({values})", alike)
+
+
+SIGHTING_WIDTH = 18  # columns
 
 
 def _sighting_row(
     target: int, seen: Sighting, groups: Groups, monthly_cost: float | None
 ) -> tuple[object, ...]:
-    """Return a row of `sighting`, up to `cause`."""
+    """Return a row of `sighting` without the columns at its end that are NULL: a None costs sqlite3 most."""
     instance = seen.instance
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
+    row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by)
+    if not (seen.violations or seen.exempted):
+        return (*row, int(seen.too_young))
     exempted = to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
-    row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by, exempted)
     if not seen.violations:
-        return (*row, seen.too_young, *(None,) * 7)
+        return (*row, int(seen.too_young), exempted)
     cause = cause_of(groups) or (None, None)
     more = (instance.instance_type, monthly_cost, _groups_json(groups), *cause)
-    return (*row, seen.too_young, *_violations_json(seen.violations), *more)
+    return (*row, int(seen.too_young), exempted, *_violations_json(seen.violations), *more)
 
 
 # Siblings have the same groups and mostly fail in the same way: writing JSON once takes half of the time.
