@@ -495,7 +495,7 @@ def is_blank(text: str) -> bool:
     return not stripped(text)
 
 
-to_json = json.JSONEncoder(separators=(",", ":")).encode
+to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def to_record(item: Any, names: Iterable[str] = ()) -> dict[str, Any]:
