@@ -374,7 +374,7 @@ def run_record(fleet: Fleet, times: str) -> None:
                         ids = range(page, min(page + PAGE_SIZE, count))
                         seen = [tagcheck.Instance(f"i-{n:017x}", "running", now, {"Name": "x"}) for n in ids]
                         judged = [tagcheck.judge(target, instance, policy, now) for instance in seen]
-                        tagcheck.add_sightings(sightings, number, [(sighting, None) for sighting in judged])
+                        tagcheck.add_sightings(sightings, number, [(sighting, (), None) for sighting in judged])
                 begun = time.monotonic()
                 tagcheck.check_state(state)
                 scan = tagcheck.Scan(str(uuid.uuid4()), policy, now)

@@ -125,7 +125,7 @@ def test_groups_by_tags(tags, expected):
 def test_groups_by_place():
     profile = "arn:aws:iam::123456789012:instance-profile/teams/web"
     placed = instance({}, profile=profile, subnet_id="subnet-1", vpc_id="vpc-1")
-    assert groups_of(placed) == [PROFILE, Group("subnet", "subnet-1"), VPC]
+    assert groups_of(placed) == (PROFILE, Group("subnet", "subnet-1"), VPC)
     assert cause_of(groups_of(placed)) is None
 
 
@@ -152,7 +152,7 @@ def agreements(values, keys):
     with closing(open_sightings()) as db:
         target = add_target(db, TARGET)
         for row, number in values:
-            add_usage(db, Counter({(target, *VPC, "", tuple(row)): number}))
+            add_usage(db, Counter({(target, (VPC,), tuple(row)): number}))
         add_agreements(db)
         found = db.execute("SELECT rule, value, agreeing, members FROM agreement ORDER BY rule")
         return {keys[rule]: Agreement(*agreement) for rule, *agreement in found}
