@@ -36,7 +36,6 @@ import functools
 import hashlib
 import heapq
 import html
-import importlib.resources
 import itertools
 import json
 import logging
@@ -587,6 +586,8 @@ def is_region(name: str) -> bool:
 @functools.cache
 def _botocore_regions() -> frozenset[str]:
     """Return the regions that the installed botocore knows; none where it is not installed."""
+    import importlib.resources  # few commands need it, and it takes 5 milliseconds
+
     try:
         partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
     except (ModuleNotFoundError, OSError):
