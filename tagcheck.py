@@ -201,7 +201,7 @@ def problem_lines(problems: Sequence[Problem]) -> list[str]:
 
 
 class PolicyError(UsageError):
-    """A policy file or an edited plan is wrong; has every problem that was found in it."""
+    """Every problem that was found in a policy file or an edited plan."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
@@ -260,7 +260,7 @@ class Violation:
 
 
 class Status(StrEnum):
-    """What a scan makes of a finding, seen against the scans before it."""
+    """How a finding compares with earlier scans."""
 
     NEW = "NEW"
     REPEAT = "REPEAT"
@@ -279,7 +279,7 @@ class Resolution(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What a required tag should probably be, how sure that is (0 to 1), and why."""
+    """The likely value of a required tag, its confidence (0 to 1), and the evidence."""
 
     tag_key: str
     value: str
@@ -361,7 +361,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One tag that `remediate` wrote, or was about to write when it was last heard of."""
+    """One tag that `remediate` wrote, or was about to write when it was stopped."""
 
     change_id: str
     policy: str
@@ -406,7 +406,7 @@ class Coverage:
 
     @property
     def read(self) -> bool:
-        """True where every instance of the target was looked at."""
+        """True where every instance of the target was read."""
         return self.error_code is None
 
     @property
@@ -482,7 +482,7 @@ def printable(text: str) -> str:
 
 
 def stripped(text: str) -> str:
-    """Return text without the spaces and invisible characters around it; nothing is left of a blank text."""
+    """Return text without the spaces and invisible characters around it; a blank text becomes empty."""
     if is_printable(text):
         return text.strip()
     unseen = ("Cc", "Cf", "Zl", "Zp", "Zs")
@@ -534,7 +534,7 @@ _ADVICE = (
     ("InvalidClientTokenId UnrecognizedClientException",
      "AWS does not know these credentials: check the profile or the environment"),
     ("RequestLimitExceeded Throttling ThrottlingException TooManyRequestsException",
-     "AWS throttled the calls, and went on after every retry: run again later, or with fewer --workers"),
+     "AWS throttled the calls, even after retries: run again later, or with fewer --workers"),
     ("EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError",
      "no connection: check the network, the proxy and the region's name"),
     ("ReadTimeoutError CallTimeout", "no answer in time: check the network and run again"),
@@ -547,7 +547,7 @@ _ADVICE = (
     ("UnknownAccountState",
      "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
     ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504",
-     "AWS failed, and went on failing after every retry: run again later"),
+     "AWS failed, even after retries: run again later"),
 )  # fmt: skip
 ADVICE = {code: advice for codes, advice in _ADVICE for code in codes.split()}
 
@@ -598,7 +598,7 @@ def _botocore_regions() -> frozenset[str]:
 # The processor time that a pattern may take on one value, and how long to wait for it on a busy machine.
 PATTERN_SECONDS, PATTERN_WAIT = 0.5, 3.0
 PATTERN_START = 60.0  # a Python process starts in 15 milliseconds
-# A pattern that was stopped on so many values, or took so long on slow ones, is not tried on others.
+# After it was stopped on this many values, or took this long on slow ones, a pattern is not tried on others.
 MAX_STOPPED, MAX_SLOW_SECONDS = 3, 10.0
 # An upper bound by a pattern's text alone: the slowest that was found took 2 milliseconds.
 MAX_PATTERN_STEPS, MAX_PATTERN_LENGTH = 2_000_000, 10_000
@@ -607,7 +607,7 @@ MAX_TRY_SECONDS, MAX_CHECK_SECONDS = 1.0, 2.0
 TRY_SECONDS = 0.0001  # what asking the child costs; not measured, so that a busy machine changes no verdict
 
 # Reads lines of JSON (pattern, value, limit), and answers each with a line (matches or error, seconds).
-# Nobody handles SIGPROF, so that it ends the process even within `re`, and even when tagcheck was killed.
+# SIGPROF has no handler, so it ends the process even within `re`, and even when tagcheck was killed.
 _MATCHER_CODE = """
 import json, re, signal, sys, time
 try:
@@ -787,7 +787,7 @@ def _string(example: str, **more: Any) -> dict[str, Any]:
 
 
 def _form(what: str, pattern: str, example: str) -> dict[str, Any]:
-    """Return the schema of a text of some form; validate and editors say what any other text is not."""
+    """Return the schema of a text that matches a pattern, and what to say of any other text."""
     message = f"is not {what}, such as {example}"
     return _string(example, type="string", pattern=f"^({pattern})$", patternErrorMessage=message)
 
@@ -1149,7 +1149,7 @@ POLICY_SCHEMA = _schema(
     **{"$schema": "http://json-schema.org/draft-07/schema#"},
 )
 
-# Far beyond any policy of use; they keep a hostile file's size, nesting and aliases from costing anything.
+# Far more than any real policy needs; they bound what a hostile file's size, nesting and aliases can cost.
 MAX_POLICY_BYTES, MAX_POLICY_DEPTH, MAX_POLICY_NODES = 1_000_000, 40, 30_000
 
 KeyPath = tuple[str | int, ...]
@@ -1191,7 +1191,7 @@ class YamlDocument:
         except yaml.MarkedYAMLError as error:
             raise _broken(file, *_yaml_advice(text, error)) from error
         except RecursionError as error:
-            raise _broken(file, loader, "nested too deep") from error
+            raise _broken(file, loader, "nested too deeply") from error
         except (ValueError, OverflowError) as error:  # PyYAML's own, of numbers in escapes and directives
             raise _broken(file, loader, "a number in an escape or a directive is too large") from error
 
@@ -1257,7 +1257,7 @@ class YamlDocument:
         """Add a problem if a text has what no tag would ever match, though it may look right."""
         plain, prose = node.style is None, not at_key and path[-1:] in _PROSE
         if plain and not prose and node.start_mark.line != node.end_mark.line:
-            message = f"goes on in the next line, so that both are one text, {shown_value(node.value)}"
+            message = f"continues on the next line, so both are one text, {shown_value(node.value)}"
             self.add(path, f"{message}: indent the lines alike", at_key=at_key)
         elif found := _find_odd(node.value, _ODD[:1] if prose else _ODD if plain else _ODD[:4]):
             self.add(path, found[1], at_key=at_key)
@@ -1312,7 +1312,7 @@ _YAML_ADVICE = (
     ("could not find expected ':'.*-", "a space is missing after the dash", True),
     ("could not find expected ':'", "a colon and a space after it are missing in this line", True),
     ("sequence entries", "a list cannot begin on the line of its key; begin it on the next line", False),
-    ("duplicate anchor", "the anchor is there twice", False),
+    ("duplicate anchor", "the anchor appears twice", False),
     ("<block end>.* after text", "text follows a closing quote or bracket: put all of it in quotes", False),
     ("<block end>", "not indented like the lines above that it belongs to", False),
     ("node content", "a value is missing here", False),
@@ -1547,7 +1547,7 @@ def _check_rules(document: YamlDocument) -> None:
             try:
                 date.fromisoformat(expires)
             except ValueError:
-                document.add((*path, "expires"), f"the calendar has no {expires}")
+                document.add((*path, "expires"), f"{expires} is not a valid date")
     if notify := _given(value, "notify", dict):
         _check_notify(document, notify)
 
@@ -1555,10 +1555,10 @@ def _check_rules(document: YamlDocument) -> None:
 def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
     """Add a problem where nobody is notified, or somebody by a channel that is not configured."""
     if not notify.keys() & {"slack", "sns", "email"}:
-        document.add(("notify",), "does not say how: give it slack, sns or email")
+        document.add(("notify",), "has no channel: add slack, sns or email")
     email, owners = _given(notify, "email", dict), _given(notify, "owners", dict)
     if email and not owners and "to" not in email:
-        document.add(("notify", "email"), "does not say to whom: give it to, or notify owners")
+        document.add(("notify", "email"), "has no recipient: add to, or notify owners")
     if region := _given(email, "region", str):
         _check_region(document, ("notify", "email", "region"), region)
     mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
@@ -1566,7 +1566,7 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
     for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
         channel = "slack" if re.fullmatch(SLACK_MEMBER, str(to)) else "email"
         if re.fullmatch(f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", str(to)) and channel not in notify:
-            document.add(("notify", "owners", *path), f"cannot be written to without {channel} in notify")
+            document.add(("notify", "owners", *path), f"needs notify.{channel}")
 
 
 _PatternError = Callable[[str], str]  # why a policy cannot use a pattern, or ""
@@ -1634,7 +1634,7 @@ def _pattern_error(began: float, pattern: str) -> str:
     values = [f"{(text + sign * long)[:long]}\0" for text in ("", begun) for sign in signs]
     for value in dict.fromkeys(("", *values)):
         if _MATCHER.seconds - began >= (MAX_TRY_SECONDS if value else MAX_CHECK_SECONDS):
-            # Untried is no risk, as every value has its limit; what may not compile cannot be used.
+            # An untried value is not a risk, as each has its limit; what may not compile cannot be used.
             return "" if value else "was not checked: the patterns before it took too long"
         answer = _MATCHER.match(pattern, value)
         if answer is None and not value:
@@ -1709,7 +1709,7 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
             continue
         message = f"ends on {exemption.expires}, {'in ' + counted(days, 'day') if days else 'today'}"
         if days < 0:
-            message = f"ended on {exemption.expires} and no longer holds: renew it, or remove it"
+            message = f"ended on {exemption.expires} and no longer applies: renew it, or remove it"
         where = f"exemptions[{index}] ({exemption.reason})"
         endings.append(Problem(policy.file, exemption.line, exemption.column, where, message, "warning"))
     return endings
@@ -1788,7 +1788,7 @@ def new_state_notice(state: str) -> str:
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
-    """Return how an instance of a target does under a policy; of several exemptions the first counts."""
+    """Check an instance of a target against a policy; of several exemptions the first counts."""
     rules, placeholders = policy.rules(target.region), policy.placeholder_values
     violations = tuple(filter(None, (check_tag(instance.tags, rule, placeholders) for rule in rules)))
     exempted: dict[str, Exempted] = {}
@@ -1965,7 +1965,7 @@ class Agreement(NamedTuple):
     members: int  # how many have a valid one; all where `agreeing` is 0
 
 
-MIN_MEMBERS = 3  # fewer say nothing of a group
+MIN_MEMBERS = 3  # fewer say nothing about a group
 MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees
 
 
@@ -2411,7 +2411,7 @@ def read_pages(
             break
         tokens.add(token)
         arguments["NextToken"] = token
-    raise TargetError("EndlessPages", f"{name} announces a next page without end: run again, and tell AWS")
+    raise TargetError("EndlessPages", f"{name} keeps announcing a next page: run again, and report it to AWS")
 
 
 def home_region(regions: Iterable[str]) -> str:
@@ -2473,7 +2473,7 @@ def describe_regions(client: Any) -> list[str]:
     enabled = sorted(name for name, status in regions if status != "not-opted-in")
     wrong = [name for name in enabled if not re.fullmatch(REGION_NAME, name)]  # they become host names
     if wrong or not enabled:
-        problem = f"a region {wrong[0]!r}" if wrong else "no region at all"
+        problem = f"a region {wrong[0]!r}" if wrong else "no regions"
         raise CallError("ForeignAnswer", problem, "ec2:DescribeRegions")
     return enabled
 
@@ -2656,7 +2656,7 @@ class _AnswerParser:
             more = (kind, profile, subnet, vpc, service if managed == "true" else "")
             instance = _instance(instance_id, state, launch_time, found.get("tagSet", {}), *more)
         except (TypeError, ValueError) as error:
-            self.refuse(f"an instance that is not whole: {error}")
+            self.refuse(f"an incomplete instance: {error}")
         if self.instances.setdefault(instance.instance_id, instance) != instance:
             self.refuse(f"the instance {instance.instance_id} twice, and not the same")
 
@@ -2733,7 +2733,7 @@ def describe_creators(
             return
         yield [pair for pair in created if waiting.pop(pair[0], None)]
         if waiting.pop(instance_id, None):
-            yield [(instance_id, Creator(None, "CloudTrail has no RunInstances of it"))]
+            yield [(instance_id, Creator(None, "CloudTrail has no RunInstances event for it"))]
 
 
 def _look_up_creator(
@@ -2820,7 +2820,7 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
         place = ": NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
-            raise ValueError(f"the key {shown_value(misspelt[0])} in place of NextToken")
+            raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
         complete = answer.get("NextToken") is None or not _at(answer, str, "NextToken")
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
@@ -2870,7 +2870,7 @@ def _at(value: Any, kind: type[T], *path: str) -> T:
     """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
-            raise TypeError(f"{shown_value(value)} in place of an object with {key}")
+            raise TypeError(f"{shown_value(value)} instead of an object with {key}")
         value = value[key]
     if not isinstance(value, kind):
         what = {str: "text", list: "a list", dict: "an object", bool: "true or false"}[kind]
@@ -3090,7 +3090,7 @@ class _BadRowError(sqlite3.DatabaseError):
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
-    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; free some space and run again"
     denied = "cannot be opened or written: check the permissions of the file and of its directory"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
@@ -3379,10 +3379,10 @@ class LocalState:
 # ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often to try again -------
 
 S3_TRIES = 40
-# So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
+# This many tries may fail this way; after that the state is damaged, or the line is too slow.
 S3_LIMITS = {"damaged": 3, "timed out": 2}
 S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
-S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
+S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents do not meet again
 
 
 class _RetryError(StateError):
@@ -4194,7 +4194,7 @@ MAX_CAUSES = 100
 
 
 def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[Cause]:
-    """Return the causes of findings; a group of one is none."""
+    """Return the causes of findings; a group of one instance is not a cause."""
     query = f"""
         WITH grouped AS (
             SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
@@ -4381,7 +4381,7 @@ _OPEN = """
 
 
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
-    """Count the open findings of a policy; `owner_tag` is the tag that says whom to ask, or would."""
+    """Count the open findings of a policy; `owner_tag` is the tag that names the owner."""
     owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
     names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
     db.execute(_OPEN, names)
@@ -4830,7 +4830,7 @@ def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
     former: list[list[str]] = []
     while block := [[*map(printable, row)] for row in itertools.islice(rows, 1000)]:
         widths = [max(map(len, column)) for column in zip(*former, *block, strict=True)]
-        former = [[" " * width for width in widths]]  # the next block is no narrower
+        former = [[" " * width for width in widths]]  # the next block is at least as wide
         for row in block:
             yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
@@ -4938,7 +4938,7 @@ def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
         yield f"  {rule.key}: {rule.wanted or 'any value but an empty one'} ({policy.file}:{rule.line})"
     if policy.placeholder_values:
         yield f"  These count as empty: {', '.join(sorted(policy.placeholder_values))}"
-    yield f"  Looked at: instances that are {', '.join(sorted(policy.states))}"
+    yield f"  States checked: {', '.join(sorted(policy.states))}"
     if policy.grace_period:
         yield f"  Not judged within {policy.grace_period} of their launch"
     for exemption in policy.exemptions:
@@ -4977,7 +4977,7 @@ def explain(
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
     if not policy.includes(instance.state):
-        yield f"  Not looked at: the policy looks at instances that are {', '.join(sorted(policy.states))}"
+        yield f"  Not checked: the policy checks instances that are {', '.join(sorted(policy.states))}"
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     yield from _past(finding, target, changes)
@@ -4996,7 +4996,7 @@ def _near_exemptions(
         partly = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
         if len(reasons) == 1 and (ended or partly):
             which = f"{policy.file}:{exemption.line} ({exemption.reason})"
-            yield f"  The exemption at {which} nearly covers it: {reasons[0]}"
+            yield f"  The exemption at {which} almost applies: {reasons[0]}"
 
 
 def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) -> Iterator[str]:
@@ -5072,7 +5072,7 @@ def _output_errors(output: Output) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{output} cannot be written: {error.strerror}"
-        raise OutputError(f"{reason}; name another place, or make room") from error
+        raise OutputError(f"{reason}; name another place, or free some space") from error
 
 
 def check_output(output: Output) -> None:
@@ -5082,7 +5082,7 @@ def check_output(output: Output) -> None:
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
         if output.replaceable and not path.parent.is_dir():
-            raise OutputError(f"{output}: there is no directory {path.parent}; create it")
+            raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
 
@@ -5471,7 +5471,7 @@ def _header(dashboard: Dashboard, name: str) -> Element:
         why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
         more = ", …" if len(codes) > 3 else ""
         were = f"of {counted(len(standings), 'target')} {'was' if len(unread) == 1 else 'were'} not read"
-        text = "What is said of them is as they were last read; nothing is known of them since."
+        text = "Unread targets are shown as they were last read."
         bold = _node("b", f"Incomplete: {len(unread):,} {were}")
         link = _node("a", "Which, and why", href="#unread")
         header.append(_node("p.banner", bold, f" ({why}{more}). {text} ", link))
@@ -5504,7 +5504,7 @@ def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, lis
 def _trend_card(dashboard: Dashboard) -> Element:
     """Draw the card that compares the open findings with 30 days ago, or with the first scan."""
     trend, total = dashboard.trend, dashboard.open.total
-    question, now = "Does it get better?", counted(total, "open finding")
+    question, now = "Is it getting better?", counted(total, "open finding")
     if len(trend) == 1:
         return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
     latest = datetime.fromisoformat(trend[-1].at)
@@ -5569,7 +5569,7 @@ def _all_good(standings: Sequence[Standing]) -> str:
 
 def _ask_card(dashboard: Dashboard) -> Element:
     """Draw the card of those who own or created most of what is open, and of the largest cause."""
-    found, question = dashboard.open, "Whom to ask?"
+    found, question = dashboard.open, "Who to ask?"
     if not found.total:
         nobody = "Nobody yet" if _unread(dashboard.standings) else "Nobody"
         return _card(question, nobody, _node("p", "Nothing is open."))
@@ -5720,11 +5720,11 @@ def _counts(found: OpenFindings) -> Element:
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
     costs = sorted(found.cost_by_tag, key=lambda row: row[0] != "Owner")  # who pays is asked first
     charts: tuple[tuple[str, str, Sequence[tuple[str, float]]], ...] = (
-        ("Tags that are lacking", "An instance can lack several.", found.by_tag),
+        ("Missing or invalid tags", "An instance can lack several.", found.by_tag),
         ("Age of open findings", "Since a scan first saw them.", found.by_age),
         ("Created by", "Who made the instances.", found.by_creator),
         ("Operated by AWS services", "Their tags come from the service's own settings.", found.by_operator),
-        ("Owners", "By their tag, or the value that it most probably should have.", found.by_owner),
+        ("Owners", "By their tag, or its likely value.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
     pair = _node("div.pair")
@@ -5744,7 +5744,7 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
     if causes := [(f"{c.instances:,}", *astuple(c.target), _brief(str(c), 240)) for c in found.causes]:
-        lead = "What many instances share, and where to put it right for all of them."
+        lead = "What many instances share, and where to fix all of them."
         yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
     if oldest := [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]:
         columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
@@ -5758,7 +5758,7 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
             known = (_minute(target.last_read), f"{target.findings:,}")
         rows.append((*astuple(target.target), *known, _brief(target.error or "", 240)))
     if rows:
-        lead = "Nothing is known of these since they were last read; what was open then still counts."
+        lead = "As they were last read; what was open then still counts."
         table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
         yield _titled("Not read", lead, *table, id="unread")
 
@@ -5898,7 +5898,7 @@ def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str])
 
 
 def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, whom to ask, and likely values of the tags."""
+    """Return a finding in one line: what it lacks, its owner and creator, and likely values of the tags."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
     parts = [", ".join(short_violations(finding))]
     parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
@@ -6213,7 +6213,7 @@ PLAN_COLUMNS = tuple(
     "Account Region InstanceId Name Tag Value Action Current Confidence Why Warning Checksum".split()
 )
 PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
-MAX_PLAN_PROBLEMS = 1000  # a file with more of them is some other file
+MAX_PLAN_PROBLEMS = 1000  # a file with more of them is not a plan
 MAX_PLAN_LINE = 1_048_576  # characters; EC2's longest key and value have a few hundred
 
 
@@ -6333,7 +6333,7 @@ def _read_row(
     """Return a row of a plan; raises UsageError if a cell is wrong."""
     if len(texts) != len(columns):
         counts = f"{counted(len(texts), 'cell')} under {counted(len(columns), 'column')}"
-        raise UsageError(f"{counts}: is a comma not in quotes, or the file cut short?")
+        raise UsageError(f"{counts}: does a comma need quotes, or is the file cut short?")
     cells = dict(zip(columns, map(csv_text, texts), strict=True))
     account_id, region, instance_id = (cells[column].strip() for column in PLAN_NEEDED[:3])
     name, tag_key, value, action, *others = (cells.get(column, "") for column in PLAN_COLUMNS[3:-1])
@@ -6387,7 +6387,8 @@ class UndoFile:
             self.add(rows)
         except OSError as error:
             message = f"the undo file {self.path} cannot be written: {error.strerror}"
-            raise OutputError(f"{message}; no more tags were written: make room and run again") from error
+            message += "; no more tags were written: free some space and run again"
+            raise OutputError(message) from error
         self.rows |= {str(row): row for row in rows}
 
     def drop(self, rows: Iterable[PlanRow]) -> None:
@@ -6427,12 +6428,12 @@ MAX_SPLITS = 50  # per target, so that one that denies everything takes seconds
 # A filter takes 200 values.
 READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
 # EC2 refills ten a second for CreateTags and DeleteTags in an account and region (EC2 developer guide,
-# Request throttling); a tenth more between two keeps it so on a network that lets some catch up.
+# Request throttling); a tenth more is for networks that hold calls back and then deliver several at once.
 CALL_INTERVAL = 0.11
 
 
 def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
-    """Raise PolicyError, or UsageError for rows of no file, if an account is not active or not there."""
+    """Raise PolicyError, or UsageError for rows of no file, if an account is not active or is missing."""
     problems = []
     for row in (row for row in rows if row.writes and states.get(row.account_id) != "ACTIVE"):
         message = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
@@ -6523,7 +6524,7 @@ def write_tags(
         try:
             answer = call_aws(client, operation, Resources=batch, Tags=pairs)
             if WRITTEN not in answer:  # as in a captive portal's "200 OK"
-                raise CallError("ForeignAnswer", "the answer confirms nothing", f"ec2:{operation}")
+                raise CallError("ForeignAnswer", "the answer does not confirm it", f"ec2:{operation}")
             yield batch, None
         except TargetError as error:
             if not is_of_instance(error):
@@ -6995,7 +6996,7 @@ class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
-    min_confidence: Annotated[float, Option("least confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
+    min_confidence: Annotated[float, Option("minimum confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
@@ -7159,7 +7160,7 @@ def _report(
     first = fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)
     unseen = _unseen_notices(args, scan, fetch_unseen(db, scan), coverage)
     shard = "/".join(map(str, args.shard))
-    empty = [] if coverage else [f"--shard {shard} has no account to scan: nothing was read in this run"]
+    empty = [] if coverage else [f"--shard {shard} has no accounts: nothing was scanned"]
     costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
         *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
@@ -7202,7 +7203,7 @@ def _look_up_creators(
     if number := sum(map(len, left.values())):
         who, seconds = counted(number, "instance"), int(args.creators_budget.total_seconds())
         limit = f"--creators-budget {seconds}s"
-        yield f"Who created {who} was not looked up within {limit}: the next scan goes on"
+        yield f"Who created {who} was not looked up within {limit}: the next scan continues"
 
 
 def _check_scope(args: ScopeOptions, policy: Policy) -> None:
@@ -7321,7 +7322,7 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
 
     def describe(target: Target) -> Iterator[list[Instance]]:
         if silent[target.region] >= MAX_SILENT:
-            raise TargetError("EndpointConnectionError", f"not tried: {target.region} does not answer at all")
+            raise TargetError("EndpointConnectionError", f"not tried: {target.region} does not answer")
         try:
             with aws.account(target.account_id):
                 yield from describe_instances(aws.client("ec2", target.region))
@@ -7351,7 +7352,7 @@ def _accounts_in_scope(
     states = _account_states(policy, aws, caller, home)
     in_scope = {account_id: state for account_id, state in states.items() if covers(account_id)}
     if not in_scope:
-        raise UsageError(f"{policy.file} leaves no account to scan: check ids and exclude")
+        raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
     for account_id in args.account:
         state = in_scope.get(account_id, f"not in the policy's scope (the credentials are of {caller})")
         if account_id not in in_scope or state in INACTIVE:
@@ -7499,7 +7500,7 @@ def _collect(
         if exemption.holds(today) and exemption not in used:
             where = f"exemptions[{index}] ({exemption.reason})"
             place = (policy.file, exemption.line, exemption.column, where)
-            yield str(Problem(*place, "covered nothing that was read in this scan", "warning"))
+            yield str(Problem(*place, "exempted nothing in this scan", "warning"))
     yield from check_patterns(policy)
 
 
@@ -7518,7 +7519,7 @@ def _unseen_notices(
                 "here, too"
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
-            yield f"{where} were not looked at, as this scan found no such region or account; they stay open"
+            yield f"{where} were not checked, as this scan found no such region or account; they stay open"
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -7568,7 +7569,7 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
 
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
-    """Return the least IAM policies by who needs them; `remediate` is for whoever writes, a role apart."""
+    """Return the minimal IAM policies by who needs them; `remediate` is for a separate role that writes."""
     accounts, notify = policy.accounts, policy.notify
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
@@ -7636,7 +7637,7 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
 def _known_history(
     args: ExplainOptions, policy: Policy, instance_id: str
 ) -> tuple[dict[Target, Finding], list[Change]]:
-    """Return an instance's findings and changes; --instances and --live do without a state."""
+    """Return an instance's findings and changes; --instances and --live work without a state."""
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
@@ -7766,7 +7767,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     if args.plan and args.undo:
         raise UsageError("--plan and --undo: give one of them")
     if args.role and not policy.accounts:
-        raise UsageError(f"--role {printable(args.role)}: {policy.file} names no accounts to assume it in")
+        raise UsageError(f"--role {printable(args.role)}: {policy.file} has no accounts to assume it in")
     new_plan = not (args.plan or args.undo or args.apply)
     args = replace(args, csv=args.csv or ("remediate-plan.csv" if new_plan else ""))
     outputs = _outputs(args, REMEDIATION_WRITERS)

@@ -198,9 +198,7 @@ TROUBLES = {
         body(in_root("<regionInfo/>").replace(b"Instances", b"Regions")), "ForeignAnswer", ("proxy",)
     ),
     "no reservationSet": Trouble(body(in_root("<requestId>r</requestId>")), "ForeignAnswer", ("proxy",)),
-    "instance without its launch time": Trouble(
-        body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("is not whole",)
-    ),
+    "instance without its launch time": Trouble(body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("incomplete",)),
     "no body": Trouble(body(b""), "IncompleteAnswer", ("cut short",), 3),
     "JSON": Trouble(body(b"{}"), "IncompleteAnswer", ("cut short",), 3),
     "cut short for ever": Trouble({"kind": "truncate"}, "IncompleteAnswer", ("cut short",), 3),
@@ -626,7 +624,7 @@ def test_star_is_all_regions_that_need_no_opting_in(aws: AwsServer, scan: Scan) 
             body(b"<DescribeRegionsResponse><regionInfo/></DescribeRegionsResponse>"),
             "ForeignAnswer",
             "proxy",
-            id="no region at all",
+            id="no regions",
         ),
         pytest.param(
             body(
@@ -771,7 +769,7 @@ def test_state_that_aws_added_later_is_judged_with_a_notice(aws: AwsServer, scan
     explained = ("explain", "--policy", "policy.yaml", ids[0], "--live", "--region", REGION)
     said = run_tagcheck(*explained, cwd=result.cwd, env=aws.env, check=0).out
     assert "is new to tagcheck" in said
-    assert "Not looked at" not in said
+    assert "Not checked" not in said
 
 
 def test_empty_state_is_no_answer_of_ec2(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
@@ -1390,8 +1388,8 @@ SECOND = "Reservations[0].Instances[1]: "
         pytest.param(b"RESERVATIONS\tr-0a", "is not what", id="--output text"),
         pytest.param(b'{"Reservations": [', "is not what", id="cut short"),
         pytest.param(b"[" * 100_000, "is not what", id="nested too deep"),
-        pytest.param([], "in place of an object with Reservations", id="a list, as --query gives"),
-        pytest.param("text", "'text' in place of an object with Reservations", id="text"),
+        pytest.param([], "instead of an object with Reservations", id="a list, as --query gives"),
+        pytest.param("text", "'text' instead of an object with Reservations", id="text"),
         pytest.param({}, "it has no 'Reservations'", id="an answer without the key"),
         pytest.param({"Volumes": []}, "it has no 'Reservations'", id="the answer of another command"),
         pytest.param({"Reservations": None}, "", id="null in place of the reservations"),
@@ -1441,7 +1439,7 @@ SECOND = "Reservations[0].Instances[1]: "
             saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
         ),
         pytest.param(
-            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' in place", id="small token"
+            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' instead of", id="small token"
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
         pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),

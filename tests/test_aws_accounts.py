@@ -430,7 +430,7 @@ LISTINGS = {
     ),
     "throttled for ever": Listing(refuses(400, THROTTLED), (), ("throttled",)),
     "the same page for ever": Listing(
-        answers({"Accounts": [account(MEMBER)], "NextToken": "0"}), (), ("end",)
+        answers({"Accounts": [account(MEMBER)], "NextToken": "0"}), (), ("keeps announcing a next page",)
     ),
 }
 
@@ -485,7 +485,7 @@ def test_share_without_an_account_says_so_and_writes_every_output(
     save_fleet(tmp_path, instance())
     args = ("--shard", "1/4", *(("--instances", "fleet.json") if saved else ()))
     result = scan(None, args=args, check=0)
-    notice = "--shard 1/4 has no account to scan: nothing was read in this run"
+    notice = "--shard 1/4 has no accounts: nothing was scanned"
     assert result.json("out.json")["notices"][1:] == [notice]
     assert notice in result.out
     assert coverage(result) == {}
@@ -507,7 +507,7 @@ def test_share_whose_accounts_are_all_suspended_is_empty(aws: AwsServer, scan: S
     result = scan({"organization": True}, args=("--shard", "3/4"), check=0)
     assert [notice.split(":")[0] for notice in result.json("out.json")["notices"][1:]] == [
         f"Account {OWN} is SUSPENDED",
-        "--shard 3/4 has no account to scan",
+        "--shard 3/4 has no accounts",
     ]
 
 

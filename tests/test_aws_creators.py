@@ -101,8 +101,8 @@ def test_creators_are_found_shown_kept_and_not_asked_for_again(aws, scan, hasty,
     assert created_by(result) == dict.fromkeys(together, "deploy/jenkins-42") | {
         alone: "ann",
         renewed: "bob",
-        forgotten: "unknown (CloudTrail has no RunInstances of it)",
-        failed: "unknown (CloudTrail has no RunInstances of it)",
+        forgotten: "unknown (CloudTrail has no RunInstances event for it)",
+        failed: "unknown (CloudTrail has no RunInstances event for it)",
     }
     assert {row["CreatedBy"] for row in result.csv("violators.csv")} == {*created_by(result).values()}
     # Of three that were launched together one was asked for; what complies is not asked for.
@@ -243,7 +243,9 @@ def test_an_instance_launched_at_the_end_of_time_has_no_known_creator(aws, scan,
         action="DescribeInstances",
         edit=lambda body: late.sub(b"<launchTime>9999-12-31T23:59:59.000Z", body),
     )
-    assert created_by(scan(check=3, script=hasty)) == {id_: "unknown (CloudTrail has no RunInstances of it)"}
+    assert created_by(scan(check=3, script=hasty)) == {
+        id_: "unknown (CloudTrail has no RunInstances event for it)"
+    }
 
 
 def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
@@ -256,7 +258,7 @@ def test_the_budget_ends_the_lookups_and_the_next_scan_goes_on(aws, scan):
     _, notice = first.json("out.json")["notices"]
     assert notice == (
         f"Who created {script.counted(4 - len(known), 'instance')} was not looked up within "
-        "--creators-budget 1s: the next scan goes on"
+        "--creators-budget 1s: the next scan continues"
     )
     second = scan(check=3, process=True)
     assert set(created_by(second).values()) == {"ann"}

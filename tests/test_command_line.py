@@ -208,7 +208,9 @@ def test_usage_error_is_said_and_nothing_is_scanned(
         pytest.param(("--state", "."), "is a directory", id="a directory as state"),
         pytest.param(("--state", "empty"), "is empty (0 bytes)", id="an empty file as state"),
         pytest.param(("--state", "policy.yaml"), "is not a SQLite database", id="a text as state"),
-        pytest.param(("--csv", "none/out.csv"), "there is no directory none", id="no place for the CSV"),
+        pytest.param(
+            ("--csv", "none/out.csv"), "the directory none does not exist", id="no place for the CSV"
+        ),
         pytest.param(("--json", "."), "is a directory", id="a directory as JSON"),
     ],
 )
@@ -645,7 +647,7 @@ def test_an_open_finding_in_a_region_that_no_answer_names_is_told(
     tagcheck("scan", "--policy", policy, "--instances", "other.json", check=3)
     save(tmp_path / "fleet.json", ("i-0b", {"Owner": "ann", "CostCenter": "CC-1"}))
     run = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", *JSON_OUTPUT, check=0)
-    notice = f"1 open finding in {ACCOUNT_ID} {OTHER_REGION} were not looked at"
+    notice = f"1 open finding in {ACCOUNT_ID} {OTHER_REGION} were not checked"
     assert any(notice in line for line in run.json("out.json")["notices"])
     narrow = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", "--region", REGION, check=0)
-    assert "not looked at" not in narrow.out
+    assert "not checked" not in narrow.out

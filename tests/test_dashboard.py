@@ -314,7 +314,7 @@ def test_a_long_text_is_cut():
 def test_it_says_whether_it_gets_better(trend, answer):
     card = Page(dashboard([standing(findings=8)], trend)).card(0)
     assert answer in card
-    assert card.startswith("Does it get better?")
+    assert card.startswith("Is it getting better?")
 
 
 def test_it_says_where_it_is_worst():
@@ -341,16 +341,16 @@ def test_it_says_where_it_is_worst():
 @pytest.mark.parametrize(
     ("more", "answer"),
     [
-        ({"by_owner": []}, "Whom to ask? ann created 1,200 of 2,000 instances with findings Then: bob (7)"),
-        ({"by_creator": []}, "Whom to ask? ann owns, or probably owns, 9 of 2,000 instances with findings"),
+        ({"by_owner": []}, "Who to ask? ann created 1,200 of 2,000 instances with findings Then: bob (7)"),
+        ({"by_creator": []}, "Who to ask? ann owns, or probably owns, 9 of 2,000 instances with findings"),
         (
             {"by_owner": [("eve", 40)]},
-            "Whom to ask? eve owns, or probably owns, 40 of 2,000 instances with findings "
+            "Who to ask? eve owns, or probably owns, 40 of 2,000 instances with findings "
             "Created by ann (1,200), bob (7)",
         ),
         (
             {"by_creator": [], "by_owner": []},
-            "Whom to ask? Not known Most at once: 1 Auto Scaling group: 5 instances",
+            "Who to ask? Not known Most at once: 1 Auto Scaling group: 5 instances",
         ),
         (
             {"by_creator": [], "by_owner": [], "causes": []},
@@ -368,7 +368,7 @@ def test_it_says_whom_to_ask(more, answer):
 def test_where_all_is_well_it_says_so():
     page = Page(dashboard([standing(1, findings=0, instances=1000), standing(2, findings=0, instances=234)]))
     assert "Nowhere Every one of 1,234 instances carries its tags." in page.card(1)
-    assert page.card(2) == "Whom to ask? Nobody Nothing is open."
+    assert page.card(2) == "Who to ask? Nobody Nothing is open."
     assert not page.all("p", class_="banner")
     page = Page(dashboard([standing(findings=0, instances=9, compliant=6, exempted=2)]))
     assert "6 of 9 instances carry their tags; 2 exempted and 1 too young to judge." in page.card(1)
@@ -509,7 +509,7 @@ def test_columns_and_sections_of_which_nothing_is_known_are_left_out():
     assert titles[3:] == [
         "Open findings over time",
         "Compliance by account and region",
-        "Tags that are lacking",
+        "Missing or invalid tags",
         "Age of open findings",
         "Open for longest",
     ]

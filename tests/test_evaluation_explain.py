@@ -185,14 +185,14 @@ def test_two_exemptions_can_cover_an_instance_together(desk: Desk) -> None:
         ("Owner", "first"),
         ("CostCenter", "second"),
     ]
-    assert scan.notices("covered nothing") == []
+    assert scan.notices("exempted nothing") == []
 
 
 def test_the_first_exemption_that_covers_gives_the_reason(desk: Desk) -> None:
     desk.write_policy(exemptions=[{"reason": r, "instances": [ident(1)]} for r in ("first", "second")])
     scan = desk.scan(instance(1))
     assert {v["reason"] for v in scan.report["exempted"][0]["violations"]} == {"first"}
-    assert scan.notices("covered nothing")[0].count("second") == 1
+    assert scan.notices("exempted nothing")[0].count("second") == 1
 
 
 def test_an_exemption_covers_every_way_to_fail(desk: Desk) -> None:
@@ -271,7 +271,7 @@ def test_an_end_is_announced_14_days_before_and_after(desk: Desk, days: int, ann
     for notice in scan.warnings:
         assert re.match(r"policy\.yaml:1:\d+: warning: ", notice)
         assert notice in scan.summary
-    assert ("no longer holds" in scan.summary) == (announced == "ended")
+    assert ("no longer applies" in scan.summary) == (announced == "ended")
     assert scan.code == (3 if days < 0 else 0)
 
 
@@ -305,8 +305,8 @@ def test_an_exemption_that_covered_nothing_is_announced(
 ) -> None:
     desk.write_policy(exemptions=[exemption])
     scan = desk.scan(instance(1))
-    assert len(scan.notices("exemptions[0]", exemption["reason"], "covered nothing")) == said
-    assert scan.summary.count("covered nothing") == said
+    assert len(scan.notices("exemptions[0]", exemption["reason"], "exempted nothing")) == said
+    assert scan.summary.count("exempted nothing") == said
 
 
 @pytest.mark.parametrize("args", [["--region", REGION], ["--account", ACCOUNT]], ids=" ".join)
@@ -322,7 +322,7 @@ def test_of_what_was_not_read_nothing_is_claimed(desk: Desk) -> None:
     desk.write_policy(exemptions=[USELESS | {"regions": ["ap-south-1"]}], regions=regions)
     scan = desk.scan(instance(1))
     assert scan.code == 4
-    assert all("covered nothing that was read" in notice for notice in scan.warnings)
+    assert all("exempted nothing in this scan" in notice for notice in scan.warnings)
 
 
 # ---- Where it is told --------------------------------------------------------------------------------------
@@ -634,7 +634,7 @@ def test_instance_that_is_exempted_in_part(org: Desk) -> None:
     assert has(run, "EXEMPTED", "Owner", "2027-01-31", "the cluster team tags them", "policy.yaml:21")
     assert has(run, "passes", "CostCenter")
     assert has(run, "FAILS", "Environment is missing")
-    assert not has(run, "nearly")
+    assert not has(run, "almost")
 
 
 @pytest.mark.parametrize(
@@ -664,7 +664,7 @@ def test_exemption_that_nearly_covers_says_why_not(
     org: Desk, reservation: Mapping[str, Any], words: tuple[str, ...]
 ) -> None:
     number = int(reservation["Instances"][0]["InstanceId"][2:], 16)
-    assert has(explain_saved(org, number, reservation), "nearly", *words)
+    assert has(explain_saved(org, number, reservation), "almost applies", *words)
 
 
 def test_exemptions_that_are_far_off_are_not_named(org: Desk) -> None:
@@ -683,7 +683,7 @@ def test_instance_that_is_too_young(org: Desk) -> None:
 
 def test_instance_in_a_state_that_is_not_looked_at(org: Desk) -> None:
     run = explain_saved(org, 1, instance(1, state="terminated"))
-    assert has(run, "Not looked at", "pending, running, stopped, stopping")
+    assert has(run, "Not checked", "pending, running, stopped, stopping")
 
 
 def test_history_of_an_instance(desk: Desk) -> None:

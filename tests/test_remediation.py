@@ -823,7 +823,7 @@ def test_what_is_not_known_is_said_to_be_so(aws, apply, run, tmp_path):
     [
         pytest.param(("--max-changes", "1"), "would write 2 tags, more than --max-changes 1", id="too many"),
         pytest.param(("--undo", "undo.csv"), "give one of them", id="plan and undo"),
-        pytest.param(("--role", "writer"), "names no accounts", id="role without accounts"),
+        pytest.param(("--role", "writer"), "has no accounts", id="role without accounts"),
         pytest.param(("--csv", "plan.csv"), "the same file", id="plan over plan"),
     ],
 )

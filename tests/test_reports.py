@@ -704,7 +704,7 @@ def test_two_outputs_with_one_goal_are_a_usage_error(scan, tmp_path, args):
 
 @pytest.mark.parametrize("form", ["--csv", "--json", "--junit"])
 @pytest.mark.parametrize(
-    ("goal", "why"), [("place", "is a directory"), ("nowhere/out", "there is no directory nowhere")]
+    ("goal", "why"), [("place", "is a directory"), ("nowhere/out", "the directory nowhere does not exist")]
 )
 def test_goal_that_cannot_be_is_found_before_the_scan(scan, tmp_path, form, goal, why):
     (tmp_path / "place").mkdir()

@@ -176,7 +176,7 @@ def test_hostile_texts_are_told_as_text(kept):
         (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
         (["--state", "none.db"], 5, "there is no state"),
         (["--csv", "x.csv", "--json", "x.csv"], 2, "the same file"),
-        (["--csv", "none/x.csv"], 5, "there is no directory"),
+        (["--csv", "none/x.csv"], 5, "the directory none does not exist"),
     ],
 )
 def test_what_cannot_be_told_is_refused(kept, args, code, message):
@@ -355,7 +355,7 @@ def test_the_page_after_a_month_says_how_it_goes_where_and_whom_to_ask(month):
 def test_a_report_that_cannot_be_written_leaves_the_old_one(kept, state):
     (state / "page.html").write_text("old")
     args = ("report", "--policy", "policy.yaml", "--html")
-    assert "there is no directory" in command(state, *args, "none/page.html", check=5).err
+    assert "the directory none does not exist" in command(state, *args, "none/page.html", check=5).err
     assert "cannot be written" in command(state, *args, "/dev/full", check=5).err
     (state / "other.yaml").write_text(
         "version: 1\nname: other\nrequired_tags: [Owner]\nregions: {us-east-1: }\n"
