@@ -198,9 +198,7 @@ TROUBLES = {
         body(in_root("<regionInfo/>").replace(b"Instances", b"Regions")), "ForeignAnswer", ("proxy",)
     ),
     "no reservationSet": Trouble(body(in_root("<requestId>r</requestId>")), "ForeignAnswer", ("proxy",)),
-    "instance without its launch time": Trouble(
-        body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("is not whole",)
-    ),
+    "instance without its launch time": Trouble(body(LAUNCHED_AT_NO_TIME), "ForeignAnswer", ("incomplete",)),
     "no body": Trouble(body(b""), "IncompleteAnswer", ("cut short",), 3),
     "JSON": Trouble(body(b"{}"), "IncompleteAnswer", ("cut short",), 3),
     "cut short for ever": Trouble({"kind": "truncate"}, "IncompleteAnswer", ("cut short",), 3),
@@ -1441,7 +1439,7 @@ SECOND = "Reservations[0].Instances[1]: "
             saved(item("i-0a"), NextToken=7), "its NextToken is 7, not text", id="a number as token"
         ),
         pytest.param(
-            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' in place", id="small token"
+            saved(item("i-0a"), nextToken="a"), "NextToken: the key 'nextToken' instead of", id="small token"
         ),
         pytest.param(saved(item("i-0a"), item("i-0b", State={"Name": ""})), SECOND, id="an empty state"),
         pytest.param(saved(item("i-0a"), item("i-0b", State="running")), SECOND, id="text as state"),

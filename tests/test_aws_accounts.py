@@ -430,7 +430,7 @@ LISTINGS = {
     ),
     "throttled for ever": Listing(refuses(400, THROTTLED), (), ("throttled",)),
     "the same page for ever": Listing(
-        answers({"Accounts": [account(MEMBER)], "NextToken": "0"}), (), ("end",)
+        answers({"Accounts": [account(MEMBER)], "NextToken": "0"}), (), ("keeps announcing a next page",)
     ),
 }
 
