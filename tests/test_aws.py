@@ -901,9 +901,9 @@ def parse(xml: bytes) -> tuple[list[script.Instance] | None, str]:
             with_items(after="<nexttoken>a</nexttoken>"), "an unknown <nexttoken>", id="small token"
         ),
         pytest.param(
-            with_items(after="<x:nextToken>a</x:nextToken>"),
-            "an unknown <x:nextToken>",
-            id="token of a namespace",
+            with_items(after="<nextToken>a</nextToken><x:nextToken xmlns:x='urn:x'>b</x:nextToken>"),
+            "a second nextToken",
+            id="second token, of a namespace",
         ),
         pytest.param(
             with_items(ITEM.format("i-0a", TAG.format("a") + "<item><value>b</value></item>")),
