@@ -40,7 +40,8 @@ OWN_ACCOUNT = "123456789012"
 ROLE_NAME = "tagcheck-read"
 REGIONS = (
     "us-east-1 us-east-2 us-west-2 eu-west-1 eu-central-1 ap-south-1 sa-east-1 us-west-1 ca-central-1 "
-    "eu-west-2 eu-west-3 eu-north-1 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2"
+    "eu-west-2 eu-west-3 eu-north-1 ap-northeast-1 ap-northeast-2 ap-northeast-3 "
+    "ap-southeast-1 ap-southeast-2"
 ).split()
 REQUIRED_TAGS = ["Owner", "CostCenter", "Project"]
 COST_CENTERS = [f"CC-{n}" for n in range(1000, 1006)]

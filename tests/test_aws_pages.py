@@ -1,4 +1,4 @@
-"""Pages of instances: both of our readers and botocore's agree on every page, or refuse it, however it was made."""
+"""Pages of instances: our two readers and botocore's agree on every page, or refuse it, however it was made."""
 
 import copy
 import functools
@@ -545,7 +545,7 @@ def written(chosen: random.Random, root: Element) -> bytes:
 
 @functools.cache
 def ec2_model(*, pruned: bool) -> ServiceModel:
-    """Return botocore's model of EC2, perhaps with those members alone that we read: others may hold nonsense."""
+    """Return botocore's model of EC2, perhaps with the members alone that we read: others may be nonsense."""
     model = Loader().load_service_model("ec2", "service-2")
     read = {
         "Reservation": ["OwnerId", "Instances"],
@@ -583,7 +583,7 @@ def saved_reservations() -> list[Element]:
 
 
 def attacked_page(number: int) -> bytes:
-    """Make the page of a number, always the same: most with one attack, some whole, some with several attacks.
+    """Make the page of a number, always the same: most with one attack, some whole, some with several.
 
     The numbers go through all attacks in turn.
     """
@@ -791,7 +791,8 @@ def benchmark_page(size: int, **form: str) -> bytes:
 
 def one_instance(*members: str) -> bytes:
     """Write a page of one instance, with more members."""
-    item = "<item><instanceId>i-0a</instanceId><instanceState><code>16</code><name>running</name></instanceState>"
+    state = "<instanceState><code>16</code><name>running</name></instanceState>"
+    item = f"<item><instanceId>i-0a</instanceId>{state}"
     item += f"<launchTime>2026-02-24T10:30:45.000Z</launchTime>{''.join(members)}</item>"
     owner = f"<ownerId>{ACCOUNT_ID}</ownerId>"
     return benchmark.PAGE % (1, f"<item>{owner}<instancesSet>{item}</instancesSet></item>".encode(), b"")
