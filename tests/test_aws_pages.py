@@ -1,4 +1,4 @@
-"""Pages of instances: our two readers and botocore's agree on every page, or refuse it, however it was made."""
+"""Pages of instances: our two readers and botocore's agree on every page, or refuse it."""
 
 import copy
 import functools
