@@ -3463,13 +3463,13 @@ class S3State:
             new.unlink()
         if not (etag or self._create):
             raise _missing(self.name)
-        self._check(new)
+        self._check(new, create=not etag)
         new.replace(self.path)
         return etag
 
     def _upload(self, etag: str | None) -> None:
         """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
-        self._check(self.path)
+        self._check(self.path, create=False)  # else an empty state would replace what was recorded
         condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         release = self._hold_signals()  # a put that is cut off may have been carried out
         try:
@@ -3482,10 +3482,10 @@ class S3State:
             raise
         self.release_signals = release
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Path, *, create: bool) -> None:
         """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""
         try:
-            check_state(path, self.name)
+            check_state(path, self.name, create=create)
         except StateError as error:
             raise _RetryError(str(error), "damaged") from error
 
