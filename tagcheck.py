@@ -4307,7 +4307,13 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
 def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
     """Return what was open after each scan of a policy, and what the scan changed."""
     query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
-    return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
+    trend = [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
+    for point in trend:
+        # A row of an older version counts a whole day: what it resolved can be what was new.
+        more = point.new + point.reopened > point.open + point.resolved
+        if more or point.targets_unread > point.targets:
+            raise _BadRowError(f"the counts of the scan at {point.at} contradict each other")
+    return trend
 
 
 def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:

@@ -295,6 +295,13 @@ HOSTILE_ROWS = {
     "scans of a blob": "UPDATE scans SET policy = x'ff' WHERE id = 1",
     "no counts": "DELETE FROM coverage",
     "a trend of no time": "INSERT INTO trend VALUES ('test', 'x', 1, 1, 1, 1, 1, 1)",
+    "a trend with more unread targets than targets": (
+        "INSERT INTO trend VALUES ('test', '2026-03-09T00:00:00Z', 1, 1, 0, 0, 1, 2)"
+    ),
+    "a trend with more new findings than open ones": (
+        "INSERT INTO trend VALUES ('test', '2026-03-09T00:00:00Z', 2, 2, 1, 0, 1, 0)"
+    ),
+    "a trend with more reopened findings than open ones": "UPDATE trend SET reopened = open + resolved + 1",
 }
 
 
