@@ -290,7 +290,7 @@ HOSTILE_ROWS = {
     "impossible counts": "UPDATE coverage SET compliant = 99",
     "negative counts": "UPDATE coverage SET instances = -1",
     "counts that are a text": "UPDATE coverage SET findings = 'none'",
-    "an error that is a blob": "UPDATE coverage SET error_message = x'00', error_code = 'x'",
+    "an error that is not UTF-8": "UPDATE coverage SET error_message = x'ff', error_code = 'x'",
     "scans at no time": "UPDATE scans SET started_at = 'x'",
     "scans of a blob": "UPDATE scans SET policy = x'ff' WHERE id = 1",
     "no counts": "DELETE FROM coverage",
