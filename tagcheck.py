@@ -3075,8 +3075,8 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent it
-    -- before. Only a finding has a line. It is '' where no digest lists it.
+    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent
+    -- it before. Only a finding has a line. It is '' where no digest lists it.
     CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
     CREATE INDEX digest_of ON digest_line (channel, recipient)
 """
@@ -3122,10 +3122,7 @@ Record = TypeVar("Record")
 
 
 def _loader(kind: Any) -> Loader:
-    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError.
-
-    A record in a column is the JSON list of its fields, several are a list of JSON objects, or NULL.
-    """
+    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError."""
     origin, arguments = get_origin(kind), get_args(kind)
     if is_valid := _IS_VALID.get(kind):
 
@@ -3147,7 +3144,7 @@ def _loader(kind: Any) -> Loader:
     if origin is Mapping:
         load = _loader(arguments[1])
         return lambda text: {key: load(value) for key, value in _from_json(text, dict).items()}
-    return lambda text: load_record(kind, _from_json(text, list))
+    return lambda text: load_record(kind, _from_json(text, list))  # a list of its fields
 
 
 def _from_json(text: Any, kind: type) -> Any:
@@ -3163,7 +3160,7 @@ def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
     names = _loaders(kind).keys()
     if not records or any(type(record) is not dict or record.keys() != names for record in records):
         raise ValueError
-    return tuple(load_object(kind, record) for record in records)
+    return tuple(load_record(kind, [record[name] for name in names]) for record in records)
 
 
 @functools.cache
@@ -3197,11 +3194,6 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return record
 
 
-def load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
-    """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
-    return load_record(kind, [value[name] for name in _loaders(kind)])
-
-
 def _columns(kind: type, table: str) -> str:
     """Return the columns of a table or query that hold the fields of a record, in their order."""
     group = f"json_array({table}.cause_kind, {table}.cause)"
@@ -3221,34 +3213,30 @@ _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|
 def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
     denied = "cannot be opened or written: check the permissions of the file and of its directory"
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
         "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
-        "SQLITE_FULL": f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room, run again",
+        "SQLITE_FULL": full,
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
         **dict.fromkeys(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH"), denied),
     }
     try:
         yield
-    except sqlite3.ProgrammingError:
-        raise
     except sqlite3.Error as error:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        if code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error)):
+        is_query = code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error))
+        if is_query or isinstance(error, sqlite3.ProgrammingError):
             raise
         # Other SQLITE_ERRORs are about a value ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
 
 
-def _uri(path: Path) -> str:
-    """Return the URI by which SQLite opens a file that exists, and creates none."""
-    return f"{path.absolute().as_uri()}?mode=rw"
-
-
-def _connect(uri: str) -> sqlite3.Connection:
-    """Open a database; '' is a private one on disk, which SQLite deletes when it is closed, or killed."""
+def _connect(path: Path | None = None) -> sqlite3.Connection:
+    """Open a file that exists, or a private database, which SQLite deletes when it is closed, or killed."""
+    uri = f"{path.absolute().as_uri()}?mode=rw" if path else ""
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
     db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
     db.execute("PRAGMA synchronous = FULL")
@@ -3266,11 +3254,11 @@ def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
         message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
         raise StateError(message) from error
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for a writer
-        raise StateError(f"the state {name} is not a regular file: name a file with --state")
+        raise StateError(f"the state {name} is not a regular file: name another file with --state")
     if (size := status.st_size) < 512:  # SQLite's smallest page: it treats a smaller file as a new database
         what = f"is empty, cut short or not a SQLite database ({size} bytes)"
         raise StateError(f"the state {name} {what}: {WAY_OUT}")
-    with _state_errors(name), contextlib.closing(_connect(_uri(path))) as db:
+    with _state_errors(name), contextlib.closing(_connect(path)) as db:
         _state_version(db, name)
         yield db
 
@@ -3279,7 +3267,7 @@ def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
 def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
     """Attach a state whose schema is ours to the sightings; raises StateError."""
     with _state_errors(name):
-        db.execute("ATTACH DATABASE ? AS state", (_uri(path),))
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
         db.execute("PRAGMA state.synchronous = FULL")
         _state_version(db, name, "state")
         yield
@@ -3308,12 +3296,10 @@ def _run(db: sqlite3.Connection, script: str, names: Mapping[str, Any] | None = 
 
 @contextlib.contextmanager
 def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
-    """Write to a state of the present version in one transaction, which an exception undoes.
-
-    The schema is compared again: another process may have changed the file since it was opened.
-    """
+    """Write to a state of the present version in one transaction, which an exception undoes."""
     # In other words than before ATTACH: sqlite3 keeps that statement, which would not lock the state.
     with transaction(db, f"IMMEDIATE /* {schema} */"):
+        # Another process may have changed the file since it was opened.
         if _state_version(db, name, schema) != len(MIGRATIONS):
             raise StateError(f"the state {name} was changed while this command ran: run it again")
         yield
@@ -3322,8 +3308,7 @@ def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main"
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
     """Check a state and bring it to the present version, or create it where there is none.
 
-    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises
-    StateError, which names `name` where `path` is a copy.
+    Raises StateError for what is not ours or damaged: starting over silently would lose every first_seen.
     """
     name = name or path
     try:
@@ -3357,7 +3342,7 @@ def _create_state(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
             new = Path(directory) / "state.db"
             new.touch(0o600)
-            with _state_errors(path), contextlib.closing(_connect(_uri(new))) as db:
+            with _state_errors(path), contextlib.closing(_connect(new)) as db:
                 _migrate(db, path)
             with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
                 os.link(new, path)
@@ -3384,30 +3369,25 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
         int(db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0])
         for pragma in ("application_id", "user_version")
     )
-    found = _read_schema(db, schema)
-    older = _has_older_table(db, schema)
-    is_unmarked = (application_id, version) == (0, 0)
-    if not (application_id == APPLICATION_ID or (is_unmarked and (older or not found))):
+    found, older = _read_schema(db, schema), _has_older_table(db, schema)
+    is_new = (application_id, version) == (0, 0) and (older or not found)
+    if application_id != APPLICATION_ID and not is_new:
         raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
-        newer = f"was written by a newer tagcheck (version {version})"
-        raise StateError(f"the state {name} {newer}: use that one")
+        raise StateError(
+            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
+        )
     expected = _expected_schema(max(version, 0))
-    unknown = [row for row in (found - expected) if not (older and _is_of_older_tool(*row))]
-    if version < 0:
-        why = f"its version is {version}"
-    elif unknown:
-        kind, object_name, table, _ = min(unknown, key=repr)
-        on = f" on {str(table)[:60]!r}" if table != object_name else ""
-        why = f"it has a {str(kind)[:20]} {str(object_name)[:60]!r}{on} that tagcheck did not make"
-    elif missing := expected - found:
-        kind, object_name, *_ = min(missing, key=repr)
-        why = f"it lacks the {kind} {object_name!r}"
-    else:
-        return version
-    raise StateError(
-        f"the state {name} is not a tagcheck state, or something else changed it ({why}): {WAY_OUT}"
-    )
+    why = [f"its version is {version}"] if version < 0 else []
+    for kind, item, table, sql in sorted(found - expected, key=repr):
+        if not (older and _is_of_older_tool(kind, item, table, sql)):
+            on = f" on {str(table)[:60]!r}" if table != item else ""
+            why.append(f"it has a {str(kind)[:20]} {str(item)[:60]!r}{on} that tagcheck did not make")
+    why += (f"it lacks the {kind} {item!r}" for kind, item, *_ in sorted(expected - found, key=repr))
+    if why:
+        changed = f"is not a tagcheck state, or something else changed it ({why[0]})"
+        raise StateError(f"the state {name} {changed}: {WAY_OUT}")
+    return version
 
 
 def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[tuple[str, ...]]:
@@ -3446,7 +3426,7 @@ def _has_older_table(db: sqlite3.Connection, schema: str) -> bool:
 
 def open_sightings() -> sqlite3.Connection:
     """Return a private database for what a scan sees."""
-    db = _connect("")
+    db = _connect()
     _run(db, SIGHTINGS)
     return db
 
@@ -3506,7 +3486,7 @@ def _usage_of(
     seen: Sighting, rules: Sequence[RequiredTag]
 ) -> Iterator[tuple[str, str, str, tuple[str | None, ...]]]:
     """Yield each group of an instance, the cause in which it is one of many copies, and its required tags."""
-    # In a group that is not a cause, the copies of one cause count once: an Auto Scaling group is one witness.
+    # In a group that is not a cause, copies of one cause count once: an Auto Scaling group is one witness.
     values, cause = seen.values(rules), ""
     for kind, name in groups_of(seen.instance):
         hands_on = GROUP_KINDS[kind].remedy
@@ -3536,7 +3516,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
 
     def suggestions(target: int, violations: str, groups: str) -> Iterator[Suggestion | None]:
         members = [Group(*group) for group in json.loads(groups)]
-        for violation in (load_object(Violation, record) for record in json.loads(violations)):
+        for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
             yield suggest(violation, rule, policy.placeholder_values, siblings, reliability)
@@ -3552,7 +3532,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
 
 # The most frequent value of each rule in a group, or '' where hardly any member has one. The copies of one
 # cause are one member of its wider groups. Of equally frequent values the first one wins: the order of the
-# answers does not matter.
+# pages does not matter.
 _AGREEMENTS = f"""
     WITH member AS (
         SELECT target, kind, name, tag_values, iif(copies_of = '', sum(members), 1) AS number FROM usage
@@ -3607,14 +3587,13 @@ def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) 
 
 def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, Creator]]) -> None:
     """Add who launched instances of a target, or why that is not known."""
-    db.executemany(
+    query = (
         "UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? "
-        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))",
-        (
-            (creator.name and printable(creator.name), creator.reason, id_, *astuple(target))
-            for id_, creator in creators
-        ),
+        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
     )
+    for id_, creator in creators:
+        name = creator.name and printable(creator.name)
+        db.execute(query, (name, creator.reason, id_, *astuple(target)))
 
 
 # ---- Recording a scan --------------------------------------------------------------------------------
@@ -3645,7 +3624,7 @@ def record_scan(
         _run(db, _RECORD_FINDINGS, names)
         if _has_older_table(db, "state"):
             _run(db, _ADOPT_OLDER, names)
-        _run(db, f"{_RECORD_REOPENED}; {_RECORD_COVERAGE}; {_RECORD_TREND}", names)
+        _run(db, _RECORD_COVERAGE, names)
         if differing := db.execute(_DIFFERING, names).fetchone():
             raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
         yield
@@ -3746,12 +3725,16 @@ _ADOPT_OLDER = f"""
     )
 """
 
-_RECORD_REOPENED = f"""
-    INSERT INTO state.events (finding, at, event)
-    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED'
+# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
+_LATEST = """
+    SELECT *, max(scan) FROM coverage
+    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
 """
-
+_LAST_READ = _LATEST.format("'read'")
 _RECORD_COVERAGE = f"""
+    INSERT INTO state.events (finding, at, event)
+    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED';
+
     INSERT INTO state.coverage
     WITH instances AS (
         SELECT target AS id, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
@@ -3769,16 +3752,8 @@ _RECORD_COVERAGE = f"""
         coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), coalesce(exempted, 0),
         coalesce(new, 0), coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
     FROM target LEFT JOIN instances USING (id) LEFT JOIN found USING (id)
-    LEFT JOIN ended USING (account_id, region)
-"""
+    LEFT JOIN ended USING (account_id, region);
 
-# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
-_LATEST = """
-    SELECT *, max(scan) FROM coverage
-    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
-"""
-_LAST_READ = _LATEST.format("'read'")
-_RECORD_TREND = f"""
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
         sum(resolved), count(*), sum(status = 'unread')
@@ -3853,7 +3828,8 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     """Return the exempted violation of a JSON object."""
     expires = date.fromisoformat(record["expires"]) if record["expires"] else None
     approval = {name: record[name] for name in ("reason", "approved_by", "ticket")}
-    return Exempted(load_object(Violation, record), Exemption(expires=expires, **approval))
+    violation = load_record(Violation, [record[name] for name in _loaders(Violation)])
+    return Exempted(violation, Exemption(expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
@@ -3948,9 +3924,8 @@ def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> Non
     names = [found for (found,) in load_rows(rows, policy=str)]
     if policy not in names:
         shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
-        has = (
-            f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
-        )
+        has = f"it has scans of {shown}: name that policy's file with --policy"
+        has = has if names else "run a scan first"
         raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
 
 
@@ -4023,9 +3998,10 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     rows = db.execute(
         f"""
-        SELECT json_array(account_id, region), latest.error_code || ': ' || coalesce(latest.error_message, ''),
-            scans.started_at, coalesce(read.instances, 0), coalesce(read.compliant, 0),
-            coalesce(read.findings, 0), coalesce(read.exempted, 0)
+        SELECT json_array(account_id, region),
+            latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
+            coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
+            coalesce(read.exempted, 0)
         FROM ({_LATEST.format("'read', 'unread'")}) AS latest
         LEFT JOIN ({_LAST_READ}) AS read USING (account_id, region)
         LEFT JOIN scans ON scans.id = read.scan ORDER BY account_id, region
@@ -4230,7 +4206,7 @@ def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str,
             copy.executemany(query, db.execute(sent, values))
 
 
-# ---- Where a state is: in a local file -----------------------------------------------------------------
+# ---- Where a state is: in a local file, or in S3 -----------------------------------------------------
 
 
 class LocalState:
@@ -4258,18 +4234,13 @@ class LocalState:
     def copied(self, copy: Path) -> LocalState:
         """Return a copy of it as of its last transaction, a new state if there is none; raises StateError."""
         try:
-            with (
-                opened_state(self.path, self.name) as db,
-                contextlib.closing(sqlite3.connect(copy)) as target,
-            ):
-                db.backup(target)
+            with opened_state(self.path, self.name) as db, contextlib.closing(sqlite3.connect(copy)) as new:
+                db.backup(new)
         except MissingStateError:
             if not self._create:
                 raise
         return LocalState(copy, self.name)
 
-
-# ---- Or in S3: conditional puts (409, 412), damaged transfers, and how often to try again ------------
 
 S3_TRIES = 40
 # So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
@@ -4429,7 +4400,7 @@ def reading_state(state: State) -> Iterator[sqlite3.Connection]:
         if _state_version(db, state.name) == len(MIGRATIONS):
             yield db
             return
-        with contextlib.closing(_connect("")) as copy:
+        with contextlib.closing(_connect()) as copy:
             db.backup(copy)
             _migrate(copy, state.name)
             yield copy
