@@ -151,6 +151,9 @@ class StateError(TagcheckError):
 class MissingStateError(StateError):
     """The state that was named does not exist."""
 
+    def __init__(self, name: object) -> None:
+        super().__init__(f"there is no state {name}: run a scan first, or name the right one with --state")
+
 
 class UploadError(StateError):
     """The scan is recorded in a local copy of the state that could not be uploaded."""
@@ -3135,7 +3138,7 @@ def load_prices(path: str) -> Prices:
 
 
 ########################################################################################################
-# 6 State: LocalState, S3State, sightings, load_record, record_scan, fetch_findings, fetch_open, prune_state
+# 6 State: MIGRATIONS, load_record, opened_state, add_sightings, record_scan, fetch_open, LocalState, S3State
 ########################################################################################################
 
 APPLICATION_ID = 0x74616763  # "tagc", in SQLite's header: it tells our files from other programs'
@@ -3243,6 +3246,7 @@ MIGRATIONS = (
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
 # repeated without reading AWS again. `violations` are those that count: NULL where there are none.
+# An instance that moved between two pages while they were read is on both: the last one counts.
 SIGHTINGS = """
     CREATE TABLE target (
         id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, error_code TEXT,
@@ -3252,7 +3256,7 @@ SIGHTINGS = """
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
         tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, exempted TEXT, violations TEXT,
         tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT,
-        suggestions TEXT, created_by TEXT, created_by_reason TEXT
+        suggestions TEXT, created_by TEXT, created_by_reason TEXT, PRIMARY KEY (target, instance_id)
     );
     CREATE VIEW seen AS
         SELECT account_id, region, sighting.* FROM target CROSS JOIN sighting ON sighting.target = target.id
@@ -3268,25 +3272,145 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was
-    -- sent it before. Only a finding has a line. It is '' where no digest lists it.
+    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent
+    -- it before. Only a finding has a line. It is '' where no digest lists it.
     CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
     CREATE INDEX digest_of ON digest_line (channel, recipient)
 """
 
+# ---- Rows of a state, checked by the types of their records ------------------------------------------
 
-WAY_OUT = "restore it from a backup, or move it away to start over (every finding will be NEW again)"
+MAX_COUNT = 2**53  # as far as JSON's readers count exactly
 
 
 class _BadRowError(sqlite3.DatabaseError):
     """A row of the state does not hold what tagcheck writes."""
 
 
+@functools.lru_cache(10_000)  # the findings of a scan have few different times
+def _is_moment(text: str) -> bool:
+    """Return whether a text is a time as utc_text() writes it; raises ValueError."""
+    return text.endswith("Z") and utc_text(datetime.fromisoformat(text)) == text
+
+
+# What a value of each type must be. A state is data that anyone may have changed: no row is used unchecked.
+_IS_VALID: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: type(value) is str,
+    Moment: lambda value: type(value) is str and _is_moment(value),
+    int: lambda value: type(value) is int and 0 <= value < MAX_COUNT,
+    float: lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+    Share: lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    Kind: lambda value: value in GROUP_KINDS,
+}
+# What the fields of a record must be to each other.
+_AGREES: dict[Any, Callable[[Any], bool]] = {
+    Finding: lambda row: (
+        {row.status is Status.RESOLVED} == {row.resolution is not None, row.resolved_at is not None}
+        and bool(row.violations)
+    ),
+    Standing: lambda row: row.compliant + row.findings + row.exempted <= row.instances,
+    # A row of an older version counts a whole day: what it resolved can be what was new.
+    TrendPoint: lambda row: (
+        row.new + row.reopened <= row.open + row.resolved and row.targets_unread <= row.targets
+    ),
+}
+Loader = Callable[[Any], Any]
+Record = TypeVar("Record")
+
+
+def _loader(kind: Any) -> Loader:
+    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_valid := _IS_VALID.get(kind):
+
+        def check(value: Any) -> Any:
+            if not is_valid(value):
+                raise ValueError
+            return value
+
+        return check
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind
+    if type(None) in arguments:
+        load = _loader(arguments[0])
+        return lambda value: None if value is None else load(value)
+    if origin is Literal:
+        return lambda value: arguments[arguments.index(value)]
+    if origin is tuple:
+        return lambda text: () if text is None else _load_list(arguments[0], text)
+    if origin is Mapping:
+        load = _loader(arguments[1])
+        return lambda text: {key: load(value) for key, value in _from_json(text, dict).items()}
+    return lambda text: load_record(kind, _from_json(text, list))  # a list of its fields
+
+
+def _from_json(text: Any, kind: type) -> Any:
+    """Return the list or object that JSON holds; raises ValueError, TypeError or RecursionError."""
+    if type(value := json.loads(text)) is not kind:
+        raise ValueError
+    return value
+
+
+def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
+    """Return the records that a list of JSON objects holds, at least one; raises as _from_json()."""
+    records = _from_json(text, list)
+    names = _loaders(kind).keys()
+    if not records or any(type(record) is not dict or record.keys() != names for record in records):
+        raise ValueError
+    return tuple(load_record(kind, [record[name] for name in names]) for record in records)
+
+
+@functools.cache
+def _loaders(kind: Any) -> dict[str, Loader]:
+    """Return a loader for each field of a record."""
+    return {name: _loader(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+def _load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
+    """Return the values of a row, whose columns the loaders name; raises _BadRowError."""
+    values = []
+    for (name, load), value in zip(loaders.items(), row, strict=True):
+        try:
+            values.append(load(value))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _BadRowError(f"{name} is {value!r:.80}") from error
+    return values
+
+
+def load_rows(rows: Iterable[Sequence[Any]], **kinds: Any) -> Iterator[list[Any]]:
+    """Yield rows whose columns have these names and types; raises _BadRowError."""
+    loaders = {name: _loader(kind) for name, kind in kinds.items()}
+    return (_load_row(loaders, row) for row in rows)
+
+
+def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
+    """Return the record whose fields are the columns of a row; raises _BadRowError."""
+    record = kind(*_load_row(_loaders(kind), row))
+    if kind in _AGREES and not _AGREES[kind](record):
+        raise _BadRowError(f"{record!r:.160} contradicts itself")
+    return record
+
+
+def _columns(kind: type, table: str) -> str:
+    """Return the columns of a table or query that hold the fields of a record, in their order."""
+    group = f"json_array({table}.cause_kind, {table}.cause)"
+    target = f"json_array({table}.account_id, {table}.region)"
+    lists = {"target": target, "group": group, "cause": f"nullif({group}, '[null,null]')"}
+    return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
+
+
+# ---- Opening and writing a state ---------------------------------------------------------------------
+
+WAY_OUT = "restore it from a backup, or move it away to start over (every finding will be NEW again)"
+# How SQLite's messages about a query that does not fit the tables begin.
+_QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
+
+
 @contextlib.contextmanager
 def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
-    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; free some space and run again"
     denied = "cannot be opened or written: check the permissions of the file and of its directory"
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
@@ -3297,137 +3421,55 @@ def _state_errors(name: Path | str) -> Iterator[None]:
     }
     try:
         yield
-    except sqlite3.ProgrammingError:
-        raise
     except sqlite3.Error as error:
         code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-        if code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error)):
+        is_query = code == "SQLITE_ERROR" and _QUERY_BUG.match(str(error))
+        if is_query or isinstance(error, sqlite3.ProgrammingError):
             raise
         # Other SQLITE_ERRORs are about a value ("malformed JSON"), as the tables are ours.
         unusable = f"is damaged or was changed ({str(error)[:200]}): {WAY_OUT}"
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
 
 
-# How SQLite's messages about a query that does not fit the tables begin.
-_QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
-
-
-def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
-    """Check before the scan that the state can be used, and create it where there is none.
-
-    Refuses what is not ours or damaged: starting over silently would lose every first_seen. Raises
-    StateError, which names `name` where `path` is a copy.
-    """
-    name = name or path
-    if create and not _exists(path):
-        _create_state(path)
-    with opened_state(path, name) as db:
-        _check_integrity(db, name)
-        _migrate(db, name)
-
-
-def _missing(name: Path | str) -> MissingStateError:
-    """Return the error for a state that does not exist."""
-    return MissingStateError(
-        f"there is no state {name}: run a scan first, or name the right one with --state"
-    )
-
-
-def _exists(path: Path) -> bool:
-    """Return whether something has this name; opening it says why it cannot be used."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _check_integrity(db: sqlite3.Connection, name: Path | str) -> None:
-    """Raise StateError for a damaged file; quick_check would not notice flipped bits in an index."""
-    damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if damage != "ok":
-        raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
-
-
-def has_scan(path: Path, scan_id: str) -> bool:
-    """Return whether a scan is in a state already; raises StateError."""
-    with opened_state(path, path) as db:
-        return db.execute("SELECT 1 FROM scans WHERE scan_id = ?", (scan_id,)).fetchone() is not None
-
-
-def copy_state(path: Path, copy: Path) -> None:
-    """Copy a state as of its last transaction; raises StateError."""
-    with opened_state(path, path) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-        _check_integrity(source, path)
-        source.backup(target)
-
-
-def resolve_state(name: str) -> Path:
-    """Return the file that a state's name leads to; raises StateError for a link to nothing."""
-    path = Path(os.path.realpath(name))
-    # Otherwise whoever may write the link chooses where a new state is created.
-    if os.path.islink(name) and not os.path.lexists(path):
-        message = f"the state {name} is a link to {path}, which does not exist: put the state there"
-        raise StateError(f"{message}, or name its file with --state")
-    return path
-
-
-def _create_state(path: Path) -> None:
-    """Create an empty state, readable by its owner only, as a whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
-            new = Path(directory) / "state.db"
-            new.touch(0o600)
-            with _state_errors(path), contextlib.closing(_connect(new)) as db:
-                _migrate(db, path)
-            with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
-                os.link(new, path)
-    except OSError as error:
-        message = f"the state {path} cannot be created: {error.strerror}; name another place with --state"
-        raise StateError(message) from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open a database that exists; the caller closes it, as sqlite3's own `with` only commits."""
-    uri = f"{path.absolute().as_uri()}?mode=rw"
+def _connect(path: Path | None = None) -> sqlite3.Connection:
+    """Open a file that exists, or a private database, which SQLite deletes when it is closed, or killed."""
+    uri = f"{path.absolute().as_uri()}?mode=rw" if path else ""
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
-    db.execute("PRAGMA trusted_schema = OFF")
+    db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
+    db.execute("PRAGMA synchronous = FULL")
     return db
 
 
 @contextlib.contextmanager
-def _connected(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
-    """Yield a connection to a file that may be a state; raises StateError."""
+def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to a state whose schema is ours; raises StateError, which says `name`."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise _missing(name) from None
+        raise MissingStateError(name) from None
     except OSError as error:
         message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
         raise StateError(message) from error
-    size = status.st_size
-    for is_so, what in (
-        (stat.S_ISDIR(status.st_mode), "is a directory: name a file with --state"),
-        # Opening a FIFO waits for a writer.
-        (not stat.S_ISREG(status.st_mode), "is not a regular file: name another file with --state"),
-        (size == 0, f"is empty (0 bytes): {WAY_OUT}"),
-        # SQLite's smallest page: it treats a smaller file as a new database.
-        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}"),
-    ):
-        if is_so:
-            raise StateError(f"the state {name} {what}")
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for a writer
+        raise StateError(f"the state {name} is not a regular file: name another file with --state")
+    if (size := status.st_size) < 512:  # SQLite's smallest page: it treats a smaller file as a new database
+        what = f"is empty, cut short or not a SQLite database ({size} bytes)"
+        raise StateError(f"the state {name} {what}: {WAY_OUT}")
     with _state_errors(name), contextlib.closing(_connect(path)) as db:
+        _state_version(db, name)
         yield db
 
 
 @contextlib.contextmanager
-def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
-    """Yield a connection to a state whose schema is ours; raises StateError."""
-    with _connected(path, name) as db:
-        _state_version(db, name)
-        yield db
+def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
+    """Attach a state whose schema is ours to the sightings; raises StateError."""
+    with _state_errors(name):
+        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
+        db.execute("PRAGMA state.synchronous = FULL")
+        _state_version(db, name, "state")
+        yield
+        # After an exception queries of it may still be open, and only the end of the connection detaches it.
+        db.execute("DETACH DATABASE state")
 
 
 @contextlib.contextmanager
@@ -3451,18 +3493,37 @@ def _run(db: sqlite3.Connection, script: str, names: Mapping[str, Any] | None = 
 
 @contextlib.contextmanager
 def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
-    """Write to a state of the present version in one transaction, which an exception undoes.
-
-    The schema is compared again: another process may have changed the file since it was opened.
-    """
-    with transaction(db):
+    """Write to a state of the present version in one transaction, which an exception undoes."""
+    # In other words than before ATTACH: sqlite3 keeps that statement, which would not lock the state.
+    with transaction(db, f"IMMEDIATE /* {schema} */"):
+        # Another process may have changed the file since it was opened.
         if _state_version(db, name, schema) != len(MIGRATIONS):
             raise StateError(f"the state {name} was changed while this command ran: run it again")
         yield
 
 
+def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
+    """Check a state and bring it to the present version, or create it where there is none.
+
+    Raises StateError for what is not ours or damaged: starting over silently would lose every first_seen.
+    """
+    name = name or path
+    try:
+        with opened_state(path, name) as db:
+            _migrate(db, name)
+    except MissingStateError:
+        if not create:
+            raise
+        _create_state(path)
+        check_state(path, name, create=False)
+
+
 def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
-    """Bring a state to the present version in one transaction; raises StateError."""
+    """Bring a state that is not damaged to the present version in one transaction; raises StateError."""
+    # quick_check would not notice flipped bits in an index.
+    damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise StateError(f"the state {name} is damaged ({damage}): {WAY_OUT}")
     if _state_version(db, name) == len(MIGRATIONS):
         return
     with transaction(db):
@@ -3472,8 +3533,27 @@ def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
+def _create_state(path: Path) -> None:
+    """Create an empty state, readable by its owner only, as a whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            new = Path(directory) / "state.db"
+            new.touch(0o600)
+            with _state_errors(path), contextlib.closing(_connect(new)) as db:
+                _migrate(db, path)
+            with contextlib.suppress(FileExistsError):  # another scan was first, and its state is as good
+                os.link(new, path)
+    except OSError as error:
+        message = f"the state {path} cannot be created: {error.strerror}; name another place with --state"
+        raise StateError(message) from error
+
+
 OLDER_TABLE = "flagged_instances"
 OLDER_COLUMNS = {"instance_id", "first_seen", "is_active"}
+# SQLite goes by the SQL, whatever the other columns say. A virtual table would run other code.
+_OLDER_OBJECT = re.compile(
+    rf"""CREATE (TABLE|(UNIQUE )?INDEX ["`\[]?\w+["`\]]? ON) ["`\[]?{OLDER_TABLE}\b""", re.IGNORECASE
+)
 
 
 def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> int:
@@ -3483,38 +3563,31 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     version: a trigger or a view could change what a scan records or a report shows.
     """
     application_id, version = (
-        db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0] for pragma in ("application_id", "user_version")
+        int(db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0])
+        for pragma in ("application_id", "user_version")
     )
-    found = _read_schema(db, schema)
-    older = {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
-    is_unmarked = (application_id, version) == (0, 0)
-    if not (application_id == APPLICATION_ID or (is_unmarked and (older or not found))):
+    found, older = _read_schema(db, schema), _has_older_table(db, schema)
+    is_new = (application_id, version) == (0, 0) and (older or not found)
+    if application_id != APPLICATION_ID and not is_new:
         raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
-        newer = f"was written by a newer tagcheck (version {version})"
-        raise StateError(f"the state {name} {newer}: use that one")
+        raise StateError(
+            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
+        )
     expected = _expected_schema(max(version, 0))
-    unknown = [row for row in (found - expected) if not (older and _is_of_older_tool(row))]
-    if version < 0:
-        why = f"its version is {version}"
-    elif unknown:
-        kind, object_name, table, _ = min(unknown, key=repr)
-        on = f" on {str(table)[:60]!r}" if table != object_name else ""
-        why = f"it has a {str(kind)[:20]} {str(object_name)[:60]!r}{on} that tagcheck did not make"
-    elif missing := expected - found:
-        kind, object_name, *_ = min(missing, key=repr)
-        why = f"it lacks the {kind} {object_name!r}"
-    else:
-        return int(version)
-    raise StateError(
-        f"the state {name} is not a tagcheck state, or something else changed it ({why}): {WAY_OUT}"
-    )
+    why = [f"its version is {version}"] if version < 0 else []
+    for kind, item, table, sql in sorted(found - expected, key=repr):
+        if not (older and _is_of_older_tool(kind, item, table, sql)):
+            on = f" on {str(table)[:60]!r}" if table != item else ""
+            why.append(f"it has a {str(kind)[:20]} {str(item)[:60]!r}{on} that tagcheck did not make")
+    why += (f"it lacks the {kind} {item!r}" for kind, item, *_ in sorted(expected - found, key=repr))
+    if why:
+        changed = f"is not a tagcheck state, or something else changed it ({why[0]})"
+        raise StateError(f"the state {name} {changed}: {WAY_OUT}")
+    return version
 
 
-SchemaRow = tuple[str, str, str, str]
-
-
-def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[SchemaRow]:
+def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[tuple[str, ...]]:
     """Return the objects of a database: type, name, table and SQL with its white space made alike."""
     try:
         rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master").fetchall()
@@ -3524,7 +3597,7 @@ def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[Schema
 
 
 @functools.lru_cache
-def _expected_schema(version: int) -> Counter[SchemaRow]:
+def _expected_schema(version: int) -> Counter[tuple[str, ...]]:
     """Return the objects of a state of a version."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         for script in MIGRATIONS[:version]:
@@ -3532,203 +3605,25 @@ def _expected_schema(version: int) -> Counter[SchemaRow]:
         return _read_schema(db)
 
 
-def _is_of_older_tool(row: SchemaRow) -> bool:
+def _is_of_older_tool(kind: str, name: str, table: str, sql: str) -> bool:
     """Return whether an object of a schema is the older tool's table, or an index of it."""
-    kind, name, table, sql = row
     if kind == "table" and name == "sqlite_sequence":  # of AUTOINCREMENT
         return sql == "CREATE TABLE sqlite_sequence(name,seq)"
-    if table != OLDER_TABLE:
-        return False
-    # SQLite goes by the SQL, whatever the other columns say. A virtual table would run other code.
-    return (kind == "index" and sql == "None") or _OLDER_OBJECT.match(sql) is not None
+    is_index = kind == "index" and sql == "None"
+    return table == OLDER_TABLE and (is_index or _OLDER_OBJECT.match(sql) is not None)
 
 
-_OLDER_OBJECT = re.compile(
-    rf"""CREATE (TABLE|(UNIQUE )?INDEX ["`\[]?\w+["`\]]? ON) ["`\[]?{OLDER_TABLE}\b""", re.IGNORECASE
-)
+def _has_older_table(db: sqlite3.Connection, schema: str) -> bool:
+    """Return whether a database has the older tool's table."""
+    return {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
 
-
-class LocalState:
-    """A state in a local file; without `create` a missing one is a MissingStateError."""
-
-    def __init__(self, path: Path, name: str | None = None, *, create: bool = True) -> None:
-        self.path, self.name, self._create = path, name or str(path), create
-
-    def check(self) -> None:
-        """Check before the scan that it can be used; raises StateError."""
-        check_state(self.path, create=self._create)
-
-    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield the file to record into, once: a committed transaction is final."""
-        yield self.path
-
-    def release_signals(self) -> None:
-        """Do nothing: no signal is held back."""
-
-    def copy(self, copy: Path) -> None:
-        """Copy it, if there is one; raises StateError."""
-        if _exists(self.path) or not self._create:
-            copy_state(self.path, copy)
-
-
-# ---- The copy in S3: conditional puts (409, 412), damaged transfers, and how often to try again -------
-
-S3_TRIES = 40
-# This many tries may fail this way; after that the state is damaged, or the line is too slow.
-S3_LIMITS = {"damaged": 3, "timed out": 2}
-S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
-S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents do not meet again
-
-
-class _RetryError(StateError):
-    """A transfer of the state failed in a way that may pass: S3 or the state is busy, or see S3_LIMITS."""
-
-    def __init__(self, message: str, kind: Literal["busy", "damaged", "timed out"] = "busy") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-_HoldSignals = Callable[[], Callable[[], None]]  # returns what lets them come again
-
-
-class S3State:
-    """A state in S3, recorded into a copy that takes its place only if no other scan was faster.
-
-    Without `create` a missing one is a MissingStateError.
-    """
-
-    def __init__(
-        self, s3: Any, bucket: str, key: str, path: Path, hold_signals: _HoldSignals, *, create: bool = True
-    ) -> None:
-        self.path, self.name, self._create = path, f"s3://{bucket}/{key}", create
-        self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold_signals
-        self.release_signals: Callable[[], None] = lambda: None  # lets the signals come again after a put
-
-    def check(self) -> None:
-        """Find out before the scan whether it can be read; raises StateError."""
-        next(self.attempts())
-
-    def copy(self, copy: Path) -> None:
-        """Copy it, if it exists; raises StateError."""
-        self.check()
-        copy_state(self.path, copy)
-
-    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield a fresh copy to record into, until one takes the state's place; raises StateError.
-
-        The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the scan's
-        id in the state tells that it was not another scan's.
-        """
-        failures: list[_RetryError] = []
-        recorded = False
-        for number in range(S3_TRIES):
-            if failures:
-                LOG.debug("%s: %s; trying again", self.name, failures[-1])
-                time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
-            try:
-                etag = self._download()
-                if etag and scan_id is not None and has_scan(self.path, scan_id):
-                    return
-                yield self.path
-                recorded = True
-                self._upload(etag)
-                return
-            except _RetryError as error:
-                failures.append(error)
-                alike = sum(failure.kind == error.kind for failure in failures)
-                if alike >= S3_LIMITS.get(error.kind, S3_TRIES):
-                    break
-        if failures[-1].kind == "damaged" and not recorded:
-            raise failures[-1]
-        raise UploadError(
-            f"the state {self.name}: given up after {counted(len(failures), 'try', 'tries')}, the last of "
-            f"which ended in {failures[-1]}; the scan is not recorded, run again"
-        )
-
-    def _download(self) -> str | None:
-        """Fetch the state and check it; return its ETag, or None where a new state begins."""
-
-        def fetch() -> Mapping[str, Any]:
-            answer: dict[str, Any] = self._s3.get_object(**self._object)
-            shutil.copyfileobj(answer["Body"], file)
-            return answer
-
-        new = self.path.with_suffix(".new")
-        with new.open("wb") as file:
-            etag = self._call("GetObject", fetch)
-        if not etag:
-            new.unlink()
-        if not (etag or self._create):
-            raise _missing(self.name)
-        self._check(new)
-        new.replace(self.path)
-        return etag
-
-    def _upload(self, etag: str | None) -> None:
-        """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
-        self._check(self.path)
-        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-        release = self._hold_signals()  # a put that is cut off may have been carried out
-        try:
-            with self.path.open("rb") as body:
-                arguments = {"Body": body, **self._object, **condition}
-                if not self._call("PutObject", lambda: self._s3.put_object(**arguments)):
-                    raise _RetryError("the state was deleted meanwhile")
-        except StateError:
-            release()
-            raise
-        self.release_signals = release
-
-    def _check(self, path: Path) -> None:
-        """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""
-        try:
-            check_state(path, self.name)
-        except StateError as error:
-            raise _RetryError(str(error), "damaged") from error
-
-    def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
-        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
-
-        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
-        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
-        """
-        try:
-            answer = within(S3_SECONDS, call)
-        except Exception as cause:
-            error = call_error(cause, f"s3:{operation}")
-        else:
-            if "ETag" in answer:
-                return str(answer["ETag"])
-            message = f"the state {self.name}: the answer is not S3's: check the network and the proxy"
-            raise _RetryError(message, "damaged")
-        if isinstance(error, CallError):
-            if error.code == "NoSuchKey":
-                return None
-            if error.code == "CallTimeout":
-                raise _RetryError(str(error), "timed out")
-            passes = error.transient or error.status in (409, 412, 429) or error.status >= 500
-            if passes or error.code in ("SlowDown", "RequestTimeout"):
-                raise _RetryError(str(error))
-        raise StateError(f"the state {self.name}: {error}") from error
-
-
-def split_s3(location: str) -> tuple[str, str]:
-    """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
-    bucket, _, key = location.removeprefix("s3://").partition("/")
-    if not bucket or not key or key.endswith("/"):
-        raise UsageError(f"{printable(location)}: name the state as s3://BUCKET/KEY")
-    return bucket, key
-
-
-State = LocalState | S3State
 
 # ---- What a scan saw ---------------------------------------------------------------------------------
 
 
 def open_sightings() -> sqlite3.Connection:
-    """Return a private database for what a scan sees; SQLite deletes it when it is closed, or killed."""
-    db = sqlite3.connect("", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
-    db.execute("PRAGMA trusted_schema = OFF")  # of what is attached as well
+    """Return a private database for what a scan sees."""
+    db = _connect()
     _run(db, SIGHTINGS)
     return db
 
@@ -3752,73 +3647,50 @@ def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None
 
 
 def add_sightings(
-    db: sqlite3.Connection, target: int, sightings: Iterable[tuple[Sighting, Groups, float | None]]
+    db: sqlite3.Connection,
+    target: int,
+    sightings: Sequence[tuple[Sighting, float | None]],
+    rules: Sequence[RequiredTag] = (),
 ) -> None:
-    """Add the sightings of a target, each with its groups and what it costs per month if that is known."""
-    rows = sorted((_sighting_row(target, *sighting) for sighting in sightings), key=len)
+    """Add sightings of a target, each with the instance's cost per month, and the values of these tags."""
+    usage = Counter(entry for seen, _ in sightings for entry in _usage_of(seen, rules))
+    values = ((target, *group, to_json(values), count) for (*group, values), count in usage.items())
+    rows = (_sighting_row(target, seen, cost) for seen, cost in sightings)
     with transaction(db):
-        for width, alike in itertools.groupby(rows, key=len):
-            values = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
-            db.executemany(f"INSERT INTO sighting VALUES ({values})", alike)
+        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", values)
+        db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
 
 
-SIGHTING_WIDTH = 18  # columns
+def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
+    """Return a row of `sighting`, up to `cause`."""
+    instance, violations = seen.instance, seen.violations
+    groups = groups_of(instance) if violations else []
+    return (
+        *(target, instance.instance_id, instance.state, utc_text(instance.launch_time)),
+        *(to_json(instance.tags), instance.managed_by),
+        *(_list_or_null(map(exempted_record, seen.exempted)), seen.too_young),
+        *(_list_or_null(map(to_record, violations)), _list_or_null(case.tag_key for case in violations)),
+        *(instance.instance_type, monthly_cost, to_json(groups), *(cause_of(groups) or (None, None))),
+    )
 
 
-def _sighting_row(
-    target: int, seen: Sighting, groups: Groups, monthly_cost: float | None
-) -> tuple[object, ...]:
-    """Return a row of `sighting` without the columns at its end that are NULL: a None costs sqlite3 most."""
-    instance = seen.instance
-    launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
-    row = (target, instance.instance_id, instance.state, launch_time, tags, instance.managed_by)
-    if not (seen.violations or seen.exempted):
-        return (*row, int(seen.too_young))
-    exempted = to_json([exempted_record(case) for case in seen.exempted]) if seen.exempted else None
-    if not seen.violations:
-        return (*row, int(seen.too_young), exempted)
-    cause = cause_of(groups) or (None, None)
-    more = (instance.instance_type, monthly_cost, _groups_json(groups), *cause)
-    return (*row, int(seen.too_young), exempted, *_violations_json(seen.violations), *more)
+def _list_or_null(items: Iterable[object]) -> str | None:
+    """Return items as a JSON list, None where there are none."""
+    return to_json(found) if (found := [*items]) else None
 
 
-# Siblings have the same groups and mostly fail in the same way: writing JSON once takes half of the time.
-@functools.lru_cache(1000)
-def _groups_json(groups: Groups) -> str:
-    """Return groups as JSON."""
-    return to_json(groups)
-
-
-@functools.lru_cache(1000)
-def _violations_json(violations: tuple[Violation, ...]) -> tuple[str, str]:
-    """Return violations and their tag keys as JSON."""
-    records = to_json([to_record(violation) for violation in violations])
-    return records, to_json([violation.tag_key for violation in violations])
-
-
-# How many instances of a target are in the same groups and have the same values of the required tags.
-Usage = Counter[tuple[int, Groups, tuple[str | None, ...]]]
-MAX_USAGE = 5000  # entries to count in memory, some 15 MB while they are added
-
-
-def add_usage(db: sqlite3.Connection, usage: Usage) -> None:
-    """Add what was counted so far, group by group; a group can come again.
-
-    In a group that is not a cause, the members of one cause are copies of each other and count once: an Auto
-    Scaling group is one witness.
-    """
-    members: Counter[tuple[int, str, str, str, tuple[str | None, ...]]] = Counter()
-    for (target, groups, values), number in usage.items():
-        cause = ""
-        for kind, name in groups:
-            can_tag = GROUP_KINDS[kind].remedy
-            cause = cause or (name if can_tag else "")
-            # One copy with all its tags is enough for its wider groups; those without would be many entries.
-            if can_tag or not cause or None not in values:
-                members[target, kind, name, "" if can_tag else cause, values] += number
-    rows = ((*group, to_json(values), number) for (*group, values), number in members.items())
-    with transaction(db):
-        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
+def _usage_of(
+    seen: Sighting, rules: Sequence[RequiredTag]
+) -> Iterator[tuple[str, str, str, tuple[str | None, ...]]]:
+    """Yield each group of an instance, the cause in which it is one of many copies, and its required tags."""
+    # In a group that is not a cause, copies of one cause count once: an Auto Scaling group is one witness.
+    values, cause = seen.values(rules), ""
+    for kind, name in groups_of(seen.instance):
+        hands_on = GROUP_KINDS[kind].remedy
+        cause = cause or (name if hands_on else "")
+        # One copy with all its tags is enough for its wider groups, and those without would be many entries.
+        if hands_on or not cause or None not in values:
+            yield kind, name, "" if hands_on else cause, values
 
 
 def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
@@ -3827,7 +3699,8 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
     rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
     keys = {target: [*by_key] for target, by_key in rules.items()}
-    add_agreements(db)
+    with transaction(db):
+        db.execute(_AGREEMENTS)
     query = "SELECT target, kind, rule, sum(agreeing), sum(members) FROM agreement WHERE agreeing"
     for target, kind, rule, *counts in db.execute(f"{query} GROUP BY 1, 2, 3"):
         reliability.learn(kind, {keys[target][rule]: Agreement("", *counts)})
@@ -3838,30 +3711,25 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         rows = db.execute(query, (target, kind, name))
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
-    @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
-    def suggestions(target: int, violations: str, groups: str) -> str | None:
+    def suggestions(target: int, violations: str, groups: str) -> Iterator[Suggestion | None]:
         members = [Group(*group) for group in json.loads(groups)]
-        found = []
-        for violation in (load_object(Violation, record) for record in json.loads(violations)):
+        for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
-            found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
-        records = [to_record(suggestion) for suggestion in found if suggestion]
-        return to_json(records) if records else None
+            yield suggest(violation, rule, policy.placeholder_values, siblings, reliability)
 
-    update = "UPDATE sighting SET suggestions = suggestions(target, violations, groups)"
-    with _sql_function(db, suggestions), transaction(db):
-        db.execute(f"{update} WHERE violations IS NOT NULL")
-
-
-def add_agreements(db: sqlite3.Connection) -> None:
-    """Add for each rule the value that most members of a group have, or that hardly any member has one."""
+    query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
+    rows = (
+        (_list_or_null(map(to_record, filter(None, suggestions(*row)))), number)
+        for number, *row in db.execute(query)
+    )
     with transaction(db):
-        db.execute(_AGREEMENTS)
+        db.executemany("UPDATE sighting SET suggestions = ? WHERE rowid = ?", rows)
 
 
-# The copies of one cause are one member of its wider groups. Of equally frequent values the first one wins:
-# the order of the answers does not matter.
+# The most frequent value of each rule in a group, or '' where hardly any member has one. The copies of one
+# cause are one member of its wider groups. Of equally frequent values the first one wins: the order of the
+# pages does not matter.
 _AGREEMENTS = f"""
     WITH member AS (
         SELECT target, kind, name, tag_values, iif(copies_of = '', sum(members), 1) AS number FROM usage
@@ -3883,42 +3751,7 @@ _AGREEMENTS = f"""
         iif(members < {MIN_MEMBERS}, 0, votes), iif(members < {MIN_MEMBERS}, size, members)
     FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
 """
-
-
-@contextlib.contextmanager
-def _sql_function(db: sqlite3.Connection, function: Callable[..., Any]) -> Iterator[None]:
-    """Let SQL call a function by its name; an exception in it, even Ctrl-C, ends the body of the `with`."""
-    raised: list[BaseException] = []
-
-    def call(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except BaseException as error:  # sqlite3 tells only that there was one
-            raised.append(error)
-            raise
-
-    db.create_function(function.__name__, -1, call, deterministic=True)
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if raised:
-            raise raised[0] from None
-        if str(error) == "user-defined function raised exception":
-            raise KeyboardInterrupt from None  # only a signal strikes before the `try` in call()
-        raise
-
-
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
-
-
-@contextlib.contextmanager
-def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
-    """Attach a state to the sightings; raises StateError."""
-    with _state_errors(name):
-        db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
-        yield
-        # After an exception queries of it may still be open, and only the end of the connection detaches it.
-        db.execute("DETACH DATABASE state")
 
 
 def fetch_uncreated(
@@ -3926,22 +3759,21 @@ def fetch_uncreated(
 ) -> dict[Target, list[tuple[str, datetime]]]:
     """Return by target the findings launched since a time that have no known creator, the youngest first."""
     query = f"""
-        SELECT account_id, region, instance_id, launch_time FROM (
-            SELECT account_id, region, instance_id, seen.launch_time,
-                row_number() OVER (PARTITION BY target ORDER BY seen.launch_time DESC) AS number
-            FROM seen LEFT JOIN (SELECT * FROM state.findings WHERE policy = :policy) AS finding
-                USING (account_id, region, instance_id)
-            WHERE seen.violations IS NOT NULL AND NOT too_young AND seen.launch_time >= :since
-                AND finding.created_by IS NULL
-        ) WHERE number <= {MAX_LOOKUPS} ORDER BY account_id, region, launch_time DESC
+        SELECT account_id, region, instance_id, seen.launch_time
+        FROM seen LEFT JOIN (SELECT * FROM state.findings WHERE policy = ?) AS finding USING ({_KEY})
+        WHERE seen.violations IS NOT NULL AND NOT too_young AND seen.launch_time >= ?
+            AND finding.created_by IS NULL
+        ORDER BY account_id, region, seen.launch_time DESC
     """
     with _attached(db, path, path):
-        _state_version(db, path, "state")
-        rows = db.execute(query, {"policy": scan.policy.name, "since": utc_text(since)}).fetchall()
-    return {
-        Target(*key): [(instance_id, datetime.fromisoformat(launched)) for *_, instance_id, launched in group]
-        for key, group in itertools.groupby(rows, key=lambda row: row[:2])
-    }
+        rows = db.execute(query, (scan.policy.name, utc_text(since)))
+        return {
+            Target(*key): [
+                (instance_id, datetime.fromisoformat(launched))
+                for *_, instance_id, launched in itertools.islice(group, MAX_LOOKUPS)
+            ]
+            for key, group in itertools.groupby(rows, key=lambda row: row[:2])
+        }
 
 
 def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) -> None:
@@ -3952,138 +3784,16 @@ def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) 
 
 def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, Creator]]) -> None:
     """Add who launched instances of a target, or why that is not known."""
-    db.execute("CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id)")
-    db.executemany(
+    query = (
         "UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? "
-        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))",
-        (
-            (creator.name and printable(creator.name), creator.reason, id_, *astuple(target))
-            for id_, creator in creators
-        ),
+        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
     )
+    for id_, creator in creators:
+        name = creator.name and printable(creator.name)
+        db.execute(query, (name, creator.reason, id_, *astuple(target)))
 
 
-MAX_COUNT = 2**53  # as far as JSON's readers count exactly
-_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-
-
-@functools.lru_cache(10_000)  # the findings of a scan have few different times
-def _is_moment(text: str) -> bool:
-    """Return whether a text is a time as utc_text() writes it, on a day that exists."""
-    try:
-        return _MOMENT.fullmatch(text) is not None and bool(datetime.fromisoformat(text))
-    except ValueError:
-        return False
-
-
-def _is_amount(value: Any) -> bool:
-    """Return whether a value is a finite number that is not negative."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-# What a value of each type must be. A state is data that anyone may have changed: no row is used unchecked.
-_IS_VALID: dict[Any, Callable[[Any], bool]] = {
-    str: lambda value: type(value) is str,
-    Moment: lambda value: type(value) is str and _is_moment(value),
-    int: lambda value: type(value) is int and 0 <= value < MAX_COUNT,
-    float: _is_amount,
-    Share: lambda value: _is_amount(value) and value <= 1,
-    Kind: lambda value: value in GROUP_KINDS,
-}
-Loader = Callable[[Any], Any]
-Record = TypeVar("Record")
-
-
-def _loader(kind: Any) -> Loader:
-    """Return a function from what the state holds to a value of a type; it raises ValueError or TypeError.
-
-    A record in a column is the JSON list of its fields, several are a list of JSON objects, or NULL.
-    """
-    if is_valid := _IS_VALID.get(kind):
-
-        def check(value: Any) -> Any:
-            if not is_valid(value):
-                raise ValueError
-            return value
-
-        return check
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind
-    origin, arguments = get_origin(kind), get_args(kind)
-    if type(None) in arguments:
-        load = _loader(arguments[0])
-        return lambda value: None if value is None else load(value)
-    if origin is Literal:
-        return lambda value: arguments[arguments.index(value)]
-    if origin is tuple:
-        return lambda text: _load_list(arguments[0], text)
-    if origin is Mapping:
-        return lambda text: {key: load_text(value) for key, value in _from_json(text, dict).items()}
-    return lambda text: load_record(kind, _from_json(text, list))
-
-
-load_text, load_count = _loader(str), _loader(int)
-
-
-def _from_json(text: Any, kind: type) -> Any:
-    """Return the list or object that JSON holds; raises ValueError, TypeError or RecursionError."""
-    if type(value := json.loads(text)) is not kind:
-        raise ValueError
-    return value
-
-
-@functools.lru_cache(1000)
-def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
-    """Return the records that a list of JSON objects holds; raises ValueError or TypeError."""
-    records = () if text is None else _from_json(text, list)
-    names = _loaders(kind).keys()
-    if records == [] or any(type(record) is not dict or record.keys() != names for record in records):
-        raise ValueError
-    return tuple(load_object(kind, record) for record in records)
-
-
-@functools.cache
-def _loaders(kind: Any) -> dict[str, Loader]:
-    """Return a loader for each field of a record."""
-    return {name: _loader(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-
-
-def load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
-    """Return the values of a row, whose columns the loaders name; raises _BadRowError."""
-    values = []
-    for (name, load), value in zip(loaders.items(), row, strict=True):
-        try:
-            values.append(load(value))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _BadRowError(f"{name} is {value!r:.80}") from error
-    return values
-
-
-def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
-    """Return the record whose fields are the columns of a row; raises _BadRowError."""
-    return kind(*load_row(_loaders(kind), row))
-
-
-def load_pairs(kind: Any, rows: Iterable[Sequence[Any]]) -> list[tuple[Any, int]]:
-    """Return values of a type and how often there are; raises _BadRowError."""
-    loaders = {"value": _loader(kind), "number": load_count}
-    return [(value, number) for value, number in (load_row(loaders, row) for row in rows)]
-
-
-def load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
-    """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
-    return load_record(kind, [value[name] for name in _loaders(kind)])
-
-
-def _columns(kind: type, table: str) -> str:
-    """Return the columns of a table or query that hold the fields of a record, in their order."""
-    cause = f"json_array({table}.cause_kind, {table}.cause)"
-    lists = {
-        "target": f"json_array({table}.account_id, {table}.region)",
-        "group": cause,
-        "cause": f"nullif({cause}, '[null,null]')",
-    }
-    return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
+# ---- Recording a scan --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -4095,64 +3805,51 @@ def record_scan(
     In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
     a report that cannot be written costs no NEW. Raises StateError.
     """
-    with _attached(db, path, name):
-        _run(db, _PREPARE)
-        with writing_state(db, name, "state"):
-            _record(db, scan, finished_at)
-            yield
+    with _attached(db, path, name), writing_state(db, name, "state"):
+        db.execute(
+            "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest),
+                *(utc_text(scan.started_at), utc_text(finished_at)),
+            ),
+        )
+        names = _names(db, scan)
+        if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
+            raise _BadRowError("it has counts of a scan that was not yet made")
+        _find_resolved(db, names)
+        _run(db, _RECORD_FINDINGS, names)
+        if _has_older_table(db, "state"):
+            _run(db, _ADOPT_OLDER, names)
+        _run(db, _RECORD_COVERAGE, names)
+        if differing := db.execute(_DIFFERING, names).fetchone():
+            raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
+        yield
 
 
-# An instance that moved between two pages while they were read is on both: the last one counts.
-_PREPARE = """
-    CREATE INDEX IF NOT EXISTS sighting_key ON sighting (target, instance_id);
-    DELETE FROM sighting WHERE rowid IN (
-        SELECT older.rowid FROM (
-            SELECT target, instance_id, max(rowid) AS latest FROM sighting
-            GROUP BY target, instance_id HAVING count(*) > 1
-        ) AS twice JOIN sighting AS older USING (target, instance_id) WHERE older.rowid < twice.latest
-    );
-    PRAGMA state.synchronous = FULL
-"""
+def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
+    """Return the values of a scan that is being recorded by the names that queries have for them."""
+    number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
+    now, may_hide = utc_text(scan.started_at), scan.may_hide_managed
+    return {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide}
 
 
-def _record(db: sqlite3.Connection, scan: Scan, finished_at: datetime) -> None:
-    """Bring scans, findings, events, coverage and trend of the attached state up to date."""
-    policy, now = scan.policy, utc_text(scan.started_at)
-    cursor = db.execute(
-        "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        (scan.scan_id, policy.name, policy.file, policy.digest, now, utc_text(finished_at)),
+def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+    """Find the open findings that this scan resolves, and why; raises _BadRowError."""
+    db.execute("DELETE FROM resolved")
+    kinds = {"violations": tuple[Violation, ...], "tags": Mapping[str, str] | None, "exempted": str | None}
+    rows = (
+        (finding, resolution(before, tags, {case["tag_key"] for case in json.loads(exempted or "[]")}))
+        for finding, before, tags, exempted in load_rows(db.execute(_RESOLVED, names), id=int, **kinds)
     )
-    names = {"policy": policy.name, "scan": cursor.lastrowid, "now": now, "may_hide": scan.may_hide_managed}
-    if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
-        raise _BadRowError("it has counts of a scan that was not yet made")
-    with _sql_function(db, resolution_of):
-        _run(db, _RESOLVE, names)
-    _run(db, _RECORD_FINDINGS, names)
-    if _has_table(db, "state", OLDER_TABLE):
-        _run(db, _ADOPT_OLDER, names)
-    _run(db, f"{_RECORD_REOPENED}; {_RECORD_COVERAGE}; {_RECORD_TREND}", names)
-    if differing := db.execute(_DIFFERING, names).fetchone():
-        raise _BadRowError(f"it did not keep all findings in {' '.join(differing)}")
+    db.executemany("INSERT INTO resolved VALUES (?, ?)", rows)
 
 
-def resolution_of(violations: bytes, tags: str | None, exempted: str | None) -> str | None:
-    """Return why a finding is resolved; nothing, which no column takes, where its JSON is damaged."""
-    try:
-        before, now = load_row(_TO_RESOLVE, (violations, tags))
-    except _BadRowError:
-        return None
-    return resolution(before, now, {row["tag_key"] for row in json.loads(exempted or "[]")})
-
-
-_TO_RESOLVE = {"violations": _loader(tuple[Violation, ...]), "tags": _loader(Mapping[str, str] | None)}
 # Only a target that was read in full resolves anything. Without --include-managed-resources
 # `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
 # In a state of the first edition managed_by is NULL, as it did not know.
-_RESOLVE = """
-    DELETE FROM resolved;
-    INSERT INTO resolved
-    SELECT finding.id, resolution_of(CAST(finding.violations AS BLOB), sighting.tags, sighting.exempted)
+_RESOLVED = """
+    SELECT finding.id, finding.violations, sighting.tags, sighting.exempted
     FROM target JOIN state.findings AS finding USING (account_id, region)
     LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
     WHERE error_code IS NULL AND policy = :policy AND resolved_at IS NULL AND sighting.violations IS NULL
@@ -4225,12 +3922,16 @@ _ADOPT_OLDER = f"""
     )
 """
 
-_RECORD_REOPENED = f"""
-    INSERT INTO state.events (finding, at, event)
-    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED'
+# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
+_LATEST = """
+    SELECT *, max(scan) FROM coverage
+    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
 """
-
+_LAST_READ = _LATEST.format("'read'")
 _RECORD_COVERAGE = f"""
+    INSERT INTO state.events (finding, at, event)
+    SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED';
+
     INSERT INTO state.coverage
     WITH instances AS (
         SELECT target AS id, count(*) AS instances, sum(violations IS NULL AND exempted IS NULL) AS compliant,
@@ -4248,16 +3949,8 @@ _RECORD_COVERAGE = f"""
         coalesce(instances, 0), coalesce(compliant, 0), coalesce(findings, 0), coalesce(exempted, 0),
         coalesce(new, 0), coalesce(repeat, 0), coalesce(reopened, 0), coalesce(resolved, 0)
     FROM target LEFT JOIN instances USING (id) LEFT JOIN found USING (id)
-    LEFT JOIN ended USING (account_id, region)
-"""
+    LEFT JOIN ended USING (account_id, region);
 
-# The latest coverage of each target, of those with a status; max() picks the row of the other columns.
-_LATEST = """
-    SELECT *, max(scan) FROM coverage
-    WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
-"""
-_LAST_READ = _LATEST.format("'read'")
-_RECORD_TREND = f"""
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
         sum(resolved), count(*), sum(status = 'unread')
@@ -4278,6 +3971,9 @@ _DIFFERING = """
 """
 
 
+# ---- What the scan being recorded has found ----------------------------------------------------------
+
+
 def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
     query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
@@ -4294,11 +3990,10 @@ def fetch_notice(
     known = any(target.repeat or target.reopened for target in coverage)  # to the older tool
     if scan.policy.name in policies or known:
         return ""
-    if policies or _has_table(db, "state", OLDER_TABLE):
+    if policies or _has_older_table(db, "state"):
         return f"No earlier scan of the policy {scan.policy.name} in the state {name}: every finding is NEW"
-    if dry_run:
-        return f"There is no state {name} yet: every finding would be NEW"
-    return f"New state {name}: every finding is NEW"
+    would = f"There is no state {name} yet: every finding would be NEW"
+    return would if dry_run else f"New state {name}: every finding is NEW"
 
 
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
@@ -4312,21 +4007,7 @@ def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]
         """,
         _names(db, scan),
     )
-    return load_pairs(Target, rows)
-
-
-def require_scans(path: Path, name: str) -> None:
-    """Raise StateError for a state without a scan, by this or by the older tool."""
-    with opened_state(path, name) as db:
-        if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_table(db, "main", OLDER_TABLE)):
-            advice = "restore it from a backup, or run once without --require-state"
-            raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
-
-
-def _has_table(db: sqlite3.Connection, schema: str, table: str) -> bool:
-    """Return whether a database has a table."""
-    tables = db.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE (type, name) = ('table', ?)", (table,))
-    return tables.fetchone() is not None
+    return [(target, number) for target, number in load_rows(rows, target=Target, number=int)]
 
 
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
@@ -4344,32 +4025,18 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     """Return the exempted violation of a JSON object."""
     expires = date.fromisoformat(record["expires"]) if record["expires"] else None
     approval = {name: record[name] for name in ("reason", "approved_by", "ticket")}
-    return Exempted(load_object(Violation, record), Exemption(expires=expires, **approval))
+    violation = load_record(Violation, [record[name] for name in _loaders(Violation)])
+    return Exempted(violation, Exemption(expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
     """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
     ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
     query = f"SELECT {_FINDING} {ended if resolved else _SEEN} {_SORTED}"
-    return map(_load_finding, db.execute(query, _names(db, scan)))
+    return (load_record(Finding, row) for row in db.execute(query, _names(db, scan)))
 
 
 _FINDING = _columns(Finding, "finding")
-
-
-def _load_finding(row: Sequence[Any]) -> Finding:
-    """Return the finding of a row of _FINDING; raises _BadRowError."""
-    finding = load_record(Finding, row)
-    ended = {
-        finding.status is Status.RESOLVED,
-        finding.resolution is not None,
-        finding.resolved_at is not None,
-    }
-    if len(ended) > 1:
-        raise _BadRowError(f"status is {finding.status}, and resolved_at {finding.resolved_at}")
-    if not finding.violations:
-        raise _BadRowError(f"{finding.instance_id} has no violations")
-    return finding
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
@@ -4379,8 +4046,7 @@ def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
 
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
-    query = f"SELECT finding.managed_by, count(*) {_SEEN} AND finding.managed_by <> '' GROUP BY 1"
-    return load_pairs(str, db.execute(f"{query} ORDER BY 2 DESC, 1", _names(db, scan)))
+    return _count(db, _SEEN, _names(db, scan), "managed_by")
 
 
 def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
@@ -4388,23 +4054,33 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
     names = _names(db, scan)
     query = f"SELECT count(finding.monthly_cost), count(*) - count(finding.monthly_cost) {_SEEN}"
     priced, unpriced = db.execute(query, names).fetchone()
-    rows = db.execute(_BY_TAG.format(_SEEN), names)
-    return [(key, cost) for key, _, cost in rows] if priced else [], unpriced
+    return [(key, cost) for key, _, cost in _by_tag(db, _SEEN, names)] if priced else [], unpriced
 
 
-# How many findings fail each tag, and what they cost per month; each different list of keys is read once.
-_BY_TAG = """
-    SELECT tag_key.value, sum(number), sum(cost) FROM (
-        SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost {}
-        GROUP BY 1
-    ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
-"""
+# Three ways to count findings: of _SEEN, what the scan being recorded found, or of _OPEN, what is open.
 
 
-def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
-    """Return what _SEEN asks of the scan that is being recorded."""
-    number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    return {"policy": scan.policy.name, "scan": number}
+def _count(
+    db: sqlite3.Connection, source: str, names: Mapping[str, Any], column: str, kind: Any = str
+) -> list[tuple[Any, int]]:
+    """Return how many findings have each value of a column; those without one are left out."""
+    column = f"finding.{column}"
+    query = f"SELECT {column}, count(*) {source} AND {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
+    rows = load_rows(db.execute(query, names), **{column: kind}, number=int)
+    return [(value, number) for value, number in rows]
+
+
+def _by_tag(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+    """Return how many findings fail each tag, and what they cost per month, the most expensive first."""
+    # Each different list of keys is read once.
+    query = f"""
+        SELECT tag_key.value, sum(number), sum(cost) FROM (
+            SELECT finding.tag_keys, count(*) AS number, coalesce(sum(finding.monthly_cost), 0.0) AS cost
+            {source} GROUP BY 1
+        ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
+    """
+    rows = load_rows(db.execute(query, names), tag_key=str, number=int, cost=float)
+    return [(key, number, cost) for key, number, cost in rows]
 
 
 MAX_CAUSES = 100
@@ -4428,33 +4104,25 @@ def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
     return [load_record(Cause, row) for row in db.execute(query, names)]
 
 
-@contextlib.contextmanager
-def reading_state(state: State, copy: Path) -> Iterator[sqlite3.Connection]:
-    """Yield a connection on which a state stays as it is now, for reading; raises StateError.
+# ---- What a state keeps ------------------------------------------------------------------------------
 
-    One of an older version is brought up to date in a copy: reading writes nothing.
-    """
-    if isinstance(state, S3State):
-        state.check()
-    with _connected(state.path, state.name) as db, transaction(db, "DEFERRED"):
-        if _state_version(db, state.name) == len(MIGRATIONS):
-            yield db
-            return
-    copy_state(state.path, copy)
-    check_state(copy, state.name)
-    with opened_state(copy, state.name) as db:
-        yield db
+
+def require_scans(path: Path, name: str) -> None:
+    """Raise StateError for a state without a scan, by this or by the older tool."""
+    with opened_state(path, name) as db:
+        if not (db.execute("SELECT 1 FROM scans").fetchone() or _has_older_table(db, "main")):
+            advice = "restore it from a backup, or run once without --require-state"
+            raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
 def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
     """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
     rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    names = [load_row({"policy": load_text}, row)[0] for row in rows]
+    names = [found for (found,) in load_rows(rows, policy=str)]
     if policy not in names:
         shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
-        has = (
-            f"it has scans of {shown}: name that policy's file with --policy" if names else "run a scan first"
-        )
+        has = f"it has scans of {shown}: name that policy's file with --policy"
+        has = has if names else "run a scan first"
         raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
 
 
@@ -4471,30 +4139,28 @@ class Selection:
     first_seen_before: datetime | None = None
 
 
-# Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
-_SELECTED = """
-    SELECT id FROM findings WHERE policy = :policy
-        AND (:instance_id IS NULL OR instance_id = :instance_id)
-        AND (:accounts = '[]' OR account_id IN (SELECT value FROM json_each(:accounts)))
-        AND (:regions = '[]' OR region IN (SELECT value FROM json_each(:regions)))
-        AND (:statuses = '[]' OR status IN (SELECT value FROM json_each(:statuses)))
-        AND (:tag_keys = '[]' OR EXISTS (
-            SELECT value FROM json_each(findings.tag_keys) INTERSECT SELECT value FROM json_each(:tag_keys)
-        ))
-        AND (:before IS NULL OR first_seen < :before)
-    ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), account_id, region, instance_id
-"""
-
-
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
-    before = selection.first_seen_before and utc_text(selection.first_seen_before)
-    names = {"policy": selection.policy, "instance_id": selection.instance_id, "before": before}
-    lists = ("accounts", "regions", "statuses", "tag_keys")
-    names |= {name: to_json(getattr(selection, name)) for name in lists}
-    for number in db.execute(_SELECTED, names):
-        query = f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?"
-        yield _load_finding(db.execute(query, number).fetchone())
+    is_in, before = "IN (SELECT value FROM json_each(?))", selection.first_seen_before
+    has_key = "EXISTS (SELECT value FROM json_each(tag_keys) INTERSECT SELECT value FROM json_each(?))"
+    conditions = {
+        "policy = ?": selection.policy,
+        "instance_id = ?": selection.instance_id,
+        f"account_id {is_in}": _list_or_null(selection.accounts),
+        f"region {is_in}": _list_or_null(selection.regions),
+        f"status {is_in}": _list_or_null(selection.statuses),
+        has_key: _list_or_null(selection.tag_keys),
+        "first_seen < ?": before and utc_text(before),
+    }
+    chosen = {condition: value for condition, value in conditions.items() if value is not None}
+    # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
+    query = f"""
+        SELECT id FROM findings WHERE {" AND ".join(chosen)}
+        ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), {_KEY}
+    """
+    for number in db.execute(query, [*chosen.values()]):
+        finding = db.execute(f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?", number)
+        yield load_record(Finding, finding.fetchone())
 
 
 def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
@@ -4503,20 +4169,16 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
     rows = db.execute(
         """
         WITH finding AS (
-            SELECT id, first_seen, violations FROM findings
-            WHERE (policy, account_id, region, instance_id) = (?, ?, ?, ?)
+            SELECT * FROM findings WHERE (policy, account_id, region, instance_id) = (?, ?, ?, ?)
         ), event AS (
-            SELECT events.*, lead(before) OVER (ORDER BY events.id) AS after
-            FROM events JOIN finding ON finding.id = events.finding
-        )
-        SELECT at, event, violations, resolution FROM (
-            SELECT 0 AS number, first_seen AS at, 'NEW' AS event, NULL AS resolution, coalesce(
-                (SELECT before FROM event WHERE before IS NOT NULL ORDER BY id LIMIT 1), violations
-            ) AS violations FROM finding
+            SELECT 0 AS number, first_seen AS at, 'NEW' AS event, NULL AS before, NULL AS why FROM finding
             UNION ALL
-            SELECT event.id, at, event, resolution, iif(event = 'RESOLVED', NULL, coalesce(after, violations))
-            FROM event CROSS JOIN finding
-        ) ORDER BY number
+            SELECT events.id, at, event, before, events.resolution
+            FROM finding JOIN events ON events.finding = finding.id
+        )
+        SELECT at, event, iif(
+            event = 'RESOLVED', NULL, coalesce(lead(before) OVER (ORDER BY number), violations)
+        ), why FROM event CROSS JOIN finding ORDER BY number
         """,
         (policy, *astuple(finding.target), finding.instance_id),
     )
@@ -4533,7 +4195,8 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     rows = db.execute(
         f"""
-        SELECT json_array(account_id, region), latest.error_code, latest.error_message, scans.started_at,
+        SELECT json_array(account_id, region),
+            latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
             coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
             coalesce(read.exempted, 0)
         FROM ({_LATEST.format("'read', 'unread'")}) AS latest
@@ -4542,15 +4205,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
         """,
         {"policy": policy},
     )
-    known = _loaders(Coverage) | _loaders(Standing)
-    names = "target error_code error_message last_read instances compliant findings exempted".split()
-    standings = []
-    for row in rows:
-        target, code, message, last_read, *counts = load_row({name: known[name] for name in names}, row)
-        if sum(counts[1:]) > counts[0]:
-            raise _BadRowError(f"the counts of {target} contradict each other")
-        standings.append(Standing(target, None if code is None else f"{code}: {message}", last_read, *counts))
-    return standings
+    return [load_record(Standing, row) for row in rows]
 
 
 # The upper ends of the ages that are counted together, in days.
@@ -4582,7 +4237,7 @@ class OpenFindings:
 
 
 # The findings are read once, for what is counted: a million of them are a gigabyte.
-_OPEN = """
+_CREATE_OPEN = """
     CREATE TEMP TABLE open AS
     SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
         monthly_cost, managed_by, CASE
@@ -4595,45 +4250,37 @@ _OPEN = """
         END AS owner
     FROM findings WHERE policy = :policy AND resolved_at IS NULL
 """
+_OPEN = "FROM temp.open AS finding WHERE true"
 
 
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that names the owner."""
     owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
     names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
-    db.execute(_OPEN, names)
-    total, *costs, priced = db.execute(
-        "SELECT count(*), min(monthly_cost), max(monthly_cost), count(monthly_cost) FROM temp.open"
-    ).fetchone()
+    db.execute(_CREATE_OPEN, names)
     # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
-    load_row({name: _loader(float | None) for name in ("least monthly_cost", "greatest monthly_cost")}, costs)
-    loaders = {"tag_key": load_text, "number": load_count, "cost": _loader(float)}
-    rows = db.execute(_BY_TAG.format("FROM temp.open AS finding"))
-    tags = [tuple(load_row(loaders, row)) for row in rows]
+    query = f"SELECT count(*), count(monthly_cost), min(monthly_cost), max(monthly_cost) {_OPEN}"
+    kinds = {"total": int, "priced": int, "least cost": float | None, "greatest cost": float | None}
+    ((total, priced, *_),) = load_rows(db.execute(query), **kinds)
+    tags = _by_tag(db, _OPEN, names)
     oldest = db.execute(
         f"""
-        SELECT {_FINDING} FROM (SELECT id FROM temp.open ORDER BY first_seen, {_KEY} LIMIT {OLDEST_FINDINGS})
+        SELECT {_FINDING} FROM (SELECT id {_OPEN} ORDER BY first_seen, {_KEY} LIMIT {OLDEST_FINDINGS})
         CROSS JOIN findings AS finding USING (id) ORDER BY finding.first_seen, {_KEY}
         """
     )
     return OpenFindings(
         total,
         by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
-        by_age=_ages(_count_open(db, "first_seen", Moment), now),
-        by_creator=_count_open(db, "created_by"),
-        by_owner=_count_open(db, "owner"),
-        causes=_causes(db, "FROM temp.open AS finding WHERE true", names),
-        oldest=[*map(_load_finding, oldest)],
+        by_age=_ages(_count(db, _OPEN, names, "first_seen", Moment), now),
+        by_creator=_count(db, _OPEN, names, "created_by"),
+        by_owner=_count(db, _OPEN, names, "owner"),
+        causes=_causes(db, _OPEN, names),
+        oldest=[load_record(Finding, row) for row in oldest],
         priced=priced,
         cost_by_tag=[(key, cost) for key, _, cost in tags if priced],
-        by_operator=_count_open(db, "managed_by"),
+        by_operator=_count(db, _OPEN, names, "managed_by"),
     )
-
-
-def _count_open(db: sqlite3.Connection, column: str, kind: Any = str) -> list[tuple[Any, int]]:
-    """Return how many open findings have each value of a column; those without one are left out."""
-    query = f"SELECT {column}, count(*) FROM temp.open WHERE {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
-    return load_pairs(kind, db.execute(query))
 
 
 def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[str, int]]:
@@ -4646,11 +4293,12 @@ def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[st
 
 
 class Pruned(NamedTuple):
-    """What was deleted, or would be."""
+    """How many rows of each table were deleted, or would be."""
 
-    findings: int
-    scans: int
-    coverage: int
+    events: int = 0
+    findings: int = 0
+    coverage: int = 0
+    scans: int = 0
 
 
 def prune_state(path: Path, before: datetime, name: str) -> Pruned:
@@ -4658,32 +4306,30 @@ def prune_state(path: Path, before: datetime, name: str) -> Pruned:
     with opened_state(path, name) as db:
         with writing_state(db, name):
             names = {"before": utc_text(before)}
-            deleted = {table: db.execute(query, names).rowcount for table, query in _PRUNE.items()}
+            pruned = Pruned(*(db.execute(query, names).rowcount for query in _PRUNE.split(";")))
         free, pages = (db.execute(f"PRAGMA {what}_count").fetchone()[0] for what in ("freelist", "page"))
         if free > pages / 4:
             try:
                 db.execute("VACUUM")
             except sqlite3.OperationalError as error:  # it needs space for a copy
                 LOG.info("the file keeps its size: %s", error)
-    return Pruned(deleted["findings"], deleted["scans"], deleted["coverage"])
+    return pruned
 
 
 # A target's last full reading stays, however old: it is all that is known of one no longer readable.
-_PRUNE = {
-    "events": "DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before)",
-    "findings": "DELETE FROM findings WHERE resolved_at < :before",
-    "coverage": """
-        DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
-            AND (scan, account_id, region) NOT IN (
-                SELECT max(scan), account_id, region FROM coverage JOIN scans ON scans.id = scan
-                WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
-            )
-    """,
-    "scans": """
-        DELETE FROM scans WHERE started_at < :before
-            AND id NOT IN (SELECT scan FROM coverage) AND id NOT IN (SELECT last_scan FROM findings)
-    """,
-}
+_PRUNE = """
+    DELETE FROM events WHERE finding IN (SELECT id FROM findings WHERE resolved_at < :before);
+    DELETE FROM findings WHERE resolved_at < :before;
+    DELETE FROM coverage WHERE scan IN (SELECT id FROM scans WHERE started_at < :before)
+        AND (scan, account_id, region) NOT IN (
+            SELECT max(scan), account_id, region FROM coverage JOIN scans ON scans.id = scan
+            WHERE coverage.status = 'read' AND started_at < :before GROUP BY policy, account_id, region
+        );
+    DELETE FROM scans WHERE started_at < :before
+        AND id NOT IN (SELECT scan FROM coverage) AND id NOT IN (SELECT last_scan FROM findings)
+"""
+
+# ---- What is sent about a scan -----------------------------------------------------------------------
 
 
 def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
@@ -4693,26 +4339,30 @@ def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[st
     """
     notify = scan.policy.notify or Notify()
     names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
-    unread = "SELECT 'unread ' || account_id || ' ' || region FROM target WHERE error_code IS NOT NULL"
-    db.execute(
-        f"""
-        DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
-            SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
-            UNION ALL SELECT 'unread ' || account_id || ' ' || place.value
-                FROM target, json_each(json_array(region, '*')) AS place WHERE error_code IS NULL
-            EXCEPT {unread}
-        )
-        """,
-        names,
-    )
-    opened = f"SELECT {_FINDING_SUBJECT} AS subject {_SEEN} AND finding.status IN ('NEW', 'REOPENED')"
-    others = f"SELECT value AS subject FROM json_each(:endings) UNION ALL {unread}"
-    for conflict, subjects in (("REPLACE", opened), ("IGNORE", others)):
-        db.execute(
-            f"INSERT OR {conflict} INTO state.notifications SELECT :policy, subject, channel.value, NULL "
-            f"FROM ({subjects}) CROSS JOIN json_each(:channels) AS channel",
-            names,
-        )
+    _run(db, _QUEUE_NOTIFICATIONS, names)
+
+
+_FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
+_UNREAD = (
+    "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL"
+)
+_QUEUE_NOTIFICATIONS = f"""
+    DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
+        SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
+        UNION ALL SELECT 'unread ' || account_id || ' ' || place.value
+            FROM target, json_each(json_array(region, '*')) AS place WHERE error_code IS NULL
+        EXCEPT {_UNREAD}
+    );
+    INSERT OR REPLACE INTO state.notifications
+    SELECT :policy, subject, channel.value, NULL
+    FROM (SELECT {_FINDING_SUBJECT} AS subject {_SEEN} AND finding.status IN ('NEW', 'REOPENED'))
+    CROSS JOIN json_each(:channels) AS channel;
+
+    INSERT OR IGNORE INTO state.notifications
+    SELECT :policy, subject, channel.value, NULL
+    FROM (SELECT value AS subject FROM json_each(:endings) UNION ALL {_UNREAD})
+    CROSS JOIN json_each(:channels) AS channel
+"""
 
 
 def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]:
@@ -4748,12 +4398,209 @@ def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str,
     sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND subject IS NOT NULL"
     values = (utc_text(sent_at), policy, channel)
     for path in state.attempts() if db.execute(sent, values).fetchone() else ():
-        with opened_state(path, path) as copy, writing_state(copy, path):
+        with opened_state(path, state.name) as copy, writing_state(copy, state.name):
             query = "UPDATE notifications SET told_at = ? WHERE policy = ? AND channel = ? AND subject = ?"
             copy.executemany(query, db.execute(sent, values))
 
 
-_FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region || ' ' || finding.instance_id"
+# ---- Where a state is: in a local file, or in S3 -----------------------------------------------------
+
+
+class LocalState:
+    """A state in a local file; without `create` a missing one is a MissingStateError."""
+
+    def __init__(self, path: Path, name: str = "", *, create: bool = True) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.name, self._create = name or str(self.path), create
+        # Otherwise whoever may write the link chooses where a new state is created.
+        if path.is_symlink() and not os.path.lexists(self.path):
+            message = f"the state {path} is a link to {self.path}, which does not exist: put the state there"
+            raise StateError(f"{message}, or name its file with --state")
+
+    def check(self) -> None:
+        """Check before the scan that it can be used; raises StateError."""
+        check_state(self.path, self.name, create=self._create)
+
+    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
+        """Yield the file to record into, once: a committed transaction is final."""
+        yield self.path
+
+    def release_signals(self) -> None:
+        """Do nothing: no signal is held back."""
+
+    def copied(self, copy: Path) -> LocalState:
+        """Return a copy of it as of its last transaction, a new state if there is none; raises StateError."""
+        try:
+            with opened_state(self.path, self.name) as db, contextlib.closing(sqlite3.connect(copy)) as new:
+                db.backup(new)
+        except MissingStateError:
+            if not self._create:
+                raise
+        return LocalState(copy, self.name)
+
+
+S3_TRIES = 40
+# So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
+S3_LIMITS = {"damaged": 3, "timed out": 2}
+S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
+S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
+
+
+class _RetryError(StateError):
+    """A transfer of the state failed in a way that may pass: S3 or the state is busy, or see S3_LIMITS."""
+
+    def __init__(self, message: str, kind: Literal["busy", "damaged", "timed out"] = "busy") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+Release = Callable[[], None]  # lets signals come again that were held
+
+
+class S3State:
+    """A state in S3, recorded into a copy that takes its place only if no other scan was faster."""
+
+    def __init__(
+        self, s3: Any, bucket: str, key: str, path: Path, hold: Callable[[], Release], *, create: bool = True
+    ) -> None:
+        self.path, self.name, self._create = path, f"s3://{bucket}/{key}", create
+        self._s3, self._object, self._hold_signals = s3, {"Bucket": bucket, "Key": key}, hold
+        self.release_signals: Release = lambda: None
+
+    def check(self) -> None:
+        """Find out before the scan whether it can be read; raises StateError."""
+        next(self.attempts())
+
+    def copied(self, copy: Path) -> LocalState:
+        """Return the copy that was downloaded; raises StateError."""
+        self.check()
+        return LocalState(self.path, self.name)
+
+    def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
+        """Yield a fresh copy to record into, until one takes the state's place; raises StateError.
+
+        The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the scan's
+        id in the state tells that it was not another scan's.
+        """
+        tries: Counter[str] = Counter()
+        recorded = False
+        while True:
+            try:
+                etag = self._download()
+                with opened_state(self.path, self.name) as db:
+                    if db.execute("SELECT 1 FROM scans WHERE scan_id = ?", (scan_id,)).fetchone():
+                        return
+                yield self.path
+                recorded = True
+                self._upload(etag)
+                return
+            except _RetryError as error:
+                tries[error.kind] += 1
+                number = tries.total()
+                if tries[error.kind] >= S3_LIMITS.get(error.kind, S3_TRIES):
+                    if error.kind == "damaged" and not recorded:
+                        raise
+                    raise UploadError(
+                        f"the state {self.name}: given up after {counted(number, 'try', 'tries')}, the last "
+                        f"of which ended in {error}; the scan is not recorded, run again"
+                    ) from error
+                LOG.debug("%s: %s; trying again", self.name, error)
+                time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
+
+    def _download(self) -> str | None:
+        """Fetch the state and check it; return its ETag, or None where a new state begins."""
+
+        def fetch() -> Mapping[str, Any]:
+            answer: dict[str, Any] = self._s3.get_object(**self._object)
+            shutil.copyfileobj(answer["Body"], file)
+            return answer
+
+        new = self.path.with_suffix(".new")
+        with new.open("wb") as file:
+            etag = self._call("GetObject", fetch)
+        if not etag:
+            new.unlink()
+            if not self._create:
+                raise MissingStateError(self.name)
+        self._check(new, create=not etag)
+        new.replace(self.path)
+        return etag
+
+    def _upload(self, etag: str | None) -> None:
+        """Put the copy in the place of what it was made from, or of nothing; signals wait until then."""
+        self._check(self.path, create=False)  # else an empty state would replace what was recorded
+        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+        release = self._hold_signals()  # a put that is cut off may have been carried out
+        try:
+            with self.path.open("rb") as body:
+                arguments = {"Body": body, **self._object, **condition}
+                if not self._call("PutObject", lambda: self._s3.put_object(**arguments)):
+                    raise _RetryError("the state was deleted meanwhile")
+        except StateError:
+            release()
+            raise
+        self.release_signals = release
+
+    def _check(self, path: Path, *, create: bool) -> None:
+        """Check a copy of the state, which may be damaged because its transfer was; raises _RetryError."""
+        try:
+            check_state(path, self.name, create=create)
+        except StateError as error:
+            raise _RetryError(str(error), "damaged") from error
+
+    def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
+        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
+
+        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
+        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
+        """
+        try:
+            answer = within(S3_SECONDS, call)
+        except Exception as cause:
+            error = call_error(cause, f"s3:{operation}")
+        else:
+            if "ETag" in answer:
+                return str(answer["ETag"])
+            message = f"the state {self.name}: the answer is not S3's: check the network and the proxy"
+            raise _RetryError(message, "damaged")
+        if isinstance(error, CallError):
+            if error.code == "NoSuchKey":
+                return None
+            if error.code == "CallTimeout":
+                raise _RetryError(str(error), "timed out")
+            passes = error.transient or error.status in (409, 412, 429) or error.status >= 500
+            if passes or error.code in ("SlowDown", "RequestTimeout"):
+                raise _RetryError(str(error))
+        raise StateError(f"the state {self.name}: {error}") from error
+
+
+def split_s3(location: str) -> tuple[str, str]:
+    """Return bucket and key of s3://BUCKET/KEY; raises UsageError."""
+    bucket, _, key = location.removeprefix("s3://").partition("/")
+    if not bucket or not key or key.endswith("/"):
+        raise UsageError(f"{printable(location)}: name the state as s3://BUCKET/KEY")
+    return bucket, key
+
+
+State = LocalState | S3State
+
+
+@contextlib.contextmanager
+def reading_state(state: State) -> Iterator[sqlite3.Connection]:
+    """Yield a connection on which a state stays as it is now, for reading; raises StateError.
+
+    One of an older version is brought up to date in a private copy: reading writes nothing.
+    """
+    if isinstance(state, S3State):
+        state.check()
+    with opened_state(state.path, state.name) as db, transaction(db, "DEFERRED"):
+        if _state_version(db, state.name) == len(MIGRATIONS):
+            yield db
+            return
+        with contextlib.closing(_connect()) as copy:
+            db.backup(copy)
+            _migrate(copy, state.name)
+            yield copy
 
 
 ########################################################################################################
@@ -6809,12 +6656,10 @@ def change_of(row: PlanRow, run: str, policy_name: str, who: str, at: str) -> Ch
 def record_changes(state: State, changes: Sequence[tuple[Change, Result]]) -> None:
     """Keep what is intended and what was written, and forget the rest; raises StateError."""
     for path in state.attempts() if changes else ():
-        with opened_state(path, state.name) as db:
-            db.execute("PRAGMA synchronous = FULL")
-            with writing_state(db, state.name):
-                for change, result in changes:
-                    for statement in _ON_RESULT.get(result, (_FORGET,)):
-                        db.execute(statement, asdict(change))
+        with opened_state(path, state.name) as db, writing_state(db, state.name):
+            for change, result in changes:
+                for statement in _ON_RESULT.get(result, (_FORGET,)):
+                    db.execute(statement, asdict(change))
     state.release_signals()
 
 
@@ -7485,22 +7330,14 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
             path = Path(directory, "state.db")
             state = S3State(s3, bucket, key, path, SIGNALS.hold, create=create)
         else:
-            state = LocalState(resolve_state(args.state), create=create)
-        if copied:
-            own = LocalState(Path(directory, "copy.db"), state.name)
-            state.copy(own.path)
-            state = own
-        yield state
+            state = LocalState(Path(args.state), create=create)
+        yield state.copied(Path(directory, "copy.db")) if copied else state
 
 
 @contextlib.contextmanager
 def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
-    with (
-        tempfile.TemporaryDirectory(prefix="tagcheck-") as directory,
-        open_state(args) as state,
-        reading_state(state, Path(directory, "state.db")) as db,
-    ):
+    with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
             require_policy(db, state.name, policy)
         yield db
@@ -7689,7 +7526,6 @@ def _collect(
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
     states: set[str] = set()
-    usage: Usage = Counter()
     for target, reading in readings:
         if target not in numbers:
             numbers[target] = add_target(db, target)
@@ -7703,18 +7539,10 @@ def _collect(
         if len(states) < MAX_NEW_STATES:
             states.update(filter(is_new_state, {instance.state for instance in included}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
-        rules = policy.rules(target.region)
-        groups = [groups_of(instance) for instance in included]
-        for members, sighting in zip(groups, seen, strict=True):
-            usage[numbers[target], members, sighting.values(rules)] += 1
-        if len(usage) > MAX_USAGE:
-            add_usage(db, usage)
-            usage.clear()
-        costs = (cost_of_month(prices, sighting.instance, target.region) for sighting in seen)
-        add_sightings(db, numbers[target], zip(seen, groups, costs, strict=True))
+        priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
+        add_sightings(db, numbers[target], priced, policy.rules(target.region))
         progress.page(target, len(seen))
     progress.close()
-    add_usage(db, usage)
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
     today = scan.started_at.date()
@@ -7968,7 +7796,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
 def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
     """Delete what is older than --days, and print what was deleted."""
     before = now - timedelta(days=args.days)
-    pruned = Pruned(0, 0, 0)
+    pruned = Pruned()
     with open_state(args, copied=args.dry_run) as state:
         state.check()
         for path in state.attempts(str(uuid.uuid4())):

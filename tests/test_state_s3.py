@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -582,6 +583,26 @@ def test_an_upload_that_is_tried_again_releases_no_signal_that_the_scan_holds(
             if number == 1:
                 signal.raise_signal(signal.SIGTERM)
         assert number == 1
+
+
+def test_copy_that_is_deleted_before_the_upload_is_not_uploaded_as_an_empty_state(
+    state: State, recorded: bytes, tmp_path: Path, signals: script.Signals
+) -> None:
+    state.stored = recorded
+    copy = tmp_path / "state.db"
+    s3_state = script.S3State(state.aws.client("s3", REGION), BUCKET, KEY, copy, signals.hold)
+    before = datetime(2020, 1, 1, tzinfo=UTC)
+    for number, path in enumerate(s3_state.attempts()):
+        script.prune_state(path, before, s3_state.name)
+        if number == 0:
+            path.unlink()
+    assert number == 1
+    assert len(state.calls("PutObject")) == 1
+    assert state.counted == (1, 1)
+    with pytest.raises(script.UploadError, match="given up after 3 tries"):
+        for path in s3_state.attempts():
+            path.unlink()
+    assert state.counted == (1, 1)
 
 
 @pytest.mark.parametrize("location", ["s3://", "s3://fleet-state", "s3://fleet-state/"])

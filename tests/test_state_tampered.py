@@ -295,11 +295,18 @@ HOSTILE_ROWS = {
     "impossible counts": "UPDATE coverage SET compliant = 99",
     "negative counts": "UPDATE coverage SET instances = -1",
     "counts that are a text": "UPDATE coverage SET findings = 'none'",
-    "an error that is a blob": "UPDATE coverage SET error_message = x'00', error_code = 'x'",
+    "an error that is not UTF-8": "UPDATE coverage SET error_message = x'ff', error_code = 'x'",
     "scans at no time": "UPDATE scans SET started_at = 'x'",
     "scans of a blob": "UPDATE scans SET policy = x'ff' WHERE id = 1",
     "no counts": "DELETE FROM coverage",
     "a trend of no time": "INSERT INTO trend VALUES ('test', 'x', 1, 1, 1, 1, 1, 1)",
+    "a trend with more unread targets than targets": (
+        "INSERT INTO trend VALUES ('test', '2026-03-09T00:00:00Z', 1, 1, 0, 0, 1, 2)"
+    ),
+    "a trend with more new findings than open ones": (
+        "INSERT INTO trend VALUES ('test', '2026-03-09T00:00:00Z', 2, 2, 1, 0, 1, 0)"
+    ),
+    "a trend with more reopened findings than open ones": "UPDATE trend SET reopened = open + resolved + 1",
 }
 
 

@@ -24,13 +24,15 @@ from tagcheck import (
     RequiredTag,
     Target,
     ValuePattern,
-    add_agreements,
+    add_sightings,
+    add_suggestions,
     add_target,
-    add_usage,
     cause_lines,
     cause_of,
+    check_policy,
     check_tag,
     groups_of,
+    judge,
     open_sightings,
     suggest,
 )
@@ -149,11 +151,15 @@ def test_a_cause_is_the_most_specific_group_that_hands_tags_on(keys, kind):
 
 def agreements(values, keys):
     """What the members of one group agree on, by their values and how many have them, as pages bring them."""
+    asked = {"version": 1, "name": "test", "required_tags": keys, "regions": {TARGET.region: {}}}
+    policy = check_policy(json.dumps(asked).encode(), "policy.yaml")
     with closing(open_sightings()) as db:
         target = add_target(db, TARGET)
         for row, number in values:
-            add_usage(db, Counter({(target, (VPC,), tuple(row)): number}))
-        add_agreements(db)
+            tags = {key: value for key, value in zip(keys, row, strict=True) if value}
+            seen = judge(TARGET, instance(tags, vpc_id=VPC.name), policy, datetime.now(UTC))
+            add_sightings(db, target, [(seen, None)] * number, policy.rules(TARGET.region))
+        add_suggestions(db, policy)
         found = db.execute("SELECT rule, value, agreeing, members FROM agreement ORDER BY rule")
         return {keys[rule]: Agreement(*agreement) for rule, *agreement in found}
 
