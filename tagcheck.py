@@ -3272,8 +3272,8 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was sent
-    -- it before. Only a finding has a line. It is '' where no digest lists it.
+    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was
+    -- sent it before. Only a finding has a line. It is '' where no digest lists it.
     CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
     CREATE INDEX digest_of ON digest_line (channel, recipient)
 """
@@ -3351,6 +3351,7 @@ def _from_json(text: Any, kind: type) -> Any:
     return value
 
 
+@functools.lru_cache(1000)
 def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
     """Return the records that a list of JSON objects holds, at least one; raises as _from_json()."""
     records = _from_json(text, list)
@@ -3410,7 +3411,7 @@ _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|
 def _state_errors(name: Path | str) -> Iterator[None]:
     """Turn what SQLite raises for a state that cannot be used into StateErrors, but not bugs of ours."""
     denied = "cannot be opened or written: check the permissions of the file and of its directory"
-    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; make room and run again"
+    full = f"cannot grow: its disk or that of {tempfile.gettempdir()} is full; free some space and run again"
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
@@ -3653,25 +3654,51 @@ def add_sightings(
     rules: Sequence[RequiredTag] = (),
 ) -> None:
     """Add sightings of a target, each with the instance's cost per month, and the values of these tags."""
-    usage = Counter(entry for seen, _ in sightings for entry in _usage_of(seen, rules))
-    values = ((target, *group, to_json(values), count) for (*group, values), count in usage.items())
-    rows = (_sighting_row(target, seen, cost) for seen, cost in sightings)
+    placed = [(seen, groups_of(seen.instance), cost) for seen, cost in sightings]
+    rows = sorted((_sighting_row(target, *each) for each in placed), key=len)
+    alike = Counter((groups, seen.values(rules)) for seen, groups, _ in placed)
+    usage: Counter[tuple[str, str, str, Values]] = Counter()
+    for (groups, values), number in alike.items():
+        for entry in _usage_of(groups, values):
+            usage[entry] += number
+    counts = ((target, *entry, to_json(values), number) for (*entry, values), number in usage.items())
     with transaction(db):
-        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", values)
-        db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({'?, ' * 15} NULL, NULL, NULL)", rows)
+        db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", counts)
+        for width, short in itertools.groupby(rows, key=len):
+            columns = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
+            db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
 
 
-def _sighting_row(target: int, seen: Sighting, monthly_cost: float | None) -> tuple[object, ...]:
-    """Return a row of `sighting`, up to `cause`."""
-    instance, violations = seen.instance, seen.violations
-    groups = groups_of(instance) if violations else []
-    return (
-        *(target, instance.instance_id, instance.state, utc_text(instance.launch_time)),
-        *(to_json(instance.tags), instance.managed_by),
-        *(_list_or_null(map(exempted_record, seen.exempted)), seen.too_young),
-        *(_list_or_null(map(to_record, violations)), _list_or_null(case.tag_key for case in violations)),
-        *(instance.instance_type, monthly_cost, to_json(groups), *(cause_of(groups) or (None, None))),
-    )
+SIGHTING_WIDTH = 18  # columns
+Values = tuple[str | None, ...]  # of the required tags, None where they fail their rule
+
+
+def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
+    """Return a row of `sighting` without the NULLs at its end: sqlite3 looks for an adapter of each None."""
+    instance = seen.instance
+    launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
+    place = (target, instance.instance_id, instance.state, launch_time, tags)
+    row = (*place, instance.managed_by, int(seen.too_young))
+    if not (seen.violations or seen.exempted):
+        return row
+    exempted = _list_or_null(map(exempted_record, seen.exempted))
+    if not seen.violations:
+        return (*row, exempted)
+    more = (instance.instance_type, cost, _groups_json(groups), *(cause_of(groups) or (None, None)))
+    return (*row, exempted, *_violations_json(seen.violations), *more)
+
+
+# Siblings have the same groups and mostly fail in the same way.
+@functools.lru_cache(1000)
+def _groups_json(groups: Groups) -> str:
+    """Return groups as JSON."""
+    return to_json(groups)
+
+
+@functools.lru_cache(1000)
+def _violations_json(violations: tuple[Violation, ...]) -> tuple[str, str]:
+    """Return violations and their tag keys as JSON."""
+    return to_json([*map(to_record, violations)]), to_json([case.tag_key for case in violations])
 
 
 def _list_or_null(items: Iterable[object]) -> str | None:
@@ -3679,18 +3706,16 @@ def _list_or_null(items: Iterable[object]) -> str | None:
     return to_json(found) if (found := [*items]) else None
 
 
-def _usage_of(
-    seen: Sighting, rules: Sequence[RequiredTag]
-) -> Iterator[tuple[str, str, str, tuple[str | None, ...]]]:
-    """Yield each group of an instance, the cause in which it is one of many copies, and its required tags."""
+def _usage_of(groups: Groups, values: Values) -> Iterator[tuple[str, str, str, Values]]:
+    """Yield each group of instances, the cause in which they are copies, and their required tags."""
     # In a group that is not a cause, copies of one cause count once: an Auto Scaling group is one witness.
-    values, cause = seen.values(rules), ""
-    for kind, name in groups_of(seen.instance):
-        hands_on = GROUP_KINDS[kind].remedy
-        cause = cause or (name if hands_on else "")
+    cause = ""
+    for kind, name in groups:
+        can_tag = GROUP_KINDS[kind].remedy
+        cause = cause or (name if can_tag else "")
         # One copy with all its tags is enough for its wider groups, and those without would be many entries.
-        if hands_on or not cause or None not in values:
-            yield kind, name, "" if hands_on else cause, values
+        if can_tag or not cause or None not in values:
+            yield kind, name, "" if can_tag else cause, values
 
 
 def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
@@ -3711,18 +3736,17 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         rows = db.execute(query, (target, kind, name))
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
-    def suggestions(target: int, violations: str, groups: str) -> Iterator[Suggestion | None]:
-        members = [Group(*group) for group in json.loads(groups)]
+    @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
+    def suggestions(target: int, violations: str, groups: str) -> str | None:
+        members, found = [Group(*group) for group in json.loads(groups)], []
         for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
-            yield suggest(violation, rule, policy.placeholder_values, siblings, reliability)
+            found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
+        return _list_or_null(map(to_record, filter(None, found)))
 
     query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
-    rows = (
-        (_list_or_null(map(to_record, filter(None, suggestions(*row)))), number)
-        for number, *row in db.execute(query)
-    )
+    rows = ((suggestions(*row), number) for number, *row in db.execute(query))
     with transaction(db):
         db.executemany("UPDATE sighting SET suggestions = ? WHERE rowid = ?", rows)
 

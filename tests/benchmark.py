@@ -378,8 +378,6 @@ STAGES = {
     READING: "reading",
     "parse_instances": "reading",
     "judge": "judging",
-    "count_usage": "collecting",
-    "add_usage": "collecting",
     "add_sightings": "collecting",
     "add_suggestions": "suggestions",
     "record_scan": "recording",
