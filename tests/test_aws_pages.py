@@ -308,10 +308,14 @@ def unwrap(chosen: random.Random, root: Element) -> None:
         parent.content[place : place + 1] = each.content
 
 
-def drop(chosen: random.Random, root: Element) -> None:
-    each = any_element(chosen, root)
+def leave_out(root: Element, each: Element) -> None:
+    """Take an element out of the one that holds it."""
     parent = parent_of(root, each)
     parent.content = [item for item in parent.content if item is not each]
+
+
+def drop(chosen: random.Random, root: Element) -> None:
+    leave_out(root, any_element(chosen, root))
 
 
 def rename(chosen: random.Random, root: Element) -> None:
@@ -730,15 +734,8 @@ def retold(value: str) -> Edit:
     return lambda _, each: setattr(each, "content", text("", value).content)
 
 
-def times(number: int) -> Edit:
-    """Give an edit that leaves an element out, or repeats it."""
-
-    def edit(root: Element, each: Element) -> None:
-        parent = parent_of(root, each)
-        others = [item for item in parent.content if item is not each]
-        parent.content = [*others, *(copy.deepcopy(each) for _ in range(number))]
-
-    return edit
+def repeat_at_the_end(root: Element, each: Element) -> None:
+    parent_of(root, each).content.append(copy.deepcopy(each))
 
 
 EDITS: dict[str, list[Edit]] = {
@@ -749,8 +746,8 @@ EDITS: dict[str, list[Edit]] = {
     "another name": [renamed(name) for name in NAMES],
     "another text": [retold(value) for value in (*VALUES, *OTHER_TEXTS)],
     "an attribute": [marked(attributes) for attributes in ATTRIBUTES],
-    "none": [times(0)],
-    "twice": [times(2)],
+    "none": [leave_out],
+    "twice": [repeat_at_the_end],
 }
 
 
@@ -759,7 +756,7 @@ def test_readers_agree_with_botocore_on_every_edit_of_a_small_page(
     edit: str, request: pytest.FixtureRequest
 ) -> None:
     pairs = [*itertools.product(range(len([*small_page().walk()])), EDITS[edit])]
-    step = 1 if request.config.getoption("soak") or len(EDITS[edit]) == 1 else 7
+    step = 7 if len(EDITS[edit]) > len(ATTRIBUTES) and not request.config.getoption("soak") else 1
     for number, change in pairs[::step]:
         root = small_page()
         change(root, [*root.walk()][number])
@@ -901,7 +898,7 @@ def tower(height: int) -> str:
         pytest.param(INSTANCE.replace(".000Z", f".{many('0')}") + "</item>", id="a long time"),
     ],
 )
-def test_patterns_take_no_longer_than_the_parser_and_little_memory(inner: str) -> None:
+def test_patterns_take_about_as_long_as_the_parser_and_little_memory(inner: str) -> None:
     page = f"{OPENED}{inner}{CLOSED}".encode()
     usual = f"{OPENED}{many(INSTANCE + '</item>')}{CLOSED}".encode()
 
