@@ -485,6 +485,7 @@ def printable(text: str) -> str:
     return "".join(sign if is_printable(sign) else sign.encode("unicode_escape").decode() for sign in text)
 
 
+@functools.lru_cache(2000)  # the values of a tag are mostly the same
 def stripped(text: str) -> str:
     """Return text without the spaces and invisible characters around it; a blank text becomes empty."""
     if is_printable(text):
@@ -512,7 +513,7 @@ CHUNK_SIZE = 65_536  # bytes or characters to hold in memory of what is only cop
 def utc_text(moment: datetime) -> str:
     """Return a time as the state and the JSON keep it: 2026-02-24T10:30:45Z."""
     # Not strftime: its %Y writes the year 1 as "1" on Linux.
-    return f"{moment.astimezone(UTC).isoformat(timespec='seconds').removesuffix('+00:00')}Z"
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='seconds')}Z"
 
 
 def counted(number: int, word: str, plural: str = "") -> str:
@@ -2515,6 +2516,7 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
         yield page
 
 
+READ_SIZE = 1_000_000  # bytes of an answer to read at once: smaller pieces cost more calls
 PARSED = "instances"
 WRITTEN = "tagcheck.written"
 
@@ -2535,7 +2537,7 @@ def _read_answer(
     try:
         if operation == "DescribeInstances":
             account_id, _credentials = _ENTERED.get()
-            instances, token = parse_instances(iter(lambda: body.read(CHUNK_SIZE), b""), account_id)
+            instances, token = parse_instances(iter(lambda: body.read(READ_SIZE), b""), account_id)
             response_dict["body"] = b"<DescribeInstancesResponse/>"
             customized_response_dict.update({PARSED: instances, "NextToken": token})
         elif operation in ("CreateTags", "DeleteTags"):
@@ -2688,7 +2690,9 @@ class _AnswerParser:
 
 
 # To botocore, 20260224 is a second of August 1970, not a day as Python reads it.
-_LAUNCH_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)\Z"
+_LAUNCH_TIME = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
+)
 
 
 def _instance_of_texts(texts: Sequence[str | None], tags: dict[str, str]) -> Instance:
@@ -2698,8 +2702,9 @@ def _instance_of_texts(texts: Sequence[str | None], tags: dict[str, str]) -> Ins
         raise ValueError(f"its managed is {managed!r}, not true or false")
     kind, subnet, vpc = (place or "" for place in places)
     service = (principal or "unknown") if managed == "true" else ""
-    launched = _matching(_LAUNCH_TIME, launch_time or "", "a time as EC2 writes it")
-    return _instance(instance_id, state, launched, tags, kind, profile or "", subnet, vpc, service)
+    if not _LAUNCH_TIME.fullmatch(launch_time or ""):
+        raise ValueError(f"{shown_value(launch_time)} is not a time as EC2 writes it")
+    return _instance(instance_id, state, launch_time, tags, kind, profile or "", subnet, vpc, service)
 
 
 # A page as EC2 writes it is read with patterns, in a quarter of the time: UTF-8, no attributes, no comments,
@@ -3370,12 +3375,13 @@ def _loaders(kind: Any) -> dict[str, Loader]:
 
 def _load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
     """Return the values of a row, whose columns the loaders name; raises _BadRowError."""
-    values = []
-    for (name, load), value in zip(loaders.items(), row, strict=True):
-        try:
+    values: list[Any] = []
+    try:
+        for load, value in zip(loaders.values(), row, strict=True):
             values.append(load(value))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _BadRowError(f"{name} is {value!r:.80}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        name, value = [*loaders][len(values)], row[len(values)]
+        raise _BadRowError(f"{name} is {value!r:.80}") from error
     return values
 
 
@@ -3452,11 +3458,17 @@ def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
     except OSError as error:
         message = f"the state {name} cannot be read: {error.strerror}; name another file with --state"
         raise StateError(message) from error
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for a writer
-        raise StateError(f"the state {name} is not a regular file: name another file with --state")
-    if (size := status.st_size) < 512:  # SQLite's smallest page: it treats a smaller file as a new database
-        what = f"is empty, cut short or not a SQLite database ({size} bytes)"
-        raise StateError(f"the state {name} {what}: {WAY_OUT}")
+    size = status.st_size
+    for is_so, what in (
+        (stat.S_ISDIR(status.st_mode), "is a directory: name a file with --state"),
+        # Opening a FIFO waits for a writer.
+        (not stat.S_ISREG(status.st_mode), "is not a regular file: name another file with --state"),
+        (size == 0, f"is empty (0 bytes): {WAY_OUT}"),
+        # SQLite's smallest page: it treats a smaller file as a new database.
+        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}"),
+    ):
+        if is_so:
+            raise StateError(f"the state {name} {what}")
     with _state_errors(name), contextlib.closing(_connect(path)) as db:
         _state_version(db, name)
         yield db
@@ -8141,5 +8153,5 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
-    gc.freeze()  # at its end Python would look for cycles in all of botocore's objects: 0.1 s
+    gc.freeze()  # at its end Python looks for cycles in all objects, botocore's too: as long as all imports
     raise SystemExit(exit_code)
