@@ -2516,7 +2516,7 @@ def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
         yield page
 
 
-READ_SIZE = 1_000_000  # bytes of an answer to read at once: smaller pieces cost more calls
+READ_SIZE = 262_144  # bytes of an answer to read at once: smaller pieces cost more calls, larger ones memory
 PARSED = "instances"
 WRITTEN = "tagcheck.written"
 
