@@ -2548,6 +2548,9 @@ def _read_answer(
         raise botocore.parsers.ResponseParserError(f"not XML: {error}") from error
 
 
+# ---- Reading instances: the parser, then the patterns for plain pages --------------------------------
+
+
 class _Element(NamedTuple):
     """An element of an answer, which holds text, members that are read, or these and what AWS may add."""
 
@@ -2879,6 +2882,9 @@ def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[I
     if "reservationSet" not in root:
         parser.refuse("no reservationSet")
     return list(parser.instances.values()), root.get("nextToken", "")
+
+
+# ---- What an instance must be; who created it; saved files -------------------------------------------
 
 
 def _matching(pattern: str, text: str, what: str) -> str:
@@ -4440,7 +4446,7 @@ def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str,
             copy.executemany(query, db.execute(sent, values))
 
 
-# ---- Where a state is: in a local file, or in S3 -----------------------------------------------------
+# ---- Where a state is: a local file, or S3 (conditional puts: 409, 412; damaged transfers; tries) ----
 
 
 class LocalState:
@@ -4477,10 +4483,10 @@ class LocalState:
 
 
 S3_TRIES = 40
-# So many tries may end so: after that it is the state that is damaged, or the line that is too slow.
+# This many tries may fail this way; after that the state is damaged, or the line is too slow.
 S3_LIMITS = {"damaged": 3, "timed out": 2}
 S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
-S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents part
+S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents do not meet again
 
 
 class _RetryError(StateError):
@@ -5322,7 +5328,7 @@ def _open_device(output: Output) -> int:
 
 
 ########################################################################################################
-# 8 Dashboard: write_html; _node, _card, _picture, _line, _bar, _table draw; then the page from top to bottom
+# 8 Dashboard: write_html; _card, _line, _bar, _table, _heat_cell draw; then the page from top to bottom
 ########################################################################################################
 
 
