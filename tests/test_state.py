@@ -696,7 +696,7 @@ ANOTHER = "name another file with --state"
             ANOTHER,
             id="another's flagged_instances",
         ),
-        pytest.param(make_directory, ANOTHER, id="a directory"),
+        pytest.param(make_directory, "name a file with --state", id="a directory"),
         pytest.param(link_to_itself, "--state", id="a link to itself"),
     ],
 )
