@@ -7490,7 +7490,7 @@ def read_in_parallel(
     an answer must not keep an interrupted run alive.
     """
     waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    readings: queue.Queue[tuple[Job, list[Page] | Exception | None]] = queue.Queue(4)
+    readings: queue.Queue[tuple[Job, list[Page] | Exception | None]] = queue.Queue(1)
 
     def work() -> None:
         while (job := waiting.get()) is not None:
@@ -8158,6 +8158,9 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # botocore's models are 100,000 containers that stay. To look for cycles in them while they are made, and
+    # once more at the end, took a third of a scan of 1,000 instances.
+    gc.set_threshold(100_000, 50, 1000)
     exit_code = main()
-    gc.freeze()  # at its end Python looks for cycles in all objects, botocore's too: as long as all imports
+    gc.freeze()
     raise SystemExit(exit_code)
