@@ -1750,8 +1750,6 @@ class Sighting:
 
     def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
         """Return the value of each required tag, None where it fails its rule, to suggest values from."""
-        if not self.violations and not self.exempted:
-            return tuple(self.instance.tags[rule.key] for rule in rules)
         failing = {violation.tag_key for violation in self.violations}
         failing.update(exempted.violation.tag_key for exempted in self.exempted)
         return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
@@ -3370,7 +3368,12 @@ def _load_list(kind: Callable[..., Record], text: Any) -> tuple[Record, ...]:
     names = _loaders(kind).keys()
     if not records or any(type(record) is not dict or record.keys() != names for record in records):
         raise ValueError
-    return tuple(load_record(kind, [record[name] for name in names]) for record in records)
+    return tuple(_load_object(kind, record) for record in records)
+
+
+def _load_object(kind: Callable[..., Record], value: Mapping[str, Any]) -> Record:
+    """Return the record of a JSON object, which may have more keys; raises _BadRowError."""
+    return load_record(kind, [value[name] for name in _loaders(kind)])
 
 
 @functools.cache
@@ -4068,8 +4071,7 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     """Return the exempted violation of a JSON object."""
     expires = date.fromisoformat(record["expires"]) if record["expires"] else None
     approval = {name: record[name] for name in ("reason", "approved_by", "ticket")}
-    violation = load_record(Violation, [record[name] for name in _loaders(Violation)])
-    return Exempted(violation, Exemption(expires=expires, **approval))
+    return Exempted(_load_object(Violation, record), Exemption(expires=expires, **approval))
 
 
 def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
