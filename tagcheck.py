@@ -8101,8 +8101,8 @@ def _accounts_in_scope(
     active = {account_id: account for account_id, account in chosen.items() if account.state not in INACTIVE}
     for account_id, account in sorted(chosen.items(), key=operator.itemgetter(0)):
         if account_id not in active:
-            who = account_text(account_id, account.name)
-            notices.append(f"Account {who} is {account.state}: not scanned")
+            name = f" ({account.name})" if account.name else ""
+            notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
     if not active and args.shard == ALL_ACCOUNTS:
         all_are = ", ".join(sorted({account.state for account in chosen.values()}))
         raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
