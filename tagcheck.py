@@ -1637,6 +1637,8 @@ def _check_schema(document: YamlDocument) -> None:
                 document.add(path, f"{shown_value(found)} is not {choice}", near=(found, texts))
             case "oneOf" if not isinstance(found, dict):
                 pass  # its type is reported
+            case "anyOf" if path[-1] == "when" and unknown:
+                pass  # the unknown key was meant for a condition
             case other:
                 message = _SCHEMA_MESSAGES[other].format(shown_value(found), len(found), wanted, error.schema)
                 document.add((*path, found) if is_key else path, message, at_key=is_key)
@@ -1661,12 +1663,27 @@ def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ..
         hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
     elif len(path) == 1 and is_region(key):
         hint, near = ": it is a region; indent it by two spaces, under regions:", False
+    elif key == "when" and path[0] == "exemptions":
+        hint, near = ": write its conditions directly in the exemption", False
+    elif key in _BELONGS:
+        hint, near = f": it belongs to {_BELONGS[key]}", False
     elif path[-2:-1] == ("when",) and not did_you_mean(key, known):
         hint, near = f": if it is a tag, write tags: {{{key[:40]}: …}}", False
     elif path[-2:-1] == ("slack",):
         hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
     message = f"unknown key {shown_value(key)}{hint}"
     document.add(path, message, at_key=True, near=(key, known) if near else ())
+
+
+# Where keys belong that people write elsewhere.
+_BELONGS = {
+    **dict.fromkeys(_keys(Match), "when, in a rule"),
+    **dict.fromkeys(("reason", "expires", "approved_by", "ticket"), "an exemption"),
+    **dict.fromkeys(("aliases", "ignore_case", "when", "allow_empty", "optional"), "a rule of required_tags"),
+    "effective_from": "a rule of required_tags",
+    "normalize_aliases": "the policy itself, beside required_tags",
+    "unless": "an exemption: name these instances there",
+}
 
 
 def _keys_of_type(kind: str) -> frozenset[str]:
@@ -1707,7 +1724,18 @@ def _type_hint(path: KeyPath, found: Any) -> str:
         case (*_, "pattern"):
             return "; put it in single quotes: '[0-9]'"
         case (*_, key) if key in _SWITCHES:
-            return "; write it in lower case and without quotes"
+            meant = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+            word = meant.get(text.lower(), text.lower())
+            return f"; write {word} without quotes" if word in ("true", "false") else ""
+        case (*_, "effective_from") if found is None:
+            return "; write a date, such as 2027-01-31"
+        case (*_, "tags") if "when" in path or "exemptions" in path:
+            key, _, value = text.partition("=")
+            return (
+                f"; write {{{key}: {value}}}"
+                if value
+                else "; write each tag with its value: {Environment: prod}"
+            )
         case (*_, "when"):
             return "; write the tag that instances must have: {tags: {Environment: prod}}"
         case (*_, "tags", _) if found is None:
@@ -1732,7 +1760,7 @@ _SYNONYMS = {
     "grace_period": "grace grace_minutes grace_hours",
     "aliases": "alias other_keys alternatives also any_of",
     "ignore_case": "case_insensitive ignorecase case_sensitive insensitive",
-    "when": "if only_if condition conditions where only_when unless",
+    "when": "if only_if condition conditions where only_when",
     "allow_empty": "empty empty_ok allow_blank may_be_empty",
     "optional": "required mandatory if_present",
     "effective_from": "from starts start_date valid_from enforced_from enforce_from since starting",
@@ -1816,7 +1844,7 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         _check_region(document, (*path, "regions", index), region)
     accounts = _given(document.value, "accounts", dict)
     if _given(match, "organizational_units", list) and accounts.get("organization") is not True:
-        message = "only the accounts of an organization are in units: it needs accounts.organization: true"
+        message = "organizational_units needs accounts.organization: true, as no other accounts are in units"
         document.add((*path, "organizational_units"), message, at_key=True)
 
 
@@ -1869,10 +1897,10 @@ def _check_combination(document: YamlDocument, path: KeyPath, rule: Any) -> None
     """Add a problem for keys of a rule that make no sense together, and check its `when` and its date."""
     given = {key for key in _keys(RequiredTag) if _given(rule, key, object) not in (None, False)}
     if {"optional", "default"} <= given:
-        message = "remediate never adds an optional tag: remove default, or optional"
+        message = "default has no meaning here, as remediate never adds an optional tag: remove one of them"
         document.add((*path, "default"), message, at_key=True)
     if "ignore_case" in given and not given & {"values", "pattern"}:
-        message = "has nothing to compare: add values or pattern, or remove it"
+        message = "ignore_case has nothing to compare: add values or pattern, or remove it"
         document.add((*path, "ignore_case"), message, at_key=True)
     _check_date(document, path, rule, "effective_from")
     _check_match(document, (*path, "when"), _given(rule, "when", dict))
@@ -7314,7 +7342,7 @@ def fetch_changes(
     where, values = "policy = ? AND instance_id = ?", [policy_name, instance_id]
     if target:
         where += " AND account_id = ? AND region = ?"
-        values += astuple(target)
+        values += (target.account_id, target.region)
     rows = db.execute(f"SELECT {', '.join(_CHANGE)} FROM changes WHERE {where} ORDER BY id", values)
     return [load_record(Change, row) for row in rows]
 
