@@ -5705,7 +5705,7 @@ def _near_exemptions(
             continue
         ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
         unmet = exemption.mismatches(target, instance)
-        reasons = [*(f"it is for {wanted}; here {found}" for wanted, found in unmet), *ended]
+        reasons = [*(f"it is for {wanted}; {found}" for wanted, found in unmet), *ended]
         # A single condition that is not met is not near, unless the instance has the tag with another value.
         partly = len(exemption.wanted) > 1 or any(key in instance.tags for key, _ in exemption.tags)
         if len(reasons) == 1 and (ended or partly):
@@ -8668,7 +8668,7 @@ class Progress:
         self.ended += 1
         if not self.live and (error or not self.quiet):
             how = f"not read: {error}" if error else counted(self.instances[target], "instance")
-            emit(printable(f"{target}: {how}") + "\n", sys.stderr)
+            emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
         """Clear the line."""
