@@ -6370,7 +6370,8 @@ def _table(columns: str, rows: Sequence[Sequence[Element | str]], most: int = HT
         named = zip(looks, known, row, strict=True)
         body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
     table = _node("table.list", _node("thead", _node("tr", *head)), body)
-    return [_node("div.scroll.five", table), *_rest(len(rows), most)]
+    keyboard = {"tabindex": 0, "role": "group", "aria_label": f"Table: {', '.join(known)}"}
+    return [_node("div.scroll.five", table, **keyboard), *_rest(len(rows), most)]
 
 
 def _rest(number: int, most: int) -> list[Element]:

@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -589,6 +590,169 @@ def test_spend_begins_with_who_pays():
     assert "8 findings without a price left out" in page.text
 
 
+def headline(*args, **more):
+    return Page(dashboard(*args, **more)).texts("p", class_="headline")[0]
+
+
+def test_the_headline_is_one_sentence_to_forward():
+    of, groups = [standing(findings=217, instances=400)], "autoscaling_group"
+    month = points(*[368] * 31, 217)
+    fixes = [(groups, 40), (groups, 20), (groups, 15), (groups, 6), (groups, 4)]
+    found = functools.partial(open_findings, 217)
+    assert headline(of, month, found(fixes=fixes)) == (
+        "217 open findings, 41% fewer than 30 days ago; fixing 5 Auto Scaling groups would tag 85 instances"
+    )
+    fixes = [(groups, 40), ("stack", 2)]
+    assert headline(of, points(217), found(fixes=fixes)) == (
+        "217 open findings; fixing 2 groups would tag 42 instances"
+    )
+    less = replace(points(1, 217)[0], open=218)
+    assert headline(of, [less, *points(217)], found(fixes=())).startswith(
+        "217 open findings, less than 1% fewer"
+    )
+    assert (
+        headline(of, points(0, 217), found(fixes=())) == "217 open findings, 217 more than at the first scan"
+    )
+    assert headline([standing(findings=0)], points(0, 0)) == "No open findings, as many as at the first scan"
+
+
+def test_numbers_say_why_they_differ_from_the_terminal():
+    of = [standing(1, findings=187, instances=200), standing(2, findings=30, instances=40, error=UNREAD)]
+    facts = "187 + 30 as last read, in 1 target that the latest scan did not read"
+    latest = points(1)[0].at
+    of[0] = replace(of[0], last_read=latest)
+    assert facts in Page(dashboard(of)).texts("header")[0]
+    of[1] = replace(of[1], error=None)  # a scan of --account 1 leaves it out, too
+    assert facts in Page(dashboard(of)).texts("header")[0]
+    of[1] = replace(of[1], last_read=latest)
+    assert "as last read" not in Page(dashboard(of)).texts("header")[0]
+
+
+def test_the_share_of_spend_that_is_allocated_stands_beside_the_count():
+    found = open_findings(9, cost_by_tag=[("CostCenter", 900.0), ("Owner", 250.0)])
+    of = replace(dashboard(found=found), spend=[("EUR", 1000.0)])
+    page = Page(replace(of, policy=replace(of.policy, regions={"*": (tagcheck.RequiredTag("Owner"),)})))
+    assert "75% of 1,000 EUR a month is allocated (has Owner)" in page.texts("header")[0]
+    assert "12 EUR a month" in page.text
+    page = Page(replace(of, spend=[("", 5.0), ("EUR", 1000.0)]))
+    assert "the prices are in several currencies: unnamed, EUR" in page.texts("header")[0]
+    assert "allocated" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("region", "host"),
+    [
+        ("us-east-1", "console.aws.amazon.com"),
+        ("ap-southeast-7", "console.aws.amazon.com"),
+        ("cn-northwest-1", "console.amazonaws.cn"),
+        ("us-gov-west-1", "console.amazonaws-us-gov.com"),
+        *((region, None) for region in ("us-iso-east-1", "eu-isoe-west-1", "eusc-de-east-1", "us-east-1/x")),
+    ],
+)
+def test_an_instance_links_to_the_console_of_its_partition(region, host):
+    page = Page(dashboard(found=open_findings(1, oldest=[tagcheck.Alike(finding(region=region), 1)])))
+    cell = next(cell for cell in page.all("td", **{"data-label": "Region"}) if cell["text"] == [region])
+    links = [a for a in page.all("a", rel="noreferrer") if a["parent"]["parent"] is cell["parent"]]
+    url = f"https://{host}/ec2/home?region={region}#InstanceDetails:instanceId=i-0123456789abcdef0"
+    assert [a["href"] for a in links] == [url][: host is not None]
+
+
+def test_an_id_that_is_none_is_not_linked():
+    bad = finding(instance_id="i-1?x=<y>&javascript:1")
+    page = Page(
+        dashboard(found=open_findings(1, owners=(), oldest_unread=(), oldest=[tagcheck.Alike(bad, 1)]))
+    )
+    assert not page.all("a", rel="noreferrer")
+
+
+@pytest.mark.parametrize(
+    ("days", "labels"),
+    [
+        (1 / 1440, ["11:00", "10:30"]),
+        (0.2 / 1440, ["10:29:48", "10:30:00", "10:29:51", "10:29:54", "10:29:57"]),
+        (0.25, ["04:30", "10:30", "06:00", "07:30", "09:00"]),
+        (1.0, ["02-23 10:30", "02-24 10:30", "02-23 16:30", "02-23 22:30", "02-24 04:30"]),
+        (40.0, ["2026-01-15", "2026-02-24", "2026-01-25", "2026-02-04", "2026-02-14"]),
+    ],
+)
+def test_a_time_axis_never_repeats_a_label(days, labels):
+    page = Page(dashboard(trend=points(9, 8, days=days)))
+    line, changes = page.all("svg", class_="chart")
+    shown = [
+        [
+            "".join(text["text"])
+            for text in page.all("text")
+            if within(text, chart) and len("".join(text["text"])) > 4
+        ]
+        for chart in (line, changes)
+    ]
+    if days == 1 / 1440:
+        labels = ["10:29", "10:30"]
+    assert shown[0] == labels
+    assert shown[1][:2] == labels[:2]
+
+
+def test_what_is_empty_is_not_drawn():
+    one = Page(dashboard([standing()], points(2)))
+    assert "Open findings over time" not in one.text and not one.all("svg", class_="chart")
+    clean = [replace(point, new=0, resolved=0) for point in points(0, 0)]
+    clean = Page(dashboard([standing(findings=0)], clean))
+    assert "Open findings over time" not in clean.text and "Owners" not in clean.text
+    assert "up to 1 day" not in Page(dashboard()).text  # a bar of 0
+    heat = Page(dashboard([standing(findings=3)])).texts("section")
+    assert not any("not read" in text for text in heat if text.startswith("Compliance"))
+
+
+def test_findings_that_are_alike_are_one_row_and_those_not_read_are_separate():
+    group = tagcheck.Group("autoscaling_group", "web-asg")
+    found = open_findings(
+        9,
+        owners=(),
+        oldest=[tagcheck.Alike(finding(cause=group), 12)],
+        oldest_unread=[tagcheck.Alike(finding(instance_id="i-00000000000000009"), 1)],
+    )
+    page = Page(dashboard(found=found))
+    rows = [row for row in page.texts("tr") if row.startswith("i-0")]
+    assert rows[0].startswith("i-0123456789abcdef0 and 11 more of the Auto Scaling group web-asg")
+    assert rows[1].startswith("i-00000000000000009 web-1")
+    read, unread = (
+        page.text.index(title) for title in ("Open for longest", "Open for longest, as last read")
+    )
+    assert read < page.text.index("and 11 more") < unread < page.text.index("i-00000000000000009")
+
+
+def test_an_anchor_is_safe_stable_and_of_one_owner():
+    assert tagcheck.owner_anchor("Team Web <x>@example.com") == "owner-team-web-x-example-com-815d1fc97274"
+    names = ["", "a", "A", "a ", "\ud800", "é", "è", "x" * 256, "x" * 255, *HOSTILE]
+    anchors = [tagcheck.owner_anchor(name) for name in names]
+    assert len({*anchors}) == len(names)
+    assert all(re.fullmatch("owner(-[a-z0-9]+)+", anchor) and len(anchor) < 64 for anchor in anchors)
+
+
+@pytest.mark.parametrize("text", ["team-{}@example.com", "&<>\"'" * 40 + "{}"])
+def test_ten_thousand_owners_fit_into_a_page(text):
+    owners = [owner(text.format(n), 10_000 - n) for n in range(50)]
+    owners += [tagcheck.OwnerFindings(text.format(n), 9000 - n, 1, None) for n in range(50, 250)]
+    page = Page(dashboard(found=open_findings(10**6, owners=owners, owners_total=10_000)))
+    assert len(page.source.encode()) < 1_000_000
+    assert len(page.all("section", class_="owner")) == 50
+    anchors = {element.get("id") for element in page.elements}
+    assert {tagcheck.owner_anchor(each.owner) for each in owners} <= anchors
+    assert "… and 9,750 more" in page.texts("p")
+
+
+def test_the_style_can_stand_beside_the_page():
+    of = replace(dashboard(), css='a "b"&c.css')
+    file = io.StringIO()
+    tagcheck.write_html(file, of)
+    assert '<link rel="stylesheet" href="a%20%22b%22%26c.css">' in file.getvalue()
+    assert "<style" not in file.getvalue() and "sha256" not in file.getvalue()
+    assert "style-src 'self' file:;" in file.getvalue()
+    css = io.StringIO()
+    tagcheck.write_css(css, of)
+    assert css.getvalue() == tagcheck.HTML_STYLE
+
+
 ########################################################################################################
 # In a browser
 ########################################################################################################
@@ -643,8 +807,13 @@ class Browser:
         self.process = subprocess.Popen(launcher, pass_fds=(theirs, theirs_to), stderr=subprocess.DEVNULL)
         os.close(theirs)
         os.close(theirs_to)
-        self.patience = threading.Timer(60, self.process.kill)  # its end ends whatever waits for it
-        self.patience.start()
+        self.patience = self.wait_for_it()
+
+    def wait_for_it(self):
+        """Start the time that the next page may take."""
+        patience = threading.Timer(60, self.process.kill)  # its end ends whatever waits for it
+        patience.start()
+        return patience
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -681,6 +850,8 @@ class Browser:
     @contextlib.contextmanager
     def page(self, source, width, scheme="light", media=""):
         """Show a page; gives what runs an expression in it."""
+        self.patience.cancel()
+        self.patience = self.wait_for_it()
         path = self.directory / f"page{next(self.pages)}.html"
         path.write_text(source, encoding="utf-8")
         self.events.clear()
@@ -705,9 +876,9 @@ class Browser:
         call("Page.navigate", url=path.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.read()
-        yield lambda script: call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get(
-            "value"
-        )
+        yield lambda script: call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )["result"].get("value")
         self.call("Target.closeTarget", targetId=target)
 
     def complaints(self):
@@ -817,6 +988,51 @@ def test_all_text_can_be_read_in_both_themes(browser, scheme):
         )
     with browser.page("<body style='background:#fff'><p style='color:#999'>pale", 1280) as run:
         assert [found[0] for found in run(CONTRAST)] == ["pale"]
+
+
+AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+FIND_VIOLATIONS = """axe.run({resultTypes: ['violations']}).then(result =>
+  result.violations.map(each => [each.id, each.help, each.nodes.slice(0, 3).map(node => node.html)]))"""
+
+
+@in_browser
+@pytest.mark.skipif(not AXE.is_file(), reason="no axe.min.js of axe-core: name it in AXE_CORE")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_axe_finds_nothing_that_keeps_anybody_from_reading_it(browser, width, scheme):
+    axe = AXE.read_text(encoding="utf-8")
+    for name in ("three", "clean", "unread", "hostile-0"):
+        with browser.page(Page(PAGES[name]()).source, width, scheme) as run:
+            run(f"{axe}; 0")
+            run("document.querySelectorAll('details').forEach(each => each.open = true)")
+            assert run(FIND_VIOLATIONS) == [], name
+    with browser.page("<!DOCTYPE html><html><p style='color:#ccc'>pale", width, scheme) as run:
+        run(f"{axe}; 0")
+        assert {"color-contrast", "html-has-lang"} <= {found[0] for found in run(FIND_VIOLATIONS)}
+
+
+@in_browser
+def test_a_browser_takes_the_style_from_its_file(browser):
+    (browser.directory / "page.css").write_text(tagcheck.HTML_STYLE, encoding="utf-8")
+    file = io.StringIO()
+    tagcheck.write_html(file, replace(dashboard(), css="page.css"))
+    with browser.page(file.getvalue(), 1280) as run:
+        assert run("getComputedStyle(document.body).backgroundColor") == "rgb(250, 248, 243)"
+        assert browser.complaints() == []
+
+
+@in_browser
+def test_a_link_to_an_owner_whom_a_phone_folds_shows_it(browser):
+    owners = [owner(f"team-{n}", 100 - n) for n in range(9)]
+    source = Page(dashboard(found=open_findings(900, owners=owners, owners_total=9))).source
+    height = f"document.getElementById({tagcheck.owner_anchor('team-8')!r}).getBoundingClientRect().height"
+    with browser.page(source, 360) as run:
+        assert run(height) == 0
+        run(f"location.hash = {tagcheck.owner_anchor('team-8')!r}")
+        assert run(height) > 0
+    with browser.page(source, 360) as run:
+        run("document.querySelectorAll('.rest').forEach(each => each.open = true)")
+        assert run(height) > 0
 
 
 @in_browser
