@@ -7985,16 +7985,16 @@ def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) 
     names |= dict(policy.accounts.names) if policy.accounts else {}
     ids = []
     for text in args.account:
-        alike = [account_id for account_id, name in names.items() if text in (account_id, name)]
-        if len(alike) > 1:
-            raise UsageError(
-                f"--account {printable(text)}: {', '.join(sorted(alike))} have this name; give an id"
-            )
-        if not (alike or re.fullmatch(ACCOUNT_ID, text)):
-            hint = did_you_mean(text, [*names.values()])
-            message = "no account of this name is known here; an account id has 12 digits"
-            raise UsageError(f"--account {printable(text)}: {message}{hint}")
-        ids += alike or [text]
+        if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
+            ids.append(text)
+            continue
+        alike = sorted(account_id for account_id, name in names.items() if name == text)
+        if len(alike) != 1:
+            which = f"{', '.join(alike)} have this name; give an id"
+            unknown = "no account of this name is known here; an account id has 12 digits"
+            message = which if alike else unknown + did_you_mean(text, [*names.values()])
+            raise UsageError(f"--account {printable(text)}: {message}")
+        ids += alike
     return replace(args, account=ids)
 
 
