@@ -53,6 +53,7 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -623,7 +624,7 @@ SLACK_MEMBER = "[UW][A-Z0-9]{6,20}"
 ACCOUNT_PATH = "o-[a-z0-9]+/r-[a-z0-9]+(/ou-[a-z0-9]+-[a-z0-9]+)*"
 MAX_ACCOUNT_NAME = 50  # characters (Organizations API reference, CreateAccount)
 _UNIT = r"(\*/)?(ou|r|o)-[a-z0-9*?-]+(/[a-z0-9*?-]+)*/?"
-_DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhd]"
+_DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhdw]"
 MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 127, 256  # EC2 API reference, Tag
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
@@ -913,7 +914,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
-_TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
+_TIME_TEXT = _form("a duration (a number and s, m, h, d or w)", _DURATION, "2h")
 _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
 _MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
 _RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
@@ -1250,10 +1251,12 @@ class Notify:
 
 
 def duration(text: str) -> timedelta:
-    """Return the duration that 90s, 30m, 2h or 1d mean; raises ValueError."""
+    """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
     if not re.fullmatch(_DURATION, text):
         raise ValueError(text)
-    return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
+    return timedelta(
+        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
+    )
 
 
 _ACCOUNTS = _schema(
@@ -4605,11 +4608,39 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     return Exempted(_load_object(Violation, record), Exemption(expires=expires, **approval))
 
 
-def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
-    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
+def fetch_findings(
+    db: sqlite3.Connection, scan: Scan, statuses: Iterable[Status] = (), *, resolved: bool = False
+) -> Iterator[Finding]:
+    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted.
+
+    Where statuses are given, only findings with one of them.
+    """
     ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
-    query = f"SELECT {_FINDING} {ended if resolved else _SEEN} {_SORTED}"
+    chosen = f" AND finding.status IN ({', '.join(map(repr, map(str, statuses)))})" if statuses else ""
+    query = f"SELECT {_FINDING} {ended if resolved else _SEEN}{chosen} {_SORTED}"
     return (load_record(Finding, row) for row in db.execute(query, _names(db, scan)))
+
+
+def fetch_oldest(db: sqlite3.Connection, scan: Scan, limit: int) -> list[Finding]:
+    """Return the REPEAT findings of the scan that is being recorded that were first seen first."""
+    oldest = f"SELECT finding.id {_SEEN} AND status = 'REPEAT' ORDER BY first_seen, {_KEY} LIMIT {limit}"
+    query = f"SELECT {_FINDING} FROM state.findings AS finding WHERE id IN ({oldest})"
+    rows = db.execute(f"{query} ORDER BY first_seen, {_KEY}", _names(db, scan))
+    return [load_record(Finding, row) for row in rows]
+
+
+def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]]:
+    """Return the exemptions that cover whole instances: reason, last day, and number of instances."""
+    rows = db.execute(
+        """
+        SELECT reason, expires, count(*) FROM (
+            SELECT DISTINCT target, instance_id, json_extract(one.value, '$.reason') AS reason,
+                json_extract(one.value, '$.expires') AS expires
+            FROM seen CROSS JOIN json_each(exempted) AS one WHERE violations IS NULL
+        ) GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
+        """
+    )
+    return [(reason, expires, number) for reason, expires, number in rows]
 
 
 _FINDING = _columns(Finding, "finding")
@@ -5222,6 +5253,8 @@ class ScanReport:
     exit_code: ExitCode
     coverage: Sequence[Coverage]
     findings: Callable[[], Iterator[Finding]]
+    fresh: Callable[[], Iterator[Finding]]  # of the findings, those that are NEW or REOPENED
+    oldest: Sequence[Finding]  # of the others, a few
     resolved: Callable[[], Iterator[Finding]]
     exempted: Callable[[], Iterator[ExemptedInstance]]
     causes: Sequence[Cause]
@@ -5229,6 +5262,7 @@ class ScanReport:
     unpriced: int
     operators: Sequence[tuple[str, int]]
     upcoming: Sequence[Upcoming]
+    exemptions: Sequence[tuple[str, str | None, int]]
     notices: Sequence[str]
 
     @property
@@ -5502,7 +5536,7 @@ WRITERS = {"csv": write_csv, "json": write_json, "junit": write_junit}
 HISTORY_WRITERS = {"csv": write_csv, "json": write_history_json}
 
 SUMMARY_FINDINGS = 20  # rows of a table that people read
-SUMMARY_CAUSES = 5
+SUMMARY_CAUSES = SUMMARY_OLDEST = 5
 TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
 COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
 COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
@@ -5520,13 +5554,74 @@ def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
             yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
+WIDE = 120  # columns from which on a table also holds what an instance lacks
+
+
+def fitted(line: str, width: int | None) -> list[str]:
+    """Return a line in parts that fit a terminal; a command in it still works when it is copied."""
+    is_command = line.lstrip().startswith("tagcheck.py ")
+    if width is None or len(line) <= width or (is_command and "'" in line):
+        return [line]
+    indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
+    wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    *parts, last = wrapper.wrap(line)
+    return [*(part + end for part in parts), last]
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None, details: int = 1
+) -> Iterator[str]:
+    """Yield rows under their head: in full, or so that they fit a terminal.
+
+    Then the account and the region stand above if all rows have the same, and the last columns, which are
+    details, below each row where the terminal is narrow.
+    """
+    rows = iter(rows)
+    if width is None and (first := next(rows, None)):
+        yield from in_columns(itertools.chain([head, first], rows))
+    while width is not None and (block := [*map(tuple, itertools.islice(rows, 1000))]):
+        yield from _block(head, block, width, details)
+
+
+def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, details: int) -> Iterator[str]:
+    """Yield a part of a table that fits a terminal."""
+    place = [column for column, title in enumerate(head) if title in ("ACCOUNT", "REGION")]
+    shared = [column for column in place if len({row[column] for row in block}) == 1]
+    if shared:
+        words = [f"{head[column].capitalize()} {block[0][column]}" for column in shared]
+        yield from fitted(printable(", ".join(words).replace(", Region ", ", ")), width)
+    columns = [column for column in range(len(head)) if column not in shared]
+    lines = _columns_of(columns, head, block)
+    if width >= WIDE and max(map(len, lines)) <= width:
+        yield from lines
+        return
+    columns, below = columns[:-details], columns[-details:]
+    if max(map(len, lines := _columns_of(columns, head, block))) > width:
+        below = [column for column in columns if column in place] + below
+        lines = _columns_of([column for column in columns if column not in place], head, block)
+    for line, row in zip(lines, (None, *block), strict=True):
+        yield from fitted(line, width)
+        if row and (detail := "  ".join(filter(None, (printable(row[column]) for column in below)))):
+            yield from fitted(f"          {detail}", width)
+
+
+def _columns_of(columns: Sequence[int], head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return some columns of a table, laid out."""
+    return [*in_columns([row[column] for column in columns] for row in (head, *rows))]
+
+
 def table_lines(
-    rows: Iterable[Sequence[str]], number: int, head: Sequence[str] = (), file: str = ""
+    rows: Iterable[Sequence[str]],
+    number: int,
+    width: int | None,
+    head: Sequence[str],
+    file: str = "",
+    details: int = 1,
 ) -> list[str]:
     """Return the first of so many rows under their head, and how many more there are, in which file."""
     shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
-    titles = [head] if head and shown else []
-    return [*in_columns([*titles, *shown]), *more_lines(number - len(shown), file)]
+    return [*table(head, shown, width, details), *more_lines(number - len(shown), file)]
 
 
 def more_lines(number: int, file: str = "") -> list[str]:
@@ -5548,42 +5643,55 @@ def count_lines(totals: Mapping[str, int]) -> list[str]:
     ]
 
 
-def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
-    """Write for people what was scanned, what was found, what was not read, and how the run ends."""
-    paragraphs = ["\n".join(map(printable, lines)) for lines in _summary(report, csv_path) if lines]
+def write_summary(
+    file: IO[str], report: ScanReport, csv_path: str, state: str, width: int | None, *, colour: bool
+) -> None:
+    """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
+    paragraphs = [
+        "\n".join(part for line in lines for part in fitted(printable(line), width))
+        for lines in _summary(report, csv_path, state, width)
+        if lines
+    ]
     text = "\n\n".join(paragraphs) + "\n"
     if colour:
         text = _COLOURED.sub(lambda word: f"{word[1] or ''}\x1b[{COLOURS[word[2]]}m{word[2]}\x1b[0m", text)
     file.write(text)
 
 
-def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
+def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -> Iterator[Sequence[str]]:
     """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
     policy, totals, code = report.scan.policy, report.totals, report.exit_code
     read, found = count_lines(totals)
     dry_run = " — a dry run, nothing is recorded" if report.dry_run else ""
     yield [f"Policy {policy.name} ({policy.file}): {read}{dry_run}", found]
-    yield table_lines(map(_finding_row, report.findings()), totals["findings"], TABLE_HEAD, csv_path)
+    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
+    yield unread and ["Could not be read (their findings are unchanged):", *unread]
     yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
+    fresh = totals["new"] + totals["reopened"]
+    yield table_lines(map(_finding_row, report.fresh()), fresh, width, TABLE_HEAD, csv_path)
+    oldest = table_lines(map(_finding_row, report.oldest), totals["repeat"], width, TABLE_HEAD, csv_path)
+    yield oldest and [f"{counted(totals['repeat'], 'finding')} REPEAT, the oldest first:", *oldest]
+    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
+    yield table_lines(resolved, totals["resolved"], width, (*TABLE_HEAD[:5], "WHY"))
+    yield [
+        f"EXEMPTED  {counted(number, 'instance')}{f' until {expires}' if expires else ''}: {reason}"
+        for reason, expires, number in report.exemptions
+    ]
     managed = totals["findings_managed"]
     are = "is on an instance" if managed == 1 else "are on instances"
     services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
     yield [f"{counted(managed, 'finding')} {are} that an AWS service operates: {services}"] if managed else []
     unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
     yield [f"{cost:,.2f} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
-    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
-    yield table_lines(resolved, totals["resolved"])
-    whys = ((case, dict.fromkeys(map(str, case.exempted))) for case in report.exempted())
-    yield table_lines((_row("EXEMPTED", case, "; ".join(why)) for case, why in whys), totals["exempted"])
     for change, numbers in _preview(report).items() if report.dry_run else ():
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
         yield lines and [f"Findings that would be {title}, by required tag:", *lines]
     yield list(map(str, report.upcoming))
     yield report.notices
-    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
-    yield unread and ["Could not be read (their findings are unchanged):", *unread]
-    yield [f"Exit code {int(code)} {code.name}: {code.meaning}"]
+    places = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
+    places += [] if report.dry_run else [f"State: {state}"]
+    yield [*places, f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
 def _finding_row(finding: Finding) -> tuple[str, ...]:
@@ -5742,16 +5850,14 @@ def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) ->
     yield from (f"  Written   {change}" for change in changes if change.target == target)
 
 
-def history_lines(report: HistoryReport) -> Iterator[str]:
+def history_lines(report: HistoryReport, width: int | None) -> Iterator[str]:
     """Yield a table of the findings or, for one instance, its timeline."""
     if report.events:
         for finding in report.findings():
             yield from _timeline(finding, report.events(finding), report.changes)
         return
-    rows = map(_history_row, report.findings())
-    first = next(rows, None)
-    head = (*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1])
-    yield from in_columns(itertools.chain([head, first], rows)) if first else ["No matching findings"]
+    lines = table((*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1]), map(_history_row, report.findings()), width)
+    yield from itertools.chain([first], lines) if (first := next(lines, "")) else ["No matching findings"]
 
 
 def _history_row(finding: Finding) -> tuple[str, ...]:
@@ -7542,7 +7648,9 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 }
 
 
-def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
+def remediation_lines(
+    done: Remediation, csv_path: str, command: Callable[..., str], width: int | None
+) -> Iterator[str]:
     """Yield a plan or its results, for people, and what to do next."""
 
     def cells(row: PlanRow) -> tuple[str, ...]:
@@ -7563,20 +7671,24 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         counts = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
         yield f"{counts}, {left:,} not written{':' if left else ''}"
         not_written = (row for row in rows if row.result not in fine)
-        yield from table_lines(((f"  {row.result}", f"{row}: {row.message}") for row in not_written), left)
+        lines = (f"  {row.result}  {row}: {row.message}" for row in not_written)
+        yield from (*itertools.islice(lines, SUMMARY_FINDINGS), *more_lines(left - SUMMARY_FINDINGS))
     elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        yield from ("", *table_lines(map(cells, rows), totals.total(), head, csv_path), "")
-    yield from table_lines(([f"Warning: {each['message']}"] for each in warnings), len(warnings))
+        yield from ("", *table_lines(map(cells, rows), totals.total(), width, head, csv_path, 3), "")
+    yield from (f"Warning: {each['message']}" for each in warnings[:SUMMARY_FINDINGS])
+    yield from more_lines(len(warnings) - SUMMARY_FINDINGS)
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
     if fixes and undo_file is None:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
     if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
-        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
+        yield from ("Undo it with:", f"  {command('--undo', undo_file, '--apply')}")
+    elif undo_file is None and actions:
+        yield from ("Plan only. Apply it with:", f"  {command('--apply')}")
     elif undo_file is None:
-        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
+        yield "Nothing to write"
 
 
 ########################################################################################################
@@ -7606,6 +7718,20 @@ ALL_ACCOUNTS = (1, 1)
 OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
 
 
+def _time(text: str) -> timedelta:
+    """Return the duration that a text means, for argparse."""
+    with contextlib.suppress(ValueError):
+        return duration(text)
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
+
+
+def _instance_id(text: str) -> str:
+    """Return a text that is an instance id, for argparse."""
+    if re.fullmatch(INSTANCE_ID, text):
+        return text
+    raise argparse.ArgumentTypeError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for, for argparse."""
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
@@ -7633,7 +7759,9 @@ class Option(NamedTuple):
 
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
-InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
+InstanceId = Annotated[
+    str | None, Option("an instance id, such as i-0abc…", "INSTANCE", _instance_id, positional=True)
+]
 FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
@@ -7681,7 +7809,7 @@ class ScanOptions(ScopeOptions):
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
     prices: Annotated[str | None, Option("monthly costs: a CSV of instance_type,region,hourly_price")] = None
     creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", duration)] = timedelta(0, 60)
+    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", _time)] = timedelta(0, 60)
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
     require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
     dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
@@ -7727,7 +7855,7 @@ class HistoryOptions(ScopeOptions):
         list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
     ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
-    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
+    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", _time)] = None
     csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
     json: JsonPath = None
 
@@ -7741,9 +7869,10 @@ class ReportOptions(PolicyOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions(StateOptions):
-    """Delete scans, and findings that were resolved, more than N days ago; the trend is kept."""
+    """Delete scans, and findings that were resolved, longer ago than a time; the trend is kept."""
 
-    days: Annotated[int, Option("how many days to keep, at most 9999", "N", _number(int, 1, 9999))]
+    days: Annotated[int | None, Option("the same in days, at most 9999", "N", _number(int, 1, 9999))] = None
+    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _time)] = None
     dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
@@ -7813,6 +7942,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         stream = _message_stream(outputs)
+        width = screen_width(stream)
         colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         recorded: list[tuple[ScanReport, str]] = []  # at each attempt
 
@@ -7825,7 +7955,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                     add_digest_lines(db, digest_lines(report, pending))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
-                write_summary(summary, report, args.csv or "", colour=colour)
+                write_summary(summary, report, args.csv or "", args.state, width, colour=colour)
                 recorded.append((report, summary.getvalue()))
                 if isinstance(state, LocalState):
                     SIGNALS.hold()  # the state and the outputs change together
@@ -7923,6 +8053,8 @@ def _report(
     return ScanReport(
         *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
         findings=lambda: fetch_findings(db, scan),
+        fresh=lambda: fetch_findings(db, scan, (Status.NEW, Status.REOPENED)),
+        oldest=fetch_oldest(db, scan, SUMMARY_OLDEST),
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
         causes=fetch_causes(db, scan),
@@ -7930,6 +8062,7 @@ def _report(
         unpriced=unpriced,
         operators=fetch_operators(db, scan),
         upcoming=fetch_upcoming(db, scan.policy.name, scan.started_at.date(), of_scan=True),
+        exemptions=fetch_exemptions(db),
         notices=[*filter(None, [first]), *notices, *unseen, *empty],
     )
 
@@ -8511,7 +8644,7 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
             raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
         write_report(outputs, HISTORY_WRITERS, report, emit)
         if not outputs:
-            emit_lines(history_lines(report))
+            emit_lines(history_lines(report, screen_width(sys.stdout)))
     return ExitCode.COMPLIANT
 
 
@@ -8533,8 +8666,10 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
 
 
 def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
-    """Delete what is older than --days, and print what was deleted."""
-    before = now - timedelta(days=args.days)
+    """Delete what is older than a time, and print what was deleted."""
+    if (args.days is None) == (args.older_than is None):
+        raise UsageError("say how old what is deleted must be: --older-than 90d, or --days 90")
+    before = now - (args.older_than or timedelta(days=args.days or 0))
     pruned = Pruned()
     with open_state(args, copied=args.dry_run) as state:
         state.check()
@@ -8543,10 +8678,8 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
             pruned = max(pruned, prune_state(path, before, state.name))
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
-    emit(
-        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of "
-        f"{counted(pruned.coverage, 'target')} from before it; the trend is kept\n"
-    )
+    counts = f"{scans} and the counts of {counted(pruned.coverage, 'target')} from before it"
+    emit_lines([f"{done} {findings} resolved before {before.date()}, {counts}; the trend is kept"])
     return ExitCode.COMPLIANT
 
 
@@ -8584,7 +8717,8 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
             check_plan_output(output)
         publish_report(staged, emit)
         if not args.quiet:
-            emit_lines(remediation_lines(done, args.csv or "", command), _message_stream(outputs))
+            stream = _message_stream(outputs)
+            emit_lines(remediation_lines(done, args.csv or "", command, screen_width(stream)), stream)
         return rows.exit_code
 
 
@@ -8747,64 +8881,139 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
             raise OutputError(message) from error
 
 
+def screen_width(stream: IO[str]) -> int | None:
+    """Return how wide the terminal is that shows a stream; None for a file or a pipe."""
+    if not (stream.isatty() or os.environ.get("COLUMNS")):
+        return None
+    return shutil.get_terminal_size().columns
+
+
 def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
-    """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError."""
-    lines = iter(lines)
-    while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
+    """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError.
+
+    They are wrapped where the stream is a terminal.
+    """
+    width = screen_width(stream or sys.stdout)
+    parts = (part for line in lines for part in fitted(printable(line), width))
+    while block := "".join(f"{part}\n" for part in itertools.islice(parts, 1000)):
         emit(block, stream)
 
 
-COMMANDS: dict[str, tuple[Callable[[Any, datetime], ExitCode], type[Any]]] = {
-    "scan": (run_scan, ScanOptions),
-    "validate": (run_validate, ValidateOptions),
-    "explain": (run_explain, ExplainOptions),
-    "history": (run_history, HistoryOptions),
-    "report": (run_report, ReportOptions),
-    "prune": (run_prune, PruneOptions),
-    "remediate": (run_remediate, RemediateOptions),
-    "schema": (run_schema, SchemaOptions),
-    "iam-policy": (run_iam_policy, IamPolicyOptions),
+class Command(NamedTuple):
+    """A command: the function that runs it, its options, and examples of its use."""
+
+    run: Callable[[Any, datetime], ExitCode]
+    options: type[Any]
+    examples: tuple[str, str]
+
+
+COMMANDS = {
+    "scan": Command(
+        run_scan, ScanOptions, ("--policy org.yaml", "--policy org.yaml --dry-run --region eu-west-1")
+    ),
+    "validate": Command(run_validate, ValidateOptions, ("policies/*.yaml", "org.yaml --json -")),
+    "explain": Command(
+        run_explain,
+        ExplainOptions,
+        ("--policy org.yaml --region eu-west-1", "--policy org.yaml --live i-0123456789abcdef0"),
+    ),
+    "history": Command(
+        run_history, HistoryOptions, ("--status open --older-than 30d", "i-0123456789abcdef0")
+    ),
+    "report": Command(
+        run_report, ReportOptions, ("--html dashboard.html", "--state s3://bucket/key --html -")
+    ),
+    "prune": Command(run_prune, PruneOptions, ("--older-than 90d --dry-run", "--older-than 90d")),
+    "remediate": Command(
+        run_remediate,
+        RemediateOptions,
+        ("--policy org.yaml", "--policy org.yaml --plan remediate-plan.csv --apply"),
+    ),
+    "schema": Command(run_schema, SchemaOptions, ("> policies/policy.schema.json", "| less")),
+    "iam-policy": Command(
+        run_iam_policy, IamPolicyOptions, ("--policy org.yaml", "--policy org.yaml --state s3://bucket/key")
+    ),
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
-    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors say what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit with 2."""
+        if unknown := re.match("argument COMMAND: invalid choice: '(.*?)' ", message):
+            message = f"unknown command {unknown[1]!r}{did_you_mean(unknown[1], [*COMMANDS])}"
+        super().error(printable(message))
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of COMMANDS, and that of each; their help is in the records of their options."""
+    width = shutil.get_terminal_size().columns - 2
+    codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
+    lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
+    exit_codes = "\n".join(["exit codes:", *lines])
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     what = "Find the EC2 instances that lack their required tags."
-    parser = argparse.ArgumentParser(prog="tagcheck.py", description=what, **shape)
+    parser = Parser(prog="tagcheck.py", description=what, epilog=exit_codes, **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, options) in COMMANDS.items():
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, options, examples) in COMMANDS.items():
+        shown = [part for each in examples for part in fitted(f"  tagcheck.py {name} {each}", width)]
+        shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
         command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
         hints = get_type_hints(options, include_extras=True)
         for each in fields(options):
             _add_option(command, each, hints[each.name])
-    return parser
+    return parser, commands.choices
 
 
-def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any) -> None:
+def _variable(name: str, option: Option) -> str:
+    """Return the environment variable that can give an option: those of files, the state and the profile."""
+    can = not option.positional and (option.metavar == "FILE" or name == "profile")
+    return f"TAGCHECK_{name.upper()}" if can else ""
+
+
+def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
     kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
     name = f"--{filled.name.replace('_', '-')}"
+    variable = _variable(filled.name, option)
+    given = os.environ.get(variable)
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
     elif kind is bool:
         short = [name[1:3]] if name in ("--quiet", "--verbose") else []
         command.add_argument(*short, name, help=option.help, action="store_true")
-    elif kind is list:
-        more["help"] += " (repeatable)"
-        command.add_argument(name, action="append", default=[], **more)
-    elif filled.default is MISSING:
-        command.add_argument(name, required=True, **more)
     else:
+        if kind is list:
+            more |= {"help": f"{option.help} (repeatable)", "action": "append"}
         if kind is Literal:
             more |= {"metavar": None, "choices": get_args(hint.__origin__)}
-        if isinstance(filled.default, (str, int, float)):
-            more["help"] += " (default: %(default)s)"
-        command.add_argument(name, default=filled.default, **more)
+        if given:
+            more["help"] += f" ({variable}: {printable(given)})".replace("%", "%%")
+        elif isinstance(filled.default, (str, int, float)):
+            more["help"] += f" (default: {filled.default})"
+        required = filled.default is MISSING and kind is not list and not given
+        command.add_argument(name, required=required, **more)
+
+
+def read_options(options: type[Any], given: argparse.Namespace) -> Any:
+    """Return the record of a command's options: as given, else as the environment says, else the default."""
+    values = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        [option] = hint.__metadata__
+        kind, variable = get_origin(hint.__origin__) or hint.__origin__, _variable(name, option)
+        value = getattr(given, name)
+        if value is None and (text := os.environ.get(variable)):
+            value = [text] if kind is list else text
+            LOG.debug("%s", printable(f"--{name.replace('_', '-')} {text} (from {variable})"))
+        if value is None and kind is list:
+            value = []
+        if value is not None:
+            values[name] = value
+    return options(**values)
 
 
 def _prepare_streams() -> None:
@@ -8822,8 +9031,18 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     with SIGNALS:
         warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
         _prepare_streams()
-        parser = build_parser()
-        given = parser.parse_args(argv)
+        parser, commands = build_parser()
+        given, rest = parser.parse_known_args(argv)
+        if given.command is None:
+            parser.print_help(sys.stderr)
+            return ExitCode.USAGE
+        if rest:
+            word = "option" if rest[0].startswith("-") else "argument"
+            known = [
+                option for action in commands[given.command]._actions for option in action.option_strings
+            ]
+            hint = did_you_mean(rest[0].partition("=")[0], known)
+            commands[given.command].error(f"unknown {word} {rest[0]}{hint}")
         for text in sys.argv[1:] if argv is None else argv:
             if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
                 parser.error(f"the argument {text!r} is not UTF-8")
@@ -8831,15 +9050,14 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         LOG.setLevel(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)
         # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.
         logging.getLogger("botocore").addHandler(logging.NullHandler())
-        run, options = COMMANDS[given.command]
-        args = options(**{each.name: getattr(given, each.name) for each in fields(options)})
+        run, options, _ = COMMANDS[given.command]
         try:
             try:
                 os.getcwd()  # relative paths would lead nowhere
             except OSError as error:
                 message = f"cannot use the current directory: {error.strerror}; change to another"
                 raise UsageError(message) from error
-            return run(args, now or datetime.now(UTC))
+            return run(read_options(options, given), now or datetime.now(UTC))
         except PolicyError as error:
             done = "written" if given.command == "remediate" else "scanned"
             emit(f"{error}\n{counted(len(error.problems), 'problem')}; nothing was {done}\n", sys.stderr)
