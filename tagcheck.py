@@ -4737,14 +4737,18 @@ def require_scans(path: Path, name: str) -> None:
             raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
-def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
-    """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
-    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    names = [found for (found,) in load_rows(rows, policy=str)]
-    if policy not in names:
-        shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
+def fetch_policies(db: sqlite3.Connection) -> dict[str, str]:
+    """Return the names of the policies of which a state has scans, each with the file it last had."""
+    rows = db.execute("SELECT policy, policy_file, max(id) FROM scans GROUP BY policy ORDER BY policy")
+    return {policy: file for policy, file, _ in load_rows(rows, policy=str, policy_file=str, id=int)}
+
+
+def require_policy(name: Path | str, found: Sequence[str], policy: str) -> None:
+    """Raise StateError where a state has no scan of a policy; `found` are the policies that it has."""
+    if policy not in found:
+        shown = ", ".join(map(repr, found[:20])) + (", …" if len(found) > 20 else "")
         has = f"it has scans of {shown}: name that policy's file with --policy"
-        has = has if names else "run a scan first"
+        has = has if found else "run a scan first"
         raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
 
 
@@ -7759,6 +7763,7 @@ class Option(NamedTuple):
 
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
+KnownPolicy = Annotated[str, Option("the policy; not needed where the state has only one")]
 InstanceId = Annotated[
     str | None, Option("an instance id, such as i-0abc…", "INSTANCE", _instance_id, positional=True)
 ]
@@ -7850,6 +7855,7 @@ class ExplainOptions(ScopeOptions):
 class HistoryOptions(ScopeOptions):
     """List findings in the state: open, resolved, or one instance's."""
 
+    policy: KnownPolicy = ""
     instance: InstanceId = None
     status: Annotated[
         list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
@@ -7864,6 +7870,7 @@ class HistoryOptions(ScopeOptions):
 class ReportOptions(PolicyOptions):
     """Write the dashboard: trends as one HTML page."""
 
+    policy: KnownPolicy = ""
     html: Annotated[str, Option("the dashboard, - for stdout")]
 
 
@@ -8189,11 +8196,34 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
 
 
 @contextlib.contextmanager
+def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[sqlite3.Connection, Policy]]:
+    """Yield a connection for reading the state, and the policy: that given, else the state's only one."""
+    policy = load_policy(args.policy) if args.policy else None
+    with open_state(args) as state, reading_state(state) as db:
+        found = fetch_policies(db)
+        if not policy and len(found) == 1:
+            [(name, file)] = found.items()
+            policy = _policy_of_state(name, file)
+        policy = policy or load_policy(str(DEFAULT_POLICY))
+        require_policy(state.name, [*found], policy.name)
+        yield db, policy
+
+
+def _policy_of_state(name: str, file: str) -> Policy:
+    """Return the policy whose name and file a state knows, without rules where the file is another now."""
+    try:
+        policy = load_policy(file) if Path(file).is_file() else None
+    except UsageError:
+        policy = None
+    return policy if policy and policy.name == name else Policy(file, "", "1", name, {})
+
+
+@contextlib.contextmanager
 def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
-            require_policy(db, state.name, policy)
+            require_policy(state.name, [*fetch_policies(db)], policy)
         yield db
 
 
@@ -8248,6 +8278,7 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
             raise
 
     targets.sort(key=lambda target: (target.region, target.account_id))
+    yield from ((target, []) for target in targets)  # so that one knows how many there are
     yield from read_in_parallel(targets, describe, args.workers)
 
 
@@ -8602,15 +8633,17 @@ def _describe_instance(
     args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
 ) -> tuple[Target, Instance]:
     """Return an instance as AWS has it now, from the first region that has it; raises UsageError."""
-    regions = args.region or sorted({target.region for target in known})
-    if not regions:
-        raise UsageError(f"the state has no {args.instance}: give its --region")
+    named = sorted(policy.regions.keys() - {"*"})
+    regions = args.region or sorted({target.region for target in known}) or named
     aws = Aws(args.profile, workers=1)
-    _, account_id, *_ = _identify(aws, policy, regions)
+    home, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
         only = f"--live looks only into the account of the credentials, {account_id}"
         raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
+    if "*" in policy.regions and regions == named:
+        with aws.account(account_id):
+            regions = [*named, *sorted({*describe_regions(aws.client("ec2", home))} - {*named})]
     for region in regions:
         try:
             with aws.account(account_id):
@@ -8628,11 +8661,10 @@ def _describe_instance(
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     """List findings that the state keeps, or the timeline of one instance."""
     outputs = _outputs(args, HISTORY_WRITERS)
-    rules = load_policy(args.policy)
-    policy, statuses = rules.name, [*itertools.chain(*args.status)]
+    statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
-    with _reading(args, policy) as db:
-        accounts = with_account_ids(args, rules, fetch_accounts(db)).account
+    with _reading_known(args) as (db, rules):
+        policy, accounts = rules.name, with_account_ids(args, rules, fetch_accounts(db)).account
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
@@ -8651,10 +8683,9 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
     outputs = _outputs(args, DASHBOARD_WRITERS)
-    policy = load_policy(args.policy)
-    keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
-    owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys)))
-    with _reading(args, policy.name) as db:
+    with _reading_known(args) as (db, policy):
+        keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
+        owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys), "Owner"))
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
@@ -8801,32 +8832,51 @@ def _apply(
 
 
 class Progress:
-    """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
+    """Shows how far a scan is on stderr: one line that changes on a terminal, else lines for some targets."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
-        self.instances: Counter[Target] = Counter()
-        self.ended, self.shown_at = 0, 0.0
+        self.waiting: dict[Target, int] = {}  # the instances of targets that have not ended
+        self.instances, self.ended, self.empty = 0, 0, 0
+        self.begun, self.shown_at = time.monotonic(), 0.0
 
     def page(self, target: Target, instances: int) -> None:
-        """Count a page of a target; the line changes at most ten times a second."""
-        self.instances[target] += instances
-        if self.live and time.monotonic() - self.shown_at > 0.1:
-            self.shown_at = time.monotonic()
-            total = counted(self.instances.total(), "instance")
-            emit(f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far", sys.stderr)
+        """Count a page of a target; one without instances says that the target will be read."""
+        self.waiting[target] = self.waiting.get(target, 0) + instances
+        self.instances += instances
+        self._show()
 
     def end(self, target: Target, error: TargetError | None) -> None:
-        """Say how a target ended."""
+        """Count a target that was read, or say why it was not."""
+        number = self.waiting.pop(target, 0)
         self.ended += 1
-        if not self.live and (error or not self.quiet):
-            how = f"not read: {error}" if error else counted(self.instances[target], "instance")
+        self.empty += not (number or error)
+        if self.live:
+            self._show()
+        elif error or (number and not self.quiet):
+            how = f"not read: {error}" if error else counted(number, "instance")
             emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
-        """Clear the line."""
+        """Clear the line, or count the targets that had none."""
         if self.live:
             emit("\r\x1b[K", sys.stderr)
+        elif self.empty and not self.quiet:
+            emit(f"{counted(self.empty, 'target')} without instances\n", sys.stderr)
+
+    def _show(self) -> None:
+        """Change the line, at most ten times a second."""
+        now = time.monotonic()
+        if not self.live or now - self.shown_at < 0.1:
+            return
+        self.shown_at = now
+        minutes, seconds = divmod(int(now - self.begun), 60)
+        regions = ", ".join(sorted({target.region for target in self.waiting}))
+        waiting = f" · waiting: {regions}" if regions else ""
+        targets = f"{self.ended:,}/{counted(self.ended + len(self.waiting), 'target')}"
+        instances = counted(self.instances, "instance")
+        line = f"{targets} · {instances} · {minutes}:{seconds:02}{waiting}"
+        emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
 
 
 class Signals:
@@ -8993,7 +9043,7 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
             more |= {"metavar": None, "choices": get_args(hint.__origin__)}
         if given:
             more["help"] += f" ({variable}: {printable(given)})".replace("%", "%%")
-        elif isinstance(filled.default, (str, int, float)):
+        elif filled.default and isinstance(filled.default, (str, int, float)):
             more["help"] += f" (default: {filled.default})"
         required = filled.default is MISSING and kind is not list and not given
         command.add_argument(name, required=required, **more)
