@@ -2464,16 +2464,16 @@ def describe_accounts(organizations: Any) -> dict[str, str]:
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
         for account in itertools.chain.from_iterable(pages):
-            account_id = _account_id(_at(account, str, "Id"))
+            account_id = _account_id(json_at(account, str, "Id"))
             # `State` replaced `Status` in September 2026.
-            state = _at(account, str, "State" if account.get("State") else "Status")
+            state = json_at(account, str, "State" if account.get("State") else "Status")
             if states.setdefault(account_id, state) != state:
                 raise ValueError(f"{account_id} is {states[account_id]!r} and {state!r}")
         if not states:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
-            f"cannot list the accounts of the organization: {_error_text(error)} (this takes the management "
+            f"cannot list the accounts of the organization: {json_error(error)} (this takes the management "
             "account, or a delegated administrator)"
         ) from error
     return states
@@ -3016,24 +3016,23 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     targets: dict[Target, list[Instance]] = {}
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode(json.detect_encoding(content))
-        answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-        for index, reservation in enumerate(_at(answer, list, "Reservations")):
+        answer = parse_json(content)
+        for index, reservation in enumerate(json_at(answer, list, "Reservations")):
             place = f": Reservations[{index}]"
-            owner = _account_id(_at(reservation, str, "OwnerId"))
-            for number, item in enumerate(_at(reservation, list, "Instances")):
+            owner = _account_id(json_at(reservation, str, "OwnerId"))
+            for number, item in enumerate(json_at(reservation, list, "Instances")):
                 place = f": Reservations[{index}].Instances[{number}]"
-                target = Target(owner, zone_region(_at(item, str, "Placement", "AvailabilityZone")))
+                target = Target(owner, zone_region(json_at(item, str, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
         place = ": NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
             raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
-        complete = answer.get("NextToken") is None or not _at(answer, str, "NextToken")
+        complete = answer.get("NextToken") is None or not json_at(answer, str, "NextToken")
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{shown}{place}: {_error_text(error)}") from error
+        raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
 
 
@@ -3059,22 +3058,28 @@ def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     paths = ("InstanceId",), ("State", "Name"), ("LaunchTime",)
-    instance_id, state, launch_time = (_at(item, str, *path) for path in paths)
+    instance_id, state, launch_time = (json_at(item, str, *path) for path in paths)
     tags: dict[str, str] = {}
-    for tag in _at(item, list, "Tags") if "Tags" in item else ():
-        key = _at(tag, str, "Key")
+    for tag in json_at(item, list, "Tags") if "Tags" in item else ():
+        key = json_at(tag, str, "Key")
         if not key or key in tags:
             raise ValueError(f"it has the tag key {shown_value(key)} twice" if key else "a tag without a key")
-        tags[key] = _at(tag, str, "Value")
+        tags[key] = json_at(tag, str, "Value")
     optional = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
-    more = [_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
-    operator = _at(item, dict, "Operator") if item.get("Operator") else {}
-    managed = "Managed" in operator and _at(operator, bool, "Managed")
-    service = (_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
+    more = [json_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
+    operator = json_at(item, dict, "Operator") if item.get("Operator") else {}
+    managed = "Managed" in operator and json_at(operator, bool, "Managed")
+    service = (json_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
     return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
-def _at(value: Any, kind: type[T], *path: str) -> T:
+def parse_json(content: str | bytes) -> Any:
+    """Return the value of strict JSON, in any of its encodings; raises ValueError or RecursionError."""
+    text = content if isinstance(content, str) else content.decode(json.detect_encoding(content))
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+
+
+def json_at(value: Any, kind: type[T], *path: str) -> T:
     """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
@@ -3088,7 +3093,7 @@ def _at(value: Any, kind: type[T], *path: str) -> T:
     return value
 
 
-def _error_text(error: Exception) -> str:
+def json_error(error: Exception) -> str:
     """Return what an error says of an answer; a KeyError says only the key."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
