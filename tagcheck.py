@@ -17,7 +17,8 @@ The file reads downward; a section uses only what stands above it:
  8 Dashboard       the HTML page
  9 Notifications   digests for Slack, SNS and email
 10 Remediation     plans, undo files, and the calls that write tags
-11 Command line    the commands; the only place with print, the clock and threads
+11 Starters        the tags of a fleet, or AWS's own rules -> a policy to begin with
+12 Command line    the commands; the only place with print, the clock and threads
 """
 
 from __future__ import annotations
@@ -5168,6 +5169,7 @@ class Output:
 
     format: str
     path: str
+    is_new: bool = False  # whether it never replaces a file
 
     @property
     def replaceable(self) -> bool:
@@ -5197,6 +5199,8 @@ def _output_errors(output: Output) -> Iterator[None]:
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
+    if output.is_new and output.path != "-" and os.path.lexists(path):
+        raise _exists(output)
     with _output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
@@ -5204,6 +5208,11 @@ def check_output(output: Output) -> None:
             raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
+
+
+def _exists(output: Output) -> UsageError:
+    """Return the error of an output that would replace a file."""
+    return UsageError(f"{output} exists, and is not replaced: name a new file, or move it away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -5293,7 +5302,13 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
         os.umask(mask)
         os.chmod(file.fileno(), 0o666 & ~mask)
     file.close()  # Windows moves no open file
-    path.replace(output.path)
+    if not output.is_new:
+        path.replace(output.path)
+        return
+    try:
+        os.link(path, output.path)  # unlike a move, it fails if there is anything
+    except FileExistsError as error:
+        raise _exists(output) from error
 
 
 def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
@@ -6941,7 +6956,611 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
 
 
 ########################################################################################################
-# 11 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
+# 11 Starters: yaml_text, survey_tags, fleet_rule, read_rules, make_starter, policy_lines, finding_lines
+########################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class StarterRule:
+    """One rule of a starter policy, with the evidence for each of its lines."""
+
+    key: str
+    evidence: str
+    notes: tuple[str, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()  # each with its evidence
+    pattern: str = ""
+    pattern_evidence: str = ""
+    when: str = ""  # as YAML
+    flags: frozenset[str] = frozenset()  # of optional, allow_empty and ignore_case
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """What a starter policy is made of; evidence becomes comments."""
+
+    name: str
+    rules: Sequence[StarterRule]
+    regions: Mapping[str, str]  # each with its evidence
+    placeholders: Mapping[str, int] = field(default_factory=dict)
+    services: Mapping[str, int] = field(default_factory=dict)  # that operate instances
+    notes: Sequence[str] = ()
+
+
+# What YAML 1.1 or 1.2 reads as something else than text, besides what does not begin with a letter.
+_YAML_WORDS_OF_OTHERS = frozenset("y n yes no on off true false null".split())
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./@+-]*( [A-Za-z0-9_./@+-]+)*")
+
+
+def yaml_text(text: str) -> str:
+    """Return a printable text as YAML that every reader takes for this text, also within [] and {}."""
+    if _PLAIN.fullmatch(text) and text.casefold() not in _YAML_WORDS_OF_OTHERS:
+        return text
+    return f'"{text}"' if not re.search(r'["\\]', text) else "'" + text.replace("'", "''") + "'"
+
+
+# ---- From a fleet -------------------------------------------------------------------------------------
+
+# Keys that tools write and no person should be asked for, by how they begin in lower case. Seen on instances:
+_TOOL_KEYS = {
+    "AWS": "aws:",  # reserved for AWS (EC2 User Guide, Tag restrictions)
+    "EKS": "eks:",  # eks:cluster-name (EKS User Guide, Managed node groups)
+    "ECS": "ecs:|amazonecs",  # AmazonECSManaged (ECS Developer Guide, Capacity providers)
+    "EMR": "elasticmapreduce|for-use-with-amazon-emr",  # (EMR Management Guide, Managed policies)
+    "Elastic Beanstalk": "elasticbeanstalk:",  # elasticbeanstalk:environment-name (Developer Guide, Tagging)
+    "Kubernetes": r"kubernetescluster$|([\w.-]+\.)?(kubernetes|k8s)\.io/",  # kubernetes.io/cluster/NAME
+    "Karpenter": r"karpenter|([\w.-]+\.)?k8s\.aws/",  # karpenter.sh/nodepool (NodeClasses, spec.tags)
+    "OpenShift": r"red-hat-|api\.openshift\.com/",  # red-hat-managed (ROSA)
+    "Spot by Flexera": "spotinst:",  # spotinst:aws:ec2:group:id
+    "Cloud Custodian": "maid_status$|c7n",  # maid_status (mark-for-op)
+}
+_PLACEHOLDERS = frozenset("- -- . ? n/a na none null nil unknown tbd tba todo xxx changeme change-me".split())
+MAX_STARTER_RULES, MAX_STARTER_VALUES = 30, 12  # what a person still reads
+MAX_RARE = 50  # values to compare with the usual ones
+NEARLY_ALL = 0.95
+
+
+@functools.lru_cache(4096)
+def _tool_of(key: str) -> str:
+    """Return the tool that writes a tag key, "" where people do."""
+    return next((tool for tool, begin in _TOOL_KEYS.items() if re.match(begin, key.casefold())), "")
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return what was counted, the commonest first, in an order that does not depend on the input's."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _listed(counts: Iterable[tuple[str, object]], most: int = 6) -> str:
+    """Return texts of strangers and what is said of each, for a comment: `prd (2), pord (1) and 3 more`."""
+    shown = [f"{shown_text(text)} ({said})" for text, said in counts]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
+
+
+def shown_text(text: str) -> str:
+    """Return a text for a comment: short, in one line, and in quotes where it would be misread."""
+    shown = cut_text(printable(text), 40)
+    return shown if shown == text and re.fullmatch(r"\S*[^\s,;()]", text) else repr(shown)
+
+
+def _is_key(key: str) -> bool:
+    """Return whether a policy can ask for a tag key."""
+    aws = key.lower().startswith("aws:")
+    return bool(key) and key == key.strip() and len(key) <= MAX_KEY_LENGTH and is_printable(key) and not aws
+
+
+def _is_value(value: str) -> bool:
+    """Return whether a policy can name a tag value."""
+    return bool(value) and len(value) <= MAX_VALUE_LENGTH and is_printable(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TagUse:
+    """How a fleet uses a tag: its spellings, the commonest first, on how many instances, and its values."""
+
+    spellings: tuple[tuple[str, int], ...]
+    instances: int
+    values: Mapping[str, int]
+
+
+def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
+    """Return the tags that at least half of the instances have, else the commonest; and notes on the others.
+
+    Keys that differ only in case, spaces, `_` or `-` are one tag.
+    """
+    spelled: dict[str, dict[str, int]] = {}
+    tools: Counter[str] = Counter()
+    for key, number in Counter(itertools.chain.from_iterable(each.tags for each in instances)).items():
+        if _tool_of(key):
+            tools[key] = number
+        else:
+            spelled.setdefault(bare_key(key) or key, {})[key] = number
+    half = (len(instances) + 1) // 2
+    on: dict[str, int] = {}
+    for bare, spellings in spelled.items():
+        on[bare] = sum(spellings.values())
+        if len(spellings) > 1 and on[bare] >= half:
+            on[bare] = sum(not spellings.keys().isdisjoint(each.tags) for each in instances)
+    usable = {bare: number for bare, number in on.items() if any(map(_is_key, spelled[bare]))}
+    chosen = [bare for bare, number in _by_count(usable) if number >= half]
+    notes = []
+    if not chosen:
+        chosen = [bare for bare, _ in _by_count(usable)[:3]]
+        most = (
+            "" if chosen else ", as no instance has a tag that a policy can ask for: Owner is only an example"
+        )
+        notes.append(f"No tag is on half of the instances. Asked for are the commonest{most}.")
+    if more := chosen[MAX_STARTER_RULES:]:
+        notes.append(f"{counted(len(more), 'more tag is', 'more tags are')} on half of the instances.")
+    unusable = [(key, n) for bare in on.keys() - usable.keys() for key, n in spelled[bare].items()]
+    if unusable := [(key, n) for key, n in _by_count(dict(unusable)) if n >= half]:
+        notes.append(f"Left out, as a policy cannot hold such keys: {_listed(unusable)}")
+    if written := [(key, f"{_tool_of(key)}, {n:,}") for key, n in _by_count(tools) if n >= half]:
+        notes.append(f"Left out, as tools write them: {_listed(written)}")
+    return [_tag_use(spelled[bare], on[bare], instances) for bare in chosen[:MAX_STARTER_RULES]], notes
+
+
+def _tag_use(spellings: Mapping[str, int], on: int, instances: Iterable[Instance]) -> TagUse:
+    """Return how instances use a tag; of one with several spellings the commonest counts."""
+    ordered = sorted(_by_count(spellings), key=lambda item: not _is_key(item[0]))
+    found = (next((each.tags[key] for key, _ in ordered if key in each.tags), None) for each in instances)
+    values = Counter(value for value in found if value is not None)
+    return TagUse(tuple(ordered), max(on, values.total()), values)
+
+
+def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]:
+    """Return the rule for a tag of a fleet, and which of its values are placeholders."""
+    key = use.spellings[0][0]
+    texts = {value: stripped(value).casefold() for value in use.values}
+    placeholders: Counter[str] = Counter()
+    for value, text in texts.items():
+        placeholders[text] += use.values[value] if text in _PLACEHOLDERS else 0
+    empty = sum(number for value, number in use.values.items() if not texts[value]) + placeholders.total()
+    evidence = f"{use.instances:,} of {counted(total, 'instance')}"
+    evidence += f", {empty:,} of them empty or with a placeholder" if empty else ""
+    notes = []
+    if others := use.spellings[1:]:
+        also = "a scan reports these as a near miss, and suggests the value"
+        notes.append(f"also spelled {_listed((text, f'{n:,}') for text, n in others)}: {also}")
+    values = {value: n for value, n in use.values.items() if texts[value] and not placeholders[texts[value]]}
+    rule = StarterRule(key, evidence, (*notes,))
+    if 2 * empty > use.instances:
+        return replace(rule, flags=frozenset({"allow_empty"})), +placeholders
+    if bare_key(key) != "name":  # any name will do
+        rule = _with_pattern(rule, values, codes=True) or _with_values(rule, values) or rule
+        rule = rule if rule.values or rule.pattern else _with_pattern(rule, values, codes=False) or rule
+    return rule, +placeholders
+
+
+def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
+    """Return a rule with the values to allow, without rare ones that look like typing mistakes, if few."""
+    by_case: dict[str, str] = {}
+    values: Counter[str] = Counter()
+    for value, number in _by_count(found):
+        values[by_case.setdefault(value.casefold(), value)] += number
+    total = values.total()
+    # Where more than a tenth are spelled in another case, nobody cares about it here.
+    ignore_case = 10 * sum(found[value] for value in values) < 9 * total
+    counts = values if ignore_case else found
+    ordered = _by_count(counts)
+    usual = {value: number for value, number in ordered[: MAX_STARTER_VALUES + 1] if number > 2}
+    mistakes: dict[str, str] = {}
+    for value, number in ordered[: MAX_STARTER_VALUES + MAX_RARE]:
+        if meant := next((text for text in usual if _is_mistake(value, number, text, usual[text])), ""):
+            mistakes[value] = f"{number:,}, for {shown_text(meant)}?"
+    kept = {value: number for value, number in ordered if value not in mistakes and _is_value(value)}
+    notes = [f"left out as probable typing mistakes: {_listed(mistakes.items())}"] if mistakes else []
+    if len(kept) > MAX_STARTER_VALUES:  # the usual ones, if they are nearly all
+        notes.append(f"left out as rare: {_listed(item for item in kept.items() if item[0] not in usual)}")
+        kept = {value: number for value, number in kept.items() if value in usual}
+    number = sum(kept.values())
+    explained = number + sum(counts[value] for value in mistakes)
+    if not 2 <= len(kept) <= MAX_STARTER_VALUES or number < 3 * len(kept) or explained < NEARLY_ALL * total:
+        return None
+    rare = ": rare, is it meant?"
+    listed = (
+        (value, counted(n, "instance") + (rare if n < 3 and 50 * n <= total else ""))
+        for value, n in kept.items()
+    )
+    flags = frozenset({"ignore_case"} if ignore_case else ())
+    return replace(rule, values=(*listed,), notes=(*rule.notes, *notes), flags=flags)
+
+
+def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
+    """Return whether a value looks like another that is mistyped, which most instances have right."""
+    if rare == usual or 4 * number > usually:
+        return False
+    if bare_key(rare) == bare_key(usual):
+        return 9 * number <= usually
+    words, others = (re.findall(r"[^\W\d_]+|[0-9]+", text.casefold()) for text in (rare, usual))
+    pairs = [(word, other) for word, other in zip(words, others, strict=False) if word != other]
+    # Of team-a and team-b, or web1 and web2, neither is a mistake.
+    long = all(min(len(word), len(other)) > 2 and word.isalpha() and other.isalpha() for word, other in pairs)
+    near = all(difflib.SequenceMatcher(None, *pair).ratio() >= 0.75 for pair in pairs)
+    return number < 3 and len(words) == len(others) and long and near
+
+
+_PIECE = re.compile("[0-9]+|[a-z]+|[A-Z]+|.", re.DOTALL)
+
+
+def _with_pattern(rule: StarterRule, found: Mapping[str, int], *, codes: bool) -> StarterRule | None:
+    """Return a rule with the shape that nearly all values have, if there is one; of `codes` if it is one.
+
+    A code, such as CC-1234, an account or an email address, has a shape even where it has few values.
+    """
+    total, distinct = sum(found.values()), len(found)
+    if not (pattern := _email_pattern(found, total) or _shape(found, total)):
+        return None
+    is_code = "@" in pattern or bool(re.search(r"\[0-9\]\{", pattern))
+    if is_code != codes or total < 3 or distinct < (2 if codes else 4):
+        return None
+    matching = re.compile(pattern).fullmatch
+    others = [(value, f"{number:,}") for value, number in _by_count(found) if not matching(value)]
+    number = sum(found[value] for value in found if matching(value))
+    notes = (f"not of this form: {_listed(others)}",) if others else ()
+    evidence = f"{number:,} of {counted(total, 'value')}, such as {shown_text(min(filter(matching, found)))}"
+    return replace(rule, pattern=pattern, pattern_evidence=evidence, notes=(*rule.notes, *notes))
+
+
+def _email_pattern(found: Mapping[str, int], total: int) -> str:
+    """Return a pattern of email addresses if nearly all values are some."""
+    addresses = [value for value in found if re.fullmatch(EMAIL_ADDRESS, value)]
+    if sum(found[value] for value in addresses) < NEARLY_ALL * total:
+        return ""
+    domains = {value.rpartition("@")[2] for value in addresses}
+    return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
+
+
+def _shape(found: Mapping[str, int], total: int) -> str:
+    """Return a readable pattern of the runs of digits and letters that nearly all values have."""
+    pieces = {value: _PIECE.findall(value) for value in found if len(value) <= 64}
+    for exact in (True, False):  # whether runs of digits have one length
+        shapes: Counter[tuple[str, ...]] = Counter()
+        shape_of = {value: tuple(_kind(piece, exact=exact) for piece in pieces[value]) for value in pieces}
+        for value, shape in shape_of.items():
+            shapes[shape] += found[value]
+        shape, covered = max(shapes.items(), key=lambda item: (item[1], item[0]), default=((), 0))
+        columns = [*zip(*(pieces[value] for value in pieces if shape_of[value] == shape), strict=True)]
+        if covered < NEARLY_ALL * total or not shape:
+            continue
+        fixed = [
+            len({*column}) == 1 and "0-9" not in kind for kind, column in zip(shape, columns, strict=True)
+        ]
+        told = any("0-9" in kind for kind in shape)
+        told |= any(known and column[0].isalnum() for known, column in zip(fixed, columns, strict=True))
+        for many in ("+", "{1,30}"):
+            parts = (
+                _escape(column[0]) if known or len(kind) == 1 else kind.replace("+", many)
+                for known, kind, column in zip(fixed, shape, columns, strict=True)
+            )
+            if told and not all(fixed) and is_quick(pattern := "".join(parts)):
+                return pattern
+    return ""
+
+
+def _kind(piece: str, *, exact: bool) -> str:
+    """Return the pattern of a run of digits or letters; any other character is itself."""
+    if piece.isascii() and piece.isdigit():
+        return f"[0-9]{{{len(piece)}}}".replace("{1}", "") if exact else "[0-9]+"
+    if piece.isascii() and piece.isalpha():
+        return "[a-z]+" if piece.islower() else "[A-Z]+"
+    return piece
+
+
+def _escape(text: str) -> str:
+    """Return the pattern of a literal text, with no more backslashes than it takes."""
+    return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+
+
+# ---- From AWS's own rules: tag policies, and required-tags of Config ---------------------------------
+
+MAX_RULES_BYTES = 10_000_000
+_RULES_WANTED = (
+    'an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
+    "`describe-policy` or `aws configservice describe-config-rules` prints"
+)
+_OF_INSTANCES = {"ec2:instance", "ec2:*", "ec2:ALL_SUPPORTED"}
+# "Like tag keys, tag values are case sensitive"; "untagged resources … aren't evaluated".
+TAG_POLICY_PAGE = (
+    "https://docs.aws.amazon.com/organizations/latest/userguide/orgs_manage_policies_tag-policies.html"
+)
+
+
+@dataclass(slots=True)
+class AwsRules:
+    """The rules that AWS's own files hold, notes on what has no equal, and the regions they are for."""
+
+    rules: dict[str, StarterRule] = field(default_factory=dict)  # by the key without its case
+    notes: list[str] = field(default_factory=list)
+    regions: set[str] = field(default_factory=set)
+
+    def note(self, what: str, why: str) -> None:
+        """Add a note on what a policy cannot say."""
+        self.notes.append(f"No equal: {what}: {why}")
+
+    def add(self, rule: StarterRule, values: Iterable[str]) -> None:
+        """Add a rule with its values, where * is any text, or join it with the one for the same key."""
+        wanted = list(dict.fromkeys(values))
+        if usable := [value for value in wanted if _is_value(value)]:
+            if any("*" in value for value in usable):
+                pattern = "|".join(".*".join(map(_escape, value.split("*"))) for value in usable)
+                rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(shown_text, usable)))
+            else:
+                rule = replace(rule, values=tuple((value, "") for value in usable))
+        what, folded = f"{shown_text(rule.key)} of {rule.evidence}", rule.key.casefold()
+        if len(usable) < len(wanted):
+            refused = ", ".join(shown_text(value) for value in wanted if value not in usable)
+            self.note(what, f"a policy cannot hold the value {refused}")
+        if not _is_key(rule.key):
+            self.note(what, "a policy cannot ask for such a key")
+        elif usable or not wanted:
+            both, why = _joined(self.rules[folded], rule) if folded in self.rules else (rule, "")
+            self.rules[folded] = both
+            if why:
+                self.note(what, why)
+
+
+def read_rules(paths: Iterable[str]) -> AwsRules:
+    """Read AWS tag policies and required-tags rules of AWS Config as one; raises UsageError."""
+    found = AwsRules()
+    for path in paths:
+        shown = "standard input" if path == "-" else path
+        try:
+            with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
+                content = file.read(MAX_RULES_BYTES + 1)
+            if len(content) > MAX_RULES_BYTES:
+                raise ValueError(f"it is larger than {MAX_RULES_BYTES:,} bytes")
+            _read_answer_of_aws(parse_json(content), found)
+        except OSError as error:
+            raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{shown} is neither {_RULES_WANTED}: {json_error(error)}") from error
+    if not found.rules:
+        raise UsageError(". ".join(["no rule for EC2 instances in the files of --from", *found.notes]))
+    return found
+
+
+def _read_answer_of_aws(answer: Any, found: AwsRules) -> None:
+    """Add the rules of one file; raises KeyError, TypeError or ValueError."""
+    for outer, inner in (("EffectivePolicy", "PolicyContent"), ("Policy", "Content")):
+        if isinstance(answer, dict) and outer in answer:
+            answer = parse_json(json_at(answer, str, outer, inner))
+    if isinstance(answer, dict) and "ConfigRules" in answer:
+        if answer.get("NextToken"):
+            raise ValueError("it has a NextToken, so more rules follow: save it without --max-items")
+        for rule in json_at(answer, list, "ConfigRules"):
+            _read_config_rule(rule, found)
+        return
+    found.regions.add("*")
+    for name, entry in json_at(answer, dict, "tags").items():
+        if name.startswith("@@"):
+            _note_operators({name: entry}, "the tag policy", found)
+        else:
+            _read_tag_rule(name, entry, found)
+
+
+def _read_tag_rule(name: str, entry: Any, found: AwsRules) -> None:
+    """Add the rule of a tag policy for one key; raises TypeError."""
+    where = f"tag policy {shown_text(name)}"
+    if not isinstance(entry, dict):
+        raise TypeError(f"its {name} is {shown_value(entry)}, not an object")
+
+    def assigned(what: str, kind: type[T]) -> T | None:
+        value = entry.get(what)
+        if isinstance(value, dict):
+            _note_operators(value, f"{where}, {what}", found)
+            value = value.get("@@assign", value.get("@@append"))
+        if kind is list and isinstance(value, str):
+            value = [value]
+        return None if value is None else json_at({what: value}, kind, what)
+
+    _note_operators(entry, where, found)
+    values = [json_at({"value": value}, str, "value") for value in assigned("tag_value", list) or ()]
+    # "If case treatment isn't defined, lowercase is the default case treatment for tag keys."
+    rule = StarterRule(assigned("tag_key", str) or name.lower(), where)
+    if assigned("enforced_for", list):
+        rule = replace(rule, notes=("enforced_for has no equal: tagcheck reports, and does not refuse",))
+    required = assigned("report_required_tag_for", list) or ()
+    flags = set() if any(each in _OF_INSTANCES for each in required) else {"optional"}
+    if required and flags:
+        rule = replace(rule, notes=(*rule.notes, "report_required_tag_for does not name ec2:instance"))
+    # Without tag_value "any value (including no value) is compliant" (Tag policy syntax).
+    if not values or {"", "*"} & {*values}:
+        flags.add("allow_empty")
+    found.add(replace(rule, flags=frozenset(flags)), () if "*" in values else filter(None, values))
+
+
+def _note_operators(value: Mapping[str, Any], where: str, found: AwsRules) -> None:
+    """Add a note on each part of an authored policy that a rule cannot hold."""
+    for name in value.keys() - {
+        "@@assign",
+        "tag_key",
+        "tag_value",
+        "enforced_for",
+        "report_required_tag_for",
+    }:
+        advice = (
+            "give the effective policy, which has its parents' values" if name == "@@append" else "left out"
+        )
+        found.note(f"{shown_text(name)} of {where}", advice)
+
+
+def _read_config_rule(rule: Any, found: AwsRules) -> None:
+    """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
+    where = f"Config rule {shown_text(json_at(rule, str, 'ConfigRuleName'))}"
+    owner, kind = (json_at(rule, str, "Source", name) for name in ("Owner", "SourceIdentifier"))
+    if (owner, kind) != ("AWS", "REQUIRED_TAGS"):
+        return found.note(where, f"it is {shown_text(kind)}, not REQUIRED_TAGS")
+    scope = json_at(rule, dict, "Scope") if rule.get("Scope") else {}
+    if scope.get("ComplianceResourceTypes") and "AWS::EC2::Instance" not in json_at(
+        scope, list, "ComplianceResourceTypes"
+    ):
+        return found.note(where, "it is not for AWS::EC2::Instance")
+    one, key, value = (json_at(scope, str, name) if name in scope else "" for name in _SCOPE)
+    if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
+        return found.note(where, f"a policy cannot hold its scope {shown_text(one or f'{key}={value}')}")
+    when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
+    when = f"{{instances: [{one}]}}" if one else when
+    given = parse_json(json_at(rule, str, "InputParameters"))
+    region = text_at(rule, "ConfigRuleArn").split(":")[3:4]
+    found.regions.update(region if region and is_region(region[0]) else ["*"])
+    for number in range(1, 7):
+        if f"tag{number}Key" in given:
+            name = json_at(given, str, f"tag{number}Key").strip()
+            listed = json_at(given, str, f"tag{number}Value") if f"tag{number}Value" in given else ""
+            values = [*filter(None, map(str.strip, listed.split(",")))]
+            flags = frozenset(() if values else {"allow_empty"})
+            found.add(StarterRule(name, where, when=when, flags=flags), values)
+    return None
+
+
+_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
+
+
+def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
+    """Return a rule that asks for what both ask, or the first and why there is none."""
+    if one.key != other.key:
+        return one, f"{shown_text(one.key)} of {one.evidence} is another spelling, and is kept"
+    if one.when != other.when:
+        return one, f"it is for other instances than that of {one.evidence}, which is kept"
+    if one.pattern and other.pattern and one.pattern != other.pattern:
+        return one, f"it has other values than that of {one.evidence}, which is kept"
+    pattern = one.pattern or other.pattern
+    values = [pair for pair in one.values or other.values if not other.values or pair in other.values]
+    if pattern:
+        values = [pair for pair in values if ValuePattern(pattern).judge(pair[0]) is Verdict.ALLOWED]
+    if not values and (one.values or other.values):
+        return one, f"it allows no value that {one.evidence} allows, which is kept"
+    return replace(
+        one,
+        evidence=f"{one.evidence}, and {other.evidence}",
+        notes=tuple(dict.fromkeys((*one.notes, *other.notes))),
+        values=tuple(values),
+        pattern="" if values else pattern,
+        pattern_evidence="" if values else one.pattern_evidence or other.pattern_evidence,
+        flags=one.flags & other.flags,
+    ), ""
+
+
+def make_starter(
+    name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
+) -> Starter:
+    """Return what a policy for a fleet is made of: the rules that are given, or else those that it follows.
+
+    Regions are those that are asked for, or else those with instances and every other.
+    """
+    instances = [instance for each in fleet.values() for instance in each]
+    counts: Counter[str] = Counter()
+    for target, each in fleet.items():
+        counts[target.region] += len(each)
+    found = {region: counted(number, "instance") for region, number in counts.items()}
+    places = {region: found.get(region, "no instances" if fleet else "") for region in regions}
+    notes: list[str] = []
+    if given:
+        notes += given.notes
+        if not fleet and not regions:
+            places = dict.fromkeys(given.regions if "*" not in given.regions else ["*"], "")
+    if not places:
+        new = {region: number for region, number in counts.items() if not is_region(region)}
+        if new:
+            notes.append(f'Under "*", as regions that are new to tagcheck: {_listed(_by_count(new))}')
+        places = {region: each for region, each in found.items() if region not in new}
+        places["*"] = "every other enabled region"
+    services = Counter(instance.managed_by for instance in instances if instance.managed_by)
+    if not all(map(_is_value, services)):
+        services = Counter({"*": services.total()})
+    if given:
+        return Starter(name, [*given.rules.values()], places, {}, services, notes)
+    people = [instance for instance in instances if not instance.managed_by]
+    uses, more = survey_tags(people)
+    rules, placeholders = [], Counter[str]()
+    for use in uses:
+        rule, found_placeholders = fleet_rule(use, len(people))
+        rules.append(rule)
+        placeholders.update(found_placeholders)
+    if not rules:
+        rules = [StarterRule("Owner", "an example")]
+    return Starter(name, rules, places, placeholders, services, [*notes, *more])
+
+
+# ---- As YAML, and what it would find -----------------------------------------------------------------
+
+
+def _commented(text: str, comment: str) -> str:
+    """Return a line of YAML with a comment, which cannot end the line whatever it holds."""
+    return f"{text:<30}  # {printable(comment)}" if comment else text
+
+
+def policy_lines(starter: Starter) -> Iterator[str]:
+    """Yield the lines of a starter policy, each with its evidence."""
+    yield from ("version: 1", f"name: {yaml_text(starter.name)}", "required_tags:")
+    for rule in starter.rules:
+        short = not (rule.values or rule.pattern or rule.when or rule.flags)
+        yield _commented(f"  - {'' if short else 'key: '}{yaml_text(rule.key)}", rule.evidence)
+        yield from (f"    # {printable(note)}" for note in rule.notes)
+        yield from (f"    {flag}: true" for flag in sorted(rule.flags))
+        if rule.when:
+            yield f"    when: {rule.when}"
+        if rule.pattern:
+            quoted = "'" + rule.pattern.replace("'", "''") + "'"
+            yield _commented(f"    pattern: {quoted}", rule.pattern_evidence)
+        if rule.values and not any(evidence for _, evidence in rule.values):
+            yield f"    values: [{', '.join(yaml_text(value) for value, _ in rule.values)}]"
+        elif rule.values:
+            yield "    values:"
+            yield from (
+                _commented(f"      - {yaml_text(value)}", evidence) for value, evidence in rule.values
+            )
+    if starter.placeholders:
+        listed = ", ".join(yaml_text(text) for text, _ in _by_count(starter.placeholders))
+        counts = _listed((text, f"{number:,}") for text, number in _by_count(starter.placeholders))
+        yield _commented(f"placeholder_values: [{listed}]", f"these count as empty: {counts}")
+    yield "regions:"
+    for region in sorted(starter.regions, key=lambda region: (region == "*", region)):
+        yield _commented(f"  {yaml_text(region)}:", starter.regions[region])
+    if starter.services:
+        yield "exemptions:"
+    for service, number in _by_count(starter.services):
+        yield _commented("  - reason: an AWS service operates it", counted(number, "instance"))
+        yield f"    managed_by: {yaml_text(service)}"
+
+
+def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
+    """Yield what a starter policy was made from, and what to do with it."""
+    number = counted(sum(map(len, fleet.values())), "instance")
+    regions = counted(len({target.region for target in fleet}), "region")
+    accounts = counted(len({target.account_id for target in fleet}), "account")
+    seen = f"{number} in {regions} of {accounts}"
+    yield f"Made by `tagcheck.py init` from {'AWS rules' if given else seen}. The comments say why."
+    if given and "*" in given.regions:
+        yield "A tag policy is about tags that are there (optional: true), and case matters in it:"
+        yield TAG_POLICY_PAGE
+    yield "Change what is wrong, and check it with validate and scan --dry-run."
+
+
+def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
+    """Yield what a scan with a policy would find in a fleet."""
+    total = exempted = failing = 0
+    types: Counter[tuple[str, ViolationType]] = Counter()
+    for target, instances in fleet.items():
+        for instance in instances:
+            seen = judge(target, instance, policy, now)
+            total += 1
+            if seen.too_young:
+                continue
+            failing += bool(seen.violations)
+            exempted += bool(seen.exempted) and not seen.violations
+            types.update((violation.tag_key, violation.type) for violation in seen.violations)
+    also = f", {exempted:,} exempted" if exempted else ""
+    yield f"A scan with it finds now: {failing:,} of {counted(total, 'instance')} with violations{also}"
+    for key in dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules):
+        words = {ViolationType.MISSING: "missing", ViolationType.EMPTY: "empty"}
+        counts = ((types[key, kind], words.get(kind, "with another value")) for kind in ViolationType)
+        if found := ", ".join(f"{number:,} {word}" for number, word in counts if number):
+            yield f"  {shown_text(key)}: {found}"
+
+
+########################################################################################################
+# 12 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
@@ -6997,6 +7616,9 @@ PolicyPath = Annotated[str, Option("the policy")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
 FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
+Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
+RegionNames = Annotated[list[str], Option("only this region", "R")]
+Workers = Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
 
@@ -7006,7 +7628,7 @@ class StateOptions:
     """Which state is used."""
 
     state: StatePath = DEFAULT_STATE
-    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    profile: Profile = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -7020,7 +7642,7 @@ class PolicyOptions(StateOptions):
 class ScopeOptions(PolicyOptions):
     """Which regions and accounts are chosen; an empty list restricts nothing."""
 
-    region: Annotated[list[str], Option("only this region", "R")]
+    region: RegionNames
     account: Annotated[list[str], Option("only this account", "ID")]
 
     def includes(self, target: Target) -> bool:
@@ -7036,7 +7658,7 @@ class ScanOptions(ScopeOptions):
     shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
     include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
-    workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
+    workers: Workers = 16
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
@@ -7060,6 +7682,21 @@ class ScanOptions(ScopeOptions):
         # Not hash(), which differs between processes.
         share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
         return (not self.account or account_id in self.account) and share == part - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitOptions:
+    """Write a starter policy: from the tags that a fleet has, or from an AWS tag policy or Config rule."""
+
+    instances: FleetPaths
+    region: RegionNames
+    profile: Profile = None
+    workers: Workers = 16
+    from_: Annotated[list[str], Option("an AWS tag policy, or required-tags of AWS Config, as JSON")]
+    name: Annotated[str, Option("the policy's name; findings are stored under it", "NAME")] = "tags"
+    output: Annotated[str, Option("the policy, a new file; - for stdout")] = "policy.yaml"
+    quiet: Quiet
+    verbose: Verbose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -7339,11 +7976,11 @@ _INPUTS = ("policies", "policy", "prices", "instances", "plan", "undo", "state")
 _JOURNALS = ("-journal", "-wal", "-shm")
 
 
-def _outputs(args: object, formats: Iterable[str]) -> list[Output]:
+def _outputs(args: object, formats: Iterable[str], *, new: bool = False) -> list[Output]:
     """Return the outputs that were asked for, each writable and a file of its own; raises TagcheckError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
-    outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
+    outputs = [Output(name, "-" if path in stdout else path, new) for name, path in paths.items()]
     taken: dict[str, str] = {}  # what each file is
     for name in _INPUTS:
         given = getattr(args, name, None) or []
@@ -7525,6 +8162,9 @@ def read_in_parallel(
         yield job, reading
 
 
+TRUNCATED = "has a NextToken, so more follows: save it without --max-items and --no-paginate"
+
+
 def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     """Yield what saved files have of every target in scope.
 
@@ -7542,7 +8182,7 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     if not args.region:
         targets |= {t for t in instances if t.account_id in chosen and policy.covers(t.region)}
         targets |= {Target(account_id, "*") for account_id in chosen - {t.account_id for t in targets}}
-    more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
+    more = f"{cut} {TRUNCATED}"
     if not chosen:
         if not in_scope or args.shard == ALL_ACCOUNTS:
             raise UsageError("the files have no instance in scope: name its account with --account ID")
@@ -7621,6 +8261,101 @@ def _unseen_notices(
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
             yield f"{where} were not checked, as this scan found no such region or account; they stay open"
+
+
+def run_init(args: InitOptions, now: datetime) -> ExitCode:
+    """Write the policy that the tags of a fleet, or AWS's own rules, amount to; it replaces no file."""
+    outputs = _outputs(args, INIT_WRITERS, new=True)
+    if is_blank(args.name) or not is_printable(args.name):
+        raise UsageError(f"--name {args.name!r}: give a name of visible characters")
+    for region in args.region:
+        if not is_region(region):
+            raise UsageError(f"--region: AWS has no region {shown_value(region)}")
+    given = read_rules(args.from_) if args.from_ else None
+    fleet: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances or not given:
+        fleet, unread = _survey(args)
+    starter = make_starter(args.name, fleet, args.region, given)
+    body = "".join(f"{line}\n" for line in policy_lines(starter))
+    policy = check_policy(body.encode(), args.output)
+    lacking = [
+        f"Not read in full, so the policy may lack something: {place}: {unread[place]}" for place in unread
+    ]
+    found = [*finding_lines(policy, fleet, now)] if fleet else []
+    head = [*origin_lines(fleet, given), *found, *lacking, *starter.notes]
+    text = "".join(f"# {printable(line)}\n" for line in head)
+    SIGNALS.hold()  # what is written is also reported
+    write_report(outputs, INIT_WRITERS, f"{text}\n{body}", emit)
+    if not args.quiet:
+        emit_lines(_next_lines(args, starter, found[:1]), _message_stream(outputs))
+    emit_lines(lacking, sys.stderr)
+    return ExitCode.INCOMPLETE if unread else ExitCode.COMPLIANT
+
+
+def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, TargetError]]:
+    """Return the instances that a scan would judge, and what was not read in full; raises TagcheckError."""
+    policy = Policy("init", "", "1", args.name, dict.fromkeys(args.region or ["*"], ()))
+    read: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances:
+        read, cut = load_fleet(args.instances)
+        unread = {cut: TargetError("Truncated", f"it {TRUNCATED}")} if cut else {}
+    else:
+        progress = Progress(quiet=args.quiet)
+        for target, reading in read_live(_live_scope(args), policy, Aws(args.profile, args.workers), []):
+            if isinstance(reading, list):
+                read.setdefault(target, []).extend(reading)
+                progress.page(target, len(reading))
+                continue
+            if reading:
+                unread[str(target)] = reading
+            progress.end(target, reading)
+        progress.close()
+    fleet: dict[Target, list[Instance]] = {}
+    for target in sorted(read):
+        judged = [instance for instance in read[target] if policy.includes(instance.state)]
+        if judged and policy.covers(target.region):
+            fleet[target] = judged
+    if not args.from_ and all(each.managed_by for each in itertools.chain.from_iterable(fleet.values())):
+        number = counted(sum(map(len, read.values())), "instance")
+        what = f"no instance whose tags a policy could follow (read: {number})"
+        for place, error in unread.items():
+            raise TargetError(error.code, f"{place}: {error.message}; elsewhere there is {what}")
+        advice = (
+            "terminated ones and those that AWS services operate do not count; name other files, --region or"
+        )
+        raise UsageError(f"{what}: {advice} --profile")
+    return fleet, dict(sorted(unread.items()))
+
+
+def _live_scope(args: InitOptions) -> ScanOptions:
+    """Return what a scan would be given to read the same from AWS."""
+    off = ("include_managed_resources", "creators", "require_state", "dry_run", "verbose")
+    given: dict[str, Any] = dict.fromkeys(off, False) | {"account": [], "instances": []}
+    return ScanOptions(region=args.region, workers=args.workers, quiet=args.quiet, **given)
+
+
+def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
+    """Yield what was written, and the command that comes next."""
+    regions = counted(len(starter.regions.keys() - {"*"}), "region")
+    every = ' and "*"' if "*" in starter.regions else ""
+    yield f"Wrote {args.output}: {counted(len(starter.rules), 'rule')}, {regions}{every}"
+    yield from found
+    if args.output != "-":
+        words = ["tagcheck.py", "scan", "--policy", args.output]
+        words += ["--profile", args.profile] if args.profile else []
+        for name in ("region", "instances"):
+            words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+        yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
+
+
+def _write_text(file: TextIOBase, text: str) -> None:
+    """Write a text that is ready."""
+    file.write(text)
+
+
+INIT_WRITERS: Writers[str] = {"output": _write_text}
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -8064,6 +8799,7 @@ def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Any, datetime], ExitCode], type[Any]]] = {
     "scan": (run_scan, ScanOptions),
+    "init": (run_init, InitOptions),
     "validate": (run_validate, ValidateOptions),
     "explain": (run_explain, ExplainOptions),
     "history": (run_history, HistoryOptions),
@@ -8095,11 +8831,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
     kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
-    name = f"--{filled.name.replace('_', '-')}"
+    name = f"--{filled.name.rstrip('_').replace('_', '-')}"  # `from` is a word of Python
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
-    elif kind is bool:
+        return
+    more["dest"] = filled.name
+    if kind is bool:
         short = [name[1:3]] if name in ("--quiet", "--verbose") else []
         command.add_argument(*short, name, help=option.help, action="store_true")
     elif kind is list:
