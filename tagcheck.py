@@ -215,6 +215,7 @@ class PolicyError(UsageError):
 
 # The types of fields and columns beyond Python's own; what they may hold is checked when they are loaded.
 Moment = Annotated[str, "a time in UTC, as utc_text() writes it"]
+Day = Annotated[str, "a date, as 2027-01-31"]
 Share = Annotated[float, "from 0 to 1"]
 Kind = Annotated[str, "a key of GROUP_KINDS"]
 
@@ -225,9 +226,30 @@ class Target:
 
     account_id: str
     region: str
+    account_name: str = field(default="", compare=False)
+    account_paths: str = field(default="", compare=False)  # as in Account
+
+    @property
+    def account(self) -> str:
+        """The account as people are shown it."""
+        return account_text(self.account_id, self.account_name)
 
     def __str__(self) -> str:
-        return f"{self.account_id} {self.region}"
+        return f"{self.account} {self.region}"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is known of an account besides its id; what is not known is empty."""
+
+    name: str = ""
+    paths: str = ""  # its places in the organization, as o-a1b2c3d4e5/r-ab12/ou-ab12-11111111/
+    state: str = "ACTIVE"
+
+
+def account_text(account_id: str, name: str) -> str:
+    """Return how people are shown an account: its id, and its name where that is known."""
+    return f"{account_id} ({name})" if name else account_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,11 +359,13 @@ class Finding:
     monthly_cost: float | None
     managed_by: str | None  # "" where no AWS service does, None where the first edition recorded it
     created_by_reason: str | None = None
+    account_name: str = ""
+    account_paths: str = ""
 
     @property
     def target(self) -> Target:
         """Where the instance is."""
-        return Target(self.account_id, self.region)
+        return Target(self.account_id, self.region, self.account_name, self.account_paths)
 
     @property
     def name(self) -> str:
@@ -444,6 +468,18 @@ class TrendPoint:
     resolved: int
     targets: int
     targets_unread: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upcoming:
+    """How many instances fail a rule that does not count yet."""
+
+    tag_key: str
+    effective_from: Day
+    instances: int
+
+    def __str__(self) -> str:
+        return f"{self.tag_key} from {self.effective_from}: {counted(self.instances, 'instance')} would fail"
 
 
 def check_packages(*names: str) -> None:
@@ -552,6 +588,9 @@ _ADVICE = (
     ("HTTPClientError", "the HTTP request failed: check the network, the proxy and the AWS configuration"),
     ("UnknownAccountState",
      "the account's state is new to tagcheck: exclude the account in the policy, or update tagcheck"),
+    ("UnknownAccountPath",
+     "the policy asks for organizational_units, and where this account is in the organization is not known: "
+     "scan the organization live with an up-to-date boto3, or name the accounts instead"),
     ("InternalError InternalFailure ServiceUnavailable Unavailable 500 502 503 504",
      "AWS failed, even after retries: run again later"),
 )  # fmt: skip
@@ -567,6 +606,9 @@ ACCOUNT_ID, INSTANCE_ID, REGION_NAME = "[0-9]{12}", "i-[0-9a-f]{8,17}", "[a-z]+(
 ROLE_NAME = "[A-Za-z0-9+=,.@_/-]{1,512}"
 EMAIL_ADDRESS = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9-]+\.)+[A-Za-z0-9-]+"
 SLACK_MEMBER = "[UW][A-Z0-9]{6,20}"
+ACCOUNT_PATH = "o-[a-z0-9]+/r-[a-z0-9]+(/ou-[a-z0-9]+-[a-z0-9]+)*"
+MAX_ACCOUNT_NAME = 50  # characters (Organizations API reference, CreateAccount)
+_UNIT = r"(\*/)?(ou|r|o)-[a-z0-9*?-]+(/[a-z0-9*?-]+)*/?"
 _DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhd]"
 MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 127, 256  # EC2 API reference, Tag
 
@@ -746,6 +788,12 @@ def is_quick(pattern: str) -> bool:
     return groups < 100 and ways * width * (1 + alternatives / groups) ** groups <= MAX_PATTERN_STEPS
 
 
+def any_case(pattern: str) -> str:
+    """Return the pattern that matches the same texts in upper and in lower case."""
+    flags = re.match(r"\(\?([aiLmsux]+)\)", pattern)  # Python wants them all at the beginning
+    return f"(?i{flags[1]}){pattern[flags.end() :]}" if flags else f"(?i){pattern}"
+
+
 class Verdict(Enum):
     """What a rule says about a value."""
 
@@ -758,9 +806,10 @@ class Verdict(Enum):
 class ValuePattern:
     """A regular expression for whole tag values: strangers write them, but none can keep it busy for long."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, ignore_case: bool = False) -> None:
         self.text = text
-        self._quick = re.compile(text) if is_quick(text) else None
+        self._regex = any_case(text) if ignore_case else text
+        self._quick = re.compile(self._regex) if is_quick(text) else None
         self._verdicts: dict[str, Verdict] = {}
         self.slow_seconds = 0.0
         self.stopped = 0
@@ -778,7 +827,7 @@ class ValuePattern:
             return self._verdicts[value]
         if self.given_up:
             return Verdict.NOT_CHECKED
-        answer = _MATCHER.match(self.text, value)
+        answer = _MATCHER.match(self._regex, value)
         self.stopped += answer is None
         matches, seconds = answer or (False, PATTERN_SECONDS)
         self.slow_seconds += seconds if seconds > 0.001 else 0
@@ -805,9 +854,16 @@ def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": items, "examples": [items["examples"]]} | more
 
 
-def _mapping(values: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+def _one_or_more(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a text, or of a list of such texts that is not empty."""
+    either = {"type": ["string", "number", "array"], "minItems": 1, "items": item}
+    return {**item, **either}
+
+
+def _mapping(values: Mapping[str, Any], example: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return the schema of a mapping that has any keys and is not empty."""
-    return {"type": "object", "minProperties": 1, "additionalProperties": values, "examples": [example]}
+    shape = {"type": "object", "minProperties": 1, "additionalProperties": values, "examples": [example]}
+    return shape | more
 
 
 def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", read: Any = None) -> Any:
@@ -840,6 +896,8 @@ _REGION = _string("eu-west-1")
 _ACCOUNT = _form("an account id (12 digits)", ACCOUNT_ID, "012345678901") | {"type": ["string", "number"]}
 _INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
 _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
+_ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
+_INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
 _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
@@ -853,22 +911,158 @@ _TOPIC = _form("the ARN of an SNS topic that is not FIFO", _ARN, "arn:aws:sns:eu
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 
 
+def is_empty(value: str, placeholders: Container[str]) -> bool:
+    """Return whether a tag value says nothing: it is blank, or a placeholder."""
+    text = stripped(value)
+    return not text or text.casefold() in placeholders
+
+
+@functools.cache
+def _glob(text: str) -> re.Pattern[str]:
+    """Return the pattern of a text with the wildcards `*` and `?`."""
+    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
+
+
+def _is_any(texts: Sequence[str], value: str) -> bool:
+    """Return whether a value is one of these texts, in which `*` matches any text and `?` one character."""
+    return any(_glob(text).match(value) for text in texts)
+
+
+def _is_in(units: Sequence[str], paths: str) -> bool:
+    """Return whether one of an account's places is one of these units, or is below one given by its id."""
+    for path in paths.split():
+        whole = [f"{unit.rstrip('/')}/" if unit[-1] != "*" else unit for unit in units if "/" in unit]
+        ids = [unit for unit in units if "/" not in unit]
+        if _is_any(whole, path) or any(_is_any(ids, step) for step in path.split("/")):
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Which instances are meant: those that meet every condition that is given; of a list, one is enough."""
+
+    tags: tuple[tuple[str, tuple[str, ...]], ...] = _key(
+        "Tags that they have: a value, or a list of values. * matches any text and ? one character.",
+        _mapping(_one_or_more(_TAG_VALUE | {"minLength": 0}), {"eks:cluster-name": "*"}),
+        (),
+        read=lambda tags: tuple(
+            (key, (wanted,) if isinstance(wanted, str) else tuple(wanted)) for key, wanted in tags.items()
+        ),
+    )
+    instances: tuple[str, ...] = _key("Their ids.", _list(_INSTANCE_TEXT), ())
+    accounts: tuple[str, ...] = _key("Their accounts.", _list(_ACCOUNT), ())
+    organizational_units: tuple[str, ...] = _key(
+        "Their accounts' units: an id, which includes the units below it, or a path; * and ? as in tags.",
+        _list(_ORGANIZATIONAL_UNIT),
+        (),
+    )
+    regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
+    instance_types: tuple[str, ...] = _key("Their types; * and ? as in tags.", _list(_INSTANCE_TYPE), ())
+    managed_by: tuple[str, ...] = _key(
+        'The AWS service that operates them; * and ? as in tags, so "*" is any.',
+        _one_or_more(_string("eks.amazonaws.com")),
+        (),
+    )
+    line: int = 0
+    column: int = 0
+
+    @property
+    def wanted(self) -> list[str]:
+        """What an instance must meet, in words: each list that is given, and each tag."""
+        nothing = Instance("", "", datetime.min, {})
+        return [wanted for wanted, _ in self.mismatches(Target("", ""), nothing)]
+
+    def mismatches(
+        self, target: Target, instance: Instance, placeholders: Container[str] = ()
+    ) -> Iterator[tuple[str, str]]:
+        """Yield each condition that an instance does not meet: what is wanted, and what there is instead."""
+        if self.accounts and target.account_id not in self.accounts:
+            yield f"account {', '.join(self.accounts)}", f"the account is {target.account_id}"
+        if self.organizational_units and not _is_in(self.organizational_units, target.account_paths):
+            place = target.account_paths or "not known here"
+            yield f"accounts in {', '.join(self.organizational_units)}", f"the account's place is {place}"
+        if self.regions and target.region not in self.regions:
+            yield f"region {', '.join(self.regions)}", f"the region is {target.region}"
+        if self.instances and instance.instance_id not in self.instances:
+            yield ", ".join(self.instances), f"the instance is {instance.instance_id}"
+        if self.instance_types and not _is_any(self.instance_types, instance.instance_type):
+            found = f"the instance type is {instance.instance_type or 'not known'}"
+            yield f"instance types {', '.join(self.instance_types)}", found
+        operator = instance.managed_by
+        if self.managed_by and not (operator and _is_any(self.managed_by, operator)):
+            found = f"this one is managed by {operator or 'no AWS service'}"
+            yield f"instances managed by {', '.join(self.managed_by)}", found
+        for key, wanted in self.tags:
+            value = instance.tags.get(key)
+            if value is None or not self._has(wanted, value, placeholders):
+                found = f"{key} is {'missing' if value is None else repr(value)}"
+                yield f"{key}={' or '.join(wanted)}", found
+
+    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
+        """Return whether a tag value is wanted; a pattern matches no value that counts as empty."""
+        return value in wanted or (not is_empty(value, placeholders) and _is_any(wanted, value))
+
+
+_CONDITIONS = [{"required": [key]} for key in _keys(Match)]
+_WHEN = _schema(Match, {"tags": {"Environment": "prod"}}, anyOf=_CONDITIONS)
+
+
 @dataclass(frozen=True, slots=True)
 class RequiredTag:
     """One rule: a required tag key, what its value must be, and its line in the policy."""
 
     key: str = _key("The tag key. Case matters.", _TAG_KEY)
-    values: tuple[str, ...] = _key("The allowed values. Case matters.", _list(_TAG_VALUE), ())
+    values: tuple[str, ...] = _key(
+        "The allowed values. Case matters, unless ignore_case is true.", _list(_TAG_VALUE), ()
+    )
     pattern: ValuePattern | None = _key(
-        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None, read=ValuePattern
+        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None
     )
     default: str | None = _key("What remediate may write if it finds no better value.", _TAG_VALUE, None)
+    aliases: tuple[str, ...] = _key(
+        "Other keys that meet the rule, too; the first that has a value counts.", _list(_TAG_KEY), ()
+    )
+    ignore_case: bool = _key("true: values and pattern match in upper and lower case.", _TRUE, False)
+    when: Match | None = _key(
+        "The rule applies only to instances that meet all of this.", _WHEN, None, read=Match
+    )
+    allow_empty: bool = _key("true: the key is enough; its value may be empty.", _TRUE, False)
+    optional: bool = _key("true: checked only where the tag is present.", _TRUE, False)
+    effective_from: date | None = _key(
+        "The first day on which it counts (UTC). Before it, what would fail is only counted.",
+        _DATE_TEXT,
+        None,
+        read=date.fromisoformat,
+    )
     line: int = 0
     column: int = 0
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that meet the rule, its own first."""
+        return self.key, *self.aliases
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rule asks every instance for a value of this key, so that no other tag decides."""
+        return not (self.aliases or self.when or self.allow_empty or self.optional)
+
+    def applies(self, target: Target, instance: Instance, placeholders: Container[str]) -> bool:
+        """Return whether the rule is for an instance of a target."""
+        return self.when is None or not any(self.when.mismatches(target, instance, placeholders))
+
+    def counts(self, today: date) -> bool:
+        """Return whether what fails the rule is a finding; `effective_from` is the first such day."""
+        return self.effective_from is None or self.effective_from <= today
+
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        if self.values and value not in self.values:
+        if not self.values or value in self.values:
+            is_allowed = True
+        else:
+            is_allowed = self.ignore_case and value.casefold() in _folded(self.values)
+        if not is_allowed:
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -882,6 +1076,12 @@ class RequiredTag:
         values = f"one of {', '.join(self.values)}" if self.values else ""
         pattern = f"a match of {self.pattern.text}" if self.pattern else ""
         return " and ".join(filter(None, (values, pattern)))
+
+
+@functools.lru_cache(1000)
+def _folded(values: tuple[str, ...]) -> frozenset[str]:
+    """Return values for comparing without regard to case."""
+    return frozenset(map(str.casefold, values))
 
 
 _TAG_OR_KEY = _TAG_KEY | {"type": ["string", "number", "object"]}
@@ -898,63 +1098,23 @@ class Region:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Exemption:
-    """Instances that may lack some tags; what is left empty restricts nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exemption(Match):
+    """Instances that may lack some tags."""
 
     reason: str = _key("Why. Every report shows it.", _string("EKS nodes are tagged by the cluster team"))
-    tags: tuple[tuple[str, str], ...] = _key(
-        "Tags that they have. In a value, * matches any text and ? one character.",
-        _mapping(_TAG_VALUE | {"minLength": 0}, {"eks:cluster-name": "*"}),
-        (),
-        read=lambda tags: tuple(tags.items()),
-    )
-    instances: tuple[str, ...] = _key("Their ids.", _list(_INSTANCE_TEXT), ())
-    accounts: tuple[str, ...] = _key("Their accounts.", _list(_ACCOUNT), ())
-    regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
-    managed_by: str | None = _key(
-        'The AWS service that operates them; * and ? as in tags, so "*" is any.',
-        _string("eks.amazonaws.com"),
-        None,
-    )
     required_tags: tuple[str, ...] = _key("The tags that they may lack. Default: all.", _list(_TAG_KEY), ())
     expires: date | None = _key("The last day it applies (UTC).", _DATE_TEXT, None, read=date.fromisoformat)
     approved_by: str | None = _key("Who approved it.", _string("head of platform"), None)
     ticket: str | None = _key("Where it was approved.", _string("OPS-1234"), None)
-    line: int = 0
-    column: int = 0
-
-    @property
-    def conditions(self) -> list[object]:
-        """What an instance must match: each list that is given, and each tag."""
-        return [*filter(None, (self.instances, self.accounts, self.regions, self.managed_by)), *self.tags]
 
     def holds(self, today: date) -> bool:
         """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
 
-    def mismatches(self, target: Target, instance: Instance) -> Iterator[str]:
-        """Yield why it does not cover an instance; nothing if it does."""
-        operator = instance.managed_by
-        if self.accounts and target.account_id not in self.accounts:
-            yield f"it is for account {', '.join(self.accounts)}"
-        if self.regions and target.region not in self.regions:
-            yield f"it is for region {', '.join(self.regions)}"
-        if self.instances and instance.instance_id not in self.instances:
-            yield f"it is for {', '.join(self.instances)}"
-        if self.managed_by and not (operator and _glob(self.managed_by).match(operator)):
-            managed = f"it is for instances managed by {self.managed_by}"
-            yield f"{managed}; this one is managed by {operator or 'no AWS service'}"
-        for key, wanted in self.tags:
-            value = instance.tags.get(key)
-            if value is None or not _glob(wanted).match(value):
-                yield f"it is for {key}={wanted}; here {key} is {'missing' if value is None else repr(value)}"
-
-
-@functools.cache
-def _glob(text: str) -> re.Pattern[str]:
-    """Return the pattern of a text with the wildcards `*` and `?`."""
-    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
+    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
+        """Return whether a tag value is wanted; in an exemption "*" has always matched an empty one, too."""
+        return _is_any(wanted, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -966,6 +1126,23 @@ class Accounts:
     ids: tuple[str, ...] = _key("The account ids.", _list(_ACCOUNT), ())
     exclude: tuple[str, ...] = _key("Accounts to skip.", _list(_ACCOUNT), ())
     external_id: str | None = _key("The external id that the role requires.", _string("tagcheck"), None)
+    names: tuple[tuple[str, str], ...] = _key(
+        "What reports call accounts. Default: their names in the organization.",
+        _mapping(
+            _string("production", maxLength=MAX_ACCOUNT_NAME),
+            {"012345678901": "production"},
+            propertyNames={
+                "pattern": f"^{ACCOUNT_ID}$",
+                "patternErrorMessage": _ACCOUNT["patternErrorMessage"],
+            },
+        ),
+        (),
+        read=lambda names: tuple(names.items()),
+    )
+
+    def named(self, account_id: str, account: Account) -> Account:
+        """Return an account under the name that the policy gives it."""
+        return replace(account, name=dict(self.names).get(account_id, account.name))
 
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
@@ -1036,7 +1213,7 @@ _SLACK = _schema(Slack, {"webhook_url_env": "SLACK_WEBHOOK_URL"})
 _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
-_WHEN = {"enum": ["new", "any"], "examples": ["new"]}
+_NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1044,7 +1221,7 @@ class Notify:
     """Who is notified of a scan's findings."""
 
     on: Literal["new", "any"] = _key(
-        "new: each finding once. any: all that is open, each time.", _WHEN, "new"
+        "new: each finding once. any: all that is open, each time.", _NEW_OR_ANY, "new"
     )
     slack: Slack | None = _key("An incoming webhook of Slack.", _SLACK, None, read=Slack)
     sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
@@ -1079,7 +1256,7 @@ _EXEMPTION = _schema(
     Exemption,
     {"reason": "the cluster team tags them", "tags": {"eks:cluster-name": "*"}},
     description="Instances that may lack some tags. All conditions given must match.",
-    anyOf=[{"required": [key]} for key in ("tags", "instances", "accounts", "regions", "managed_by")],
+    anyOf=_CONDITIONS,
 )
 _REGIONS = _mapping(
     _schema(Region, None, type=["object", "null"], description="Its rules, if not the policy's alone."),
@@ -1112,6 +1289,9 @@ class Policy:
     states: frozenset[str] = _key(
         "States to check. Default: all but shutting-down and terminated.", _STATES, frozenset(STATES[:4])
     )
+    normalize_aliases: bool = _key(
+        "true: remediate may write a rule's own key where an alias has the value.", _TRUE, False
+    )
     grace_period: timedelta = _key(
         "How long after its launch an instance may lack tags.", _TIME_TEXT, timedelta(0), read=duration
     )
@@ -1130,6 +1310,7 @@ class Policy:
         None,
         read=Notify,
     )
+    warnings: tuple[Problem, ...] = ()
 
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
@@ -1138,6 +1319,17 @@ class Policy:
     def rules(self, region: str) -> tuple[RequiredTag, ...]:
         """Return the tags required in a region that the policy covers."""
         return self.regions[region] if region in self.regions else self.regions["*"]
+
+    @property
+    def asks_for_units(self) -> bool:
+        """Whether it depends on where an account is in the organization."""
+        rules = itertools.chain.from_iterable(self.regions.values())
+        matches = [*self.exemptions, *(rule.when for rule in rules if rule.when)]
+        return any(match.organizational_units for match in matches)
+
+    def rules_by_key(self, region: str) -> dict[str, RequiredTag]:
+        """Return the tags required in a region by their keys; none where the policy does not cover it."""
+        return {rule.key: rule for rule in self.rules(region)} if self.covers(region) else {}
 
     def includes(self, state: str) -> bool:
         """Return whether instances in a state are checked; states that AWS added later are included."""
@@ -1176,6 +1368,7 @@ class YamlDocument:
 
         self.file = file
         self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
         self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
         self._nodes = 0
         self._key_marks: dict[KeyPath, Any] = {}
@@ -1216,6 +1409,11 @@ class YamlDocument:
         where = "".join(steps).removeprefix(".")  # regions.eu-west-1.required_tags[1]
         place = self.place(path, at_key=at_key)
         self.problems.append(Problem(self.file, *place, where, message + hint))
+
+    def warn(self, path: KeyPath, message: str) -> None:
+        """Add a warning about the value at a path."""
+        self.add(path, message)
+        self.warnings.append(replace(self.problems.pop(), severity="warning"))
 
     def _build(self, node: Any, path: KeyPath) -> Any:
         """Return the value of a node; an alias costs as much as if its anchor stood there again."""
@@ -1402,6 +1600,7 @@ def _check_schema(document: YamlDocument) -> None:
 
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(document.value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
+        is_key = "propertyNames" in error.absolute_schema_path
         known = tuple(sorted(error.schema.get("properties", ())))
         unknown = [key for key in found if key not in known] if known and isinstance(found, dict) else []
         # `- Owner:` is one mistake, and reported as an unknown key.
@@ -1424,8 +1623,8 @@ def _check_schema(document: YamlDocument) -> None:
             case "oneOf" if not isinstance(found, dict):
                 pass  # its type is reported
             case other:
-                message = _SCHEMA_MESSAGES[other]
-                document.add(path, message.format(shown_value(found), len(found), wanted, error.schema))
+                message = _SCHEMA_MESSAGES[other].format(shown_value(found), len(found), wanted, error.schema)
+                document.add((*path, found) if is_key else path, message, at_key=is_key)
 
 
 _KINDS = {"array": "a list", "boolean": "true or false", "string": "text", "object": "a mapping (key: value)"}
@@ -1435,7 +1634,7 @@ _SCHEMA_MESSAGES = {
     "minItems": "the list is empty: name at least one, or remove the key",
     "minProperties": "is empty: name at least one",
     "maxLength": "{0} has {1} characters; AWS allows {2}",
-    "anyOf": "does not say for which instances: add tags, instances, accounts, regions or managed_by",
+    "anyOf": f"does not say for which instances: add {', '.join([*_keys(Match)][:-1])} or managed_by",
     "oneOf": "does not say which accounts: give it organization: true, or ids, not both",
 }
 
@@ -1447,10 +1646,30 @@ def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ..
         hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
     elif len(path) == 1 and is_region(key):
         hint, near = ": it is a region; indent it by two spaces, under regions:", False
+    elif path[-2:-1] == ("when",) and not did_you_mean(key, known):
+        hint, near = f": if it is a tag, write tags: {{{key[:40]}: …}}", False
     elif path[-2:-1] == ("slack",):
         hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
     message = f"unknown key {shown_value(key)}{hint}"
     document.add(path, message, at_key=True, near=(key, known) if near else ())
+
+
+def _keys_of_type(kind: str) -> frozenset[str]:
+    """Return the keys of a policy whose values are of a type of JSON Schema."""
+    found: set[str] = set()
+    waiting: list[Any] = [POLICY_SCHEMA]
+    while waiting:
+        schema = waiting.pop()
+        for key, value in schema.get("properties", {}).items():
+            found |= {key} if value.get("type") == kind else set()
+            waiting.append(value)
+        waiting += [
+            schema[key] for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)
+        ]
+    return frozenset(found)
+
+
+_LISTS, _SWITCHES = _keys_of_type("array"), _keys_of_type("boolean")
 
 
 def _type_hint(path: KeyPath, found: Any) -> str:
@@ -1464,7 +1683,7 @@ def _type_hint(path: KeyPath, found: Any) -> str:
             return "; write each region on its own line, indented, with a colon after it: us-east-1:"
         case ("regions", _):
             return "; put required_tags: before it"
-        case (*_, "required_tags" | "values" | "states" | "placeholder_values" | "accounts" | "ids") if words:
+        case (*_, key) if key in _LISTS and key != "exemptions" and words:
             return f"; write [{text}]"
         case (*_, "exemptions"):
             return "; begin each with a dash and a space: - reason: …"
@@ -1472,8 +1691,10 @@ def _type_hint(path: KeyPath, found: Any) -> str:
             return "; begin each with a dash and a space: - Owner"
         case (*_, "pattern"):
             return "; put it in single quotes: '[0-9]'"
-        case (*_, "inherit"):
+        case (*_, key) if key in _SWITCHES:
             return "; write it in lower case and without quotes"
+        case (*_, "when"):
+            return "; write the tag that instances must have: {tags: {Environment: prod}}"
         case (*_, "tags", _) if found is None:
             return '; for any value write "*"'
         case () if re.match(r"[\w-]+:\S", text):
@@ -1494,6 +1715,16 @@ _SYNONYMS = {
     "reason": "why comment description",
     "placeholder_values": "placeholders empty_values",
     "grace_period": "grace grace_minutes grace_hours",
+    "aliases": "alias other_keys alternatives also any_of",
+    "ignore_case": "case_insensitive ignorecase case_sensitive insensitive",
+    "when": "if only_if condition conditions where only_when unless",
+    "allow_empty": "empty empty_ok allow_blank may_be_empty",
+    "optional": "required mandatory if_present",
+    "effective_from": "from starts start_date valid_from enforced_from enforce_from since starting",
+    "organizational_units": "ou ous organizational_unit organization_units org_units",
+    "instance_types": "type types instance_type",
+    "normalize_aliases": "normalize normalise_aliases",
+    "names": "account_names",
 }
 
 
@@ -1542,22 +1773,64 @@ def _check_rules(document: YamlDocument) -> None:
             _check_region(document, ("regions", region), region, at_key=True)
         asked |= _check_tags(document, ("regions", region), entry, pattern_error)
     known = tuple(sorted(asked))
+    _check_aliases(document, asked)
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
-        for index, region in _texts(entry, "regions").items():
-            _check_region(document, (*path, "regions", index), region)
+        _check_match(document, path, entry)
+        _check_date(document, path, entry, "expires")
         for index, key in _texts(entry, "required_tags").items():
             if key not in asked:
                 message = f"the policy does not require {shown_value(key)}"
                 document.add((*path, "required_tags", index), message, near=(key, known))
-        expires = _given(entry, "expires", str)
-        if re.fullmatch(_DATE, expires):
-            try:
-                date.fromisoformat(expires)
-            except ValueError:
-                document.add((*path, "expires"), f"{expires} is not a valid date")
     if notify := _given(value, "notify", dict):
         _check_notify(document, notify)
+
+
+def _check_date(document: YamlDocument, path: KeyPath, entry: Any, key: str) -> None:
+    """Add a problem if a date is on no calendar."""
+    if re.fullmatch(_DATE, text := _given(entry, key, str)):
+        try:
+            date.fromisoformat(text)
+        except ValueError:
+            document.add((*path, key), f"{text} is not a valid date")
+
+
+def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
+    """Add a problem for regions that AWS does not have, and for units where accounts have none."""
+    for index, region in _texts(match, "regions").items():
+        _check_region(document, (*path, "regions", index), region)
+    accounts = _given(document.value, "accounts", dict)
+    if _given(match, "organizational_units", list) and accounts.get("organization") is not True:
+        message = "only the accounts of an organization are in units: it needs accounts.organization: true"
+        document.add((*path, "organizational_units"), message, at_key=True)
+
+
+def _rules_of(document: YamlDocument) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield every rule of a policy that is a mapping, with its path."""
+    regions = _given(document.value, "regions", dict)
+    places: dict[KeyPath, Any] = {(): document.value} | {("regions", name): regions[name] for name in regions}
+    for path, entry in places.items():
+        for index, rule in enumerate(_given(entry, "required_tags", list)):
+            if isinstance(rule, dict):
+                yield (*path, "required_tags", index), rule
+
+
+def _check_aliases(document: YamlDocument, asked: Container[str]) -> None:
+    """Add a problem for each alias that cannot be one: `asked` are the keys of all rules."""
+    for path, rule in _rules_of(document):
+        seen = {_given(rule, "key", str)}
+        for index, alias in _texts(rule, "aliases").items():
+            place, shown = (*path, "aliases", index), shown_value(alias)
+            if alias in seen:
+                which = "the rule's own key" if alias == rule.get("key") else "in the list twice"
+                document.add(place, f"{shown} is {which}: remove it")
+            elif alias in asked:
+                document.add(
+                    place, f"{shown} is required by a rule of its own: remove it here, or remove that rule"
+                )
+            elif alias != alias.strip():
+                document.add(place, f"{shown} begins or ends with a space: remove it")
+            seen.add(alias)
 
 
 def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
@@ -1575,6 +1848,19 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
         channel = "slack" if re.fullmatch(SLACK_MEMBER, str(to)) else "email"
         if re.fullmatch(f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", str(to)) and channel not in notify:
             document.add(("notify", "owners", *path), f"needs notify.{channel}")
+
+
+def _check_combination(document: YamlDocument, path: KeyPath, rule: Any) -> None:
+    """Add a problem for keys of a rule that make no sense together, and check its `when` and its date."""
+    given = {key for key in _keys(RequiredTag) if _given(rule, key, object) not in (None, False)}
+    if {"optional", "default"} <= given:
+        message = "remediate never adds an optional tag: remove default, or optional"
+        document.add((*path, "default"), message, at_key=True)
+    if "ignore_case" in given and not given & {"values", "pattern"}:
+        message = "has nothing to compare: add values or pattern, or remove it"
+        document.add((*path, "ignore_case"), message, at_key=True)
+    _check_date(document, path, rule, "effective_from")
+    _check_match(document, (*path, "when"), _given(rule, "when", dict))
 
 
 _PatternError = Callable[[str], str]  # why a policy cannot use a pattern, or ""
@@ -1602,24 +1888,35 @@ def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error
             document.add(key_path, f"{shown}: keys that begin with aws: are reserved for AWS")
         if key != key.strip():
             document.add(key_path, f"{shown} begins or ends with a space: remove it")
+        if "*" in key:
+            document.warn(key_path, f"{shown}: * is literal here; no key but this one is meant")
         seen.add(key)
         _check_values(document, rule_path, rule, pattern_error)
+        _check_combination(document, rule_path, rule)
     return seen
 
 
 def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_error: _PatternError) -> None:
     """Check the values, the pattern and the default of a rule."""
     values: set[str] = set()
+    ignore_case = isinstance(rule, dict) and rule.get("ignore_case") is True
     for number, text in _texts(rule, "values").items():
-        if text in values:
-            document.add((*path, "values", number), f"{shown_value(text)} is in the list twice")
-        values.add(text)
+        place, compared = (*path, "values", number), text.casefold() if ignore_case else text
+        if compared in values:
+            document.add(place, f"{shown_value(text)} is in the list twice")
+        elif "*" in text:
+            pattern = re.sub(r"([.^$+?{}\[\]|()\\])", r"\\\1", text).replace("*", ".*").replace("'", "''")
+            document.warn(
+                place, f"{shown_value(text)}: * is literal here; use pattern: '{cut_text(pattern, 100)}'"
+            )
+        values.add(compared)
     pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-    if pattern and (why := pattern_error(pattern)):
+    if pattern and (why := pattern_error(any_case(pattern) if ignore_case else pattern)):
         document.add((*path, "pattern"), f"{shown_value(pattern)} {why}")
     elif default:
         texts = tuple(_texts(rule, "values").values())
-        checked = RequiredTag("", texts, document.pattern(pattern) if pattern else None)
+        regex = document.pattern(pattern, ignore_case=ignore_case) if pattern else None
+        checked = RequiredTag("", texts, regex, ignore_case=ignore_case)
         if not checked.allows(default):
             wanted = cut_text(checked.wanted, 500)
             message = f"{shown_value(default)} is not {wanted}, as the rule itself requires"
@@ -1668,17 +1965,24 @@ def _policy(document: YamlDocument, digest: str) -> Policy:
         region: Region = _read_record(Region, entry, document, ("regions", name))
         inherited = policy.required_tags if region.inherit else ()
         regions[name] = tuple({rule.key: rule for rule in (*inherited, *region.required_tags)}.values())
-    return replace(policy, regions=regions)
+    return replace(policy, regions=regions, warnings=tuple(document.warnings))
 
 
 def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, **more: Any) -> Any:
-    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field."""
+    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field.
+
+    One text stands for a list of it.
+    """
     given = {"key": value} if isinstance(value, str) else value or {}
-    if "line" in kind.__slots__:
+    if "line" in kind.__dataclass_fields__:
         more["line"], more["column"] = document.place(path)
     for key, each in _keys(kind).items():
         if key in given:
-            more[each.name] = _read_field(each, given[key], document, (*path, key))
+            found = given[key]
+            found = [found] if isinstance(found, str) and isinstance(each.default, tuple) else found
+            more[each.name] = _read_field(each, found, document, (*path, key))
+    if "pattern" in more:
+        more["pattern"] = document.pattern(more["pattern"], ignore_case=more.get("ignore_case", False))
     return kind(**more)
 
 
@@ -1690,7 +1994,7 @@ def _read_field(each: Any, value: Any, document: YamlDocument, path: KeyPath) ->
         return kind(_read_field(each, item, document, (*path, index)) for index, item in enumerate(value))
     if is_dataclass(read):
         return _read_record(read, value, document, path)
-    return document.pattern(value) if read is ValuePattern else read(value)
+    return read(value)
 
 
 def check_patterns(policy: Policy) -> Iterator[str]:
@@ -1707,6 +2011,11 @@ def check_patterns(policy: Policy) -> Iterator[str]:
 
 
 NOTICE_DAYS = 14
+
+
+def policy_warnings(policy: Policy, today: date) -> list[Problem]:
+    """Return what is probably a mistake in a policy, and the exemptions that end."""
+    return [*policy.warnings, *check_expiry(policy, today)]
 
 
 def check_expiry(policy: Policy, today: date) -> list[Problem]:
@@ -1748,12 +2057,7 @@ class Sighting:
     violations: tuple[Violation, ...]
     exempted: tuple[Exempted, ...]
     too_young: bool
-
-    def values(self, rules: Iterable[RequiredTag]) -> tuple[str | None, ...]:
-        """Return the value of each required tag, None where it fails its rule, to suggest values from."""
-        failing = {violation.tag_key for violation in self.violations}
-        failing.update(exempted.violation.tag_key for exempted in self.exempted)
-        return tuple(None if rule.key in failing else self.instance.tags[rule.key] for rule in rules)
+    upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
 
 
 @dataclass(frozen=True, slots=True)
@@ -1761,6 +2065,7 @@ class ExemptedInstance:
     """An instance all of whose violations are exempted."""
 
     account_id: str
+    account_name: str
     region: str
     instance_id: str
     state: str
@@ -1797,55 +2102,107 @@ def new_state_notice(state: str) -> str:
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
     """Check an instance of a target against a policy; of several exemptions the first counts."""
-    rules, placeholders = policy.rules(target.region), policy.placeholder_values
-    violations = tuple(filter(None, (check_tag(instance.tags, rule, placeholders) for rule in rules)))
+    rules, placeholders, today = policy.rules(target.region), policy.placeholder_values, now.date()
+    applying = (rule for rule in rules if rule.when is None or rule.applies(target, instance, placeholders))
+    violations = tuple(filter(None, (check_tag(instance.tags, rule, placeholders) for rule in applying)))
     exempted: dict[str, Exempted] = {}
-    if violations and policy.exemptions:
-        in_force = (exemption for exemption in policy.exemptions if exemption.holds(now.date()))
+    upcoming: tuple[RequiredTag, ...] = ()
+    if violations:
+        in_force = (exemption for exemption in policy.exemptions if exemption.holds(today))
         covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
         for violation, exemption in itertools.product(violations, covering):
             if not exemption.required_tags or violation.tag_key in exemption.required_tags:
                 exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
-        violations = tuple(violation for violation in violations if violation.tag_key not in exempted)
+        later = {rule.key: rule for rule in rules if not rule.counts(today)}
+        failing = [violation for violation in violations if violation.tag_key not in exempted]
+        upcoming = tuple(later[case.tag_key] for case in failing if case.tag_key in later)
+        violations = tuple(violation for violation in failing if violation.tag_key not in later)
+        exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    return Sighting(instance, violations, tuple(exempted.values()), too_young)
+    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming)
+
+
+def counted_tag(
+    tags: Mapping[str, str], rule: RequiredTag, placeholders: Container[str]
+) -> tuple[str, str | None]:
+    """Return the tag that counts for a rule: the first of its keys that has a value, else any of them."""
+    present = [key for key in rule.keys if key in tags]
+    for key in present:
+        if not is_empty(tags[key], placeholders):
+            return key, tags[key]
+    key = present[0] if present else rule.key
+    return key, tags.get(key)
+
+
+def met_value(tags: Mapping[str, str], rule: RequiredTag, placeholders: Container[str]) -> str | None:
+    """Return the value by which tags meet a rule; None if they have none, or the rule does not allow it."""
+    _, value = counted_tag(tags, rule, placeholders)
+    return value if value and not is_empty(value, placeholders) and rule.allows(value) else None
+
+
+def value_reader(rules: Iterable[RequiredTag], placeholders: Container[str]) -> Callable[[Sighting], Values]:
+    """Return a function from a sighting to the values that meet these rules, to suggest values from."""
+    readers = [(rule.key, None if rule.is_plain else rule) for rule in rules]
+
+    def read(seen: Sighting) -> Values:
+        tags = seen.instance.tags
+        failing = {violation.tag_key for violation in seen.violations}
+        failing.update(rule.key for rule in seen.upcoming)
+        failing.update(exempted.violation.tag_key for exempted in seen.exempted)
+        return tuple(
+            None if key in failing else met_value(tags, rule, placeholders) if rule else tags[key]
+            for key, rule in readers
+        )
+
+    return read
+
+
+Values = tuple[str | None, ...]  # of the required tags, None where they fail their rule
 
 
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
     """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
-    value = tags.get(rule.key)
+    key, value = counted_tag(tags, rule, placeholders) if rule.aliases else (rule.key, tags.get(rule.key))
     if value is None:
-        message, found = f"{rule.key} is missing", near_miss(tags, rule.key)
+        # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
+        message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
         if found is not None:
             value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
+        elif rule.optional:
+            return None
         return Violation(rule.key, ViolationType.MISSING, value, found, message)
+    alias = key if key != rule.key else None
+    named = f"{rule.key} (here {alias})" if alias else rule.key
     text = stripped(value)
     if not text or text.casefold() in placeholders:
-        message = f"{rule.key} is {value!r}, a placeholder" if text else f"{rule.key} is empty"
-        return Violation(rule.key, ViolationType.EMPTY, value, None, message)
+        if rule.allow_empty:
+            return None
+        message = f"{named} is {value!r}, a placeholder" if text else f"{named} is empty"
+        return Violation(rule.key, ViolationType.EMPTY, value, alias, message)
     verdict = rule.judge(value)
     if verdict is Verdict.ALLOWED:
         return None
-    message = _value_message(rule, value, verdict)
-    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, None, message)
+    message = _value_message(rule, named, value, verdict)
+    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
 
 
 @functools.lru_cache(maxsize=4096)
-def _value_message(rule: RequiredTag, value: str, verdict: Verdict) -> str:
+def _value_message(rule: RequiredTag, named: str, value: str, verdict: Verdict) -> str:
     """Return what the value should have been and which allowed one is nearest, or why it was not checked."""
     unchecked = {
         Verdict.STOPPED: f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s",
         Verdict.NOT_CHECKED: "not checked, as its pattern took too long on other values",
     }
     if verdict in unchecked:
-        return f"{rule.key} is {value!r}: {unchecked[verdict]}; it counts as not matching"
-    return f"{rule.key} is {value!r}, not {rule.wanted}{did_you_mean(value, rule.values)}"
+        return f"{named} is {value!r}: {unchecked[verdict]}; it counts as not matching"
+    return f"{named} is {value!r}, not {rule.wanted}{did_you_mean(value, rule.values)}"
 
 
-def near_miss(tags: Iterable[str], wanted: str) -> str | None:
-    """Return the key that differs from the wanted one only in case, spaces, `_` or `-`."""
-    bare = bare_key(wanted)
-    return min((key for key in tags if bare_key(key) == bare), default=None)
+def near_miss(tags: Iterable[str], wanted: str, *, any_spaces: bool = True) -> str | None:
+    """Return the key that differs from the wanted one only in case or, if allowed, in spaces, `_` or `-`."""
+    bare, folded = bare_key(wanted), wanted.casefold()
+    near = (key for key in tags if bare_key(key) == bare)
+    return min((key for key in near if any_spaces or key.casefold() == folded), default=None)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1861,16 +2218,32 @@ def is_too_young(instance: Instance, grace_period: timedelta, now: datetime) -> 
 
 
 def resolution(
-    violations: Sequence[Violation], tags: Mapping[str, str] | None, exempted: Container[str] = ()
+    violations: Sequence[Violation],
+    tags: Mapping[str, str] | None,
+    exempted: Container[str] = (),
+    before: Mapping[str, str] | None = None,
+    rules: Mapping[str, RequiredTag] | None = None,
 ) -> Resolution:
-    """Return why a finding is closed: by its tags now (None: it is gone) and the keys that are exempted."""
+    """Return why a finding is closed: by its tags now (None: it is gone) and the keys that are exempted.
+
+    `before` are the tags that it had when it was last found, and `rules` those of the policy now, by key.
+    """
     if tags is None:
         return Resolution.GONE
     if any(violation.tag_key in exempted for violation in violations):
         return Resolution.EXEMPTED
     for violation in violations:
-        value = tags.get(violation.tag_key, "")  # still as it was? Then it is the policy that changed.
-        if is_blank(value) or (violation.type is not ViolationType.MISSING and value == violation.value):
+        # Where all that decides is still as it was, it is the policy that changed.
+        rule = (rules or {}).get(violation.tag_key)
+        if rule and not rule.is_plain:
+            when = [key for key, _ in rule.when.tags] if rule.when else []
+            keys = [*rule.keys, *when, violation.found_key or rule.key]
+            same = all(tags.get(key) == (before or {}).get(key) for key in keys)
+        else:
+            value = tags.get(violation.tag_key, "")
+            unchanged = violation.type is not ViolationType.MISSING and value == violation.value
+            same = unchanged or is_blank(value)
+        if same:
             return Resolution.POLICY_CHANGED
     return Resolution.TAGGED
 
@@ -2026,12 +2399,16 @@ def suggest(
     placeholders: frozenset[str],
     siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
     reliability: Reliability,
+    *,
+    normalize_aliases: bool = False,
 ) -> Suggestion | None:
     """Return the likely value of a tag: from the instance's own tags, or else from those of its siblings.
 
     If confident siblings agree with the instance, the confidence is higher; if they contradict it, it is low.
+    The value of an alias is only taken where the policy says so.
     """
-    own = _own_value(violation, rule, placeholders)
+    is_own = normalize_aliases or violation.found_key not in rule.aliases
+    own = _own_value(violation, rule, placeholders) if is_own else None
     best = _sibling_value(rule.key, siblings, reliability)
     if own is None:
         return best if best and best.confidence >= MIN_SHOWN else None
@@ -2459,25 +2836,32 @@ def describe_caller(sts: Any) -> tuple[str, str, str]:
 INACTIVE = frozenset(("PENDING_ACTIVATION", "SUSPENDED", "PENDING_CLOSURE", "CLOSED"))
 
 
-def describe_accounts(organizations: Any) -> dict[str, str]:
-    """Return the state of each account of the organization, such as ACTIVE; raises CredentialsError."""
-    states: dict[str, str] = {}
+def describe_accounts(organizations: Any) -> dict[str, Account]:
+    """Return every account of the organization by its id; raises CredentialsError."""
+    accounts: dict[str, Account] = {}
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
-        for account in itertools.chain.from_iterable(pages):
-            account_id = _account_id(json_at(account, str, "Id"))
+        for entry in itertools.chain.from_iterable(pages):
+            account_id = _account_id(json_at(entry, str, "Id"))
             # `State` replaced `Status` in September 2026.
-            state = json_at(account, str, "State" if account.get("State") else "Status")
-            if states.setdefault(account_id, state) != state:
-                raise ValueError(f"{account_id} is {states[account_id]!r} and {state!r}")
-        if not states:
+            state = json_at(entry, str, "State" if entry.get("State") else "Status")
+            name = printable(stripped(json_at(entry, str, "Name"))) if entry.get("Name") else ""
+            # Each path may end with the account itself (Organizations API reference, Account).
+            paths = (
+                _matching(rf"{ACCOUNT_PATH}(?=/([0-9]{{12}}/)?\Z)", path, "a path")
+                for path in entry.get("Paths") or ()
+            )
+            account = Account(cut_text(name, MAX_ACCOUNT_NAME), " ".join(f"{path}/" for path in paths), state)
+            if (known := accounts.setdefault(account_id, account)).state != state:
+                raise ValueError(f"{account_id} is {known.state!r} and {state!r}")
+        if not accounts:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
             f"cannot list the accounts of the organization: {json_error(error)} (this takes the management "
             "account, or a delegated administrator)"
         ) from error
-    return states
+    return accounts
 
 
 def describe_regions(client: Any) -> list[str]:
@@ -3258,24 +3642,39 @@ MIGRATIONS = (
         WHERE at > coalesce((SELECT max(at) FROM pruned_days WHERE policy = points.policy), '');
     DROP TABLE pruned_days
     """,
+    """
+    -- How accounts were called, and where they were in the organization, when they were last scanned.
+    CREATE TABLE accounts (
+        account_id TEXT PRIMARY KEY, name TEXT NOT NULL, paths TEXT NOT NULL
+    ) WITHOUT ROWID;
+    -- How many instances failed a rule that did not count yet, when their target was last read in full.
+    CREATE TABLE upcoming (
+        policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL, tag_key TEXT NOT NULL,
+        effective_from TEXT NOT NULL, instances INTEGER NOT NULL,
+        PRIMARY KEY (policy, account_id, region, tag_key)
+    ) WITHOUT ROWID
+    """,
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
-# repeated without reading AWS again. `violations` are those that count: NULL where there are none.
+# repeated without reading AWS again. `violations` are those that count: NULL where there are none. `upcoming`
+# has the keys of the rules that will be failed, with the days from which they count.
 # An instance that moved between two pages while they were read is on both: the last one counts.
 SIGHTINGS = """
     CREATE TABLE target (
-        id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, error_code TEXT,
-        error_message TEXT, UNIQUE (account_id, region)
+        id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, account_name TEXT NOT NULL,
+        account_paths TEXT NOT NULL, error_code TEXT, error_message TEXT, UNIQUE (account_id, region)
     );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, exempted TEXT, violations TEXT,
-        tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT, cause TEXT,
-        suggestions TEXT, created_by TEXT, created_by_reason TEXT, PRIMARY KEY (target, instance_id)
+        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT, exempted TEXT,
+        violations TEXT, tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT,
+        cause TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
+        PRIMARY KEY (target, instance_id)
     );
     CREATE VIEW seen AS
-        SELECT account_id, region, sighting.* FROM target CROSS JOIN sighting ON sighting.target = target.id
+        SELECT account_id, region, account_name, sighting.*
+        FROM target CROSS JOIN sighting ON sighting.target = target.id
         WHERE error_code IS NULL;
     -- How many members of a group have which values, as JSON in the order of the rules: counted page by page.
     CREATE TABLE usage (
@@ -3313,6 +3712,7 @@ def _is_moment(text: str) -> bool:
 _IS_VALID: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: type(value) is str,
     Moment: lambda value: type(value) is str and _is_moment(value),
+    Day: lambda value: type(value) is str and str(date.fromisoformat(value)) == value,
     int: lambda value: type(value) is int and 0 <= value < MAX_COUNT,
     float: lambda value: type(value) in (int, float) and 0 <= value < math.inf,
     Share: lambda value: type(value) in (int, float) and 0 <= value <= 1,
@@ -3414,12 +3814,28 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return record
 
 
+def _of_account(column: str, table: str) -> str:
+    """Return what is known of the account in a row of a table or query."""
+    return f"coalesce((SELECT {column} FROM accounts WHERE account_id = {table}.account_id), '')"
+
+
+def _target(table: str) -> str:
+    """Return the target of a row of a table or query, as JSON."""
+    known = ", ".join(_of_account(column, table) for column in ("name", "paths"))
+    return f"json_array({table}.account_id, {table}.region, {known})"
+
+
 def _columns(kind: type, table: str) -> str:
     """Return the columns of a table or query that hold the fields of a record, in their order."""
     group = f"json_array({table}.cause_kind, {table}.cause)"
-    target = f"json_array({table}.account_id, {table}.region)"
-    lists = {"target": target, "group": group, "cause": f"nullif({group}, '[null,null]')"}
-    return ", ".join(lists.get(name, f"{table}.{name}") for name in _loaders(kind))
+    lists = {
+        "target": _target(table),
+        "account_name": _of_account("name", table),
+        "account_paths": _of_account("paths", table),
+        "group": group,
+        "cause": f"nullif({group}, '[null,null]')",
+    }
+    return ", ".join(lists.get(field, f"{table}.{field}") for field in _loaders(kind))
 
 
 # ---- Opening and writing a state ---------------------------------------------------------------------
@@ -3664,7 +4080,8 @@ def sighting_errors() -> contextlib.AbstractContextManager[None]:
 
 def add_target(db: sqlite3.Connection, target: Target) -> int:
     """Add a target that is being read, and return its number among the sightings."""
-    row = db.execute("INSERT INTO target (account_id, region) VALUES (?, ?)", astuple(target))
+    columns = ", ".join(target.__slots__)
+    row = db.execute(f"INSERT INTO target ({columns}) VALUES (?, ?, ?, ?)", astuple(target))
     return row.lastrowid or 0
 
 
@@ -3680,11 +4097,13 @@ def add_sightings(
     target: int,
     sightings: Sequence[tuple[Sighting, float | None]],
     rules: Sequence[RequiredTag] = (),
+    placeholders: Container[str] = (),
 ) -> None:
     """Add sightings of a target, each with the instance's cost per month, and the values of these tags."""
+    values_of = value_reader(rules, placeholders)
     placed = [(seen, groups_of(seen.instance), cost) for seen, cost in sightings]
     rows = sorted((_sighting_row(target, *each) for each in placed), key=len)
-    alike = Counter((groups, seen.values(rules)) for seen, groups, _ in placed)
+    alike = Counter((groups, values_of(seen)) for seen, groups, _ in placed)
     usage: Counter[tuple[str, str, str, Values]] = Counter()
     for (groups, values), number in alike.items():
         for entry in _usage_of(groups, values):
@@ -3697,8 +4116,7 @@ def add_sightings(
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
 
 
-SIGHTING_WIDTH = 18  # columns
-Values = tuple[str | None, ...]  # of the required tags, None where they fail their rule
+SIGHTING_WIDTH = 19  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -3706,14 +4124,17 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
     instance = seen.instance
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
     place = (target, instance.instance_id, instance.state, launch_time, tags)
-    row = (*place, instance.managed_by, int(seen.too_young))
-    if not (seen.violations or seen.exempted):
+    row: tuple[object, ...] = (*place, instance.managed_by, int(seen.too_young))
+    if not (seen.violations or seen.exempted or seen.upcoming):
         return row
+    upcoming = (
+        to_json({rule.key: str(rule.effective_from) for rule in seen.upcoming}) if seen.upcoming else None
+    )
     exempted = _list_or_null(map(exempted_record, seen.exempted))
     if not seen.violations:
-        return (*row, exempted)
+        return (*row, upcoming, exempted)
     more = (instance.instance_type, cost, _groups_json(groups), *(cause_of(groups) or (None, None)))
-    return (*row, exempted, *_violations_json(seen.violations), *more)
+    return (*row, upcoming, exempted, *_violations_json(seen.violations), *more)
 
 
 # Siblings have the same groups and mostly fail in the same way.
@@ -3750,7 +4171,7 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
     """Add the likely values of the tags that violate the policy, from all that was seen."""
     reliability = Reliability()
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
-    rules = {target: {rule.key: rule for rule in policy.rules(region)} for target, region in targets}
+    rules = {target: policy.rules_by_key(region) for target, region in targets}
     keys = {target: [*by_key] for target, by_key in rules.items()}
     with transaction(db):
         db.execute(_AGREEMENTS)
@@ -3770,7 +4191,9 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
-            found.append(suggest(violation, rule, policy.placeholder_values, siblings, reliability))
+            more = {"normalize_aliases": policy.normalize_aliases}
+            placeholders = policy.placeholder_values
+            found.append(suggest(violation, rule, placeholders, siblings, reliability, **more))
         return _list_or_null(map(to_record, filter(None, found)))
 
     query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
@@ -3842,7 +4265,7 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
     )
     for id_, creator in creators:
         name = creator.name and printable(creator.name)
-        db.execute(query, (name, creator.reason, id_, *astuple(target)))
+        db.execute(query, (name, creator.reason, id_, target.account_id, target.region))
 
 
 # ---- Recording a scan --------------------------------------------------------------------------------
@@ -3869,7 +4292,7 @@ def record_scan(
         names = _names(db, scan)
         if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
             raise _BadRowError("it has counts of a scan that was not yet made")
-        _find_resolved(db, names)
+        _find_resolved(db, names, scan.policy)
         _run(db, _RECORD_FINDINGS, names)
         if _has_older_table(db, "state"):
             _run(db, _ADOPT_OLDER, names)
@@ -3886,22 +4309,29 @@ def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     return {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide}
 
 
-def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any]) -> None:
+def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any], policy: Policy) -> None:
     """Find the open findings that this scan resolves, and why; raises _BadRowError."""
     db.execute("DELETE FROM resolved")
-    kinds = {"violations": tuple[Violation, ...], "tags": Mapping[str, str] | None, "exempted": str | None}
-    rows = (
-        (finding, resolution(before, tags, {case["tag_key"] for case in json.loads(exempted or "[]")}))
-        for finding, before, tags, exempted in load_rows(db.execute(_RESOLVED, names), id=int, **kinds)
-    )
-    db.executemany("INSERT INTO resolved VALUES (?, ?)", rows)
+    kinds: dict[str, Any] = {"id": int, "region": str, "violations": tuple[Violation, ...]}
+    kinds |= {"before": Mapping[str, str], "tags": Mapping[str, str] | None, "exempted": str | None}
+    rules = functools.cache(policy.rules_by_key)
+
+    def ended(
+        finding: int, region: str, violations: Sequence[Violation], *seen: Any
+    ) -> tuple[int, Resolution]:
+        before, tags, exempted = seen
+        keys = {case["tag_key"] for case in json.loads(exempted or "[]")}
+        return finding, resolution(violations, tags, keys, before, rules(region))
+
+    rows = load_rows(db.execute(_RESOLVED, names), **kinds)
+    db.executemany("INSERT INTO resolved VALUES (?, ?)", itertools.starmap(ended, rows))
 
 
 # Only a target that was read in full resolves anything. Without --include-managed-resources
 # `aws ec2 describe-instances` may leave out what an AWS service operates (EC2 API reference): it is not gone.
 # In a state of the first edition managed_by is NULL, as it did not know.
 _RESOLVED = """
-    SELECT finding.id, finding.violations, sighting.tags, sighting.exempted
+    SELECT finding.id, region, finding.violations, finding.tags, sighting.tags, sighting.exempted
     FROM target JOIN state.findings AS finding USING (account_id, region)
     LEFT JOIN sighting ON sighting.target = target.id AND sighting.instance_id = finding.instance_id
     WHERE error_code IS NULL AND policy = :policy AND resolved_at IS NULL AND sighting.violations IS NULL
@@ -4003,6 +4433,17 @@ _RECORD_COVERAGE = f"""
     FROM target LEFT JOIN instances USING (id) LEFT JOIN found USING (id)
     LEFT JOIN ended USING (account_id, region);
 
+    INSERT INTO state.accounts SELECT DISTINCT account_id, account_name, account_paths FROM target
+    WHERE (account_name, account_paths) <> ('', '')
+    ON CONFLICT DO UPDATE SET name = excluded.name, paths = excluded.paths;
+
+    DELETE FROM state.upcoming WHERE policy = :policy
+        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+
+    INSERT INTO state.upcoming
+    SELECT :policy, account_id, region, rule.key, rule.value, count(*)
+    FROM seen CROSS JOIN json_each(upcoming) AS rule WHERE NOT too_young GROUP BY 2, 3, 4;
+
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
         sum(resolved), count(*), sum(status = 'unread')
@@ -4051,8 +4492,8 @@ def fetch_notice(
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     rows = db.execute(
-        """
-        SELECT json_array(finding.account_id, finding.region), count(*) FROM state.findings AS finding
+        f"""
+        SELECT {_target("finding")}, count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
         WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
         GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
@@ -4065,7 +4506,7 @@ def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
     """Yield the instances that were seen and all of whose violations are exempted, sorted."""
     rows = db.execute(
-        "SELECT account_id, region, instance_id, state, launch_time, tags, exempted FROM seen "
+        "SELECT account_id, account_name, region, instance_id, state, launch_time, tags, exempted FROM seen "
         f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
     )
     for *columns, tags, exempted in rows:
@@ -4088,6 +4529,21 @@ def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False
 
 
 _FINDING = _columns(Finding, "finding")
+
+
+def fetch_upcoming(
+    db: sqlite3.Connection, policy: str, today: date, *, of_scan: bool = False
+) -> list[Upcoming]:
+    """Return how many instances fail each rule that does not count yet, the earliest rule first.
+
+    They are those of all targets, or of those that the scan being recorded has read.
+    """
+    read = "JOIN (SELECT account_id, region FROM target WHERE error_code IS NULL) USING (account_id, region)"
+    query = f"""
+        SELECT tag_key, effective_from, sum(instances) FROM upcoming {read if of_scan else ""}
+        WHERE policy = ? AND effective_from > ? GROUP BY 1, 2 ORDER BY 2, 1
+    """
+    return [load_record(Upcoming, row) for row in db.execute(query, (policy, str(today)))]
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
@@ -4214,6 +4670,13 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
         yield load_record(Finding, finding.fetchone())
 
 
+def fetch_accounts(db: sqlite3.Connection) -> dict[str, Account]:
+    """Return what is known of each account that was scanned, by its id."""
+    rows = db.execute("SELECT account_id, name, paths FROM accounts")
+    known = load_rows(rows, account_id=str, name=str, paths=str)
+    return {account_id: Account(name, paths) for account_id, name, paths in known}
+
+
 def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
     """Return what happened to a finding, from NEW on."""
     # An event keeps the violations before it; those after it stand in the next one, or in the finding.
@@ -4231,7 +4694,7 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
             event = 'RESOLVED', NULL, coalesce(lead(before) OVER (ORDER BY number), violations)
         ), why FROM event CROSS JOIN finding ORDER BY number
         """,
-        (policy, *astuple(finding.target), finding.instance_id),
+        (policy, finding.account_id, finding.region, finding.instance_id),
     )
     return [load_record(Event, row) for row in rows]
 
@@ -4246,7 +4709,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     rows = db.execute(
         f"""
-        SELECT json_array(account_id, region),
+        SELECT {_target("latest")},
             latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
             coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
             coalesce(read.exempted, 0)
@@ -4675,6 +5138,7 @@ class ScanReport:
     costs: Sequence[tuple[str, float]]
     unpriced: int
     operators: Sequence[tuple[str, int]]
+    upcoming: Sequence[Upcoming]
     notices: Sequence[str]
 
     @property
@@ -4707,7 +5171,7 @@ class HistoryReport:
 
 CSV_COLUMNS = tuple(
     "InstanceId MissingTags LaunchTime InvalidTags Status FirstSeen LastSeen TimesSeen AccountId Region Name "
-    "State CreatedBy SuggestedTags Error ManagedBy".split()
+    "State CreatedBy SuggestedTags Error ManagedBy AccountName".split()
 )
 
 
@@ -4717,6 +5181,7 @@ def write_csv(file: TextIOBase, report: ScanReport | HistoryReport) -> None:
     file.writelines(csv_line(_finding_cells(finding)) for finding in report.findings())
     for unread in report.unread:
         cells = {"Status": "UNREAD", "AccountId": unread.target.account_id, "Region": unread.target.region}
+        cells["AccountName"] = unread.target.account_name
         cells["Error"] = f"{unread.error_code}: {unread.error_message}"
         file.write(csv_line(cells.get(column, "") for column in CSV_COLUMNS))
 
@@ -4730,7 +5195,7 @@ def _finding_cells(finding: Finding) -> list[str]:
     cells = [finding.instance_id, missing, _csv_time(finding.launch_time), invalid]
     cells += [finding.status, first, last, str(finding.times_seen), finding.account_id, finding.region]
     cells += [finding.name, finding.state, finding.creator, ", ".join(map(str, finding.suggestions))]
-    return [*cells, "", finding.managed_by or ""]
+    return [*cells, "", finding.managed_by or "", finding.account_name]
 
 
 def _csv_time(text: str) -> str:
@@ -4800,6 +5265,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "exit_name": report.exit_code.name,
         "summary": report.totals,
         "monthly_cost_without": dict(report.costs),
+        "upcoming": [to_record(rule) for rule in report.upcoming],
         "notices": list(report.notices),
     }
     if report.dry_run:
@@ -4828,22 +5294,29 @@ def write_history_json(file: TextIOBase, report: HistoryReport) -> None:
     write_json_object(file, head, findings=map(record, report.findings()))
 
 
+_TARGET_KEYS = ("account_id", "account_name", "region")
+
+
 def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
     counts = to_record(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
-    return to_record(coverage.target) | {"status": "unread" if error else "read", "error": error} | counts
+    return (
+        to_record(coverage.target, _TARGET_KEYS)
+        | {"status": "unread" if error else "read", "error": error}
+        | counts
+    )
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
     """Return what findings have in common as a JSON object."""
     what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
-    return to_record(cause.target) | cause.group._asdict() | what
+    return to_record(cause.target, _TARGET_KEYS) | cause.group._asdict() | what
 
 
 _FINDING_KEYS = (
-    "account_id region instance_id name state launch_time status violations first_seen last_seen times_seen "
-    "times_reopened instance_type monthly_cost managed_by created_by cause suggestions"
+    "account_id account_name region instance_id name state launch_time status violations first_seen "
+    "last_seen times_seen times_reopened instance_type monthly_cost managed_by created_by cause suggestions"
 ).split()
 
 
@@ -4857,7 +5330,7 @@ def _finding_record(finding: Finding) -> dict[str, Any]:
 
 def _exempted_record(exempted: ExemptedInstance) -> dict[str, Any]:
     """Return an exempted instance as a JSON object."""
-    where = to_record(exempted, ("account_id", "region", "instance_id"))
+    where = to_record(exempted, (*_TARGET_KEYS, "instance_id"))
     instance = {"name": exempted.tags.get("Name", ""), **to_record(exempted, ("state", "launch_time"))}
     return where | instance | {"violations": [exempted_record(case) for case in exempted.exempted]}
 
@@ -4915,13 +5388,15 @@ def _outcome(case: Case) -> str:
     """Return the error of an unread target, the failure of a finding, or why an instance is exempted."""
     if isinstance(case, Coverage):
         error = {"type": case.error_code, "message": case.error_message}
-        return "" if case.read else f"{_start_tag('error', **error)}</error>"
+        account = html.escape(printable(f"account {case.target}"))
+        return "" if case.read else f"{_start_tag('error', **error)}{account}</error>"
     if isinstance(case, ExemptedInstance):
-        return f"{_start_tag('skipped', message='; '.join(map(str, case.exempted)))}</skipped>"
+        account = html.escape(printable(f"account {account_text(case.account_id, case.account_name)}"))
+        return f"{_start_tag('skipped', message='; '.join(map(str, case.exempted)))}{account}</skipped>"
     messages = [violation.message for violation in case.violations]
     types = ",".join(dict.fromkeys(violation.type for violation in case.violations))
     history = f"{case.status}, seen {counted(case.times_seen, 'time')} since {case.first_seen}"
-    lines = [f"{case.instance_id} {case.name} ({case.state})", history, *messages]
+    lines = [f"{case.instance_id} {case.name} ({case.state})", f"account {case.target}", history, *messages]
     text = html.escape("\n".join(map(printable, lines)))
     return f"{_start_tag('failure', type=types, message='; '.join(messages))}{text}</failure>"
 
@@ -5014,6 +5489,7 @@ def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
         yield lines and [f"Findings that would be {title}, by required tag:", *lines]
+    yield list(map(str, report.upcoming))
     yield report.notices
     unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
     yield unread and ["Could not be read (their findings are unchanged):", *unread]
@@ -5033,7 +5509,8 @@ def name_cell(name: str) -> str:
 
 def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str, ...]:
     """Return a row of a table: what became of an instance, where it is, its name, and what more is to say."""
-    return status, *_place(case), name_cell(case.tags.get("Name", "")), *more
+    account = cut_text(account_text(case.account_id, case.account_name), 32)
+    return status, account, case.region, case.instance_id, name_cell(case.tags.get("Name", "")), *more
 
 
 def short_violations(finding: Finding) -> list[str]:
@@ -5055,7 +5532,7 @@ def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
     here = "every region that is not named" if region == "*" else region
     yield f"Policy {policy.name} in {here}:"
     for rule in policy.rules(region):
-        yield f"  {rule.key}: {rule.wanted or 'any value but an empty one'} ({policy.file}:{rule.line})"
+        yield f"  {rule.key}: {', '.join(_meaning(rule, today))} {_rule_place(policy, rule)}"
     if policy.placeholder_values:
         yield f"  These count as empty: {', '.join(sorted(policy.placeholder_values))}"
     yield f"  States checked: {', '.join(sorted(policy.states))}"
@@ -5066,6 +5543,29 @@ def explain_region(policy: Policy, region: str, today: date) -> Iterator[str]:
             until = f" until {exemption.expires}" if exemption.expires else ""
             which = ", ".join(exemption.required_tags) or "all tags"
             yield f"  Exempted{until} from {which}: {exemption.reason} ({policy.file}:{exemption.line})"
+
+
+def _meaning(rule: RequiredTag, today: date) -> Iterator[str]:
+    """Yield what a rule asks for, in words."""
+    case = " in upper or lower case" if rule.ignore_case else ""
+    if rule.wanted:
+        yield f"{rule.wanted}{case}{' or an empty value' if rule.allow_empty else ''}"
+    else:
+        yield "any value, also an empty one" if rule.allow_empty else "any value but an empty one"
+    if rule.optional:
+        yield "only where the tag is present"
+    if rule.aliases:
+        yield f"also as {' or '.join(rule.aliases)}"
+    if rule.when:
+        yield f"only for {' and '.join(rule.when.wanted)}"
+    if not rule.counts(today):
+        yield f"from {rule.effective_from} on"
+
+
+def _rule_place(policy: Policy, rule: RequiredTag) -> str:
+    """Return where a rule stands, and its `when`."""
+    when = f", when in line {rule.when.line}" if rule.when else ""
+    return f"({policy.file}:{rule.line}{when})"
 
 
 def explain(
@@ -5086,13 +5586,24 @@ def explain(
     failing = {violation.tag_key: violation for violation in sighting.violations}
     exempted = {case.violation.tag_key: case for case in sighting.exempted}
     for rule in policy.rules(target.region):
-        line = f"({policy.file}:{rule.line})"
+        line, placeholders = _rule_place(policy, rule), policy.placeholder_values
         if rule.key in failing:
             yield f"  FAILS     {failing[rule.key].message} {line}"
         elif case := exempted.get(rule.key):
             yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
+        elif rule in sighting.upcoming:
+            violation = check_tag(instance.tags, rule, placeholders)
+            message = violation.message if violation else ""
+            yield f"  WILL FAIL {message}, from {rule.effective_from} on {line}"
+        elif not rule.applies(target, instance, placeholders):
+            unmet = (
+                [found for _, found in rule.when.mismatches(target, instance, placeholders)]
+                if rule.when
+                else []
+            )
+            yield f"  skipped   {rule.key}: not asked, {' and '.join(unmet)} {line}"
         else:
-            yield f"  passes    {rule.key} is {instance.tags[rule.key]!r} {line}"
+            yield f"  passes    {_why_it_passes(instance.tags, rule, placeholders)} {line}"
     yield from _near_exemptions(policy, target, instance, failing, now.date())
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
@@ -5103,6 +5614,15 @@ def explain(
     yield from _past(finding, target, changes)
 
 
+def _why_it_passes(tags: Mapping[str, str], rule: RequiredTag, placeholders: Container[str]) -> str:
+    """Return which tag meets a rule that tags pass, or that the rule asks for none."""
+    key, value = counted_tag(tags, rule, placeholders)
+    if value is None:
+        return f"{rule.key}: not asked, it is missing and optional"
+    alias = f", an alias of {rule.key}" if key != rule.key else ""
+    return f"{key} is {value!r}{alias}"
+
+
 def _near_exemptions(
     policy: Policy, target: Target, instance: Instance, failing: Mapping[str, Violation], today: date
 ) -> Iterator[str]:
@@ -5111,9 +5631,10 @@ def _near_exemptions(
         if exemption.required_tags and not failing.keys() & exemption.required_tags:
             continue
         ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
-        reasons = [*exemption.mismatches(target, instance), *ended]
+        unmet = exemption.mismatches(target, instance)
+        reasons = [*(f"it is for {wanted}; here {found}" for wanted, found in unmet), *ended]
         # A single condition that is not met is not near, unless the instance has the tag with another value.
-        partly = len(exemption.conditions) > 1 or any(key in instance.tags for key, _ in exemption.tags)
+        partly = len(exemption.wanted) > 1 or any(key in instance.tags for key, _ in exemption.tags)
         if len(reasons) == 1 and (ended or partly):
             which = f"{policy.file}:{exemption.line} ({exemption.reason})"
             yield f"  The exemption at {which} almost applies: {reasons[0]}"
@@ -5592,7 +6113,7 @@ def _head(title: str) -> Element:
 def _header(dashboard: Dashboard, name: str) -> Element:
     """Draw the policy, the time and the size of the fleet, and a banner if targets were not read."""
     standings, latest = dashboard.standings, dashboard.trend[-1].at
-    accounts, regions = (len(_worst_first(standings, place)) for place in ("account_id", "region"))
+    accounts, regions = (len(_worst_first(standings, place)) for place in ("account", "region"))
     days = (dashboard.made_at - datetime.fromisoformat(latest)).days
     ago = f", {counted(days, 'day')} ago" if days > 0 else ""
     fleet = counted(sum(standing.instances for standing in standings), "instance")
@@ -5627,7 +6148,7 @@ def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
 
 
 def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
-    """Group the targets by account_id or region, most open findings first, then most unread targets."""
+    """Group the targets by account or region, most open findings first, then most unread targets."""
     groups: dict[str, list[Standing]] = {}
     for standing in standings:
         groups.setdefault(getattr(standing.target, attribute), []).append(standing)
@@ -5674,7 +6195,7 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
     since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
     of = f"{worst.findings:,} of {counted(worst.instances, 'instance')}"
     lines = [_node("p.verdict", worst.target.region), _bold(of, f" lack tags{since}")]
-    for attribute in ("account_id", "region"):
+    for attribute in ("account", "region"):
         groups = _worst_first(standings, attribute)
         name = next(iter(groups))
         _, findings, share = _compliance(groups[name])
@@ -5686,7 +6207,7 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
     if share != _compliance([worst])[2]:
         of = f"{share} of {counted(lowest.instances, 'instance')}"
         lines.append(_bold(str(lowest.target), f": {of} compliant"))
-    return _card(question, worst.target.account_id, *lines, *warning, tone="bad")
+    return _card(question, worst.target.account, *lines, *warning, tone="bad")
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
@@ -5807,7 +6328,7 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
 
 def _heat_map(standings: Sequence[Standing]) -> Element:
     """Draw the compliance of each account in each region, worst first; what was not read is hatched."""
-    accounts, regions = (_worst_first(standings, attribute) for attribute in ("account_id", "region"))
+    accounts, regions = (_worst_first(standings, attribute) for attribute in ("account", "region"))
     names, title = list(accounts), "Compliance by account and region"
     rows = [(account, accounts[account], "") for account in names[:HTML_ACCOUNTS]]
     lead = "The share of instances that carry their tags, of those that were judged; worst first."
@@ -5877,7 +6398,9 @@ def _counts(found: OpenFindings) -> Element:
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
-    if causes := [(f"{c.instances:,}", *astuple(c.target), _brief(str(c), 240)) for c in found.causes]:
+    if causes := [
+        (f"{c.instances:,}", c.target.account, c.target.region, _brief(str(c), 240)) for c in found.causes
+    ]:
         lead = "What many instances share, and where to fix all of them."
         yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
     if oldest := [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]:
@@ -5890,7 +6413,7 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
         known = ("never", "not known")
         if target.last_read:
             known = (_minute(target.last_read), f"{target.findings:,}")
-        rows.append((*astuple(target.target), *known, _brief(target.error or "", 240)))
+        rows.append((target.target.account, target.target.region, *known, _brief(target.error or "", 240)))
     if rows:
         lead = "As they were last read; what was open then still counts."
         table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
@@ -5904,7 +6427,7 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
     lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
     likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
     cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"
-    where = (finding.instance_id, _brief(finding.name, 40), finding.account_id, finding.region)
+    where = (finding.instance_id, _brief(finding.name, 40), finding.target.account, finding.region)
     return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.creator), cost)
 
 
@@ -5972,14 +6495,17 @@ def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -
                 yield channel, subject if channel in waiting else None
 
     for finding in report.findings():
-        for channel, subject in channels_for(f"finding {finding.target} {finding.instance_id}"):
+        for channel, subject in channels_for(
+            f"finding {finding.account_id} {finding.region} {finding.instance_id}"
+        ):
             names = _known_names(finding, owners.tag, policy.placeholder_values)
             recipient = owners.recipient(names.values()) if channel == "owners" else ""
             if recipient is not None:
                 numbers[channel] += 1
                 is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
                 yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
-    unread = [f"unread {target.target}" for target in report.unread]
+    places = [each.target for each in report.unread]
+    unread = [f"unread {target.account_id} {target.region}" for target in places]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
         yield from (
             (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
@@ -6566,9 +7092,10 @@ READ_BATCH, WRITE_BATCH, FILTER_VALUES = 1000, 200, 200
 CALL_INTERVAL = 0.11
 
 
-def check_accounts(rows: Iterable[PlanRow], policy: Policy, states: Mapping[str, str]) -> None:
+def check_accounts(rows: Iterable[PlanRow], policy: Policy, accounts: Mapping[str, Account]) -> None:
     """Raise PolicyError, or UsageError for rows of no file, if an account is not active or is missing."""
     problems = []
+    states = {account_id: account.state for account_id, account in accounts.items()}
     for row in (row for row in rows if row.writes and states.get(row.account_id) != "ACTIVE"):
         message = f"{row.account_id} is not the account of the credentials, {', '.join(states)}"
         if policy.accounts:
@@ -7643,7 +8170,7 @@ class ScopeOptions(PolicyOptions):
     """Which regions and accounts are chosen; an empty list restricts nothing."""
 
     region: RegionNames
-    account: Annotated[list[str], Option("only this account", "ID")]
+    account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
 
     def includes(self, target: Target) -> bool:
         """Return whether a target is chosen."""
@@ -7780,6 +8307,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     begun = time.monotonic()
     policy = load_policy(args.policy)
     _check_scope(args, policy)
+    if args.instances or not (policy.accounts and policy.accounts.organization):
+        args = with_account_ids(args, policy, {})
     if args.creators and args.instances:
         raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
@@ -7925,6 +8454,7 @@ def _report(
         costs=costs,
         unpriced=unpriced,
         operators=fetch_operators(db, scan),
+        upcoming=fetch_upcoming(db, scan.policy.name, scan.started_at.date(), of_scan=True),
         notices=[*filter(None, [first]), *notices, *unseen, *empty],
     )
 
@@ -7961,14 +8491,43 @@ def _look_up_creators(
 
 
 def _check_scope(args: ScopeOptions, policy: Policy) -> None:
-    """Raise UsageError for a --region that the policy does not cover, or an --account that is not an id."""
+    """Raise UsageError for a --region that the policy does not cover, or a number that is no account id."""
     for region in args.region:
         if not policy.covers(region) or not is_region(region):
             covered = ", ".join(sorted(policy.regions))
             raise UsageError(f"--region {printable(region)}: {policy.file} does not cover it, only {covered}")
     for account_id in args.account:
-        if not re.fullmatch(ACCOUNT_ID, account_id):
-            raise UsageError(f"--account {printable(account_id)}: an account id has 12 digits")
+        if account_id.isdecimal() and not re.fullmatch(ACCOUNT_ID, account_id):
+            raise UsageError(f"--account {account_id}: an account id has 12 digits")
+
+
+Scope = TypeVar("Scope", bound=ScopeOptions)
+
+
+def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) -> Scope:
+    """Return options whose accounts are ids, given the accounts that are known by id; raises UsageError."""
+    names = {account_id: account.name for account_id, account in known.items()}
+    names |= dict(policy.accounts.names) if policy.accounts else {}
+    ids = []
+    for text in args.account:
+        alike = [account_id for account_id, name in names.items() if text in (account_id, name)]
+        if len(alike) > 1:
+            raise UsageError(
+                f"--account {printable(text)}: {', '.join(sorted(alike))} have this name; give an id"
+            )
+        if not (alike or re.fullmatch(ACCOUNT_ID, text)):
+            hint = did_you_mean(text, [*names.values()])
+            message = "no account of this name is known here; an account id has 12 digits"
+            raise UsageError(f"--account {printable(text)}: {message}{hint}")
+        ids += alike or [text]
+    return replace(args, account=ids)
+
+
+def _placed(target: Target, policy: Policy, known: Mapping[str, Account]) -> Target:
+    """Return a target with the name and the paths of its account."""
+    account = known.get(target.account_id, Account())
+    account = policy.accounts.named(target.account_id, account) if policy.accounts else account
+    return replace(target, account_name=account.name, account_paths=account.paths)
 
 
 # The fields of options that name files to read, and the files that SQLite keeps beside a state.
@@ -8046,9 +8605,12 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
 
     def enter(account_id: str) -> Iterator[list[str]]:
-        if accounts[account_id] != "ACTIVE":
-            message = f"Organizations says {accounts[account_id]!r}"
+        account = accounts[account_id]
+        if account.state != "ACTIVE":
+            message = f"Organizations says {account.state!r}"
             raise CallError("UnknownAccountState", message, "organizations:ListAccounts")
+        if policy.asks_for_units and not account.paths:
+            raise CallError("UnknownAccountPath", "", "organizations:ListAccounts")
         if policy.accounts is None or account_id == caller:
             aws.enter_own(account_id)
         else:
@@ -8061,9 +8623,9 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     targets: list[Target] = []
     for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
         if isinstance(regions, list):
-            targets += [Target(account_id, region) for region in regions]
+            targets += [_placed(Target(account_id, region), policy, accounts) for region in regions]
         elif regions:
-            yield Target(account_id, "*"), regions
+            yield _placed(Target(account_id, "*"), policy, accounts), regions
     silent: Counter[str] = Counter()
 
     def describe(target: Target) -> Iterator[list[Instance]]:
@@ -8092,33 +8654,38 @@ def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, st
 
 def _accounts_in_scope(
     args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
-) -> dict[str, str]:
-    """Return the accounts to scan with their states; adds notices of inactive ones; raises TagcheckError."""
+) -> dict[str, Account]:
+    """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
-    states = _account_states(policy, aws, caller, home)
-    in_scope = {account_id: state for account_id, state in states.items() if covers(account_id)}
+    accounts = _accounts_of(policy, aws, caller, home)
+    args = with_account_ids(args, policy, accounts)
+    in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
     for account_id in args.account:
-        state = in_scope.get(account_id, f"not in the policy's scope (the credentials are of {caller})")
-        if account_id not in in_scope or state in INACTIVE:
+        if account_id not in in_scope or in_scope[account_id].state in INACTIVE:
+            state = f"not in the policy's scope (the credentials are of {caller})"
+            state = in_scope[account_id].state if account_id in in_scope else state
             raise UsageError(f"--account {account_id}: it is {state}")
-    chosen = {account_id: state for account_id, state in in_scope.items() if args.chooses(account_id)}
-    active = {account_id: state for account_id, state in chosen.items() if state not in INACTIVE}
-    notices += [f"Account {id_} is {chosen[id_]}: not scanned" for id_ in sorted(chosen.keys() - active)]
+    chosen = {account_id: account for account_id, account in in_scope.items() if args.chooses(account_id)}
+    active = {account_id: account for account_id, account in chosen.items() if account.state not in INACTIVE}
+    for account_id, account in sorted(chosen.items(), key=operator.itemgetter(0)):
+        if account_id not in active:
+            who = account_text(account_id, account.name)
+            notices.append(f"Account {who} is {account.state}: not scanned")
     if not active and args.shard == ALL_ACCOUNTS:
-        all_are = ", ".join(sorted(set(chosen.values())))
+        all_are = ", ".join(sorted({account.state for account in chosen.values()}))
         raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
     return active
 
 
-def _account_states(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, str]:
-    """Return the accounts that the policy names, with their states; raises CredentialsError."""
+def _accounts_of(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, Account]:
+    """Return the accounts that the policy names, by id; raises CredentialsError."""
     if policy.accounts is None:
-        return {caller: "ACTIVE"}
+        return {caller: Account()}
     if policy.accounts.organization:
         return describe_accounts(aws.client("organizations", home))
-    return dict.fromkeys(policy.accounts.ids, "ACTIVE")
+    return dict.fromkeys(policy.accounts.ids, Account())
 
 
 Job = TypeVar("Job")
@@ -8191,10 +8758,12 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     if left_out := instances.keys() - targets:
         number = counted(sum(len(instances[target]) for target in left_out), "instance")
         LOG.info("%s left out, not in scope: %s", number, ", ".join(map(str, sorted(left_out))))
-    for target in sorted(targets):
+    for target in sorted(_placed(target, policy, {}) for target in targets):
         if target in instances:
             yield target, instances[target]
-        if cut:  # what follows may be of any account and region
+        if policy.asks_for_units:
+            yield target, CallError("UnknownAccountPath", "", "")
+        elif cut:  # what follows may be of any account and region
             yield target, TargetError("Truncated", more)
         elif target in instances or args.region:
             yield target, None
@@ -8230,13 +8799,14 @@ def _collect(
             states.update(filter(is_new_state, {instance.state for instance in included}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
-        add_sightings(db, numbers[target], priced, policy.rules(target.region))
+        rules = policy.rules(target.region)
+        add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)
         progress.page(target, len(seen))
     progress.close()
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
     today = scan.started_at.date()
-    yield from map(str, check_expiry(policy, today))
+    yield from map(str, policy_warnings(policy, today))
     for index, exemption in enumerate(policy.exemptions if not args.narrowed else ()):
         if exemption.holds(today) and exemption not in used:
             where = f"exemptions[{index}] ({exemption.reason})"
@@ -8375,7 +8945,7 @@ def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
 def _problems(path: str, today: date) -> Sequence[Problem]:
     """Return the errors and warnings of a policy file."""
     try:
-        return check_expiry(load_policy(path), today)
+        return policy_warnings(load_policy(path), today)
     except UsageError as error:
         return error.problems if isinstance(error, PolicyError) else [Problem(path, 1, 1, "", str(error))]
 
@@ -8460,9 +9030,11 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     _check_scope(args, policy)
     lines: list[str] = []
     if args.instance:
-        known, changes = _known_history(args, policy, args.instance)
+        known, changes, accounts = _known_history(args, policy, args.instance)
+        args = with_account_ids(args, policy, accounts)
         for target, instance in _find_instance(args, policy, known):
-            lines += explain(policy, target, instance, known.get(target), changes, now)
+            placed = _placed(target, policy, accounts)
+            lines += explain(policy, placed, instance, known.get(target), changes, now)
     else:
         for region in args.region or sorted(policy.regions):
             lines += explain_region(policy, region, now.date())
@@ -8472,18 +9044,18 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
 
 def _known_history(
     args: ExplainOptions, policy: Policy, instance_id: str
-) -> tuple[dict[Target, Finding], list[Change]]:
-    """Return an instance's findings and changes; --instances and --live work without a state."""
+) -> tuple[dict[Target, Finding], list[Change], dict[str, Account]]:
+    """Return an instance's findings and changes, and the accounts; --instances and --live need no state."""
     elsewhere = bool(args.instances or args.live)
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
             known = {each.target: each for each in fetch_history(db, Selection(policy.name, instance_id))}
-            return known, fetch_changes(db, policy.name, instance_id)
+            return known, fetch_changes(db, policy.name, instance_id), fetch_accounts(db)
     except MissingStateError as error:
         if not elsewhere:
             raise
         LOG.warning("%s", printable(f"The history of {instance_id} is not known: {error}"))
-        return {}, []
+        return {}, [], {}
 
 
 def _find_instance(
@@ -8502,8 +9074,9 @@ def _find_instance(
     cases = []
     for target, case in known.items():
         if args.includes(target) and policy.covers(target.region):
-            own = (case.instance_id, case.state, datetime.fromisoformat(case.launch_time), case.tags)
-            cases.append((target, Instance(*own, managed_by=case.managed_by or "")))
+            launched, type_ = datetime.fromisoformat(case.launch_time), case.instance_type or ""
+            instance = Instance(case.instance_id, case.state, launched, case.tags, type_)
+            cases.append((target, replace(instance, managed_by=case.managed_by or "")))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
@@ -8543,11 +9116,12 @@ def _describe_instance(
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     """List findings that the state keeps, or the timeline of one instance."""
     outputs = _outputs(args, HISTORY_WRITERS)
-    policy = load_policy(args.policy).name
-    statuses = [*itertools.chain(*args.status)]
+    rules = load_policy(args.policy)
+    policy, statuses = rules.name, [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
-    selection = Selection(policy, args.instance, args.account, args.region, statuses, args.tag, before)
     with _reading(args, policy) as db:
+        accounts = with_account_ids(args, rules, fetch_accounts(db)).account
+        selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
             lambda: fetch_history(db, selection),
@@ -8640,6 +9214,7 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
     with _reading(args, None if args.plan or args.undo else policy.name) as db:
+        args = with_account_ids(args, policy, fetch_accounts(db))
         if args.undo:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
@@ -8693,7 +9268,7 @@ def _apply(
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     regions = sorted({row.region for row in rows if row.writes})
     home, caller, partition, who = _identify(aws, policy, regions)
-    check_accounts(rows, policy, _account_states(policy, aws, caller, home))
+    check_accounts(rows, policy, _accounts_of(policy, aws, caller, home))
 
     def enter(account_id: str) -> None:
         if policy.accounts is None or account_id == caller:

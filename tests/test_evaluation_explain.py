@@ -362,6 +362,7 @@ def test_exempted_in_json(desk: Desk) -> None:
     first = report["exempted"][0]
     assert {key: first[key] for key in first if key not in ("violations", "launch_time")} == {
         "account_id": ACCOUNT,
+        "account_name": "",
         "region": REGION,
         "instance_id": ident(1),
         "name": "node-1",

@@ -681,14 +681,31 @@ def test_value_of_another_kind_has_a_place(line: str, place: str) -> None:
 
 
 FULL = {name: key["examples"][0] for name, key in script.POLICY_SCHEMA["properties"].items()} | {
-    "required_tags": ["Owner", {"key": "A", "values": ["CC-1"], "pattern": "CC-[0-9]", "default": "CC-1"}],
+    "required_tags": [
+        "Owner",
+        {"key": "A", "values": ["CC-1"], "pattern": "CC-[0-9]", "default": "CC-1"},
+        {
+            name: key["examples"][0]
+            for name, key in script.POLICY_SCHEMA["properties"]["required_tags"]["items"][
+                "properties"
+            ].items()
+            if name != "default"
+        }
+        | {"key": "B", "pattern": "[a-z]+", "aliases": ["b", "C"]},
+    ],
     "exemptions": [
         {
             name: key["examples"][0]
             for name, key in script.POLICY_SCHEMA["properties"]["exemptions"]["items"]["properties"].items()
         }
     ],
-    "accounts": {"ids": ["012345678901"], "role_name": "r", "external_id": "x", "exclude": ["012345678902"]},
+    "accounts": {
+        "organization": True,
+        "role_name": "r",
+        "external_id": "x",
+        "exclude": ["012345678902"],
+        "names": {"012345678901": "production"},
+    },
     "notify": {
         name: key["examples"][0]
         for name, key in script.POLICY_SCHEMA["properties"]["notify"]["properties"].items()

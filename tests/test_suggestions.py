@@ -569,6 +569,7 @@ def test_the_json_has_each_cause_and_each_finding_its_own(caused):
     ]
     assert report["causes"][0] == {
         "account_id": TARGET.account_id,
+        "account_name": "",
         "region": TARGET.region,
         "kind": "autoscaling_group",
         "name": "web-asg",
