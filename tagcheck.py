@@ -7498,303 +7498,289 @@ class StarterRule:
     pattern: str = ""
     pattern_evidence: str = ""
     when: str = ""  # as YAML
-    flags: frozenset[str] = frozenset()  # of optional, allow_empty and ignore_case
+    flags: frozenset[str] = frozenset()  # of allow_empty, ignore_case and optional
 
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """What a starter policy is made of; evidence becomes comments."""
+    """What a starter policy is made of."""
 
     name: str
     rules: Sequence[StarterRule]
     regions: Mapping[str, str]  # each with its evidence
-    placeholders: Mapping[str, int] = field(default_factory=dict)
-    services: Mapping[str, int] = field(default_factory=dict)  # that operate instances
-    notes: Sequence[str] = ()
+    placeholders: Mapping[str, int]
+    services: Mapping[str, int]  # that operate instances
+    notes: Sequence[str]
 
 
-# What YAML 1.1 or 1.2 reads as something else than text, besides what does not begin with a letter.
-_YAML_WORDS_OF_OTHERS = frozenset("y n yes no on off true false null".split())
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./@+-]*( [A-Za-z0-9_./@+-]+)*")
+# What other YAML readers take for true, false or nothing; a number or a date does not begin with a letter.
+_YAML_NOT_TEXT = frozenset("y n yes no on off true false null".split())
 
 
 def yaml_text(text: str) -> str:
     """Return a printable text as YAML that every reader takes for this text, also within [] and {}."""
-    if _PLAIN.fullmatch(text) and text.casefold() not in _YAML_WORDS_OF_OTHERS:
-        return text
+    if re.fullmatch(r"[A-Za-z][\w./@+-]*( [\w./@+-]+)*", text, re.ASCII):
+        return f'"{text}"' if text.casefold() in _YAML_NOT_TEXT else text
     return f'"{text}"' if not re.search(r'["\\]', text) else "'" + text.replace("'", "''") + "'"
+
+
+def _shown(text: str) -> str:
+    """Return a text of a stranger for a comment: short, and in quotes where it would be misread."""
+    return text if re.fullmatch(r"[\w.:/@+*-]{1,40}", text, re.ASCII) else repr(cut_text(text, 40))
+
+
+def _listed(counts: Iterable[tuple[str, object]]) -> str:
+    """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
+    shown = [
+        f"{_shown(text)} ({f'{known:,}' if isinstance(known, int) else known})" for text, known in counts
+    ]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return what was counted, the most common first; the order of the input does not matter."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _is_key(key: str) -> bool:
+    """Return whether a policy can require a tag key."""
+    visible = 0 < len(key) <= MAX_KEY_LENGTH and is_printable(key) and key == key.strip()
+    return visible and not key.lower().startswith("aws:")
+
+
+def _is_value(value: str) -> bool:
+    """Return whether a policy can list a tag value."""
+    return 0 < len(value) <= MAX_VALUE_LENGTH and is_printable(value)
 
 
 # ---- From a fleet -------------------------------------------------------------------------------------
 
-# Keys that tools write and no person should be asked for, by how they begin in lower case. Seen on instances:
+# Keys that tools write, by how they begin in lower case: nobody should have to type them.
 _TOOL_KEYS = {
     "AWS": "aws:",  # reserved for AWS (EC2 User Guide, Tag restrictions)
     "EKS": "eks:",  # eks:cluster-name (EKS User Guide, Managed node groups)
     "ECS": "ecs:|amazonecs",  # AmazonECSManaged (ECS Developer Guide, Capacity providers)
-    "EMR": "elasticmapreduce|for-use-with-amazon-emr",  # (EMR Management Guide, Managed policies)
+    "EMR": "elasticmapreduce|for-use-with-amazon-emr",  # the latter: EMR Management Guide, Managed policies
     "Elastic Beanstalk": "elasticbeanstalk:",  # elasticbeanstalk:environment-name (Developer Guide, Tagging)
     "Kubernetes": r"kubernetescluster$|([\w.-]+\.)?(kubernetes|k8s)\.io/",  # kubernetes.io/cluster/NAME
-    "Karpenter": r"karpenter|([\w.-]+\.)?k8s\.aws/",  # karpenter.sh/nodepool (NodeClasses, spec.tags)
+    "Karpenter": r"karpenter\.sh/|([\w.-]+\.)?k8s\.aws/",  # karpenter.sh/nodepool (NodeClasses, spec.tags)
     "OpenShift": r"red-hat-|api\.openshift\.com/",  # red-hat-managed (ROSA)
     "Spot by Flexera": "spotinst:",  # spotinst:aws:ec2:group:id
     "Cloud Custodian": "maid_status$|c7n",  # maid_status (mark-for-op)
 }
 _PLACEHOLDERS = frozenset("- -- . ? n/a na none null nil unknown tbd tba todo xxx changeme change-me".split())
 MAX_STARTER_RULES, MAX_STARTER_VALUES = 30, 12  # what a person still reads
-MAX_RARE = 50  # values to compare with the usual ones
+MAX_RARE_VALUES = 50  # to compare with the usual ones
 NEARLY_ALL = 0.95
 
 
 @functools.lru_cache(4096)
 def _tool_of(key: str) -> str:
-    """Return the tool that writes a tag key, "" where people do."""
+    """Return the tool that writes a tag key; "" where people do."""
     return next((tool for tool, begin in _TOOL_KEYS.items() if re.match(begin, key.casefold())), "")
 
 
-def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Return what was counted, the commonest first, in an order that does not depend on the input's."""
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+def survey_tags(instances: Sequence[Instance]) -> tuple[list[dict[str, int]], list[str]]:
+    """Return the tags that half of the instances have, each by its spellings, and notes on the others.
 
-
-def _listed(counts: Iterable[tuple[str, object]], most: int = 6) -> str:
-    """Return texts of strangers and what is said of each, for a comment: `prd (2), pord (1) and 3 more`."""
-    shown = [f"{shown_text(text)} ({said})" for text, said in counts]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
-
-
-def shown_text(text: str) -> str:
-    """Return a text for a comment: short, in one line, and in quotes where it would be misread."""
-    shown = cut_text(printable(text), 40)
-    return shown if shown == text and re.fullmatch(r"\S*[^\s,;()]", text) else repr(shown)
-
-
-def _is_key(key: str) -> bool:
-    """Return whether a policy can ask for a tag key."""
-    aws = key.lower().startswith("aws:")
-    return bool(key) and key == key.strip() and len(key) <= MAX_KEY_LENGTH and is_printable(key) and not aws
-
-
-def _is_value(value: str) -> bool:
-    """Return whether a policy can name a tag value."""
-    return bool(value) and len(value) <= MAX_VALUE_LENGTH and is_printable(value)
-
-
-@dataclass(frozen=True, slots=True)
-class TagUse:
-    """How a fleet uses a tag: its spellings, the commonest first, on how many instances, and its values."""
-
-    spellings: tuple[tuple[str, int], ...]
-    instances: int
-    values: Mapping[str, int]
-
-
-def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
-    """Return the tags that at least half of the instances have, else the commonest; and notes on the others.
-
-    Keys that differ only in case, spaces, `_` or `-` are one tag.
+    Keys that differ only in case, spaces, `_` or `-` are one tag; the first spelling is the one to require.
     """
-    spelled: dict[str, dict[str, int]] = {}
-    tools: Counter[str] = Counter()
-    for key, number in Counter(itertools.chain.from_iterable(each.tags for each in instances)).items():
-        if _tool_of(key):
-            tools[key] = number
-        else:
-            spelled.setdefault(bare_key(key) or key, {})[key] = number
+    counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
+    spelled: dict[str, Counter[str]] = {}
+    for key, number in counts.items():
+        if not _tool_of(key):
+            spelled.setdefault(bare_key(key) or key, Counter())[key] = number
     half = (len(instances) + 1) // 2
-    on: dict[str, int] = {}
-    for bare, spellings in spelled.items():
-        on[bare] = sum(spellings.values())
-        if len(spellings) > 1 and on[bare] >= half:
-            on[bare] = sum(not spellings.keys().isdisjoint(each.tags) for each in instances)
-    usable = {bare: number for bare, number in on.items() if any(map(_is_key, spelled[bare]))}
-    chosen = [bare for bare, number in _by_count(usable) if number >= half]
-    notes = []
-    if not chosen:
-        chosen = [bare for bare, _ in _by_count(usable)[:3]]
-        most = (
-            "" if chosen else ", as no instance has a tag that a policy can ask for: Owner is only an example"
-        )
-        notes.append(f"No tag is on half of the instances. Asked for are the commonest{most}.")
-    if more := chosen[MAX_STARTER_RULES:]:
-        notes.append(f"{counted(len(more), 'more tag is', 'more tags are')} on half of the instances.")
-    unusable = [(key, n) for bare in on.keys() - usable.keys() for key, n in spelled[bare].items()]
-    if unusable := [(key, n) for key, n in _by_count(dict(unusable)) if n >= half]:
-        notes.append(f"Left out, as a policy cannot hold such keys: {_listed(unusable)}")
-    if written := [(key, f"{_tool_of(key)}, {n:,}") for key, n in _by_count(tools) if n >= half]:
-        notes.append(f"Left out, as tools write them: {_listed(written)}")
-    return [_tag_use(spelled[bare], on[bare], instances) for bare in chosen[:MAX_STARTER_RULES]], notes
+    common = {  # of those spelled in several ways, an instance can have more than one
+        bare: number
+        for bare, spellings in spelled.items()
+        if spellings.total() >= half and (number := _number_with(spellings, instances)) >= half
+    }
+    notes = [] if common else ["No tag is on half of the instances: required are the most common ones"]
+    usable = [bare for bare in spelled if any(map(_is_key, spelled[bare]))]
+    chosen = _by_count({bare: common[bare] for bare in usable if bare in common})
+    chosen = chosen or _by_count({bare: spelled[bare].total() for bare in usable})[:3]
+    if len(chosen) > MAX_STARTER_RULES:
+        notes.append(f"{counted(len(chosen) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
+    unusable = {key: number for bare in common.keys() - usable for key, number in spelled[bare].items()}
+    if unusable:
+        notes.append(f"Left out, as a policy cannot require such keys: {_listed(_by_count(unusable))}")
+    if tools := [
+        (key, f"{_tool_of(key)}, {n:,}") for key, n in _by_count(counts) if _tool_of(key) and n >= half
+    ]:
+        notes.append(f"Left out, as tools write them: {_listed(tools)}")
+    ordered = (_by_count(spelled[bare]) for bare, _ in chosen[:MAX_STARTER_RULES])
+    return [dict(sorted(each, key=lambda item: not _is_key(item[0]))) for each in ordered], notes
 
 
-def _tag_use(spellings: Mapping[str, int], on: int, instances: Iterable[Instance]) -> TagUse:
-    """Return how instances use a tag; of one with several spellings the commonest counts."""
-    ordered = sorted(_by_count(spellings), key=lambda item: not _is_key(item[0]))
-    found = (next((each.tags[key] for key, _ in ordered if key in each.tags), None) for each in instances)
+def _number_with(spellings: Mapping[str, int], instances: Iterable[Instance]) -> int:
+    """Return how many instances have a tag, in any of its spellings."""
+    if len(spellings) == 1:
+        return sum(spellings.values())
+    return sum(not spellings.keys().isdisjoint(instance.tags) for instance in instances)
+
+
+def fleet_rule(
+    spellings: Mapping[str, int], instances: Sequence[Instance]
+) -> tuple[StarterRule, Mapping[str, int]]:
+    """Return the rule that a fleet's use of a tag amounts to, and which of its values are placeholders."""
+    (key, _), *others = spellings.items()
+    found = (next((each.tags[key] for key in spellings if key in each.tags), None) for each in instances)
     values = Counter(value for value in found if value is not None)
-    return TagUse(tuple(ordered), max(on, values.total()), values)
-
-
-def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]:
-    """Return the rule for a tag of a fleet, and which of its values are placeholders."""
-    key = use.spellings[0][0]
-    texts = {value: stripped(value).casefold() for value in use.values}
-    placeholders: Counter[str] = Counter()
-    for value, text in texts.items():
-        placeholders[text] += use.values[value] if text in _PLACEHOLDERS else 0
-    empty = sum(number for value, number in use.values.items() if not texts[value]) + placeholders.total()
-    evidence = f"{use.instances:,} of {counted(total, 'instance')}"
-    evidence += f", {empty:,} of them empty or with a placeholder" if empty else ""
-    notes = []
-    if others := use.spellings[1:]:
-        also = "a scan reports these as a near miss, and suggests the value"
-        notes.append(f"also spelled {_listed((text, f'{n:,}') for text, n in others)}: {also}")
-    values = {value: n for value, n in use.values.items() if texts[value] and not placeholders[texts[value]]}
-    rule = StarterRule(key, evidence, (*notes,))
-    if 2 * empty > use.instances:
-        return replace(rule, flags=frozenset({"allow_empty"})), +placeholders
-    if bare_key(key) != "name":  # any name will do
-        rule = _with_pattern(rule, values, codes=True) or _with_values(rule, values) or rule
-        rule = rule if rule.values or rule.pattern else _with_pattern(rule, values, codes=False) or rule
-    return rule, +placeholders
+    evidence = f"{values.total():,} of {counted(len(instances), 'instance')}"
+    used: Counter[str] = Counter()
+    empty: Counter[str] = Counter()
+    for value, number in values.items():
+        text = stripped(value).casefold()
+        if text and text not in _PLACEHOLDERS:
+            used[value] = number
+        else:
+            empty[text] += number
+    evidence += f", {empty.total():,} of them empty or a placeholder" if empty else ""
+    also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
+    rule = StarterRule(key, evidence, (also,) if others else ())
+    placeholders = {text: number for text, number in empty.items() if text}
+    if 2 * empty.total() > values.total():
+        return replace(rule, flags=frozenset({"allow_empty"})), placeholders
+    if bare_key(key) == "name":  # names are free
+        return rule, placeholders
+    if len(used) == 1:
+        return replace(rule, evidence=f"{evidence}; always {_shown(*used)}"), placeholders
+    pattern = _shape(used)
+    # A code, such as CC-1234 or an address, has a shape even if it has few values.
+    is_code = re.search(r"\[0-9\]\{|@", pattern)
+    if not is_code and (listed := _with_values(rule, used)):
+        return listed, placeholders
+    return _with_pattern(rule, pattern, used) if is_code or (
+        pattern and len(used) > 3
+    ) else rule, placeholders
 
 
 def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
-    """Return a rule with the values to allow, without rare ones that look like typing mistakes, if few."""
+    """Return a rule with the few values that nearly all instances have; None if there are more."""
     by_case: dict[str, str] = {}
-    values: Counter[str] = Counter()
+    folded: Counter[str] = Counter()
     for value, number in _by_count(found):
-        values[by_case.setdefault(value.casefold(), value)] += number
-    total = values.total()
-    # Where more than a tenth are spelled in another case, nobody cares about it here.
-    ignore_case = 10 * sum(found[value] for value in values) < 9 * total
-    counts = values if ignore_case else found
+        folded[by_case.setdefault(value.casefold(), value)] += number
+    # Where more than a tenth are in another case, the case does not matter to people.
+    ignore_case = 10 * sum(found[value] for value in folded) < 9 * folded.total()
+    counts: Mapping[str, int] = folded if ignore_case else found
     ordered = _by_count(counts)
     usual = {value: number for value, number in ordered[: MAX_STARTER_VALUES + 1] if number > 2}
     mistakes: dict[str, str] = {}
-    for value, number in ordered[: MAX_STARTER_VALUES + MAX_RARE]:
-        if meant := next((text for text in usual if _is_mistake(value, number, text, usual[text])), ""):
-            mistakes[value] = f"{number:,}, for {shown_text(meant)}?"
+    for value, number in ordered[: MAX_STARTER_VALUES + MAX_RARE_VALUES]:
+        if meant := next((each for each in usual if _is_mistake(value, number, each, usual[each])), ""):
+            mistakes[value] = f"{number:,}, for {_shown(meant)}?"
     kept = {value: number for value, number in ordered if value not in mistakes and _is_value(value)}
     notes = [f"left out as probable typing mistakes: {_listed(mistakes.items())}"] if mistakes else []
-    if len(kept) > MAX_STARTER_VALUES:  # the usual ones, if they are nearly all
-        notes.append(f"left out as rare: {_listed(item for item in kept.items() if item[0] not in usual)}")
+    if len(kept) > MAX_STARTER_VALUES:
+        notes.append(
+            f"left out as rare: {_listed((value, n) for value, n in kept.items() if value not in usual)}"
+        )
         kept = {value: number for value, number in kept.items() if value in usual}
-    number = sum(kept.values())
+    number, total = sum(kept.values()), folded.total()
     explained = number + sum(counts[value] for value in mistakes)
-    if not 2 <= len(kept) <= MAX_STARTER_VALUES or number < 3 * len(kept) or explained < NEARLY_ALL * total:
+    if not kept or len(kept) > MAX_STARTER_VALUES or number < 3 * len(kept) or explained < NEARLY_ALL * total:
         return None
-    rare = ": rare, is it meant?"
-    listed = (
-        (value, counted(n, "instance") + (rare if n < 3 and 50 * n <= total else ""))
-        for value, n in kept.items()
-    )
+    rare = {value: ": rare, is it meant?" for value, n in kept.items() if n < 3 and 50 * n <= total}
+    listed = tuple((value, counted(n, "instance") + rare.get(value, "")) for value, n in kept.items())
     flags = frozenset({"ignore_case"} if ignore_case else ())
-    return replace(rule, values=(*listed,), notes=(*rule.notes, *notes), flags=flags)
+    return replace(rule, values=listed, notes=(*rule.notes, *notes), flags=flags)
 
 
 def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
-    """Return whether a value looks like another that is mistyped, which most instances have right."""
+    """Return whether a rare value looks like a usual one, mistyped."""
     if rare == usual or 4 * number > usually:
         return False
     if bare_key(rare) == bare_key(usual):
         return 9 * number <= usually
-    words, others = (re.findall(r"[^\W\d_]+|[0-9]+", text.casefold()) for text in (rare, usual))
+    words, others = (re.findall(r"[^\W\d_]+|\d+", text.casefold()) for text in (rare, usual))
     pairs = [(word, other) for word, other in zip(words, others, strict=False) if word != other]
-    # Of team-a and team-b, or web1 and web2, neither is a mistake.
-    long = all(min(len(word), len(other)) > 2 and word.isalpha() and other.isalpha() for word, other in pairs)
-    near = all(difflib.SequenceMatcher(None, *pair).ratio() >= 0.75 for pair in pairs)
-    return number < 3 and len(words) == len(others) and long and near
+    # Neither of team-a and team-b is a mistake, nor of web1 and web2.
+    near = all(
+        min(map(len, pair)) > 2
+        and "".join(pair).isalpha()
+        and difflib.SequenceMatcher(None, *pair).ratio() > 0.7
+        for pair in pairs
+    )
+    return near and len(words) == len(others) and (number < 3 or 50 * number <= usually)
 
 
-_PIECE = re.compile("[0-9]+|[a-z]+|[A-Z]+|.", re.DOTALL)
+def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> StarterRule:
+    """Return a rule with a pattern, and its exceptions."""
+    matching = [value for value in found if re.fullmatch(pattern, value)]
+    others = [(value, number) for value, number in _by_count(found) if not re.fullmatch(pattern, value)]
+    notes = (*rule.notes, *([f"not of this form: {_listed(others)}"] if others else ()))
+    number, total = (sum(map(found.__getitem__, values)) for values in (matching, found))
+    evidence = f"{number:,} of {counted(total, 'value')}, such as {_shown(min(matching))}"
+    return replace(rule, pattern=pattern, pattern_evidence=evidence, notes=notes)
 
 
-def _with_pattern(rule: StarterRule, found: Mapping[str, int], *, codes: bool) -> StarterRule | None:
-    """Return a rule with the shape that nearly all values have, if there is one; of `codes` if it is one.
-
-    A code, such as CC-1234, an account or an email address, has a shape even where it has few values.
-    """
-    total, distinct = sum(found.values()), len(found)
-    if not (pattern := _email_pattern(found, total) or _shape(found, total)):
-        return None
-    is_code = "@" in pattern or bool(re.search(r"\[0-9\]\{", pattern))
-    if is_code != codes or total < 3 or distinct < (2 if codes else 4):
-        return None
-    matching = re.compile(pattern).fullmatch
-    others = [(value, f"{number:,}") for value, number in _by_count(found) if not matching(value)]
-    number = sum(found[value] for value in found if matching(value))
-    notes = (f"not of this form: {_listed(others)}",) if others else ()
-    evidence = f"{number:,} of {counted(total, 'value')}, such as {shown_text(min(filter(matching, found)))}"
-    return replace(rule, pattern=pattern, pattern_evidence=evidence, notes=(*rule.notes, *notes))
-
-
-def _email_pattern(found: Mapping[str, int], total: int) -> str:
-    """Return a pattern of email addresses if nearly all values are some."""
-    addresses = [value for value in found if re.fullmatch(EMAIL_ADDRESS, value)]
-    if sum(found[value] for value in addresses) < NEARLY_ALL * total:
-        return ""
-    domains = {value.rpartition("@")[2] for value in addresses}
-    return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
-
-
-def _shape(found: Mapping[str, int], total: int) -> str:
-    """Return a readable pattern of the runs of digits and letters that nearly all values have."""
-    pieces = {value: _PIECE.findall(value) for value in found if len(value) <= 64}
-    for exact in (True, False):  # whether runs of digits have one length
-        shapes: Counter[tuple[str, ...]] = Counter()
-        shape_of = {value: tuple(_kind(piece, exact=exact) for piece in pieces[value]) for value in pieces}
-        for value, shape in shape_of.items():
-            shapes[shape] += found[value]
-        shape, covered = max(shapes.items(), key=lambda item: (item[1], item[0]), default=((), 0))
-        columns = [*zip(*(pieces[value] for value in pieces if shape_of[value] == shape), strict=True)]
-        if covered < NEARLY_ALL * total or not shape:
+def _shape(found: Mapping[str, int]) -> str:
+    """Return a readable pattern that nearly all values match, such as `CC-[0-9]{4}`; "" if there is none."""
+    enough = NEARLY_ALL * sum(found.values())
+    addresses = {value: number for value, number in found.items() if re.fullmatch(EMAIL_ADDRESS, value)}
+    if addresses and sum(addresses.values()) >= enough:
+        domains = {value.rpartition("@")[2] for value in addresses}
+        return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
+    split = {value: _PIECES.findall(value) for value in found if len(value) <= 64}
+    for exact in (True, False):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for value, pieces in split.items():
+            alike.setdefault(tuple(_kind(piece, exact=exact) for piece in pieces), []).append(value)
+        covered = {kinds: sum(map(found.__getitem__, values)) for kinds, values in alike.items()}
+        kinds = max(covered, key=lambda kinds: (covered[kinds], kinds), default=())
+        if not kinds or covered[kinds] < enough:
             continue
-        fixed = [
-            len({*column}) == 1 and "0-9" not in kind for kind, column in zip(shape, columns, strict=True)
+        columns = zip(*(split[value] for value in alike[kinds]), strict=True)
+        parts = [
+            kind if "0-9" in kind or len({*column}) > 1 else _escape(column[0])
+            for kind, column in zip(kinds, columns, strict=True)
         ]
-        told = any("0-9" in kind for kind in shape)
-        told |= any(known and column[0].isalnum() for known, column in zip(fixed, columns, strict=True))
-        for many in ("+", "{1,30}"):
-            parts = (
-                _escape(column[0]) if known or len(kind) == 1 else kind.replace("+", many)
-                for known, kind, column in zip(fixed, shape, columns, strict=True)
-            )
-            if told and not all(fixed) and is_quick(pattern := "".join(parts)):
-                return pattern
+        # Without digits, or a word that all have in common, these are any words.
+        if any("0-9" in part or part[0].isalnum() for part in parts):
+            for many in ("]+", "]{1,20}"):
+                pattern = "".join(part.replace("]+", many) for part in parts)
+                matching = (number for value, number in found.items() if re.fullmatch(pattern, value))
+                if is_quick(pattern) and sum(matching) >= enough:
+                    return pattern
     return ""
 
 
+_PIECES = re.compile("[0-9]+|[a-z]+|[A-Z]+|.", re.DOTALL)
+
+
 def _kind(piece: str, *, exact: bool) -> str:
-    """Return the pattern of a run of digits or letters; any other character is itself."""
-    if piece.isascii() and piece.isdigit():
-        return f"[0-9]{{{len(piece)}}}".replace("{1}", "") if exact else "[0-9]+"
+    """Return the pattern of a run of digits or letters; any other character stands for itself."""
+    if piece[0] in "0123456789":
+        return (f"[0-9]{{{len(piece)}}}" if len(piece) > 1 else "[0-9]") if exact else "[0-9]+"
     if piece.isascii() and piece.isalpha():
         return "[a-z]+" if piece.islower() else "[A-Z]+"
-    return piece
+    return _escape(piece)
 
 
 def _escape(text: str) -> str:
-    """Return the pattern of a literal text, with no more backslashes than it takes."""
+    """Return the pattern of a literal text, with only the backslashes that it needs."""
     return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
 
 
-# ---- From AWS's own rules: tag policies, and required-tags of Config ---------------------------------
+# ---- From AWS's own rules: tag policies, and required-tags of AWS Config -----------------------------
 
 MAX_RULES_BYTES = 10_000_000
 _RULES_WANTED = (
-    'an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
+    'neither an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
     "`describe-policy` or `aws configservice describe-config-rules` prints"
 )
-_OF_INSTANCES = {"ec2:instance", "ec2:*", "ec2:ALL_SUPPORTED"}
-# "Like tag keys, tag values are case sensitive"; "untagged resources … aren't evaluated".
+_OF_INSTANCES = ("ec2:instance", "ec2:*", "ec2:ALL_SUPPORTED")
+# It says: "Untagged resources … aren't evaluated", "Like tag keys, tag values are case sensitive".
 TAG_POLICY_PAGE = (
     "https://docs.aws.amazon.com/organizations/latest/userguide/orgs_manage_policies_tag-policies.html"
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AwsRules:
-    """The rules that AWS's own files hold, notes on what has no equal, and the regions they are for."""
+    """The rules that files from AWS hold, notes on what a policy cannot say, and their regions."""
 
     rules: dict[str, StarterRule] = field(default_factory=dict)  # by the key without its case
     notes: list[str] = field(default_factory=list)
@@ -7802,28 +7788,27 @@ class AwsRules:
 
     def note(self, what: str, why: str) -> None:
         """Add a note on what a policy cannot say."""
-        self.notes.append(f"No equal: {what}: {why}")
+        self.notes.append(f"No equal for {what}: {why}")
 
-    def add(self, rule: StarterRule, values: Iterable[str]) -> None:
-        """Add a rule with its values, where * is any text, or join it with the one for the same key."""
-        wanted = list(dict.fromkeys(values))
-        if usable := [value for value in wanted if _is_value(value)]:
-            if any("*" in value for value in usable):
-                pattern = "|".join(".*".join(map(_escape, value.split("*"))) for value in usable)
-                rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(shown_text, usable)))
-            else:
-                rule = replace(rule, values=tuple((value, "") for value in usable))
-        what, folded = f"{shown_text(rule.key)} of {rule.evidence}", rule.key.casefold()
-        if len(usable) < len(wanted):
-            refused = ", ".join(shown_text(value) for value in wanted if value not in usable)
-            self.note(what, f"a policy cannot hold the value {refused}")
+    def add(self, rule: StarterRule, wanted: Iterable[str], wildcard: str = "") -> None:
+        """Add a rule with the values that it allows, or join it with that for the same key."""
+        what, values = f"{_shown(rule.key)} of the {rule.evidence}", [*dict.fromkeys(wanted)]
+        if odd := [value for value in values if not _is_value(value)]:
+            self.note(what, f"a policy cannot list the value {', '.join(map(_shown, odd))}")
         if not _is_key(rule.key):
-            self.note(what, "a policy cannot ask for such a key")
-        elif usable or not wanted:
-            both, why = _joined(self.rules[folded], rule) if folded in self.rules else (rule, "")
-            self.rules[folded] = both
-            if why:
-                self.note(what, why)
+            return self.note(what, "a policy cannot require such a key")
+        if values and not (values := [value for value in values if value not in odd]):
+            return None
+        if wildcard and any(wildcard in value for value in values):
+            pattern = "|".join(".*".join(map(_escape, value.split(wildcard))) for value in values)
+            rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
+        else:
+            rule = replace(rule, values=tuple((value, "") for value in values))
+        known, why = self.rules.get(rule.key.casefold()), ""
+        if known:
+            rule, why = _joined(known, rule)
+        self.rules[rule.key.casefold()] = rule
+        return self.note(what, why) if why else None
 
 
 def read_rules(paths: Iterable[str]) -> AwsRules:
@@ -7836,17 +7821,17 @@ def read_rules(paths: Iterable[str]) -> AwsRules:
                 content = file.read(MAX_RULES_BYTES + 1)
             if len(content) > MAX_RULES_BYTES:
                 raise ValueError(f"it is larger than {MAX_RULES_BYTES:,} bytes")
-            _read_answer_of_aws(parse_json(content), found)
+            _read_aws_answer(parse_json(content), found)
         except OSError as error:
             raise UsageError(f"cannot read {shown}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UsageError(f"{shown} is neither {_RULES_WANTED}: {json_error(error)}") from error
+            raise UsageError(f"{shown} is {_RULES_WANTED}: {json_error(error)}") from error
     if not found.rules:
-        raise UsageError(". ".join(["no rule for EC2 instances in the files of --from", *found.notes]))
+        raise UsageError("; ".join(["--from has no rule for EC2 instances", *found.notes]))
     return found
 
 
-def _read_answer_of_aws(answer: Any, found: AwsRules) -> None:
+def _read_aws_answer(answer: Any, found: AwsRules) -> None:
     """Add the rules of one file; raises KeyError, TypeError or ValueError."""
     for outer, inner in (("EffectivePolicy", "PolicyContent"), ("Policy", "Content")):
         if isinstance(answer, dict) and outer in answer:
@@ -7857,77 +7842,68 @@ def _read_answer_of_aws(answer: Any, found: AwsRules) -> None:
         for rule in json_at(answer, list, "ConfigRules"):
             _read_config_rule(rule, found)
         return
+    tags = json_at(answer, dict, "tags")
     found.regions.add("*")
-    for name, entry in json_at(answer, dict, "tags").items():
+    for name in tags:
         if name.startswith("@@"):
-            _note_operators({name: entry}, "the tag policy", found)
+            found.note(f"{_shown(name)} of the tag policy", "it is about other tag policies")
         else:
-            _read_tag_rule(name, entry, found)
+            _read_tag_rule(name, json_at(tags, dict, name), found)
 
 
-def _read_tag_rule(name: str, entry: Any, found: AwsRules) -> None:
-    """Add the rule of a tag policy for one key; raises TypeError."""
-    where = f"tag policy {shown_text(name)}"
-    if not isinstance(entry, dict):
-        raise TypeError(f"its {name} is {shown_value(entry)}, not an object")
-
-    def assigned(what: str, kind: type[T]) -> T | None:
-        value = entry.get(what)
-        if isinstance(value, dict):
-            _note_operators(value, f"{where}, {what}", found)
-            value = value.get("@@assign", value.get("@@append"))
-        if kind is list and isinstance(value, str):
-            value = [value]
-        return None if value is None else json_at({what: value}, kind, what)
-
-    _note_operators(entry, where, found)
-    values = [json_at({"value": value}, str, "value") for value in assigned("tag_value", list) or ()]
-    # "If case treatment isn't defined, lowercase is the default case treatment for tag keys."
-    rule = StarterRule(assigned("tag_key", str) or name.lower(), where)
-    if assigned("enforced_for", list):
-        rule = replace(rule, notes=("enforced_for has no equal: tagcheck reports, and does not refuse",))
-    required = assigned("report_required_tag_for", list) or ()
-    flags = set() if any(each in _OF_INSTANCES for each in required) else {"optional"}
-    if required and flags:
-        rule = replace(rule, notes=(*rule.notes, "report_required_tag_for does not name ec2:instance"))
-    # Without tag_value "any value (including no value) is compliant" (Tag policy syntax).
+def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
+    """Add the rule of a tag policy for one key; raises TypeError or ValueError."""
+    where = f"tag policy {_shown(name)}"
+    given: dict[str, Any] = {}
+    for part, value in entry.items():
+        assigned = value if isinstance(value, dict) else {"@@assign": value}
+        given[part] = assigned.get("@@assign", assigned.get("@@append"))
+        if part not in _TAG_POLICY_KEYS:
+            found.note(f"{_shown(part)} of the {where}", "left out")
+        elif "@@append" in assigned:
+            found.note(f"@@append of the {where}", "it adds to a parent's values: give the effective policy")
+        elif other := [name for name in assigned if name != "@@assign"]:
+            found.note(f"{', '.join(map(_shown, other))} of the {where}", "left out")
+    lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
+    values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
+    required = lists.get("report_required_tag_for", ())
+    is_required = any(each in _OF_INSTANCES for each in required)
+    flags = set() if is_required else {"optional"}
+    # Without tag_value "any value (including no value at all) is compliant" (Tag policy syntax).
     if not values or {"", "*"} & {*values}:
         flags.add("allow_empty")
-    found.add(replace(rule, flags=frozenset(flags)), () if "*" in values else filter(None, values))
+    notes = []
+    if lists.get("enforced_for"):
+        notes.append("enforced_for has no equal: tagcheck reports such tags, it does not refuse them")
+    if required and not is_required:
+        notes.append("report_required_tag_for does not name ec2:instance")
+    # "If case treatment isn't defined, lowercase is the default case treatment for tag keys" (there, too).
+    key = name.lower() if given.get("tag_key") is None else json_at(given, str, "tag_key")
+    rule = StarterRule(key, where, (*notes,), flags=frozenset(flags))
+    found.add(rule, () if "*" in values else filter(None, values), wildcard="*")
 
 
-def _note_operators(value: Mapping[str, Any], where: str, found: AwsRules) -> None:
-    """Add a note on each part of an authored policy that a rule cannot hold."""
-    for name in value.keys() - {
-        "@@assign",
-        "tag_key",
-        "tag_value",
-        "enforced_for",
-        "report_required_tag_for",
-    }:
-        advice = (
-            "give the effective policy, which has its parents' values" if name == "@@append" else "left out"
-        )
-        found.note(f"{shown_text(name)} of {where}", advice)
+_TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
 
 
 def _read_config_rule(rule: Any, found: AwsRules) -> None:
     """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
-    where = f"Config rule {shown_text(json_at(rule, str, 'ConfigRuleName'))}"
+    where = f"Config rule {_shown(json_at(rule, str, 'ConfigRuleName'))}"
     owner, kind = (json_at(rule, str, "Source", name) for name in ("Owner", "SourceIdentifier"))
     if (owner, kind) != ("AWS", "REQUIRED_TAGS"):
-        return found.note(where, f"it is {shown_text(kind)}, not REQUIRED_TAGS")
+        return found.note(f"the {where}", f"it is {_shown(kind)}, not REQUIRED_TAGS")
     scope = json_at(rule, dict, "Scope") if rule.get("Scope") else {}
-    if scope.get("ComplianceResourceTypes") and "AWS::EC2::Instance" not in json_at(
-        scope, list, "ComplianceResourceTypes"
-    ):
-        return found.note(where, "it is not for AWS::EC2::Instance")
-    one, key, value = (json_at(scope, str, name) if name in scope else "" for name in _SCOPE)
+    types = json_at(scope, list, "ComplianceResourceTypes") if scope.get("ComplianceResourceTypes") else ()
+    if types and "AWS::EC2::Instance" not in types:
+        return found.note(f"the {where}", "it is not for AWS::EC2::Instance")
+    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in _CONFIG_SCOPE)
     if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
-        return found.note(where, f"a policy cannot hold its scope {shown_text(one or f'{key}={value}')}")
+        return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
     when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
     when = f"{{instances: [{one}]}}" if one else when
-    given = parse_json(json_at(rule, str, "InputParameters"))
+    given = json_at(
+        {"InputParameters": parse_json(json_at(rule, str, "InputParameters"))}, dict, "InputParameters"
+    )
     region = text_at(rule, "ConfigRuleArn").split(":")[3:4]
     found.regions.update(region if region and is_region(region[0]) else ["*"])
     for number in range(1, 7):
@@ -7940,80 +7916,69 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
     return None
 
 
-_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
+_CONFIG_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
 
 
 def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
     """Return a rule that asks for what both ask, or the first and why there is none."""
-    if one.key != other.key:
-        return one, f"{shown_text(one.key)} of {one.evidence} is another spelling, and is kept"
-    if one.when != other.when:
-        return one, f"it is for other instances than that of {one.evidence}, which is kept"
-    if one.pattern and other.pattern and one.pattern != other.pattern:
-        return one, f"it has other values than that of {one.evidence}, which is kept"
-    pattern = one.pattern or other.pattern
     values = [pair for pair in one.values or other.values if not other.values or pair in other.values]
+    pattern = one.pattern or other.pattern
     if pattern:
         values = [pair for pair in values if ValuePattern(pattern).judge(pair[0]) is Verdict.ALLOWED]
-    if not values and (one.values or other.values):
-        return one, f"it allows no value that {one.evidence} allows, which is kept"
-    return replace(
-        one,
-        evidence=f"{one.evidence}, and {other.evidence}",
-        notes=tuple(dict.fromkeys((*one.notes, *other.notes))),
-        values=tuple(values),
-        pattern="" if values else pattern,
-        pattern_evidence="" if values else one.pattern_evidence or other.pattern_evidence,
-        flags=one.flags & other.flags,
-    ), ""
+    why = ""
+    if one.key != other.key:
+        why = "another spelling"
+    elif one.when != other.when:
+        why = "for other instances"
+    elif (not values and (one.values or other.values)) or (other.pattern and pattern != other.pattern):
+        why = "other values"
+    if why:
+        return one, f"{why} than in the {one.evidence}, which is kept"
+    both = replace(one, evidence=f"{one.evidence}, {other.evidence}", flags=one.flags & other.flags)
+    both = replace(both, notes=tuple(dict.fromkeys((*one.notes, *other.notes))), values=tuple(values))
+    said = one.pattern_evidence or other.pattern_evidence
+    return replace(both, pattern="" if values else pattern, pattern_evidence=said), ""
+
+
+# ---- What a starter policy is made of, as YAML, and what it would find -------------------------------
 
 
 def make_starter(
     name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
 ) -> Starter:
-    """Return what a policy for a fleet is made of: the rules that are given, or else those that it follows.
-
-    Regions are those that are asked for, or else those with instances and every other.
-    """
+    """Return what a policy is made of: the rules that are given or the fleet's own, and its regions."""
     instances = [instance for each in fleet.values() for instance in each]
     counts: Counter[str] = Counter()
     for target, each in fleet.items():
         counts[target.region] += len(each)
-    found = {region: counted(number, "instance") for region, number in counts.items()}
-    places = {region: found.get(region, "no instances" if fleet else "") for region in regions}
-    notes: list[str] = []
-    if given:
-        notes += given.notes
-        if not fleet and not regions:
-            places = dict.fromkeys(given.regions if "*" not in given.regions else ["*"], "")
-    if not places:
-        new = {region: number for region, number in counts.items() if not is_region(region)}
-        if new:
-            notes.append(f'Under "*", as regions that are new to tagcheck: {_listed(_by_count(new))}')
-        places = {region: each for region, each in found.items() if region not in new}
-        places["*"] = "every other enabled region"
+    new = {region: number for region, number in counts.items() if not is_region(region)}
+    notes = [f'Under "*", as tagcheck does not know them: {_listed(_by_count(new))}'] if new else []
+    found = {region: counted(number, "instance") for region, number in counts.items() if region not in new}
+    if regions:
+        found = {region: found.get(region, "no instances" if fleet else "") for region in regions}
+    elif given and not fleet and "*" not in given.regions:
+        found = dict.fromkeys(given.regions, "")
+    else:
+        found["*"] = f"every {'other ' if found else ''}enabled region"
     services = Counter(instance.managed_by for instance in instances if instance.managed_by)
-    if not all(map(_is_value, services)):
-        services = Counter({"*": services.total()})
+    services = services if all(map(_is_value, services)) else Counter({"*": services.total()})
     if given:
-        return Starter(name, [*given.rules.values()], places, {}, services, notes)
+        own = given.regions - {"*"}
+        if own and own != found.keys():
+            notes.append(f"The Config rules are those of {', '.join(sorted(own))}")
+        return Starter(name, [*given.rules.values()], found, {}, services, [*notes, *given.notes])
     people = [instance for instance in instances if not instance.managed_by]
-    uses, more = survey_tags(people)
-    rules, placeholders = [], Counter[str]()
-    for use in uses:
-        rule, found_placeholders = fleet_rule(use, len(people))
-        rules.append(rule)
-        placeholders.update(found_placeholders)
-    if not rules:
-        rules = [StarterRule("Owner", "an example")]
-    return Starter(name, rules, places, placeholders, services, [*notes, *more])
-
-
-# ---- As YAML, and what it would find -----------------------------------------------------------------
+    tags, more = survey_tags(people)
+    pairs = [fleet_rule(spellings, people) for spellings in tags]
+    placeholders: Counter[str] = Counter()
+    for _, empty in pairs:
+        placeholders.update(empty)
+    rules = [rule for rule, _ in pairs] or [StarterRule("Owner", "only an example")]
+    return Starter(name, rules, found, placeholders, services, [*notes, *more])
 
 
 def _commented(text: str, comment: str) -> str:
-    """Return a line of YAML with a comment, which cannot end the line whatever it holds."""
+    """Return a line with a comment, which cannot end the line whatever it holds."""
     return f"{text:<30}  # {printable(comment)}" if comment else text
 
 
@@ -8021,47 +7986,43 @@ def policy_lines(starter: Starter) -> Iterator[str]:
     """Yield the lines of a starter policy, each with its evidence."""
     yield from ("version: 1", f"name: {yaml_text(starter.name)}", "required_tags:")
     for rule in starter.rules:
-        short = not (rule.values or rule.pattern or rule.when or rule.flags)
-        yield _commented(f"  - {'' if short else 'key: '}{yaml_text(rule.key)}", rule.evidence)
+        more = rule.values or rule.pattern or rule.when or rule.flags
+        yield _commented(f"  - {'key: ' if more else ''}{yaml_text(rule.key)}", rule.evidence)
         yield from (f"    # {printable(note)}" for note in rule.notes)
         yield from (f"    {flag}: true" for flag in sorted(rule.flags))
         if rule.when:
             yield f"    when: {rule.when}"
         if rule.pattern:
-            quoted = "'" + rule.pattern.replace("'", "''") + "'"
-            yield _commented(f"    pattern: {quoted}", rule.pattern_evidence)
-        if rule.values and not any(evidence for _, evidence in rule.values):
-            yield f"    values: [{', '.join(yaml_text(value) for value, _ in rule.values)}]"
-        elif rule.values:
+            quoted = rule.pattern.replace("'", "''")
+            yield _commented(f"    pattern: '{quoted}'", rule.pattern_evidence)
+        if any(evidence for _, evidence in rule.values):
             yield "    values:"
-            yield from (
-                _commented(f"      - {yaml_text(value)}", evidence) for value, evidence in rule.values
-            )
-    if starter.placeholders:
-        listed = ", ".join(yaml_text(text) for text, _ in _by_count(starter.placeholders))
-        counts = _listed((text, f"{number:,}") for text, number in _by_count(starter.placeholders))
-        yield _commented(f"placeholder_values: [{listed}]", f"these count as empty: {counts}")
+            for value, evidence in rule.values:
+                yield _commented(f"      - {yaml_text(value)}", evidence)
+        elif rule.values:
+            yield f"    values: [{', '.join(yaml_text(value) for value, _ in rule.values)}]"
+    if placeholders := _by_count(starter.placeholders):
+        texts = ", ".join(yaml_text(text) for text, _ in placeholders)
+        yield _commented(f"placeholder_values: [{texts}]", f"count as empty: {_listed(placeholders)}")
     yield "regions:"
     for region in sorted(starter.regions, key=lambda region: (region == "*", region)):
         yield _commented(f"  {yaml_text(region)}:", starter.regions[region])
-    if starter.services:
-        yield "exemptions:"
+    yield from ("exemptions:",) if starter.services else ()
     for service, number in _by_count(starter.services):
-        yield _commented("  - reason: an AWS service operates it", counted(number, "instance"))
+        yield _commented("  - reason: an AWS service operates them", counted(number, "instance"))
         yield f"    managed_by: {yaml_text(service)}"
 
 
 def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
     """Yield what a starter policy was made from, and what to do with it."""
-    number = counted(sum(map(len, fleet.values())), "instance")
-    regions = counted(len({target.region for target in fleet}), "region")
-    accounts = counted(len({target.account_id for target in fleet}), "account")
-    seen = f"{number} in {regions} of {accounts}"
-    yield f"Made by `tagcheck.py init` from {'AWS rules' if given else seen}. The comments say why."
-    if given and "*" in given.regions:
-        yield "A tag policy is about tags that are there (optional: true), and case matters in it:"
+    regions, accounts = ({getattr(target, name) for target in fleet} for name in ("region", "account_id"))
+    places = f"{counted(len(regions), 'region')} of {counted(len(accounts), 'account')}"
+    instances = f"{counted(sum(map(len, fleet.values())), 'instance')} in {places}"
+    yield f"Made by `tagcheck.py init` from {'rules of AWS' if given else instances}; the comments say why."
+    if given and any("optional" in rule.flags for rule in given.rules.values()):
+        yield "An AWS tag policy is about tags that are present (optional: true), and case matters in it:"
         yield TAG_POLICY_PAGE
-    yield "Change what is wrong, and check it with validate and scan --dry-run."
+    yield "Change what is wrong, then check it with validate and scan --dry-run."
 
 
 def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
@@ -8069,21 +8030,19 @@ def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], no
     total = exempted = failing = 0
     types: Counter[tuple[str, ViolationType]] = Counter()
     for target, instances in fleet.items():
-        for instance in instances:
-            seen = judge(target, instance, policy, now)
-            total += 1
-            if seen.too_young:
-                continue
+        total += len(instances)
+        sightings = (judge(target, instance, policy, now) for instance in instances)
+        for seen in (sighting for sighting in sightings if not sighting.too_young):
             failing += bool(seen.violations)
-            exempted += bool(seen.exempted) and not seen.violations
+            exempted += bool(seen.exempted and not seen.violations)
             types.update((violation.tag_key, violation.type) for violation in seen.violations)
     also = f", {exempted:,} exempted" if exempted else ""
     yield f"A scan with it finds now: {failing:,} of {counted(total, 'instance')} with violations{also}"
     for key in dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules):
-        words = {ViolationType.MISSING: "missing", ViolationType.EMPTY: "empty"}
-        counts = ((types[key, kind], words.get(kind, "with another value")) for kind in ViolationType)
+        words = ("missing", "empty", "with another value")
+        counts = zip((types[key, kind] for kind in ViolationType), words, strict=True)
         if found := ", ".join(f"{number:,} {word}" for number, word in counts if number):
-            yield f"  {shown_text(key)}: {found}"
+            yield f"  {_shown(key)}: {found}"
 
 
 ########################################################################################################
@@ -8857,8 +8816,8 @@ def run_init(args: InitOptions, now: datetime) -> ExitCode:
     text = "".join(f"# {printable(line)}\n" for line in head)
     SIGNALS.hold()  # what is written is also reported
     write_report(outputs, INIT_WRITERS, f"{text}\n{body}", emit)
-    if not args.quiet:
-        emit_lines(_next_lines(args, starter, found[:1]), _message_stream(outputs))
+    if not args.quiet and args.output != "-":
+        emit_lines(_next_lines(args, starter, found[:1]))
     emit_lines(lacking, sys.stderr)
     return ExitCode.INCOMPLETE if unread else ExitCode.COMPLIANT
 
@@ -8908,16 +8867,14 @@ def _live_scope(args: InitOptions) -> ScanOptions:
 
 def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
     """Yield what was written, and the command that comes next."""
-    regions = counted(len(starter.regions.keys() - {"*"}), "region")
-    every = ' and "*"' if "*" in starter.regions else ""
-    yield f"Wrote {args.output}: {counted(len(starter.rules), 'rule')}, {regions}{every}"
+    rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
+    yield f"Wrote {args.output}: {rules} for {regions}"
     yield from found
-    if args.output != "-":
-        words = ["tagcheck.py", "scan", "--policy", args.output]
-        words += ["--profile", args.profile] if args.profile else []
-        for name in ("region", "instances"):
-            words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-        yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
+    words = ["tagcheck.py", "scan", "--policy", args.output]
+    words += ["--profile", args.profile] if args.profile else []
+    for name in ("region", "instances"):
+        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
 
 
 def _write_text(file: TextIOBase, text: str) -> None:
