@@ -379,6 +379,21 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Aliased:
+    """A tag that an instance has under an alias, where the policy wants it under the rule's own key, too."""
+
+    account_id: str
+    region: str
+    instance_id: str
+    name: str
+    tag_key: str
+    alias: str
+    value: str
+    current: str | None  # what it has under the rule's own key
+    cause: Group | None
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """What happened to a finding at a time, and the violations that it had from then on."""
 
@@ -1045,8 +1060,9 @@ class RequiredTag:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the rule asks every instance for a value of this key, so that no other tag decides."""
-        return not (self.aliases or self.when or self.allow_empty or self.optional)
+        """Whether every instance must have a value under this very key, from now on."""
+        others = self.aliases or self.when or self.allow_empty or self.optional
+        return not (others or self.effective_from)
 
     def applies(self, target: Target, instance: Instance, placeholders: Container[str]) -> bool:
         """Return whether the rule is for an instance of a target."""
@@ -1622,6 +1638,8 @@ def _check_schema(document: YamlDocument) -> None:
                 document.add(path, f"{shown_value(found)} is not {choice}", near=(found, texts))
             case "oneOf" if not isinstance(found, dict):
                 pass  # its type is reported
+            case "anyOf" if path[-1] == "when" and unknown:
+                pass  # the unknown key was meant for a condition
             case other:
                 message = _SCHEMA_MESSAGES[other].format(shown_value(found), len(found), wanted, error.schema)
                 document.add((*path, found) if is_key else path, message, at_key=is_key)
@@ -1646,12 +1664,27 @@ def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ..
         hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
     elif len(path) == 1 and is_region(key):
         hint, near = ": it is a region; indent it by two spaces, under regions:", False
+    elif key == "when" and path[0] == "exemptions":
+        hint, near = ": write its conditions directly in the exemption", False
+    elif key in _BELONGS:
+        hint, near = f": it belongs to {_BELONGS[key]}", False
     elif path[-2:-1] == ("when",) and not did_you_mean(key, known):
         hint, near = f": if it is a tag, write tags: {{{key[:40]}: …}}", False
     elif path[-2:-1] == ("slack",):
         hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
     message = f"unknown key {shown_value(key)}{hint}"
     document.add(path, message, at_key=True, near=(key, known) if near else ())
+
+
+# Where keys belong that people write elsewhere.
+_BELONGS = {
+    **dict.fromkeys(_keys(Match), "when, in a rule"),
+    **dict.fromkeys(("reason", "expires", "approved_by", "ticket"), "an exemption"),
+    **dict.fromkeys(("aliases", "ignore_case", "when", "allow_empty", "optional"), "a rule of required_tags"),
+    "effective_from": "a rule of required_tags",
+    "normalize_aliases": "the policy itself, beside required_tags",
+    "unless": "an exemption: name these instances there",
+}
 
 
 def _keys_of_type(kind: str) -> frozenset[str]:
@@ -1692,7 +1725,18 @@ def _type_hint(path: KeyPath, found: Any) -> str:
         case (*_, "pattern"):
             return "; put it in single quotes: '[0-9]'"
         case (*_, key) if key in _SWITCHES:
-            return "; write it in lower case and without quotes"
+            meant = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+            word = meant.get(text.lower(), text.lower())
+            return f"; write {word} without quotes" if word in ("true", "false") else ""
+        case (*_, "effective_from") if found is None:
+            return "; write a date, such as 2027-01-31"
+        case (*_, "tags") if "when" in path or "exemptions" in path:
+            key, _, value = text.partition("=")
+            return (
+                f"; write {{{key}: {value}}}"
+                if value
+                else "; write each tag with its value: {Environment: prod}"
+            )
         case (*_, "when"):
             return "; write the tag that instances must have: {tags: {Environment: prod}}"
         case (*_, "tags", _) if found is None:
@@ -1717,7 +1761,7 @@ _SYNONYMS = {
     "grace_period": "grace grace_minutes grace_hours",
     "aliases": "alias other_keys alternatives also any_of",
     "ignore_case": "case_insensitive ignorecase case_sensitive insensitive",
-    "when": "if only_if condition conditions where only_when unless",
+    "when": "if only_if condition conditions where only_when",
     "allow_empty": "empty empty_ok allow_blank may_be_empty",
     "optional": "required mandatory if_present",
     "effective_from": "from starts start_date valid_from enforced_from enforce_from since starting",
@@ -1801,7 +1845,7 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         _check_region(document, (*path, "regions", index), region)
     accounts = _given(document.value, "accounts", dict)
     if _given(match, "organizational_units", list) and accounts.get("organization") is not True:
-        message = "only the accounts of an organization are in units: it needs accounts.organization: true"
+        message = "organizational_units needs accounts.organization: true, as no other accounts are in units"
         document.add((*path, "organizational_units"), message, at_key=True)
 
 
@@ -1854,10 +1898,10 @@ def _check_combination(document: YamlDocument, path: KeyPath, rule: Any) -> None
     """Add a problem for keys of a rule that make no sense together, and check its `when` and its date."""
     given = {key for key in _keys(RequiredTag) if _given(rule, key, object) not in (None, False)}
     if {"optional", "default"} <= given:
-        message = "remediate never adds an optional tag: remove default, or optional"
+        message = "default has no meaning here, as remediate never adds an optional tag: remove one of them"
         document.add((*path, "default"), message, at_key=True)
     if "ignore_case" in given and not given & {"values", "pattern"}:
-        message = "has nothing to compare: add values or pattern, or remove it"
+        message = "ignore_case has nothing to compare: add values or pattern, or remove it"
         document.add((*path, "ignore_case"), message, at_key=True)
     _check_date(document, path, rule, "effective_from")
     _check_match(document, (*path, "when"), _given(rule, "when", dict))
@@ -2058,6 +2102,7 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
     upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
+    aliased: tuple[tuple[str, str], ...] = ()  # rules' keys, and the aliases whose values they should have
 
 
 @dataclass(frozen=True, slots=True)
@@ -2119,7 +2164,18 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         violations = tuple(violation for violation in failing if violation.tag_key not in later)
         exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming)
+    aliased = _aliased(instance.tags, rules, placeholders) if policy.normalize_aliases else ()
+    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming, tuple(aliased))
+
+
+def _aliased(
+    tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholders: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys of rules that tags meet by an alias only, each with that alias."""
+    for rule in rules:
+        alias, _ = counted_tag(tags, rule, placeholders)
+        if alias != rule.key and met_value(tags, rule, placeholders):
+            yield rule.key, alias
 
 
 def counted_tag(
@@ -3652,13 +3708,20 @@ MIGRATIONS = (
         policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL, tag_key TEXT NOT NULL,
         effective_from TEXT NOT NULL, instances INTEGER NOT NULL,
         PRIMARY KEY (policy, account_id, region, tag_key)
+    ) WITHOUT ROWID;
+    -- Tags that instances had under an alias, where the policy wants them under the rule's own key, too.
+    CREATE TABLE aliased (
+        policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL, instance_id TEXT NOT NULL,
+        tag_key TEXT NOT NULL, name TEXT NOT NULL, alias TEXT NOT NULL, value TEXT NOT NULL, current TEXT,
+        cause_kind TEXT, cause TEXT, PRIMARY KEY (policy, account_id, region, instance_id, tag_key)
     ) WITHOUT ROWID
     """,
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
 # repeated without reading AWS again. `violations` are those that count: NULL where there are none. `upcoming`
-# has the keys of the rules that will be failed, with the days from which they count.
+# has the keys of the rules that will be failed, with the days from which they count; `aliased` those of the
+# rules that are met by an alias, with the end of an Aliased.
 # An instance that moved between two pages while they were read is on both: the last one counts.
 SIGHTINGS = """
     CREATE TABLE target (
@@ -3667,9 +3730,9 @@ SIGHTINGS = """
     );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT, exempted TEXT,
-        violations TEXT, tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT, cause_kind TEXT,
-        cause TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
+        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT, aliased TEXT,
+        exempted TEXT, violations TEXT, tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT,
+        cause_kind TEXT, cause TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
         PRIMARY KEY (target, instance_id)
     );
     CREATE VIEW seen AS
@@ -4116,7 +4179,7 @@ def add_sightings(
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
 
 
-SIGHTING_WIDTH = 19  # columns
+SIGHTING_WIDTH = 20  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -4125,16 +4188,17 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
     place = (target, instance.instance_id, instance.state, launch_time, tags)
     row: tuple[object, ...] = (*place, instance.managed_by, int(seen.too_young))
-    if not (seen.violations or seen.exempted or seen.upcoming):
+    if not (seen.violations or seen.exempted or seen.upcoming or seen.aliased):
         return row
-    upcoming = (
-        to_json({rule.key: str(rule.effective_from) for rule in seen.upcoming}) if seen.upcoming else None
-    )
+    upcoming = {rule.key: str(rule.effective_from) for rule in seen.upcoming}
+    own, cause = instance.tags, cause_of(groups) or (None, None)
+    aliased = {key: [alias, own[alias], own.get(key), *cause] for key, alias in seen.aliased}
+    row = (*row, *(to_json(found) if found else None for found in (upcoming, aliased)))
     exempted = _list_or_null(map(exempted_record, seen.exempted))
     if not seen.violations:
-        return (*row, upcoming, exempted)
-    more = (instance.instance_type, cost, _groups_json(groups), *(cause_of(groups) or (None, None)))
-    return (*row, upcoming, exempted, *_violations_json(seen.violations), *more)
+        return (*row, exempted)
+    more = (instance.instance_type, cost, _groups_json(groups), *cause)
+    return (*row, exempted, *_violations_json(seen.violations), *more)
 
 
 # Siblings have the same groups and mostly fail in the same way.
@@ -4444,6 +4508,15 @@ _RECORD_COVERAGE = f"""
     SELECT :policy, account_id, region, rule.key, rule.value, count(*)
     FROM seen CROSS JOIN json_each(upcoming) AS rule WHERE NOT too_young GROUP BY 2, 3, 4;
 
+    DELETE FROM state.aliased WHERE policy = :policy
+        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+
+    INSERT INTO state.aliased
+    SELECT :policy, account_id, region, instance_id, rule.key, coalesce(json_extract(tags, '$.Name'), ''),
+        json_extract(rule.value, '$[0]'), json_extract(rule.value, '$[1]'), json_extract(rule.value, '$[2]'),
+        json_extract(rule.value, '$[3]'), json_extract(rule.value, '$[4]')
+    FROM seen CROSS JOIN json_each(aliased) AS rule WHERE NOT too_young;
+
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
         sum(resolved), count(*), sum(status = 'unread')
@@ -4668,6 +4741,12 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
     for number in db.execute(query, [*chosen.values()]):
         finding = db.execute(f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?", number)
         yield load_record(Finding, finding.fetchone())
+
+
+def fetch_aliased(db: sqlite3.Connection, policy: str) -> Iterator[Aliased]:
+    """Yield the tags that a policy wants under their rules' own keys, as they were last seen."""
+    query = f"SELECT {_columns(Aliased, 'aliased')} FROM aliased WHERE policy = ?"
+    return (load_record(Aliased, row) for row in db.execute(query, (policy,)))
 
 
 def fetch_accounts(db: sqlite3.Connection) -> dict[str, Account]:
@@ -5885,6 +5964,7 @@ class Dashboard:
     standings: Sequence[Standing]
     open: OpenFindings
     endings: Sequence[Problem]
+    upcoming: Sequence[Upcoming] = ()
 
 
 HTML_STYLE = """
@@ -6408,6 +6488,11 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
         yield _titled("Open for longest", "", *_table(columns, oldest))
     if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
         yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
+    if upcoming := [
+        (r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming
+    ]:
+        lead = "What would fail rules that do not count yet."
+        yield _titled("Upcoming rules", lead, *_table("From,Tag,Instances", upcoming))
     rows = []
     for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
         known = ("never", "not known")
@@ -6816,6 +6901,21 @@ def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> 
                 row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
                 if row and not row_error(row, policy):
                     yield row
+
+
+def plan_aliased(
+    aliased: Iterable[Aliased], policy: Policy, min_confidence: float = MIN_CONFIDENCE
+) -> Iterator[PlanRow]:
+    """Yield what would give rules their own keys, where the policy still wants it and allows the value."""
+    for case in aliased if policy.normalize_aliases and min_confidence <= OWN_CONFIDENCE else ():
+        rule = policy.rules_by_key(case.region).get(case.tag_key)
+        if rule and case.alias in rule.aliases:
+            place = (case.account_id, case.region, case.instance_id, case.name)
+            current, why = printable(case.current or ""), f"it has {case.alias}={cut_text(case.value, 40)}"
+            more = (current, f"{OWN_CONFIDENCE:g}", why, revert_warning(case.cause))
+            row = PlanRow(*place, rule.key, case.value, Action.ADD, *more)
+            if not row_error(row, policy):
+                yield row
 
 
 def _plan_row(
@@ -7262,7 +7362,7 @@ def fetch_changes(
     where, values = "policy = ? AND instance_id = ?", [policy_name, instance_id]
     if target:
         where += " AND account_id = ? AND region = ?"
-        values += astuple(target)
+        values += (target.account_id, target.region)
     rows = db.execute(f"SELECT {', '.join(_CHANGE)} FROM changes WHERE {where} ORDER BY id", values)
     return [load_record(Change, row) for row in rows]
 
@@ -8630,8 +8730,8 @@ def _accounts_in_scope(
     active = {account_id: account for account_id, account in chosen.items() if account.state not in INACTIVE}
     for account_id, account in sorted(chosen.items(), key=operator.itemgetter(0)):
         if account_id not in active:
-            who = account_text(account_id, account.name)
-            notices.append(f"Account {who} is {account.state}: not scanned")
+            name = f" ({account.name})" if account.name else ""
+            notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
     if not active and args.shard == ALL_ACCOUNTS:
         all_are = ", ".join(sorted({account.state for account in chosen.values()}))
         raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
@@ -9103,8 +9203,9 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
-        open_ = fetch_open(db, policy.name, owner, now)
-    dashboard = Dashboard(policy, now, trend, standings, open_, check_expiry(policy, now.date()))
+        open_, upcoming = fetch_open(db, policy.name, owner, now), fetch_upcoming(db, policy.name, now.date())
+    endings = check_expiry(policy, now.date())
+    dashboard = Dashboard(policy, now, trend, standings, open_, endings, upcoming)
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
     return ExitCode.COMPLIANT
 
@@ -9177,7 +9278,9 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
             is_open = Selection(policy.name, None, args.account, args.region, OPEN)
-            return PlanRows(plan(fetch_history(db, is_open), policy, args.min_confidence))
+            planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
+            aliased = plan_aliased(fetch_aliased(db, policy.name), policy, args.min_confidence)
+            return PlanRows(itertools.chain(planned, (row for row in aliased if args.includes(row.target))))
     return PlanRows(row for row in rows if args.includes(row.target))
 
 

@@ -381,7 +381,7 @@ LISTINGS = {
     "Status alone": Listing(
         answers([account(MEMBER, None, "ACTIVE"), account(OTHER, None, "SUSPENDED")]),
         (MEMBER,),
-        (f"Account {OTHER} is SUSPENDED: not scanned",),
+        (f"Account {OTHER} is SUSPENDED: not scanned (n)",),
     ),
     "State counts, not Status": Listing(
         answers(
@@ -946,3 +946,160 @@ def test_signal_ends_a_scan_all_of_whose_workers_wait(
     assert {file.name for file in tmp_path.iterdir()} == {"policy.yaml", STATE}
     with closing(sqlite3.connect(tmp_path / STATE)) as db:
         assert db.execute("SELECT count(*) FROM scans").fetchone() == (0,)
+
+
+# ---- What accounts are called, and where they are in the organization --------------------------------------
+
+UNIT, NESTED = "ou-ab12-11111111", "ou-ab12-22222222"
+ROOT = "o-a1b2c3d4e5/r-ab12/"
+
+
+def named(account_id: str, name: str, *units: str) -> dict[str, Any]:
+    """Write an account as ListAccounts does, with its name and its place."""
+    path = ROOT + "".join(f"{unit}/" for unit in units)
+    return account(account_id) | {"Name": name, "Paths": [f"{path}{account_id}/"]}
+
+
+@pytest.fixture
+def organization(aws: AwsServer) -> AwsServer:
+    """Give a server of an organization with three accounts, one of whose units is within another."""
+    make_organization(aws, members=0)
+    for account_id in (OWN, MEMBER, OTHER):
+        aws.launch(REGION, account_id=account_id)
+    accounts = [named(OWN, "main"), named(MEMBER, "prod", UNIT), named(OTHER, "batch", UNIT, NESTED)]
+    aws.fault(**answers(accounts), action="ListAccounts")
+    return aws
+
+
+def test_every_output_shows_the_names_of_accounts(
+    organization: AwsServer, scan: Scan, tmp_path: Path
+) -> None:
+    result = scan({"organization": True, "names": {OTHER: "the batch"}}, check=3)
+    names = {OWN: "main", MEMBER: "prod", OTHER: "the batch"}
+    report = result.json("out.json")
+    for key in ("coverage", "findings"):
+        assert {entry["account_id"]: entry["account_name"] for entry in report[key]} == names
+    rows = result.csv("out.csv")
+    assert {row["AccountId"]: row["AccountName"] for row in rows} == names
+    assert [*rows[0]][-1] == "AccountName"
+    failures = ET.parse(tmp_path / "out.xml").getroot().iterfind("testsuite/testcase/failure")
+    texts = [str(failure.text) for failure in failures]
+    for account_id, name in names.items():
+        assert any(f"account {account_id} ({name}) {REGION}" in text for text in texts)
+        assert f"{account_id} ({name})" in result.out
+    policy = ("--policy", "policy.yaml")
+    history = run_tagcheck("history", *policy, cwd=tmp_path, check=0).out
+    page = run_tagcheck("report", *policy, "--html", "-", cwd=tmp_path, check=0).out
+    for account_id, name in names.items():
+        assert f"{account_id} ({name})" in history
+        assert f"{account_id} ({name})" in page
+
+
+@pytest.mark.parametrize(
+    "command", [("scan",), ("history",), ("remediate", "--csv", "-")], ids=lambda c: c[0]
+)
+def test_account_is_chosen_by_its_name(
+    organization: AwsServer, scan: Scan, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    accounts = {"organization": True}
+    scan(accounts, check=3)
+    policy = write_policy(tmp_path, accounts, REGION, required_tags=[{"key": "Owner", "default": "ops"}])
+    outputs = OUTPUTS if command == ("scan",) else ()
+
+    def run(name: str, **more: Any) -> Result:
+        args = (*command, *outputs, "--policy", policy, "--account", name)
+        return run_tagcheck(*args, cwd=tmp_path, env=organization.env, **more)
+
+    result = run("prod")
+    assert result.code in (0, 3)
+    text = result.out + (json.dumps(result.json("out.json")["findings"]) if outputs else "")
+    assert MEMBER in text
+    assert OTHER not in text
+    wrong = run("prd", check=2).err
+    assert "--account prd: no account of this name is known here" in wrong
+    assert "did you mean 'prod'?" in wrong
+
+
+def test_name_that_two_accounts_have_is_refused(organization: AwsServer, scan: Scan) -> None:
+    accounts = {"organization": True, "names": {OWN: "prod"}}
+    result = scan(accounts, args=("--account", "prod"), check=2)
+    assert f"--account prod: {OWN}, {MEMBER} have this name; give an id" in result.err
+
+
+def test_names_of_a_policy_without_an_organization(aws: AwsServer, scan: Scan) -> None:
+    aws.launch(REGION, account_id=MEMBER)
+    accounts = {"ids": [MEMBER, OWN], "names": {MEMBER: "prod", OTHER: "gone"}}
+    result = scan(accounts, args=("--account", "prod"), check=3)
+    assert accounts_of(result) == [MEMBER]
+    assert [finding["account_name"] for finding in result.json("out.json")["findings"]] == ["prod"]
+    assert not aws.calls("ListAccounts")
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred\x1b[0m\n", "=1+1", "<script>", "\u202e", "n" * 300, ""])
+def test_hostile_name_of_an_account_reaches_no_output(aws: AwsServer, scan: Scan, name: str) -> None:
+    make_organization(aws, members=0)
+    aws.launch(REGION)
+    aws.fault(**answers([account(OWN) | {"Name": name}]), action="ListAccounts")
+    result = scan({"organization": True}, check=3)
+    assert "\x1b" not in result.out + result.err
+    shown = result.json("out.json")["findings"][0]["account_name"]
+    assert len(shown) <= 50
+    assert script.is_printable(shown)
+    assert not result.csv("out.csv")[0]["AccountName"].startswith("=")
+    page = run_tagcheck("report", "--policy", "policy.yaml", "--html", "-", cwd=result.cwd, check=0).out
+    assert "<script>" not in page
+
+
+UNITS = {
+    "a unit, and the units below it": ([UNIT], {MEMBER, OTHER}),
+    "a unit within another": ([NESTED], {OTHER}),
+    "a path, and nothing below it": ([f"{ROOT}{UNIT}/"], {MEMBER}),
+    "a path without its last slash": ([f"{ROOT}{UNIT}"], {MEMBER}),
+    "a path and all below it": ([f"{ROOT}{UNIT}/*"], {MEMBER, OTHER}),
+    "any path to a unit": ([f"*/{NESTED}/"], {OTHER}),
+    "the root": (["r-ab12"], {OWN, MEMBER, OTHER}),
+    "ids that begin alike": (["ou-ab12-1*", "ou-ab12-9*"], {MEMBER, OTHER}),
+    "another unit": (["ou-ab12-1111111"], set[str]()),
+}
+
+
+@pytest.mark.parametrize("which", UNITS)
+def test_organizational_units_of_rules_and_exemptions(
+    organization: AwsServer, scan: Scan, which: str
+) -> None:
+    units, inside = UNITS[which]
+    rule = {"key": "Owner", "when": {"organizational_units": units}}
+    result = scan({"organization": True}, keys={"required_tags": [rule]})
+    assert {finding["account_id"] for finding in result.json("out.json")["findings"]} == inside
+    exemption = {"reason": "r", "organizational_units": units}
+    result = scan({"organization": True}, keys={"exemptions": [exemption]})
+    assert {each["account_id"] for each in result.json("out.json")["exempted"]} == inside
+
+
+def test_account_whose_place_is_not_known_is_unread(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
+    make_organization(aws, members=0)
+    aws.launch(REGION)
+    aws.fault(**answers([account(OWN)]), action="ListAccounts")
+    keys = {"required_tags": [{"key": "Owner", "when": {"organizational_units": [UNIT]}}]}
+    result = scan({"organization": True}, keys=keys, check=4)
+    assert coverage(result) == {(OWN, "*"): "UnknownAccountPath"}
+    save_fleet(tmp_path, instance())
+    result = scan({"organization": True}, args=("--instances", "fleet.json"), keys=keys, check=4)
+    assert coverage(result) == {(OWN, REGION): "UnknownAccountPath"}
+
+
+@pytest.mark.parametrize("paths", ["x", ["x"], [7], {"a": 1}, [f"{ROOT}../"], [f"{ROOT}\x1b/"]], ids=repr)
+def test_place_that_is_none_is_refused(aws: AwsServer, scan: Scan, paths: Any) -> None:
+    make_organization(aws, members=0)
+    aws.fault(**answers([account(OWN) | {"Paths": paths}]), action="ListAccounts")
+    assert "cannot list the accounts" in scan({"organization": True}, check=5).err
+
+
+def test_explain_knows_where_an_account_was(organization: AwsServer, scan: Scan, tmp_path: Path) -> None:
+    exemption = {"reason": "r", "organizational_units": [NESTED], "required_tags": ["Owner"]}
+    keys = {"required_tags": ["Owner", "Team"], "exemptions": [exemption]}
+    result = scan({"organization": True}, keys=keys, check=3)
+    ids = {each["account_id"]: each["instance_id"] for each in result.json("out.json")["findings"]}
+    for account_id in (MEMBER, OTHER):
+        text = run_tagcheck("explain", "--policy", "policy.yaml", ids[account_id], cwd=tmp_path, check=0).out
+        assert ("EXEMPTED" in text) == (account_id == OTHER)
