@@ -7680,10 +7680,17 @@ def _tool_of(key: str) -> str:
     return next((tool for tool, begin in _TOOL_KEYS.items() if re.match(begin, key.casefold())), "")
 
 
-def survey_tags(instances: Sequence[Instance]) -> tuple[list[dict[str, int]], list[str]]:
-    """Return the tags that half of the instances have, each by its spellings, and notes on the others.
+class TagUse(NamedTuple):
+    """How many instances have a tag in each spelling, the one to require first, and their values."""
 
-    Keys that differ only in case, spaces, `_` or `-` are one tag; the first spelling is the one to require.
+    spellings: dict[str, int]
+    values: Counter[str]
+
+
+def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
+    """Return the tags that at least half of the instances have, and notes on those that are left out.
+
+    Keys that differ only in case, spaces, `_` or `-` are one tag.
     """
     counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
     spelled: dict[str, Counter[str]] = {}
@@ -7691,46 +7698,43 @@ def survey_tags(instances: Sequence[Instance]) -> tuple[list[dict[str, int]], li
         if not _tool_of(key):
             spelled.setdefault(bare_key(key) or key, Counter())[key] = number
     half = (len(instances) + 1) // 2
-    common = {  # of those spelled in several ways, an instance can have more than one
-        bare: number
-        for bare, spellings in spelled.items()
-        if spellings.total() >= half and (number := _number_with(spellings, instances)) >= half
-    }
-    notes = [] if common else ["No tag is on half of the instances: required are the most common ones"]
-    usable = [bare for bare in spelled if any(map(_is_key, spelled[bare]))]
-    chosen = _by_count({bare: common[bare] for bare in usable if bare in common})
-    chosen = chosen or _by_count({bare: spelled[bare].total() for bare in usable})[:3]
-    if len(chosen) > MAX_STARTER_RULES:
-        notes.append(f"{counted(len(chosen) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
-    unusable = {key: number for bare in common.keys() - usable for key, number in spelled[bare].items()}
-    if unusable:
-        notes.append(f"Left out, as a policy cannot require such keys: {_listed(_by_count(unusable))}")
-    if tools := [
-        (key, f"{_tool_of(key)}, {n:,}") for key, n in _by_count(counts) if _tool_of(key) and n >= half
-    ]:
-        notes.append(f"Left out, as tools write them: {_listed(tools)}")
-    ordered = (_by_count(spelled[bare]) for bare, _ in chosen[:MAX_STARTER_RULES])
-    return [dict(sorted(each, key=lambda item: not _is_key(item[0]))) for each in ordered], notes
+    groups = [spellings for spellings in spelled.values() if spellings.total() >= half]
+    # An instance may have a tag in two spellings.
+    common = [use for use in _tag_uses(groups, instances) if use.values.total() >= half]
+    usable = [use for use in common if _is_key(next(iter(use.spellings)))]
+    notes = []
+    if not usable:
+        notes.append("No tag is on half of the instances: required are the most common ones")
+        groups = [spellings for spellings in spelled.values() if any(map(_is_key, spellings))]
+        groups = sorted(groups, key=lambda spellings: (-spellings.total(), min(spellings)))[:3]
+        usable = _tag_uses(groups, instances)
+    if len(usable) > MAX_STARTER_RULES:
+        notes.append(f"{counted(len(usable) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
+    if odd := [each for use in common if use not in usable for each in use.spellings.items()]:
+        notes.append(f"Left out, as a policy cannot require such keys: {_listed(odd)}")
+    tools = {key: f"{_tool_of(key)}, {n:,}" for key, n in _by_count(counts) if n >= half and _tool_of(key)}
+    if tools:
+        notes.append(f"Left out, as tools write them: {_listed(tools.items())}")
+    return usable[:MAX_STARTER_RULES], notes
 
 
-def _number_with(spellings: Mapping[str, int], instances: Iterable[Instance]) -> int:
-    """Return how many instances have a tag, in any of its spellings."""
-    if len(spellings) == 1:
-        return sum(spellings.values())
-    return sum(not spellings.keys().isdisjoint(instance.tags) for instance in instances)
+def _tag_uses(groups: Iterable[Mapping[str, int]], instances: Sequence[Instance]) -> list[TagUse]:
+    """Return how instances use tags, each given by its spellings; the most common tag comes first."""
+    uses = []
+    for spellings in groups:
+        ordered = dict(sorted(_by_count(spellings), key=lambda item: not _is_key(item[0])))
+        found = (next((each.tags[key] for key in ordered if key in each.tags), None) for each in instances)
+        uses.append(TagUse(ordered, Counter(value for value in found if value is not None)))
+    return sorted(uses, key=lambda use: (-use.values.total(), bare_key(next(iter(use.spellings)))))
 
 
-def fleet_rule(
-    spellings: Mapping[str, int], instances: Sequence[Instance]
-) -> tuple[StarterRule, Mapping[str, int]]:
+def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]:
     """Return the rule that a fleet's use of a tag amounts to, and which of its values are placeholders."""
-    (key, _), *others = spellings.items()
-    found = (next((each.tags[key] for key in spellings if key in each.tags), None) for each in instances)
-    values = Counter(value for value in found if value is not None)
-    evidence = f"{values.total():,} of {counted(len(instances), 'instance')}"
+    (key, _), *others = use.spellings.items()
+    evidence = f"{use.values.total():,} of {counted(total, 'instance')}"
     used: Counter[str] = Counter()
     empty: Counter[str] = Counter()
-    for value, number in values.items():
+    for value, number in use.values.items():
         text = stripped(value).casefold()
         if text and text not in _PLACEHOLDERS:
             used[value] = number
@@ -7740,7 +7744,7 @@ def fleet_rule(
     also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
     rule = StarterRule(key, evidence, (also,) if others else ())
     placeholders = {text: number for text, number in empty.items() if text}
-    if 2 * empty.total() > values.total():
+    if empty.total() > used.total():
         return replace(rule, flags=frozenset({"allow_empty"})), placeholders
     if bare_key(key) == "name":  # names are free
         return rule, placeholders
@@ -7751,9 +7755,8 @@ def fleet_rule(
     is_code = re.search(r"\[0-9\]\{|@", pattern)
     if not is_code and (listed := _with_values(rule, used)):
         return listed, placeholders
-    return _with_pattern(rule, pattern, used) if is_code or (
-        pattern and len(used) > 3
-    ) else rule, placeholders
+    has_shape = is_code or (pattern and len(used) > 3)
+    return (_with_pattern(rule, pattern, used) if has_shape else rule), placeholders
 
 
 def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
@@ -7774,9 +7777,7 @@ def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | N
     kept = {value: number for value, number in ordered if value not in mistakes and _is_value(value)}
     notes = [f"left out as probable typing mistakes: {_listed(mistakes.items())}"] if mistakes else []
     if len(kept) > MAX_STARTER_VALUES:
-        notes.append(
-            f"left out as rare: {_listed((value, n) for value, n in kept.items() if value not in usual)}"
-        )
+        notes.append(f"left out as rare: {_listed(item for item in kept.items() if item[0] not in usual)}")
         kept = {value: number for value, number in kept.items() if value in usual}
     number, total = sum(kept.values()), folded.total()
     explained = number + sum(counts[value] for value in mistakes)
@@ -7790,20 +7791,17 @@ def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | N
 
 def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
     """Return whether a rare value looks like a usual one, mistyped."""
-    if rare == usual or 4 * number > usually:
+    if rare == usual or 4 * number > usually or len(rare) > 64:
         return False
     if bare_key(rare) == bare_key(usual):
         return 9 * number <= usually
     words, others = (re.findall(r"[^\W\d_]+|\d+", text.casefold()) for text in (rare, usual))
     pairs = [(word, other) for word, other in zip(words, others, strict=False) if word != other]
     # Neither of team-a and team-b is a mistake, nor of web1 and web2.
-    near = all(
-        min(map(len, pair)) > 2
-        and "".join(pair).isalpha()
-        and difflib.SequenceMatcher(None, *pair).ratio() > 0.7
-        for pair in pairs
-    )
-    return near and len(words) == len(others) and (number < 3 or 50 * number <= usually)
+    long = all(len(min(pair, key=len)) > 2 and "".join(pair).isalpha() for pair in pairs)
+    if not long or len(words) != len(others) or (number > 2 and 50 * number > usually):
+        return False
+    return all(difflib.SequenceMatcher(None, *pair).ratio() > 0.7 for pair in pairs)
 
 
 def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> StarterRule:
@@ -7842,7 +7840,7 @@ def _shape(found: Mapping[str, int]) -> str:
             for many in ("]+", "]{1,20}"):
                 pattern = "".join(part.replace("]+", many) for part in parts)
                 matching = (number for value, number in found.items() if re.fullmatch(pattern, value))
-                if is_quick(pattern) and sum(matching) >= enough:
+                if is_printable(pattern) and is_quick(pattern) and sum(matching) >= enough:
                     return pattern
     return ""
 
@@ -8068,8 +8066,8 @@ def make_starter(
             notes.append(f"The Config rules are those of {', '.join(sorted(own))}")
         return Starter(name, [*given.rules.values()], found, {}, services, [*notes, *given.notes])
     people = [instance for instance in instances if not instance.managed_by]
-    tags, more = survey_tags(people)
-    pairs = [fleet_rule(spellings, people) for spellings in tags]
+    uses, more = survey_tags(people)
+    pairs = [fleet_rule(use, len(people)) for use in uses]
     placeholders: Counter[str] = Counter()
     for _, empty in pairs:
         placeholders.update(empty)

@@ -156,6 +156,8 @@ def made(tagcheck: Tagcheck, path: Path, *items: dict[str, Any]) -> tuple[str, d
             id="email addresses",
         ),
         pytest.param([f"word{chr(97 + n)}" for n in range(20)], {}, id="any words"),
+        pytest.param([f"a\n{n:03}" for n in range(20)], {}, id="a line break in a shape"),
+        pytest.param([f"a\u200b{n:03}" for n in range(20)], {}, id="an invisible character in a shape"),
         pytest.param(["a", "b"] * 9, {"values": ["a", "b"]}, id="few values"),
         pytest.param(
             [f"team {chr(97 + n % 13)}" for n in range(60)], {"pattern": "team [a-z]+"}, id="13 values"
