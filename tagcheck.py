@@ -7869,7 +7869,7 @@ _RULES_WANTED = (
     'neither an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
     "`describe-policy` or `aws configservice describe-config-rules` prints"
 )
-_OF_INSTANCES = ("ec2:instance", "ec2:*", "ec2:ALL_SUPPORTED")
+_OF_INSTANCES = ("ec2:instance", "ec2:*", "ec2:all_supported", "*")
 # It says: "Untagged resources … aren't evaluated", "Like tag keys, tag values are case sensitive".
 TAG_POLICY_PAGE = (
     "https://docs.aws.amazon.com/organizations/latest/userguide/orgs_manage_policies_tag-policies.html"
@@ -7888,7 +7888,7 @@ class AwsRules:
         """Add a note on what a policy cannot say."""
         self.notes.append(f"No equal for {what}: {why}")
 
-    def add(self, rule: StarterRule, wanted: Iterable[str], wildcard: str = "") -> None:
+    def add(self, rule: StarterRule, wanted: Iterable[str], *, wildcards: bool = False) -> None:
         """Add a rule with the values that it allows, or join it with that for the same key."""
         what, values = f"{_shown(rule.key)} of the {rule.evidence}", [*dict.fromkeys(wanted)]
         if odd := [value for value in values if not _is_value(value)]:
@@ -7897,8 +7897,8 @@ class AwsRules:
             return self.note(what, "a policy cannot require such a key")
         if values and not (values := [value for value in values if value not in odd]):
             return None
-        if wildcard and any(wildcard in value for value in values):
-            pattern = "|".join(".*".join(map(_escape, value.split(wildcard))) for value in values)
+        if wildcards and any("*" in value for value in values):
+            pattern = "|".join(".*".join(map(_escape, re.split(r"\*+", value))) for value in values)
             rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
         else:
             rule = replace(rule, values=tuple((value, "") for value in values))
@@ -7934,6 +7934,8 @@ def _read_aws_answer(answer: Any, found: AwsRules) -> None:
     for outer, inner in (("EffectivePolicy", "PolicyContent"), ("Policy", "Content")):
         if isinstance(answer, dict) and outer in answer:
             answer = parse_json(json_at(answer, str, outer, inner))
+    if isinstance(answer, dict) and "ConfigRuleName" in answer:
+        answer = {"ConfigRules": [answer]}
     if isinstance(answer, dict) and "ConfigRules" in answer:
         if answer.get("NextToken"):
             raise ValueError("it has a NextToken, so more rules follow: save it without --max-items")
@@ -7965,7 +7967,7 @@ def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
     values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
     required = lists.get("report_required_tag_for", ())
-    is_required = any(each in _OF_INSTANCES for each in required)
+    is_required = any(str(each).lower() in _OF_INSTANCES for each in required)
     flags = set() if is_required else {"optional"}
     # Without tag_value "any value (including no value at all) is compliant" (Tag policy syntax).
     if not values or {"", "*"} & {*values}:
@@ -7978,7 +7980,7 @@ def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     # "If case treatment isn't defined, lowercase is the default case treatment for tag keys" (there, too).
     key = name.lower() if given.get("tag_key") is None else json_at(given, str, "tag_key")
     rule = StarterRule(key, where, (*notes,), flags=frozenset(flags))
-    found.add(rule, () if "*" in values else filter(None, values), wildcard="*")
+    found.add(rule, () if "*" in values else filter(None, values), wildcards=True)
 
 
 _TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
@@ -7999,9 +8001,9 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
         return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
     when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
     when = f"{{instances: [{one}]}}" if one else when
-    given = json_at(
-        {"InputParameters": parse_json(json_at(rule, str, "InputParameters"))}, dict, "InputParameters"
-    )
+    if isinstance(given := rule.get("InputParameters"), str):
+        given = parse_json(given)
+    given = json_at({"InputParameters": given}, dict, "InputParameters")
     region = text_at(rule, "ConfigRuleArn").split(":")[3:4]
     found.regions.update(region if region and is_region(region[0]) else ["*"])
     for number in range(1, 7):

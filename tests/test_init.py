@@ -586,6 +586,9 @@ def test_a_tag_policy_means_the_same(tagcheck: Tagcheck, tmp_path: Path, tags: A
         ),
         ({"tag_value": ["*@a.b"]}, {"key": "team", "optional": True, "pattern": r".*@a\.b"}, ""),
         ({"tag_value": ["a'(b)*"]}, {"key": "team", "optional": True, "pattern": r"a'\(b\).*"}, ""),
+        ({"tag_value": ["A****", "A0"]}, {"key": "team", "optional": True, "pattern": "A.*|A0"}, ""),
+        ({"report_required_tag_for": {"@@assign": ["EC2:*"]}}, {"key": "team", "allow_empty": True}, ""),
+        ({"report_required_tag_for": {"@@assign": ["*"]}}, {"key": "team", "allow_empty": True}, ""),
         ({"tag_value": ["a", "a"]}, {"key": "team", "optional": True, "values": ["a"]}, ""),
         ({"report_required_tag_for": ["ec2:instance"]}, {"key": "team", "allow_empty": True}, ""),
         (
@@ -629,6 +632,7 @@ def config(parameters: Any, scope: Any = None, arn: str = "", **keys: Any) -> di
     return {"ConfigRules": [rule | ({"ConfigRuleArn": arn} if arn else {}) | keys]}
 
 
+ONE = config({}, InputParameters={"tag1Key": "A"})["ConfigRules"][0]
 ARN = f"arn:aws:config:eu-west-1:{ACCOUNT_ID}:config-rule/config-rule-a1b2c3"
 
 
@@ -655,6 +659,7 @@ ARN = f"arn:aws:config:eu-west-1:{ACCOUNT_ID}:config-rule/config-rule-a1b2c3"
             [{"key": "A", "allow_empty": True, "when": {"instances": ["i-0123456789abcdef0"]}}],
             "",
         ),
+        (ONE, [{"key": "A", "allow_empty": True}], "# Config rule tags"),
         (
             config({"tag1Key": "A", "tag2Key": "aws:x", "tag3Key": "B", "tag3Value": "x*"}, {}),
             [{"key": "A", "allow_empty": True}, {"key": "B", "values": ["x*"]}],
