@@ -7670,7 +7670,7 @@ _TOOL_KEYS = {
 }
 _PLACEHOLDERS = frozenset("- -- . ? n/a na none null nil unknown tbd tba todo xxx changeme change-me".split())
 MAX_STARTER_RULES, MAX_STARTER_VALUES = 30, 12  # what a person still reads
-MAX_RARE_VALUES = 50  # to compare with the usual ones
+MAX_RARE_VALUES, MAX_SHAPES = 50, 1000  # values to compare with the usual ones, and to find a pattern for
 NEARLY_ALL = 0.95
 
 
@@ -7710,7 +7710,8 @@ def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]
         usable = _tag_uses(groups, instances)
     if len(usable) > MAX_STARTER_RULES:
         notes.append(f"{counted(len(usable) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
-    if odd := [each for use in common if use not in usable for each in use.spellings.items()]:
+    odd = [each for use in common for each in use.spellings.items() if not _is_key(next(iter(use.spellings)))]
+    if odd:
         notes.append(f"Left out, as a policy cannot require such keys: {_listed(odd)}")
     tools = {key: f"{_tool_of(key)}, {n:,}" for key, n in _by_count(counts) if n >= half and _tool_of(key)}
     if tools:
@@ -7761,6 +7762,9 @@ def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]
 
 def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
     """Return a rule with the few values that nearly all instances have; None if there are more."""
+    most = heapq.nlargest(MAX_STARTER_VALUES + MAX_RARE_VALUES, found.values())
+    if sum(most) < NEARLY_ALL * sum(found.values()):
+        return None
     by_case: dict[str, str] = {}
     folded: Counter[str] = Counter()
     for value, number in _by_count(found):
@@ -7806,8 +7810,8 @@ def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
 
 def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> StarterRule:
     """Return a rule with a pattern, and its exceptions."""
-    matching = [value for value in found if re.fullmatch(pattern, value)]
-    others = [(value, number) for value, number in _by_count(found) if not re.fullmatch(pattern, value)]
+    matching = [*filter(re.compile(pattern).fullmatch, found)]
+    others = _by_count({value: found[value] for value in found.keys() - matching})
     notes = (*rule.notes, *([f"not of this form: {_listed(others)}"] if others else ()))
     number, total = (sum(map(found.__getitem__, values)) for values in (matching, found))
     evidence = f"{number:,} of {counted(total, 'value')}, such as {_shown(min(matching))}"
@@ -7817,18 +7821,19 @@ def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> 
 def _shape(found: Mapping[str, int]) -> str:
     """Return a readable pattern that nearly all values match, such as `CC-[0-9]{4}`; "" if there is none."""
     enough = NEARLY_ALL * sum(found.values())
-    addresses = {value: number for value, number in found.items() if re.fullmatch(EMAIL_ADDRESS, value)}
-    if addresses and sum(addresses.values()) >= enough:
+    addresses = [*filter(re.compile(EMAIL_ADDRESS).fullmatch, found)]
+    if addresses and sum(map(found.__getitem__, addresses)) >= enough:
         domains = {value.rpartition("@")[2] for value in addresses}
         return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
-    split = {value: _PIECES.findall(value) for value in found if len(value) <= 64}
+    some = _by_count(found)[:: len(found) // MAX_SHAPES + 1]
+    split = {value: _PIECES.findall(value) for value, _ in some if len(value) <= 64}
     for exact in (True, False):
         alike: dict[tuple[str, ...], list[str]] = {}
         for value, pieces in split.items():
             alike.setdefault(tuple(_kind(piece, exact=exact) for piece in pieces), []).append(value)
         covered = {kinds: sum(map(found.__getitem__, values)) for kinds, values in alike.items()}
         kinds = max(covered, key=lambda kinds: (covered[kinds], kinds), default=())
-        if not kinds or covered[kinds] < enough:
+        if not kinds or covered[kinds] < NEARLY_ALL * sum(number for _, number in some):
             continue
         columns = zip(*(split[value] for value in alike[kinds]), strict=True)
         parts = [
@@ -7839,8 +7844,12 @@ def _shape(found: Mapping[str, int]) -> str:
         if any("0-9" in part or part[0].isalnum() for part in parts):
             for many in ("]+", "]{1,20}"):
                 pattern = "".join(part.replace("]+", many) for part in parts)
-                matching = (number for value, number in found.items() if re.fullmatch(pattern, value))
-                if is_printable(pattern) and is_quick(pattern) and sum(matching) >= enough:
+                matching = filter(re.compile(pattern).fullmatch, found)
+                if (
+                    is_quick(pattern)
+                    and is_printable(pattern)
+                    and sum(map(found.__getitem__, matching)) >= enough
+                ):
                     return pattern
     return ""
 
