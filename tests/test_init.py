@@ -163,6 +163,7 @@ def made(tagcheck: Tagcheck, path: Path, *items: dict[str, Any]) -> tuple[str, d
             [f"team {chr(97 + n % 13)}" for n in range(60)], {"pattern": "team [a-z]+"}, id="13 values"
         ),
         pytest.param(["only"] * 9, {}, id="one value"),
+        pytest.param(["de"] * 9 + ["fr"] * 9 + ["den"], {"values": ["de", "fr", "den"]}, id="short words"),
         pytest.param(
             ["prod"] * 8 + ["Prod"] * 4 + ["dev"] * 6,
             {"values": ["prod", "dev"], "ignore_case": True},
