@@ -1074,11 +1074,8 @@ class RequiredTag:
 
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        if not self.values or value in self.values:
-            is_allowed = True
-        else:
-            is_allowed = self.ignore_case and value.casefold() in _folded(self.values)
-        if not is_allowed:
+        in_any_case = self.ignore_case and value.casefold() in _folded(self.values)
+        if self.values and value not in self.values and not in_any_case:
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -2102,7 +2099,6 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
     upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
-    aliased: tuple[tuple[str, str], ...] = ()  # rules' keys, and the aliases whose values they should have
 
 
 @dataclass(frozen=True, slots=True)
@@ -2148,8 +2144,12 @@ def new_state_notice(state: str) -> str:
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
     """Check an instance of a target against a policy; of several exemptions the first counts."""
     rules, placeholders, today = policy.rules(target.region), policy.placeholder_values, now.date()
-    applying = (rule for rule in rules if rule.when is None or rule.applies(target, instance, placeholders))
-    violations = tuple(filter(None, (check_tag(instance.tags, rule, placeholders) for rule in applying)))
+    violations = tuple(
+        violation
+        for rule in rules
+        if (violation := check_tag(instance.tags, rule, placeholders))
+        and rule.applies(target, instance, placeholders)
+    )
     exempted: dict[str, Exempted] = {}
     upcoming: tuple[RequiredTag, ...] = ()
     if violations:
@@ -2158,17 +2158,16 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         for violation, exemption in itertools.product(violations, covering):
             if not exemption.required_tags or violation.tag_key in exemption.required_tags:
                 exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
-        later = {rule.key: rule for rule in rules if not rule.counts(today)}
+        later = {rule.key: rule for rule in rules if rule.effective_from and not rule.counts(today)}
         failing = [violation for violation in violations if violation.tag_key not in exempted]
         upcoming = tuple(later[case.tag_key] for case in failing if case.tag_key in later)
         violations = tuple(violation for violation in failing if violation.tag_key not in later)
         exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    aliased = _aliased(instance.tags, rules, placeholders) if policy.normalize_aliases else ()
-    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming, tuple(aliased))
+    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming)
 
 
-def _aliased(
+def aliases_used(
     tags: Mapping[str, str], rules: Iterable[RequiredTag], placeholders: Container[str]
 ) -> Iterator[tuple[str, str]]:
     """Yield the keys of rules that tags meet by an alias only, each with that alias."""
@@ -2218,7 +2217,9 @@ Values = tuple[str | None, ...]  # of the required tags, None where they fail th
 
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
     """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
-    key, value = counted_tag(tags, rule, placeholders) if rule.aliases else (rule.key, tags.get(rule.key))
+    key, value = rule.key, tags.get(rule.key)
+    if rule.aliases:
+        key, value = counted_tag(tags, rule, placeholders)
     if value is None:
         # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
         message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
@@ -2227,24 +2228,28 @@ def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozense
         elif rule.optional:
             return None
         return Violation(rule.key, ViolationType.MISSING, value, found, message)
-    alias = key if key != rule.key else None
-    named = f"{rule.key} (here {alias})" if alias else rule.key
-    text = stripped(value)
+    text, alias = stripped(value), None if key is rule.key else key
     if not text or text.casefold() in placeholders:
         if rule.allow_empty:
             return None
-        message = f"{named} is {value!r}, a placeholder" if text else f"{named} is empty"
-        return Violation(rule.key, ViolationType.EMPTY, value, alias, message)
+        what = f"{value!r}, a placeholder" if text else "empty"
+        return Violation(rule.key, ViolationType.EMPTY, value, alias, f"{_named(rule, alias)} is {what}")
     verdict = rule.judge(value)
     if verdict is Verdict.ALLOWED:
         return None
-    message = _value_message(rule, named, value, verdict)
+    message = _value_message(rule, alias, value, verdict)
     return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
 
 
+def _named(rule: RequiredTag, alias: str | None) -> str:
+    """Return the key of a rule, and the alias whose value counts."""
+    return f"{rule.key} (here {alias})" if alias else rule.key
+
+
 @functools.lru_cache(maxsize=4096)
-def _value_message(rule: RequiredTag, named: str, value: str, verdict: Verdict) -> str:
+def _value_message(rule: RequiredTag, alias: str | None, value: str, verdict: Verdict) -> str:
     """Return what the value should have been and which allowed one is nearest, or why it was not checked."""
+    named = _named(rule, alias)
     unchecked = {
         Verdict.STOPPED: f"its pattern gave no answer on this value within {PATTERN_SECONDS:g} s",
         Verdict.NOT_CHECKED: "not checked, as its pattern took too long on other values",
@@ -3720,8 +3725,7 @@ MIGRATIONS = (
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
 # repeated without reading AWS again. `violations` are those that count: NULL where there are none. `upcoming`
-# has the keys of the rules that will be failed, with the days from which they count; `aliased` those of the
-# rules that are met by an alias, with the end of an Aliased.
+# has the keys of the rules that will be failed, with the days from which they count.
 # An instance that moved between two pages while they were read is on both: the last one counts.
 SIGHTINGS = """
     CREATE TABLE target (
@@ -3730,7 +3734,7 @@ SIGHTINGS = """
     );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
-        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT, aliased TEXT,
+        tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT,
         exempted TEXT, violations TEXT, tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT,
         cause_kind TEXT, cause TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
         PRIMARY KEY (target, instance_id)
@@ -3739,6 +3743,11 @@ SIGHTINGS = """
         SELECT account_id, region, account_name, sighting.*
         FROM target CROSS JOIN sighting ON sighting.target = target.id
         WHERE error_code IS NULL;
+    CREATE TABLE aliased (
+        target INTEGER NOT NULL, instance_id TEXT NOT NULL, tag_key TEXT NOT NULL, name TEXT NOT NULL,
+        alias TEXT NOT NULL, value TEXT NOT NULL, current TEXT, cause_kind TEXT, cause TEXT,
+        PRIMARY KEY (target, instance_id, tag_key)
+    );
     -- How many members of a group have which values, as JSON in the order of the rules: counted page by page.
     CREATE TABLE usage (
         target INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, copies_of TEXT NOT NULL,
@@ -4179,7 +4188,7 @@ def add_sightings(
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
 
 
-SIGHTING_WIDTH = 20  # columns
+SIGHTING_WIDTH = 19  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -4188,17 +4197,27 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
     launch_time, tags = utc_text(instance.launch_time), to_json(instance.tags)
     place = (target, instance.instance_id, instance.state, launch_time, tags)
     row: tuple[object, ...] = (*place, instance.managed_by, int(seen.too_young))
-    if not (seen.violations or seen.exempted or seen.upcoming or seen.aliased):
+    if not (seen.violations or seen.exempted or seen.upcoming):
         return row
-    upcoming = {rule.key: str(rule.effective_from) for rule in seen.upcoming}
-    own, cause = instance.tags, cause_of(groups) or (None, None)
-    aliased = {key: [alias, own[alias], own.get(key), *cause] for key, alias in seen.aliased}
-    row = (*row, *(to_json(found) if found else None for found in (upcoming, aliased)))
+    days = {rule.key: str(rule.effective_from) for rule in seen.upcoming}
+    row = (*row, to_json(days) if days else None)
     exempted = _list_or_null(map(exempted_record, seen.exempted))
     if not seen.violations:
         return (*row, exempted)
-    more = (instance.instance_type, cost, _groups_json(groups), *cause)
+    more = (instance.instance_type, cost, _groups_json(groups), *(cause_of(groups) or (None, None)))
     return (*row, exempted, *_violations_json(seen.violations), *more)
+
+
+def add_aliased(db: sqlite3.Connection, target: int, sightings: Iterable[Sighting], policy: Policy) -> None:
+    """Add the tags of a target's instances that the policy wants under the rules' own keys, too."""
+    [region] = db.execute("SELECT region FROM target WHERE id = ?", (target,)).fetchone()
+    rules = [rule for rule in policy.rules(region) if rule.aliases]
+    for instance in (seen.instance for seen in sightings if not seen.too_young):
+        tags = instance.tags
+        for key, alias in aliases_used(tags, rules, policy.placeholder_values):
+            row = (target, instance.instance_id, key, tags.get("Name", ""), alias, tags[alias], tags.get(key))
+            cause = cause_of(groups_of(instance)) or (None, None)
+            db.execute("INSERT OR REPLACE INTO aliased VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, *cause))
 
 
 # Siblings have the same groups and mostly fail in the same way.
@@ -4512,10 +4531,8 @@ _RECORD_COVERAGE = f"""
         AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
 
     INSERT INTO state.aliased
-    SELECT :policy, account_id, region, instance_id, rule.key, coalesce(json_extract(tags, '$.Name'), ''),
-        json_extract(rule.value, '$[0]'), json_extract(rule.value, '$[1]'), json_extract(rule.value, '$[2]'),
-        json_extract(rule.value, '$[3]'), json_extract(rule.value, '$[4]')
-    FROM seen CROSS JOIN json_each(aliased) AS rule WHERE NOT too_young;
+    SELECT :policy, account_id, region, instance_id, tag_key, name, alias, value, current, cause_kind, cause
+    FROM target JOIN aliased ON aliased.target = target.id WHERE error_code IS NULL;
 
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
@@ -5711,7 +5728,7 @@ def _near_exemptions(
             continue
         ended = [] if exemption.holds(today) else [f"it ended on {exemption.expires}"]
         unmet = exemption.mismatches(target, instance)
-        reasons = [*(f"it is for {wanted}; here {found}" for wanted, found in unmet), *ended]
+        reasons = [*(f"it is for {wanted}; {found}" for wanted, found in unmet), *ended]
         # A single condition that is not met is not near, unless the instance has the tag with another value.
         partly = len(exemption.wanted) > 1 or any(key in instance.tags for key, _ in exemption.tags)
         if len(reasons) == 1 and (ended or partly):
@@ -8578,16 +8595,16 @@ def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) 
     names |= dict(policy.accounts.names) if policy.accounts else {}
     ids = []
     for text in args.account:
-        alike = [account_id for account_id, name in names.items() if text in (account_id, name)]
-        if len(alike) > 1:
-            raise UsageError(
-                f"--account {printable(text)}: {', '.join(sorted(alike))} have this name; give an id"
-            )
-        if not (alike or re.fullmatch(ACCOUNT_ID, text)):
-            hint = did_you_mean(text, [*names.values()])
-            message = "no account of this name is known here; an account id has 12 digits"
-            raise UsageError(f"--account {printable(text)}: {message}{hint}")
-        ids += alike or [text]
+        if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
+            ids.append(text)
+            continue
+        alike = sorted(account_id for account_id, name in names.items() if name == text)
+        if len(alike) != 1:
+            which = f"{', '.join(alike)} have this name; give an id"
+            unknown = "no account of this name is known here; an account id has 12 digits"
+            message = which if alike else unknown + did_you_mean(text, [*names.values()])
+            raise UsageError(f"--account {printable(text)}: {message}")
+        ids += alike
     return replace(args, account=ids)
 
 
@@ -8869,6 +8886,8 @@ def _collect(
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)
+        if policy.normalize_aliases:
+            add_aliased(db, numbers[target], seen, policy)
         progress.page(target, len(seen))
     progress.close()
     add_suggestions(db, policy)
@@ -9374,7 +9393,7 @@ class Progress:
         self.ended += 1
         if not self.live and (error or not self.quiet):
             how = f"not read: {error}" if error else counted(self.instances[target], "instance")
-            emit(printable(f"{target}: {how}") + "\n", sys.stderr)
+            emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
         """Clear the line."""

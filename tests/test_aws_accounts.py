@@ -1026,6 +1026,13 @@ def test_name_that_two_accounts_have_is_refused(organization: AwsServer, scan: S
     assert f"--account prod: {OWN}, {MEMBER} have this name; give an id" in result.err
 
 
+def test_account_with_the_id_of_another_as_its_name_is_not_taken_for_it(
+    organization: AwsServer, scan: Scan
+) -> None:
+    accounts = {"organization": True, "names": {OWN: MEMBER}}
+    assert accounts_of(scan(accounts, args=("--account", MEMBER), check=3)) == [MEMBER]
+
+
 def test_names_of_a_policy_without_an_organization(aws: AwsServer, scan: Scan) -> None:
     aws.launch(REGION, account_id=MEMBER)
     accounts = {"ids": [MEMBER, OWN], "names": {MEMBER: "prod", OTHER: "gone"}}

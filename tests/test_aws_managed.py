@@ -56,7 +56,7 @@ def test_a_scan_finds_hidden_instances_and_names_the_service(
     assert {f["instance_id"]: f["managed_by"] for f in report["findings"]} == {node: EKS, other: None}
     assert report["summary"]["findings_managed"] == 1
     assert {row["InstanceId"]: row["ManagedBy"] for row in run.csv("out.csv")} == {node: EKS, other: ""}
-    assert (tmp_path / "out.csv").read_text().splitlines()[0].endswith(",Error,ManagedBy")
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].endswith(",Error,ManagedBy,AccountName")
     assert f"1 finding is on an instance that an AWS service operates: {EKS} (1)" in run.out
     assert "set it where eks.amazonaws.com takes its tags from" not in run.out  # one instance is no group
 
