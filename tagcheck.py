@@ -17,7 +17,8 @@ The file reads downward; a section uses only what stands above it:
  8 Dashboard       the HTML page
  9 Notifications   digests for Slack, SNS and email
 10 Remediation     plans, undo files, and the calls that write tags
-11 Command line    the commands; the only place with print, the clock and threads
+11 Starters        the tags of a fleet, or AWS's own rules -> a policy to begin with
+12 Command line    the commands; the only place with print, the clock and threads
 """
 
 from __future__ import annotations
@@ -2905,10 +2906,10 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
         for entry in itertools.chain.from_iterable(pages):
-            account_id = _account_id(_at(entry, str, "Id"))
+            account_id = _account_id(json_at(entry, str, "Id"))
             # `State` replaced `Status` in September 2026.
-            state = _at(entry, str, "State" if entry.get("State") else "Status")
-            name = printable(stripped(_at(entry, str, "Name"))) if entry.get("Name") else ""
+            state = json_at(entry, str, "State" if entry.get("State") else "Status")
+            name = printable(stripped(json_at(entry, str, "Name"))) if entry.get("Name") else ""
             # Each path may end with the account itself (Organizations API reference, Account).
             paths = (
                 _matching(rf"{ACCOUNT_PATH}(?=/([0-9]{{12}}/)?\Z)", path, "a path")
@@ -2921,7 +2922,7 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
-            f"cannot list the accounts of the organization: {_error_text(error)} (this takes the management "
+            f"cannot list the accounts of the organization: {json_error(error)} (this takes the management "
             "account, or a delegated administrator)"
         ) from error
     return accounts
@@ -3464,24 +3465,23 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     targets: dict[Target, list[Instance]] = {}
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode(json.detect_encoding(content))
-        answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-        for index, reservation in enumerate(_at(answer, list, "Reservations")):
+        answer = parse_json(content)
+        for index, reservation in enumerate(json_at(answer, list, "Reservations")):
             place = f": Reservations[{index}]"
-            owner = _account_id(_at(reservation, str, "OwnerId"))
-            for number, item in enumerate(_at(reservation, list, "Instances")):
+            owner = _account_id(json_at(reservation, str, "OwnerId"))
+            for number, item in enumerate(json_at(reservation, list, "Instances")):
                 place = f": Reservations[{index}].Instances[{number}]"
-                target = Target(owner, zone_region(_at(item, str, "Placement", "AvailabilityZone")))
+                target = Target(owner, zone_region(json_at(item, str, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
         place = ": NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
             raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
-        complete = answer.get("NextToken") is None or not _at(answer, str, "NextToken")
+        complete = answer.get("NextToken") is None or not json_at(answer, str, "NextToken")
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{shown}{place}: {_error_text(error)}") from error
+        raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
 
 
@@ -3507,22 +3507,28 @@ def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     paths = ("InstanceId",), ("State", "Name"), ("LaunchTime",)
-    instance_id, state, launch_time = (_at(item, str, *path) for path in paths)
+    instance_id, state, launch_time = (json_at(item, str, *path) for path in paths)
     tags: dict[str, str] = {}
-    for tag in _at(item, list, "Tags") if "Tags" in item else ():
-        key = _at(tag, str, "Key")
+    for tag in json_at(item, list, "Tags") if "Tags" in item else ():
+        key = json_at(tag, str, "Key")
         if not key or key in tags:
             raise ValueError(f"it has the tag key {shown_value(key)} twice" if key else "a tag without a key")
-        tags[key] = _at(tag, str, "Value")
+        tags[key] = json_at(tag, str, "Value")
     optional = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
-    more = [_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
-    operator = _at(item, dict, "Operator") if item.get("Operator") else {}
-    managed = "Managed" in operator and _at(operator, bool, "Managed")
-    service = (_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
+    more = [json_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
+    operator = json_at(item, dict, "Operator") if item.get("Operator") else {}
+    managed = "Managed" in operator and json_at(operator, bool, "Managed")
+    service = (json_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
     return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
-def _at(value: Any, kind: type[T], *path: str) -> T:
+def parse_json(content: str | bytes) -> Any:
+    """Return the value of strict JSON, in any of its encodings; raises ValueError or RecursionError."""
+    text = content if isinstance(content, str) else content.decode(json.detect_encoding(content))
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+
+
+def json_at(value: Any, kind: type[T], *path: str) -> T:
     """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
@@ -3536,7 +3542,7 @@ def _at(value: Any, kind: type[T], *path: str) -> T:
     return value
 
 
-def _error_text(error: Exception) -> str:
+def json_error(error: Exception) -> str:
     """Return what an error says of an answer; a KeyError says only the key."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
@@ -5890,6 +5896,7 @@ class Output:
 
     format: str
     path: str
+    is_new: bool = False  # whether it never replaces a file
 
     @property
     def replaceable(self) -> bool:
@@ -5919,6 +5926,8 @@ def _output_errors(output: Output) -> Iterator[None]:
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
+    if output.is_new and output.path != "-" and os.path.lexists(path):
+        raise _exists(output)
     with _output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
@@ -5926,6 +5935,11 @@ def check_output(output: Output) -> None:
             raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
+
+
+def _exists(output: Output) -> UsageError:
+    """Return the error of an output that would replace a file."""
+    return UsageError(f"{output} exists, and is not replaced: name a new file, or move it away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6015,7 +6029,13 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
         os.umask(mask)
         os.chmod(file.fileno(), 0o666 & ~mask)
     file.close()  # Windows moves no open file
-    path.replace(output.path)
+    if not output.is_new:
+        path.replace(output.path)
+        return
+    try:
+        os.link(path, output.path)  # unlike a move, it fails if there is anything
+    except FileExistsError as error:
+        raise _exists(output) from error
 
 
 def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
@@ -7696,7 +7716,579 @@ def remediation_lines(
 
 
 ########################################################################################################
-# 11 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
+# 11 Starters: yaml_text, survey_tags, fleet_rule, read_rules, make_starter, policy_lines, finding_lines
+########################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class StarterRule:
+    """One rule of a starter policy, with the evidence for each of its lines."""
+
+    key: str
+    evidence: str
+    notes: tuple[str, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()  # each with its evidence
+    pattern: str = ""
+    pattern_evidence: str = ""
+    when: str = ""  # as YAML
+    flags: frozenset[str] = frozenset()  # of allow_empty, ignore_case and optional
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """What a starter policy is made of."""
+
+    name: str
+    rules: Sequence[StarterRule]
+    regions: Mapping[str, str]  # each with its evidence
+    placeholders: Mapping[str, int]
+    services: Mapping[str, int]  # that operate instances
+    notes: Sequence[str]
+
+
+# What other YAML readers take for true, false or nothing; a number or a date does not begin with a letter.
+_YAML_NOT_TEXT = frozenset("y n yes no on off true false null".split())
+
+
+def yaml_text(text: str) -> str:
+    """Return a printable text as YAML that every reader takes for this text, also within [] and {}."""
+    if re.fullmatch(r"[A-Za-z][\w./@+-]*( [\w./@+-]+)*", text, re.ASCII):
+        return f'"{text}"' if text.casefold() in _YAML_NOT_TEXT else text
+    return f'"{text}"' if not re.search(r'["\\]', text) else "'" + text.replace("'", "''") + "'"
+
+
+def _shown(text: str) -> str:
+    """Return a text of a stranger for a comment: short, and in quotes where it would be misread."""
+    return text if re.fullmatch(r"[\w.:/@+*-]{1,40}", text, re.ASCII) else repr(cut_text(text, 40))
+
+
+def _listed(counts: Iterable[tuple[str, object]]) -> str:
+    """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
+    shown = [
+        f"{_shown(text)} ({f'{known:,}' if isinstance(known, int) else known})" for text, known in counts
+    ]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return what was counted, the most common first; the order of the input does not matter."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _is_key(key: str) -> bool:
+    """Return whether a policy can require a tag key."""
+    visible = 0 < len(key) <= MAX_KEY_LENGTH and is_printable(key) and key == key.strip()
+    return visible and not key.lower().startswith("aws:")
+
+
+def _is_value(value: str) -> bool:
+    """Return whether a policy can list a tag value."""
+    return 0 < len(value) <= MAX_VALUE_LENGTH and is_printable(value)
+
+
+# ---- From a fleet -------------------------------------------------------------------------------------
+
+# Keys that tools write, by how they begin in lower case: nobody should have to type them.
+_TOOL_KEYS = {
+    "AWS": "aws:",  # reserved for AWS (EC2 User Guide, Tag restrictions)
+    "EKS": "eks:",  # eks:cluster-name (EKS User Guide, Managed node groups)
+    "ECS": "ecs:|amazonecs",  # AmazonECSManaged (ECS Developer Guide, Capacity providers)
+    "EMR": "elasticmapreduce|for-use-with-amazon-emr",  # the latter: EMR Management Guide, Managed policies
+    "Elastic Beanstalk": "elasticbeanstalk:",  # elasticbeanstalk:environment-name (Developer Guide, Tagging)
+    "Kubernetes": r"kubernetescluster$|([\w.-]+\.)?(kubernetes|k8s)\.io/",  # kubernetes.io/cluster/NAME
+    "Karpenter": r"karpenter\.sh/|([\w.-]+\.)?k8s\.aws/",  # karpenter.sh/nodepool (NodeClasses, spec.tags)
+    "OpenShift": r"red-hat-|api\.openshift\.com/",  # red-hat-managed (ROSA)
+    "Spot by Flexera": "spotinst:",  # spotinst:aws:ec2:group:id
+    "Cloud Custodian": "maid_status$|c7n",  # maid_status (mark-for-op)
+}
+_PLACEHOLDERS = frozenset("- -- . ? n/a na none null nil unknown tbd tba todo xxx changeme change-me".split())
+MAX_STARTER_RULES, MAX_STARTER_VALUES = 30, 12  # what a person still reads
+MAX_RARE_VALUES, MAX_SHAPES = 50, 1000  # values to compare with the usual ones, and to find a pattern for
+NEARLY_ALL = 0.95
+
+
+@functools.lru_cache(4096)
+def _tool_of(key: str) -> str:
+    """Return the tool that writes a tag key; "" where people do."""
+    return next((tool for tool, begin in _TOOL_KEYS.items() if re.match(begin, key.casefold())), "")
+
+
+class TagUse(NamedTuple):
+    """How many instances have a tag in each spelling, the one to require first, and their values."""
+
+    spellings: dict[str, int]
+    values: Counter[str]
+
+
+def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
+    """Return the tags that at least half of the instances have, and notes on those that are left out.
+
+    Keys that differ only in case, spaces, `_` or `-` are one tag.
+    """
+    counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
+    spelled: dict[str, Counter[str]] = {}
+    for key, number in counts.items():
+        if not _tool_of(key):
+            spelled.setdefault(bare_key(key) or key, Counter())[key] = number
+    half = (len(instances) + 1) // 2
+    groups = [spellings for spellings in spelled.values() if spellings.total() >= half]
+    # An instance may have a tag in two spellings.
+    common = [use for use in _tag_uses(groups, instances) if use.values.total() >= half]
+    usable = [use for use in common if _is_key(next(iter(use.spellings)))]
+    notes = []
+    if not usable:
+        notes.append("No tag is on half of the instances: required are the most common ones")
+        groups = [spellings for spellings in spelled.values() if any(map(_is_key, spellings))]
+        groups = sorted(groups, key=lambda spellings: (-spellings.total(), min(spellings)))[:3]
+        usable = _tag_uses(groups, instances)
+    if len(usable) > MAX_STARTER_RULES:
+        notes.append(f"{counted(len(usable) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
+    odd = [each for use in common for each in use.spellings.items() if not _is_key(next(iter(use.spellings)))]
+    if odd:
+        notes.append(f"Left out, as a policy cannot require such keys: {_listed(odd)}")
+    tools = {key: f"{_tool_of(key)}, {n:,}" for key, n in _by_count(counts) if n >= half and _tool_of(key)}
+    if tools:
+        notes.append(f"Left out, as tools write them: {_listed(tools.items())}")
+    return usable[:MAX_STARTER_RULES], notes
+
+
+def _tag_uses(groups: Iterable[Mapping[str, int]], instances: Sequence[Instance]) -> list[TagUse]:
+    """Return how instances use tags, each given by its spellings; the most common tag comes first."""
+    uses = []
+    for spellings in groups:
+        ordered = dict(sorted(_by_count(spellings), key=lambda item: not _is_key(item[0])))
+        found = (next((each.tags[key] for key in ordered if key in each.tags), None) for each in instances)
+        uses.append(TagUse(ordered, Counter(value for value in found if value is not None)))
+    return sorted(uses, key=lambda use: (-use.values.total(), bare_key(next(iter(use.spellings)))))
+
+
+def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]:
+    """Return the rule that a fleet's use of a tag amounts to, and which of its values are placeholders."""
+    (key, _), *others = use.spellings.items()
+    evidence = f"{use.values.total():,} of {counted(total, 'instance')}"
+    used: Counter[str] = Counter()
+    empty: Counter[str] = Counter()
+    for value, number in use.values.items():
+        text = stripped(value).casefold()
+        if text and text not in _PLACEHOLDERS:
+            used[value] = number
+        else:
+            empty[text] += number
+    evidence += f", {empty.total():,} of them empty or a placeholder" if empty else ""
+    also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
+    rule = StarterRule(key, evidence, (also,) if others else ())
+    placeholders = {text: number for text, number in empty.items() if text}
+    if empty.total() > used.total():
+        return replace(rule, flags=frozenset({"allow_empty"})), placeholders
+    if bare_key(key) == "name":  # names are free
+        return rule, placeholders
+    if len(used) == 1:
+        return replace(rule, evidence=f"{evidence}; always {_shown(*used)}"), placeholders
+    pattern = _shape(used)
+    # A code, such as CC-1234 or an address, has a shape even if it has few values.
+    is_code = re.search(r"\[0-9\]\{|@", pattern)
+    if not is_code and (listed := _with_values(rule, used)):
+        return listed, placeholders
+    has_shape = is_code or (pattern and len(used) > 3)
+    return (_with_pattern(rule, pattern, used) if has_shape else rule), placeholders
+
+
+def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
+    """Return a rule with the few values that nearly all instances have; None if there are more."""
+    most = heapq.nlargest(MAX_STARTER_VALUES + MAX_RARE_VALUES, found.values())
+    if sum(most) < NEARLY_ALL * sum(found.values()):
+        return None
+    by_case: dict[str, str] = {}
+    folded: Counter[str] = Counter()
+    for value, number in _by_count(found):
+        folded[by_case.setdefault(value.casefold(), value)] += number
+    # Where more than a tenth are in another case, the case does not matter to people.
+    ignore_case = 10 * sum(found[value] for value in folded) < 9 * folded.total()
+    counts: Mapping[str, int] = folded if ignore_case else found
+    ordered = _by_count(counts)
+    usual = {value: number for value, number in ordered[: MAX_STARTER_VALUES + 1] if number > 2}
+    mistakes: dict[str, str] = {}
+    for value, number in ordered[: MAX_STARTER_VALUES + MAX_RARE_VALUES]:
+        if meant := next((each for each in usual if _is_mistake(value, number, each, usual[each])), ""):
+            mistakes[value] = f"{number:,}, for {_shown(meant)}?"
+    kept = {value: number for value, number in ordered if value not in mistakes and _is_value(value)}
+    notes = [f"left out as probable typing mistakes: {_listed(mistakes.items())}"] if mistakes else []
+    if len(kept) > MAX_STARTER_VALUES:
+        notes.append(f"left out as rare: {_listed(item for item in kept.items() if item[0] not in usual)}")
+        kept = {value: number for value, number in kept.items() if value in usual}
+    number, total = sum(kept.values()), folded.total()
+    explained = number + sum(counts[value] for value in mistakes)
+    if not kept or len(kept) > MAX_STARTER_VALUES or number < 3 * len(kept) or explained < NEARLY_ALL * total:
+        return None
+    rare = {value: ": rare, is it meant?" for value, n in kept.items() if n < 3 and 50 * n <= total}
+    listed = tuple((value, counted(n, "instance") + rare.get(value, "")) for value, n in kept.items())
+    flags = frozenset({"ignore_case"} if ignore_case else ())
+    return replace(rule, values=listed, notes=(*rule.notes, *notes), flags=flags)
+
+
+def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
+    """Return whether a rare value looks like a usual one, mistyped."""
+    if rare == usual or 4 * number > usually or len(rare) > 64:
+        return False
+    if bare_key(rare) == bare_key(usual):
+        return 9 * number <= usually
+    words, others = (re.findall(r"[^\W\d_]+|\d+", text.casefold()) for text in (rare, usual))
+    pairs = [(word, other) for word, other in zip(words, others, strict=False) if word != other]
+    # Neither of team-a and team-b is a mistake, nor of web1 and web2.
+    long = all(len(min(pair, key=len)) > 2 and "".join(pair).isalpha() for pair in pairs)
+    if not long or len(words) != len(others) or (number > 2 and 50 * number > usually):
+        return False
+    return all(difflib.SequenceMatcher(None, *pair).ratio() > 0.7 for pair in pairs)
+
+
+def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> StarterRule:
+    """Return a rule with a pattern, and its exceptions."""
+    matching = [*filter(re.compile(pattern).fullmatch, found)]
+    others = _by_count({value: found[value] for value in found.keys() - matching})
+    notes = (*rule.notes, *([f"not of this form: {_listed(others)}"] if others else ()))
+    number, total = (sum(map(found.__getitem__, values)) for values in (matching, found))
+    evidence = f"{number:,} of {counted(total, 'value')}, such as {_shown(min(matching))}"
+    return replace(rule, pattern=pattern, pattern_evidence=evidence, notes=notes)
+
+
+def _shape(found: Mapping[str, int]) -> str:
+    """Return a readable pattern that nearly all values match, such as `CC-[0-9]{4}`; "" if there is none."""
+    enough = NEARLY_ALL * sum(found.values())
+    addresses = [*filter(re.compile(EMAIL_ADDRESS).fullmatch, found)]
+    if addresses and sum(map(found.__getitem__, addresses)) >= enough:
+        domains = {value.rpartition("@")[2] for value in addresses}
+        return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
+    some = _by_count(found)[:: len(found) // MAX_SHAPES + 1]
+    split = {value: _PIECES.findall(value) for value, _ in some if len(value) <= 64}
+    for exact in (True, False):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for value, pieces in split.items():
+            alike.setdefault(tuple(_kind(piece, exact=exact) for piece in pieces), []).append(value)
+        covered = {kinds: sum(map(found.__getitem__, values)) for kinds, values in alike.items()}
+        kinds = max(covered, key=lambda kinds: (covered[kinds], kinds), default=())
+        if not kinds or covered[kinds] < NEARLY_ALL * sum(number for _, number in some):
+            continue
+        columns = zip(*(split[value] for value in alike[kinds]), strict=True)
+        parts = [
+            kind if "0-9" in kind or len({*column}) > 1 else _escape(column[0])
+            for kind, column in zip(kinds, columns, strict=True)
+        ]
+        # Without digits, or a word that all have in common, these are any words.
+        if any("0-9" in part or part[0].isalnum() for part in parts):
+            for many in ("]+", "]{1,20}"):
+                pattern = "".join(part.replace("]+", many) for part in parts)
+                matching = filter(re.compile(pattern).fullmatch, found)
+                if (
+                    is_quick(pattern)
+                    and is_printable(pattern)
+                    and sum(map(found.__getitem__, matching)) >= enough
+                ):
+                    return pattern
+    return ""
+
+
+_PIECES = re.compile("[0-9]+|[a-z]+|[A-Z]+|.", re.DOTALL)
+
+
+def _kind(piece: str, *, exact: bool) -> str:
+    """Return the pattern of a run of digits or letters; any other character stands for itself."""
+    if piece[0] in "0123456789":
+        return (f"[0-9]{{{len(piece)}}}" if len(piece) > 1 else "[0-9]") if exact else "[0-9]+"
+    if piece.isascii() and piece.isalpha():
+        return "[a-z]+" if piece.islower() else "[A-Z]+"
+    return _escape(piece)
+
+
+def _escape(text: str) -> str:
+    """Return the pattern of a literal text, with only the backslashes that it needs."""
+    return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+
+
+# ---- From AWS's own rules: tag policies, and required-tags of AWS Config -----------------------------
+
+MAX_RULES_BYTES = 10_000_000
+_RULES_WANTED = (
+    'neither an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
+    "`describe-policy` or `aws configservice describe-config-rules` prints"
+)
+_OF_INSTANCES = ("ec2:instance", "ec2:*", "ec2:all_supported", "*")
+# It says: "Untagged resources … aren't evaluated", "Like tag keys, tag values are case sensitive".
+TAG_POLICY_PAGE = (
+    "https://docs.aws.amazon.com/organizations/latest/userguide/orgs_manage_policies_tag-policies.html"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AwsRules:
+    """The rules that files from AWS hold, notes on what a policy cannot say, and their regions."""
+
+    rules: dict[str, StarterRule] = field(default_factory=dict)  # by the key without its case
+    notes: list[str] = field(default_factory=list)
+    regions: set[str] = field(default_factory=set)
+
+    def note(self, what: str, why: str) -> None:
+        """Add a note on what a policy cannot say."""
+        self.notes.append(f"No equal for {what}: {why}")
+
+    def add(self, rule: StarterRule, wanted: Iterable[str], *, wildcards: bool = False) -> None:
+        """Add a rule with the values that it allows, or join it with that for the same key."""
+        what, values = f"{_shown(rule.key)} of the {rule.evidence}", [*dict.fromkeys(wanted)]
+        if odd := [value for value in values if not _is_value(value)]:
+            self.note(what, f"a policy cannot list the value {', '.join(map(_shown, odd))}")
+        if not _is_key(rule.key):
+            return self.note(what, "a policy cannot require such a key")
+        if values and not (values := [value for value in values if value not in odd]):
+            return None
+        if wildcards and any("*" in value for value in values):
+            pattern = "|".join(".*".join(map(_escape, re.split(r"\*+", value))) for value in values)
+            rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
+        else:
+            rule = replace(rule, values=tuple((value, "") for value in values))
+        known, why = self.rules.get(rule.key.casefold()), ""
+        if known:
+            rule, why = _joined(known, rule)
+        self.rules[rule.key.casefold()] = rule
+        return self.note(what, why) if why else None
+
+
+def read_rules(paths: Iterable[str]) -> AwsRules:
+    """Read AWS tag policies and required-tags rules of AWS Config as one; raises UsageError."""
+    found = AwsRules()
+    for path in paths:
+        shown = "standard input" if path == "-" else path
+        try:
+            with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
+                content = file.read(MAX_RULES_BYTES + 1)
+            if len(content) > MAX_RULES_BYTES:
+                raise ValueError(f"it is larger than {MAX_RULES_BYTES:,} bytes")
+            _read_aws_answer(parse_json(content), found)
+        except OSError as error:
+            raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{shown} is {_RULES_WANTED}: {json_error(error)}") from error
+    if not found.rules:
+        raise UsageError("; ".join(["--from has no rule for EC2 instances", *found.notes]))
+    return found
+
+
+def _read_aws_answer(answer: Any, found: AwsRules) -> None:
+    """Add the rules of one file; raises KeyError, TypeError or ValueError."""
+    for outer, inner in (("EffectivePolicy", "PolicyContent"), ("Policy", "Content")):
+        if isinstance(answer, dict) and outer in answer:
+            answer = parse_json(json_at(answer, str, outer, inner))
+    if isinstance(answer, dict) and "ConfigRuleName" in answer:
+        answer = {"ConfigRules": [answer]}
+    if isinstance(answer, dict) and "ConfigRules" in answer:
+        if answer.get("NextToken"):
+            raise ValueError("it has a NextToken, so more rules follow: save it without --max-items")
+        for rule in json_at(answer, list, "ConfigRules"):
+            _read_config_rule(rule, found)
+        return
+    tags = json_at(answer, dict, "tags")
+    found.regions.add("*")
+    for name in tags:
+        if name.startswith("@@"):
+            found.note(f"{_shown(name)} of the tag policy", "it is about other tag policies")
+        else:
+            _read_tag_rule(name, json_at(tags, dict, name), found)
+
+
+def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
+    """Add the rule of a tag policy for one key; raises TypeError or ValueError."""
+    where = f"tag policy {_shown(name)}"
+    given: dict[str, Any] = {}
+    for part, value in entry.items():
+        assigned = value if isinstance(value, dict) else {"@@assign": value}
+        given[part] = assigned.get("@@assign", assigned.get("@@append"))
+        if part not in _TAG_POLICY_KEYS:
+            found.note(f"{_shown(part)} of the {where}", "left out")
+        elif "@@append" in assigned:
+            found.note(f"@@append of the {where}", "it adds to a parent's values: give the effective policy")
+        elif other := [name for name in assigned if name != "@@assign"]:
+            found.note(f"{', '.join(map(_shown, other))} of the {where}", "left out")
+    lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
+    values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
+    required = lists.get("report_required_tag_for", ())
+    is_required = any(str(each).lower() in _OF_INSTANCES for each in required)
+    flags = set() if is_required else {"optional"}
+    # Without tag_value "any value (including no value at all) is compliant" (Tag policy syntax).
+    if not values or {"", "*"} & {*values}:
+        flags.add("allow_empty")
+    notes = []
+    if lists.get("enforced_for"):
+        notes.append("enforced_for has no equal: tagcheck reports such tags, it does not refuse them")
+    if required and not is_required:
+        notes.append("report_required_tag_for does not name ec2:instance")
+    # "If case treatment isn't defined, lowercase is the default case treatment for tag keys" (there, too).
+    key = name.lower() if given.get("tag_key") is None else json_at(given, str, "tag_key")
+    rule = StarterRule(key, where, (*notes,), flags=frozenset(flags))
+    found.add(rule, () if "*" in values else filter(None, values), wildcards=True)
+
+
+_TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
+
+
+def _read_config_rule(rule: Any, found: AwsRules) -> None:
+    """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
+    where = f"Config rule {_shown(json_at(rule, str, 'ConfigRuleName'))}"
+    owner, kind = (json_at(rule, str, "Source", name) for name in ("Owner", "SourceIdentifier"))
+    if (owner, kind) != ("AWS", "REQUIRED_TAGS"):
+        return found.note(f"the {where}", f"it is {_shown(kind)}, not REQUIRED_TAGS")
+    scope = json_at(rule, dict, "Scope") if rule.get("Scope") else {}
+    types = json_at(scope, list, "ComplianceResourceTypes") if scope.get("ComplianceResourceTypes") else ()
+    if types and "AWS::EC2::Instance" not in types:
+        return found.note(f"the {where}", "it is not for AWS::EC2::Instance")
+    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in _CONFIG_SCOPE)
+    if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
+        return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
+    when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
+    when = f"{{instances: [{one}]}}" if one else when
+    if isinstance(given := rule.get("InputParameters"), str):
+        given = parse_json(given)
+    given = json_at({"InputParameters": given}, dict, "InputParameters")
+    region = text_at(rule, "ConfigRuleArn").split(":")[3:4]
+    found.regions.update(region if region and is_region(region[0]) else ["*"])
+    for number in range(1, 7):
+        if f"tag{number}Key" in given:
+            name = json_at(given, str, f"tag{number}Key").strip()
+            listed = json_at(given, str, f"tag{number}Value") if f"tag{number}Value" in given else ""
+            values = [*filter(None, map(str.strip, listed.split(",")))]
+            flags = frozenset(() if values else {"allow_empty"})
+            found.add(StarterRule(name, where, when=when, flags=flags), values)
+    return None
+
+
+_CONFIG_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
+
+
+def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
+    """Return a rule that asks for what both ask, or the first and why there is none."""
+    values = [pair for pair in one.values or other.values if not other.values or pair in other.values]
+    pattern = one.pattern or other.pattern
+    if pattern:
+        values = [pair for pair in values if ValuePattern(pattern).judge(pair[0]) is Verdict.ALLOWED]
+    why = ""
+    if one.key != other.key:
+        why = "another spelling"
+    elif one.when != other.when:
+        why = "for other instances"
+    elif (not values and (one.values or other.values)) or (other.pattern and pattern != other.pattern):
+        why = "other values"
+    if why:
+        return one, f"{why} than in the {one.evidence}, which is kept"
+    both = replace(one, evidence=f"{one.evidence}, {other.evidence}", flags=one.flags & other.flags)
+    both = replace(both, notes=tuple(dict.fromkeys((*one.notes, *other.notes))), values=tuple(values))
+    said = one.pattern_evidence or other.pattern_evidence
+    return replace(both, pattern="" if values else pattern, pattern_evidence=said), ""
+
+
+# ---- What a starter policy is made of, as YAML, and what it would find -------------------------------
+
+
+def make_starter(
+    name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
+) -> Starter:
+    """Return what a policy is made of: the rules that are given or the fleet's own, and its regions."""
+    instances = [instance for each in fleet.values() for instance in each]
+    counts: Counter[str] = Counter()
+    for target, each in fleet.items():
+        counts[target.region] += len(each)
+    new = {region: number for region, number in counts.items() if not is_region(region)}
+    notes = [f'Under "*", as tagcheck does not know them: {_listed(_by_count(new))}'] if new else []
+    found = {region: counted(number, "instance") for region, number in counts.items() if region not in new}
+    if regions:
+        found = {region: found.get(region, "no instances" if fleet else "") for region in regions}
+    elif given and not fleet and "*" not in given.regions:
+        found = dict.fromkeys(given.regions, "")
+    else:
+        found["*"] = f"every {'other ' if found else ''}enabled region"
+    services = Counter(instance.managed_by for instance in instances if instance.managed_by)
+    services = services if all(map(_is_value, services)) else Counter({"*": services.total()})
+    if given:
+        own = given.regions - {"*"}
+        if own and own != found.keys():
+            notes.append(f"The Config rules are those of {', '.join(sorted(own))}")
+        return Starter(name, [*given.rules.values()], found, {}, services, [*notes, *given.notes])
+    people = [instance for instance in instances if not instance.managed_by]
+    uses, more = survey_tags(people)
+    pairs = [fleet_rule(use, len(people)) for use in uses]
+    placeholders: Counter[str] = Counter()
+    for _, empty in pairs:
+        placeholders.update(empty)
+    rules = [rule for rule, _ in pairs] or [StarterRule("Owner", "only an example")]
+    return Starter(name, rules, found, placeholders, services, [*notes, *more])
+
+
+def _commented(text: str, comment: str) -> str:
+    """Return a line with a comment, which cannot end the line whatever it holds."""
+    return f"{text:<30}  # {printable(comment)}" if comment else text
+
+
+def policy_lines(starter: Starter) -> Iterator[str]:
+    """Yield the lines of a starter policy, each with its evidence."""
+    yield from ("version: 1", f"name: {yaml_text(starter.name)}", "required_tags:")
+    for rule in starter.rules:
+        more = rule.values or rule.pattern or rule.when or rule.flags
+        yield _commented(f"  - {'key: ' if more else ''}{yaml_text(rule.key)}", rule.evidence)
+        yield from (f"    # {printable(note)}" for note in rule.notes)
+        yield from (f"    {flag}: true" for flag in sorted(rule.flags))
+        if rule.when:
+            yield f"    when: {rule.when}"
+        if rule.pattern:
+            quoted = rule.pattern.replace("'", "''")
+            yield _commented(f"    pattern: '{quoted}'", rule.pattern_evidence)
+        if any(evidence for _, evidence in rule.values):
+            yield "    values:"
+            for value, evidence in rule.values:
+                yield _commented(f"      - {yaml_text(value)}", evidence)
+        elif rule.values:
+            yield f"    values: [{', '.join(yaml_text(value) for value, _ in rule.values)}]"
+    if placeholders := _by_count(starter.placeholders):
+        texts = ", ".join(yaml_text(text) for text, _ in placeholders)
+        yield _commented(f"placeholder_values: [{texts}]", f"count as empty: {_listed(placeholders)}")
+    yield "regions:"
+    for region in sorted(starter.regions, key=lambda region: (region == "*", region)):
+        yield _commented(f"  {yaml_text(region)}:", starter.regions[region])
+    yield from ("exemptions:",) if starter.services else ()
+    for service, number in _by_count(starter.services):
+        yield _commented("  - reason: an AWS service operates them", counted(number, "instance"))
+        yield f"    managed_by: {yaml_text(service)}"
+
+
+def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
+    """Yield what a starter policy was made from, and what to do with it."""
+    regions, accounts = ({getattr(target, name) for target in fleet} for name in ("region", "account_id"))
+    places = f"{counted(len(regions), 'region')} of {counted(len(accounts), 'account')}"
+    instances = f"{counted(sum(map(len, fleet.values())), 'instance')} in {places}"
+    yield f"Made by `tagcheck.py init` from {'rules of AWS' if given else instances}; the comments say why."
+    if given and any("optional" in rule.flags for rule in given.rules.values()):
+        yield "An AWS tag policy is about tags that are present (optional: true), and case matters in it:"
+        yield TAG_POLICY_PAGE
+    yield "Change what is wrong, then check it with validate and scan --dry-run."
+
+
+def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
+    """Yield what a scan with a policy would find in a fleet."""
+    total = exempted = failing = 0
+    types: Counter[tuple[str, ViolationType]] = Counter()
+    for target, instances in fleet.items():
+        total += len(instances)
+        sightings = (judge(target, instance, policy, now) for instance in instances)
+        for seen in (sighting for sighting in sightings if not sighting.too_young):
+            failing += bool(seen.violations)
+            exempted += bool(seen.exempted and not seen.violations)
+            types.update((violation.tag_key, violation.type) for violation in seen.violations)
+    also = f", {exempted:,} exempted" if exempted else ""
+    yield f"A scan with it finds now: {failing:,} of {counted(total, 'instance')} with violations{also}"
+    for key in dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules):
+        words = ("missing", "empty", "with another value")
+        counts = zip((types[key, kind] for kind in ViolationType), words, strict=True)
+        if found := ", ".join(f"{number:,} {word}" for number, word in counts if number):
+            yield f"  {_shown(key)}: {found}"
+
+
+########################################################################################################
+# 12 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
@@ -7769,6 +8361,9 @@ InstanceId = Annotated[
 ]
 FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
+Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
+RegionNames = Annotated[list[str], Option("only this region", "R")]
+Workers = Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
 
@@ -7778,7 +8373,7 @@ class StateOptions:
     """Which state is used."""
 
     state: StatePath = DEFAULT_STATE
-    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    profile: Profile = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -7792,7 +8387,7 @@ class PolicyOptions(StateOptions):
 class ScopeOptions(PolicyOptions):
     """Which regions and accounts are chosen; an empty list restricts nothing."""
 
-    region: Annotated[list[str], Option("only this region", "R")]
+    region: RegionNames
     account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
 
     def includes(self, target: Target) -> bool:
@@ -7808,7 +8403,7 @@ class ScanOptions(ScopeOptions):
     shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
     include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
-    workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
+    workers: Workers = 16
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
@@ -7832,6 +8427,21 @@ class ScanOptions(ScopeOptions):
         # Not hash(), which differs between processes.
         share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
         return (not self.account or account_id in self.account) and share == part - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitOptions:
+    """Write a starter policy: from the tags that a fleet has, or from an AWS tag policy or Config rule."""
+
+    instances: FleetPaths
+    region: RegionNames
+    profile: Profile = None
+    workers: Workers = 16
+    from_: Annotated[list[str], Option("an AWS tag policy, or required-tags of AWS Config, as JSON")]
+    name: Annotated[str, Option("the policy's name; findings are stored under it", "NAME")] = "tags"
+    output: Annotated[str, Option("the policy, a new file; - for stdout")] = "policy.yaml"
+    quiet: Quiet
+    verbose: Verbose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8150,11 +8760,11 @@ _INPUTS = ("policies", "policy", "prices", "instances", "plan", "undo", "state")
 _JOURNALS = ("-journal", "-wal", "-shm")
 
 
-def _outputs(args: object, formats: Iterable[str]) -> list[Output]:
+def _outputs(args: object, formats: Iterable[str], *, new: bool = False) -> list[Output]:
     """Return the outputs that were asked for, each writable and a file of its own; raises TagcheckError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
-    outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
+    outputs = [Output(name, "-" if path in stdout else path, new) for name, path in paths.items()]
     taken: dict[str, str] = {}  # what each file is
     for name in _INPUTS:
         given = getattr(args, name, None) or []
@@ -8368,6 +8978,9 @@ def read_in_parallel(
         yield job, reading
 
 
+TRUNCATED = "has a NextToken, so more follows: save it without --max-items and --no-paginate"
+
+
 def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     """Yield what saved files have of every target in scope.
 
@@ -8385,7 +8998,7 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     if not args.region:
         targets |= {t for t in instances if t.account_id in chosen and policy.covers(t.region)}
         targets |= {Target(account_id, "*") for account_id in chosen - {t.account_id for t in targets}}
-    more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
+    more = f"{cut} {TRUNCATED}"
     if not chosen:
         if not in_scope or args.shard == ALL_ACCOUNTS:
             raise UsageError("the files have no instance in scope: name its account with --account ID")
@@ -8469,6 +9082,99 @@ def _unseen_notices(
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
             yield f"{where} were not checked, as this scan found no such region or account; they stay open"
+
+
+def run_init(args: InitOptions, now: datetime) -> ExitCode:
+    """Write the policy that the tags of a fleet, or AWS's own rules, amount to; it replaces no file."""
+    outputs = _outputs(args, INIT_WRITERS, new=True)
+    if is_blank(args.name) or not is_printable(args.name):
+        raise UsageError(f"--name {args.name!r}: give a name of visible characters")
+    for region in args.region:
+        if not is_region(region):
+            raise UsageError(f"--region: AWS has no region {shown_value(region)}")
+    given = read_rules(args.from_) if args.from_ else None
+    fleet: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances or not given:
+        fleet, unread = _survey(args)
+    starter = make_starter(args.name, fleet, args.region, given)
+    body = "".join(f"{line}\n" for line in policy_lines(starter))
+    policy = check_policy(body.encode(), args.output)
+    lacking = [
+        f"Not read in full, so the policy may lack something: {place}: {unread[place]}" for place in unread
+    ]
+    found = [*finding_lines(policy, fleet, now)] if fleet else []
+    head = [*origin_lines(fleet, given), *found, *lacking, *starter.notes]
+    text = "".join(f"# {printable(line)}\n" for line in head)
+    SIGNALS.hold()  # what is written is also reported
+    write_report(outputs, INIT_WRITERS, f"{text}\n{body}", emit)
+    if not args.quiet and args.output != "-":
+        emit_lines(_next_lines(args, starter, found[:1]))
+    emit_lines(lacking, sys.stderr)
+    return ExitCode.INCOMPLETE if unread else ExitCode.COMPLIANT
+
+
+def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, TargetError]]:
+    """Return the instances that a scan would judge, and what was not read in full; raises TagcheckError."""
+    policy = Policy("init", "", "1", args.name, dict.fromkeys(args.region or ["*"], ()))
+    read: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances:
+        read, cut = load_fleet(args.instances)
+        unread = {cut: TargetError("Truncated", f"it {TRUNCATED}")} if cut else {}
+    else:
+        progress = Progress(quiet=args.quiet)
+        for target, reading in read_live(_live_scope(args), policy, Aws(args.profile, args.workers), []):
+            if isinstance(reading, list):
+                read.setdefault(target, []).extend(reading)
+                progress.page(target, len(reading))
+                continue
+            if reading:
+                unread[str(target)] = reading
+            progress.end(target, reading)
+        progress.close()
+    fleet: dict[Target, list[Instance]] = {}
+    for target in sorted(read):
+        judged = [instance for instance in read[target] if policy.includes(instance.state)]
+        if judged and policy.covers(target.region):
+            fleet[target] = judged
+    if not args.from_ and all(each.managed_by for each in itertools.chain.from_iterable(fleet.values())):
+        number = counted(sum(map(len, read.values())), "instance")
+        what = f"no instance whose tags a policy could follow (read: {number})"
+        for place, error in unread.items():
+            raise TargetError(error.code, f"{place}: {error.message}; elsewhere there is {what}")
+        advice = (
+            "terminated ones and those that AWS services operate do not count; name other files, --region or"
+        )
+        raise UsageError(f"{what}: {advice} --profile")
+    return fleet, dict(sorted(unread.items()))
+
+
+def _live_scope(args: InitOptions) -> ScanOptions:
+    """Return what a scan would be given to read the same from AWS."""
+    off = ("include_managed_resources", "creators", "require_state", "dry_run", "verbose")
+    given: dict[str, Any] = dict.fromkeys(off, False) | {"account": [], "instances": []}
+    return ScanOptions(region=args.region, workers=args.workers, quiet=args.quiet, **given)
+
+
+def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
+    """Yield what was written, and the command that comes next."""
+    rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
+    yield f"Wrote {args.output}: {rules} for {regions}"
+    yield from found
+    words = ["tagcheck.py", "scan", "--policy", args.output]
+    words += ["--profile", args.profile] if args.profile else []
+    for name in ("region", "instances"):
+        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    yield from ("Read it, and change what is wrong. Next:", f"  {shlex.join([*words, '--dry-run'])}")
+
+
+def _write_text(file: TextIOBase, text: str) -> None:
+    """Write a text that is ready."""
+    file.write(text)
+
+
+INIT_WRITERS: Writers[str] = {"output": _write_text}
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -8961,6 +9667,7 @@ COMMANDS = {
     "scan": Command(
         run_scan, ScanOptions, ("--policy org.yaml", "--policy org.yaml --dry-run --region eu-west-1")
     ),
+    "init": Command(run_init, InitOptions, ("", "--instances fleet.json --output org.yaml")),
     "validate": Command(run_validate, ValidateOptions, ("policies/*.yaml", "org.yaml --json -")),
     "explain": Command(
         run_explain,
@@ -9009,7 +9716,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options, examples) in COMMANDS.items():
-        shown = [part for each in examples for part in fitted(f"  tagcheck.py {name} {each}", width)]
+        shown = [part for each in examples for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)]
         shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
         command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
         hints = get_type_hints(options, include_extras=True)
@@ -9018,22 +9725,28 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
+def _option_name(name: str) -> str:
+    """Return the option that fills a field; `from` is a word of Python, so that field ends in _."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
 def _variable(name: str, option: Option) -> str:
     """Return the environment variable that can give an option: those of files, the state and the profile."""
     can = not option.positional and (option.metavar == "FILE" or name == "profile")
-    return f"TAGCHECK_{name.upper()}" if can else ""
+    return f"TAGCHECK_{name.rstrip('_').upper()}" if can else ""
 
 
 def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
     kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
-    name = f"--{filled.name.replace('_', '-')}"
-    variable = _variable(filled.name, option)
+    name, variable = _option_name(filled.name), _variable(filled.name, option)
     given = os.environ.get(variable)
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
-    elif kind is bool:
+        return
+    more["dest"] = filled.name
+    if kind is bool:
         short = [name[1:3]] if name in ("--quiet", "--verbose") else []
         command.add_argument(*short, name, help=option.help, action="store_true")
     else:
@@ -9058,7 +9771,7 @@ def read_options(options: type[Any], given: argparse.Namespace) -> Any:
         value = getattr(given, name)
         if value is None and (text := os.environ.get(variable)):
             value = [text] if kind is list else text
-            LOG.debug("%s", printable(f"--{name.replace('_', '-')} {text} (from {variable})"))
+            LOG.debug("%s", printable(f"{_option_name(name)} {text} (from {variable})"))
         if value is None and kind is list:
             value = []
         if value is not None:
