@@ -9696,15 +9696,23 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors say what was probably meant."""
 
+    commands: Mapping[str, Parser] = {}
+
     def error(self, message: str) -> NoReturn:
         """Print the usage and what is wrong, and exit with 2."""
         if unknown := re.match("argument COMMAND: invalid choice: '(.*?)' ", message):
             message = f"unknown command {unknown[1]!r}{did_you_mean(unknown[1], [*COMMANDS])}"
         super().error(printable(message))
 
+    def refuse(self, word: str) -> NoReturn:
+        """Print the usage and what is wrong about a word that is no option or argument, and exit with 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        hint = did_you_mean(word.partition("=")[0], known)
+        self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{hint}")
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser of COMMANDS, and that of each; their help is in the records of their options."""
+
+def build_parser() -> Parser:
+    """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
     width = shutil.get_terminal_size().columns - 2
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
@@ -9722,7 +9730,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         hints = get_type_hints(options, include_extras=True)
         for each in fields(options):
             _add_option(command, each, hints[each.name])
-    return parser, commands.choices
+    parser.commands = commands.choices
+    return parser
 
 
 def _option_name(name: str) -> str:
@@ -9794,18 +9803,13 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
     with SIGNALS:
         warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
         _prepare_streams()
-        parser, commands = build_parser()
+        parser = build_parser()
         given, rest = parser.parse_known_args(argv)
         if given.command is None:
             parser.print_help(sys.stderr)
             return ExitCode.USAGE
         if rest:
-            word = "option" if rest[0].startswith("-") else "argument"
-            known = [
-                option for action in commands[given.command]._actions for option in action.option_strings
-            ]
-            hint = did_you_mean(rest[0].partition("=")[0], known)
-            commands[given.command].error(f"unknown {word} {rest[0]}{hint}")
+            parser.commands[given.command].refuse(rest[0])
         for text in sys.argv[1:] if argv is None else argv:
             if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
                 parser.error(f"the argument {text!r} is not UTF-8")
