@@ -579,6 +579,13 @@ def cut_text(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
+def owner_anchor(owner: str) -> str:
+    """Return the anchor of an owner's section in the dashboard; no two owners share one."""
+    slug = re.sub("[^a-z0-9]+", "-", owner.lower()).strip("-")[:40]
+    number = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()[:8]
+    return "-".join(filter(None, ("owner", slug, number)))
+
+
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
 _ADVICE = (
     ("AuthFailure", "the region is not enabled in this account, or the credentials are not for it: "
@@ -924,6 +931,12 @@ _SECRET = "the name of an environment variable (keep secrets out of the policy)"
 _VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
 _ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
 _TOPIC = _form("the ARN of an SNS topic that is not FIFO", _ARN, "arn:aws:sns:eu-west-1:012345678901:tags")
+_PAGE_PATH = "[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{0,500}"
+_PAGE = _form(
+    "an https:// URL (without a user name and a #, at most 500 characters after the host)",
+    f"https://[A-Za-z0-9.-]{{1,253}}(:[0-9]{{1,5}})?(/{_PAGE_PATH})?",
+    "https://ci.example.com/tagcheck/dashboard.html",
+)
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 
 
@@ -1228,6 +1241,17 @@ _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
 _NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
+_AGE = _form("a duration (a number and s, m, h, d or w)", _DURATION, "7d")
+_AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
+
+
+def duration(text: str) -> timedelta:
+    """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
+    if not re.fullmatch(_DURATION, text):
+        raise ValueError(text)
+    return timedelta(
+        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -1241,6 +1265,10 @@ class Notify:
     sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
     email: Email | None = _key("Email, sent by SES.", _EMAIL, None, read=Email)
     owners: Owners | None = _key("A digest for each owner of their findings.", _OWNERS, None, read=Owners)
+    dashboard_url: str | None = _key("Where `report` is published: digests link to it.", _PAGE, None)
+    reminders: tuple[timedelta, ...] = _key(
+        "Ages at which a finding that is still open is sent once more.", _AGES, (), read=duration
+    )
 
     @property
     def channels(self) -> list[str]:
@@ -1249,15 +1277,6 @@ class Notify:
         return [
             name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
         ]
-
-
-def duration(text: str) -> timedelta:
-    """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
-    if not re.fullmatch(_DURATION, text):
-        raise ValueError(text)
-    return timedelta(
-        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
-    )
 
 
 _ACCOUNTS = _schema(
@@ -1650,6 +1669,7 @@ _SCHEMA_MESSAGES = {
     "pattern": "{0} {3[patternErrorMessage]}",
     "minLength": "must not be empty",
     "minItems": "the list is empty: name at least one, or remove the key",
+    "maxItems": "has {1} entries; at most {2} are possible",
     "minProperties": "is empty: name at least one",
     "maxLength": "{0} has {1} characters; AWS allows {2}",
     "anyOf": f"does not say for which instances: add {', '.join([*_keys(Match)][:-1])} or managed_by",
@@ -1684,6 +1704,7 @@ _BELONGS = {
     "effective_from": "a rule of required_tags",
     "normalize_aliases": "the policy itself, beside required_tags",
     "unless": "an exemption: name these instances there",
+    **dict.fromkeys(("dashboard_url", "reminders"), "notify"),
 }
 
 
@@ -1769,6 +1790,8 @@ _SYNONYMS = {
     "instance_types": "type types instance_type",
     "normalize_aliases": "normalize normalise_aliases",
     "names": "account_names",
+    "dashboard_url": "dashboard dashboard_link url link report_url",
+    "reminders": "remind remind_after reminder repeat escalate",
 }
 
 
@@ -1877,6 +1900,12 @@ def _check_aliases(document: YamlDocument, asked: Container[str]) -> None:
             seen.add(alias)
 
 
+# What gives access by itself: S3's presigned URLs, SAS, tokens.
+_SECRET_IN_URL = re.compile(
+    r"(?i)[?&;]([\w.-]*(?:token|secret|signature|credential|passw(?:or)?d|(?:access|api)[_-]?key|sig))="
+)
+
+
 def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
     """Add a problem where nobody is notified, or somebody by a channel that is not configured."""
     if not notify.keys() & {"slack", "sns", "email"}:
@@ -1886,6 +1915,20 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
         document.add(("notify", "email"), "has no recipient: add to, or notify owners")
     if region := _given(email, "region", str):
         _check_region(document, ("notify", "email", "region"), region)
+    if secret := _SECRET_IN_URL.search(_given(notify, "dashboard_url", str)):
+        message = f"has a secret in it ({secret[1]}): link to a page for which readers sign in"
+        document.add(("notify", "dashboard_url"), message)
+    longest, day = timedelta(0), timedelta(days=1)
+    for index, text in _texts(notify, "reminders").items():
+        if re.fullmatch(_DURATION, text):
+            age, problem = duration(text), ""
+            if age < day:
+                problem = "is less than a day: write 1d or more"
+            elif age <= longest:
+                problem = "is not longer than the one before it: write the shortest first, each once"
+            if problem:
+                document.add(("notify", "reminders", index), f"{text} {problem}")
+            longest = max(longest, age)
     mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
     domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
     for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
