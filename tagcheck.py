@@ -1918,17 +1918,17 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
     if secret := _SECRET_IN_URL.search(_given(notify, "dashboard_url", str)):
         message = f"has a secret in it ({secret[1]}): link to a page for which readers sign in"
         document.add(("notify", "dashboard_url"), message)
-    longest, day = timedelta(0), timedelta(days=1)
+    former = timedelta(0)
     for index, text in _texts(notify, "reminders").items():
         if re.fullmatch(_DURATION, text):
             age, problem = duration(text), ""
-            if age < day:
-                problem = "is less than a day: write 1d or more"
-            elif age <= longest:
+            if not age or age % timedelta(days=1):
+                problem = "is not a number of whole days: write 1d or more"
+            elif age <= former:
                 problem = "is not longer than the one before it: write the shortest first, each once"
             if problem:
                 document.add(("notify", "reminders", index), f"{text} {problem}")
-            longest = max(longest, age)
+            former = age
     mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
     domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
     for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
@@ -3805,10 +3805,12 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was
-    -- sent it before. Only a finding has a line. It is '' where no digest lists it.
-    CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
-    CREATE INDEX digest_of ON digest_line (channel, recipient)
+    -- What belongs in digests, as in DigestLine.
+    CREATE TABLE digest_line (
+        channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT, age INTEGER NOT NULL,
+        owner TEXT NOT NULL
+    );
+    CREATE INDEX digest_of ON digest_line (channel, recipient, age)
 """
 
 # ---- Rows of a state, checked by the types of their records ------------------------------------------
@@ -4435,7 +4437,9 @@ def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     """Return the values of a scan that is being recorded by the names that queries have for them."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
     now, may_hide = utc_text(scan.started_at), scan.may_hide_managed
-    return {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide}
+    ages = scan.policy.notify.reminders if scan.policy.notify else ()
+    days = to_json([age.days for age in ages])
+    return {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide, "ages": days}
 
 
 def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any], policy: Policy) -> None:
@@ -5023,7 +5027,8 @@ _PRUNE = """
 def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
     """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
-    That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
+    That is a finding when it opens, and again where it was sent last before it reached an age of `reminders`;
+    an unread target once until it is read; the end of an exemption once.
     """
     notify = scan.policy.notify or Notify()
     names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
@@ -5034,6 +5039,16 @@ _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region ||
 _UNREAD = (
     "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL"
 )
+# Since when a finding is open, and of the ages to remind at the greatest that it has reached, or NULL.
+_OPENED = """coalesce(iif(finding.times_reopened, (
+    SELECT max(at) FROM state.events AS past WHERE past.finding = finding.id AND past.event = 'REOPENED'
+), NULL), finding.first_seen)"""
+_DAYS = "(strftime('%s', {}) - strftime('%s', {})) / 86400"
+_DUE = f"""
+    SELECT {_FINDING_SUBJECT} AS subject, {_OPENED} AS opened, (
+        SELECT max(value) FROM json_each(:ages) WHERE {_DAYS.format(":now", _OPENED)} >= value
+    ) AS age
+"""
 _QUEUE_NOTIFICATIONS = f"""
     DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
         SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
@@ -5045,6 +5060,13 @@ _QUEUE_NOTIFICATIONS = f"""
     SELECT :policy, subject, channel.value, NULL
     FROM (SELECT {_FINDING_SUBJECT} AS subject {_SEEN} AND finding.status IN ('NEW', 'REOPENED'))
     CROSS JOIN json_each(:channels) AS channel;
+
+    INSERT OR REPLACE INTO state.notifications
+    SELECT :policy, due.subject, channel.value, NULL
+    FROM ({_DUE} {_SEEN} AND finding.status = 'REPEAT' AND :ages <> '[]') AS due
+    CROSS JOIN json_each(:channels) AS channel LEFT JOIN state.notifications AS told
+        ON (told.policy, told.subject, told.channel) = (:policy, due.subject, channel.value)
+    WHERE age AND (told_at IS NULL OR {_DAYS.format("told_at", "opened")} < age);
 
     INSERT OR IGNORE INTO state.notifications
     SELECT :policy, subject, channel.value, NULL
@@ -5059,21 +5081,58 @@ def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]
     return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-DigestLine = tuple[str, str, str | None, str | None]  # the columns of `digest_line`
+def fetch_reminder(db: sqlite3.Connection, scan: Scan, finding: Finding) -> tuple[int, str]:
+    """Return the age in days that a pending finding is a reminder of, else 0, and since when it is open."""
+    if finding.status is not Status.REPEAT:
+        return 0, ""
+    place = "(policy, account_id, region, instance_id) = (:policy, :account_id, :region, :instance_id)"
+    names = _names(db, scan) | to_record(finding, _KEY.split(", "))
+    _, opened, age = db.execute(f"{_DUE} FROM state.findings AS finding WHERE {place}", names).fetchone()
+    return age or 0, opened
+
+
+class DigestLine(NamedTuple):
+    """What a digest has to say; `line` is None but for findings, and "" for those that are only counted."""
+
+    channel: str
+    recipient: str  # "" except for owners
+    subject: str | None  # None: the channel was sent it before
+    line: str | None = None
+    age: int = 0  # of a reminder, in days
+    owner: str = ""
+
+
+Listed = tuple[
+    int, int, list[tuple[str, str]]
+]  # an age, how many findings, and their first lines with owners
 
 
 def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
     """Keep what belongs in digests until they are sent."""
     db.execute("DELETE FROM digest_line")
-    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?, ?)", lines)
 
 
-def fetch_digests(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
-    recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
-    lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
-    for to, number in db.execute(recipients, (channel,)):
-        yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
+def fetch_digests(
+    db: sqlite3.Connection, channel: str, limit: int
+) -> Iterator[tuple[str, str | None, list[Listed]]]:
+    """Yield each recipient of a channel, the owner of all its findings if they have one, and the findings."""
+    lists = """
+        SELECT recipient, age, count(line), min(owner), max(owner) FROM digest_line WHERE channel = ?
+        GROUP BY 1, 2 ORDER BY 1, 2
+    """
+    lines = """
+        SELECT line, owner FROM digest_line
+        WHERE (channel, recipient, age) = (?, ?, ?) AND line <> '' ORDER BY rowid LIMIT ?
+    """
+    for to, found in itertools.groupby(db.execute(lists, (channel,)), operator.itemgetter(0)):
+        rows = [*found]
+        owners = {owner for *_, first, last in rows for owner in (first, last)}
+        listed = [
+            (age, number, db.execute(lines, (channel, to, age, limit)).fetchall())
+            for _, age, number, *_ in rows
+        ]
+        yield to, owners.pop() if len(owners) == 1 else None, listed
 
 
 def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
@@ -5764,16 +5823,23 @@ def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str
     return status, account, case.region, case.instance_id, name_cell(case.tags.get("Name", "")), *more
 
 
-def short_violations(finding: Finding) -> list[str]:
-    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
-    likely = {s.tag_key: s.value for s in finding.suggestions if s.confidence >= MIN_CONFIDENCE}
+def short_violations(finding: Finding, *, unsure: bool = False) -> list[str]:
+    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)".
+
+    With `unsure` also the values that are less likely: "Owner missing (maybe alice?)".
+    """
+    likely = {
+        s.tag_key: f"{'' if s.confidence >= MIN_CONFIDENCE else 'maybe '}{cut_text(s.value, 40)}?"
+        for s in finding.suggestions
+        if unsure or s.confidence >= MIN_CONFIDENCE
+    }
     texts = []
     for violation in finding.violations:
         wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
         what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
         notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
         if violation.tag_key in likely:
-            notes.append(f"{cut_text(likely[violation.tag_key], 40)}?")
+            notes.append(likely[violation.tag_key])
         texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
     return texts
 
@@ -6691,7 +6757,8 @@ def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
 ########################################################################################################
 
 DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
-# Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
+DIGEST_WIDTH = 100  # characters of a line
+# Slack cuts a text after 40,000 characters, SNS refuses more than 256 KB; a digest has at most ten sections.
 SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
 SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 SLACK_SECONDS = 10.0
@@ -6717,6 +6784,7 @@ class Digest:
     to: str
     title: str
     sections: Sequence[Section]
+    link: str = ""  # to the dashboard
 
     @property
     def medium(self) -> str:
@@ -6727,19 +6795,28 @@ class Digest:
 Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
+def _ending(policy: Policy, today: date) -> list[Exemption]:
+    """Return the exemptions that have ended or end soon."""
+    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
+    return [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
+
+
 def ending_subjects(policy: Policy, today: date) -> list[str]:
     """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
-    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
-    ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
-    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
+    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in _ending(policy, today)]
 
 
-def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -> Iterator[DigestLine]:
-    """Yield what belongs in digests: channel, recipient, subject and line.
+def digest_lines(
+    report: ScanReport,
+    pending: Callable[[str], Container[str]],
+    reminder: Callable[[Finding], tuple[int, str]],
+) -> Iterator[DigestLine]:
+    """Yield what belongs in digests.
 
-    `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
+    `pending` returns the channels that a subject is pending for; with `on: new` only these get it. `reminder`
+    returns the age that a pending finding is a reminder of, and when it was opened.
     """
-    policy, numbers = report.scan.policy, Counter[str]()
+    policy, numbers = report.scan.policy, Counter[tuple[str, int]]()
     notify = policy.notify or Notify()
     owners = notify.owners or Owners()
 
@@ -6753,52 +6830,99 @@ def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -
         for channel, subject in channels_for(
             f"finding {finding.account_id} {finding.region} {finding.instance_id}"
         ):
-            names = _known_names(finding, owners.tag, policy.placeholder_values)
-            recipient = owners.recipient(names.values()) if channel == "owners" else ""
+            age, opened = reminder(finding) if subject and notify.reminders else (0, "")
+            names, is_owners = (
+                _known_names(finding, owners.tag, policy.placeholder_values),
+                channel == "owners",
+            )
+            recipient, owner = owners.recipient(names.values()) if is_owners else "", names.get("owner", "")
+            if is_owners:
+                names.pop("owner", "")  # said once for all lines, or added to each
             if recipient is not None:
-                numbers[channel] += 1
-                is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
-                yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
+                numbers[channel, age] += 1
+                is_listed = is_owners or numbers[channel, age] <= DIGEST_LINES
+                line = _finding_line(finding, names, opened if age else "") if is_listed else ""
+                yield DigestLine(channel, recipient, subject, line, age, owner)
     places = [each.target for each in report.unread]
     unread = [f"unread {target.account_id} {target.region}" for target in places]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
-        yield from (
-            (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
-        )
+        for channel, subject in channels_for(other):
+            if channel != "owners":
+                yield DigestLine(channel, "", subject)
 
 
 def write_digests(
-    report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
+    report: ScanReport, channel: str, recipients: Iterable[tuple[str, str | None, Sequence[Listed]]]
 ) -> Iterator[Digest]:
-    """Yield a digest for each recipient: who it is, the number of its findings, and their first lines."""
-    policy = report.scan.policy
-    word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
-    for to, number, lines in recipients:
-        title = [counted(number, word)] if number else []
-        if to:
-            sections = [Section("Your findings, by owner tag or creator:", lines, number)]
-        else:
-            endings = check_expiry(policy, report.scan.started_at.date())
-            title += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
-            title += [f"{counted(len(endings), 'exemption')} ending"] if endings else []
-            errors = (
-                f"{target.target}: {target.error_code}: {target.error_message}" for target in report.unread
-            )
-            sections = [
-                Section("", count_lines(report.totals), 2),
-                Section("Findings:", lines, number),
-                _section("Could not be read (their findings are unchanged):", errors),
-                _section("Fix many at once:", cause_lines(report.causes)),
-                _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+    """Yield a digest for each recipient: who it is, the owner of all its findings, and the findings."""
+    policy, today = report.scan.policy, report.scan.started_at.date()
+    notify = policy.notify or Notify()
+    word = "new" if notify.on == "new" else "open"
+    for to, owner, found in recipients:
+        counts: list[str] = []
+        sections: list[Section] = []
+        link = notify.dashboard_url or ""
+        for age, number, lines in found:
+            days, fresh = f"still open after {counted(age, 'day')}", f"{word} finding"
+            if number:
+                counts.append(f"{number:,} {days}" if age else counted(number, fresh))
+            texts = [
+                line + (f"; owner {_short(who)}" if to and who and not owner else "") for line, who in lines
             ]
-        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(title)}")
-        yield Digest(channel, to, headline, [section for section in sections if section.number])
+            sections.append(_section(f"{(days if age else f'{fresh}s').capitalize()}:", texts, number))
+        whose = f" (owner {_short(owner)})" if owner else " (by owner tag or creator)"
+        if to:
+            if notify.owners and to == notify.owners.default and not owner:
+                whose = " (owner not known)"
+            link += f"#{owner_anchor(owner)}" if link and owner else ""
+        else:
+            exemptions = _ending(policy, today)
+            over = sum(not exemption.holds(today) for exemption in exemptions)
+            soon = len(exemptions) - over
+            counts += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
+            counts += [counted(soon, "exemption ends soon", "exemptions end soon")] if soon else []
+            counts += [counted(over, "exemption has ended", "exemptions have ended")] if over else []
+            unread = (
+                _entry(f"{each.target}:", f"{each.error_code}: {each.error_message}")
+                for each in report.unread
+            )
+            endings = (_entry(f"{each.where}:", each.message) for each in check_expiry(policy, today))
+            causes = map(printable, cause_lines(report.causes))
+            sections = [
+                _section("", count_lines(report.totals)),
+                _section("Fix many at once:", causes, most=SUMMARY_CAUSES),
+                *sections,
+                _section("Could not be read (their findings are unchanged):", unread, most=DIGEST_LINES),
+                _section("Exemptions:", endings, most=DIGEST_LINES),
+            ]
+        headline = printable(
+            f"tagcheck {cut_text(policy.name, 40)}: {', '.join(counts)}{whose if to else ''}"
+        )
+        yield Digest(channel, to, headline, [section for section in sections if section.number], link)
 
 
-def _section(title: str, lines: Iterable[str]) -> Section:
-    """Return a section with the first of these lines."""
+def _short(name: str) -> str:
+    """Return who an owner or a creator is, cut and printable."""
+    return printable(cut_text(name, 60))
+
+
+def _entry(head: str, details: str) -> str:
+    """Return a line of a digest, with a newline where it is broken first if it is too long."""
+    return f"{printable(head)}\n{printable(details)}"
+
+
+def _section(title: str, lines: Iterable[str], number: int = 0, most: int = OWNER_LINES) -> Section:
+    """Return a section with the first of these lines, which may be of so many."""
     every = list(lines)
-    return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
+    return Section(title, [*map(_fitted, every[:most])], number or len(every))
+
+
+def _fitted(line: str) -> str:
+    """Return a line of a digest in parts of at most DIGEST_WIDTH."""
+    whole = line.replace("\n", " ")
+    texts = [whole] if len(whole) <= DIGEST_WIDTH else line.replace("\n", "\n  ").split("\n")
+    parts = (part for text in texts for part in fitted(cut_text(text, 400), DIGEST_WIDTH))
+    return "\n".join(cut_text(part, DIGEST_WIDTH) for part in parts)
 
 
 def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
@@ -6812,18 +6936,14 @@ def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str])
     return {role: name for role, name in names.items() if name}
 
 
-def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, its owner and creator, and likely values of the tags."""
+def _finding_line(finding: Finding, names: Mapping[str, str], opened: str) -> str:
+    """Return a finding in one line: where it is, then what it lacks with likely values, and who may know."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    parts = [", ".join(short_violations(finding))]
-    parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
-    # short_violations shows the more confident suggestions already.
-    unsure = [
-        f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
-    ]
-    parts += [f"perhaps {', '.join(unsure)}"] if unsure else []
-    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
-    return cut_text(printable(line), 400)
+    status, since = ("", f" since {opened[:10]}") if opened else (f"{finding.status} ", "")
+    parts = [", ".join(short_violations(finding, unsure=True))]
+    parts += [f"{role} {_short(who)}" for role, who in names.items()]
+    where = f"{status}{finding.instance_id}{name} in {finding.target}{since}:"
+    return _entry(where, "; ".join(parts))
 
 
 def digest_text(digest: Digest) -> str:
@@ -6839,7 +6959,20 @@ def digest_text(digest: Digest) -> str:
         more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
         head = [title] if title or is_slack else []
         parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
+    if digest.link:
+        parts.append(
+            f"<{encode(digest.link)}|Open the dashboard>" if is_slack else f"Dashboard: {digest.link}"
+        )
     return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
+
+
+def sample_digest(policy: Policy, channel: str, to: str = "") -> Digest:
+    """Return a digest that is marked as a test, to see whether and how it arrives."""
+    said = f"This is a test from tagcheck {__version__}, nothing was scanned. A finding looks like this:"
+    example = "NEW i-00000000000000000 (example) in 123456789012 (prod) eu-west-1: Owner missing (team-web?)"
+    title = printable(f"tagcheck {cut_text(policy.name, 40)}: this is a test")
+    link = policy.notify.dashboard_url if policy.notify else ""
+    return Digest(channel, to, title, [Section("", [said, example], 2)], link or "")
 
 
 def _slack_escape(text: str) -> str:
@@ -6913,7 +7046,8 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
     """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
-    subject = digest.title.encode("ascii", "replace").decode()[:99]
+    title = digest.title.encode("ascii", "replace").decode()
+    subject = textwrap.shorten(title, 99, placeholder=" ...")
     call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
@@ -8553,6 +8687,15 @@ class RemediateOptions(ScopeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotifyOptions:
+    """Test the policy's notifications: send a sample to every channel, and record nothing."""
+
+    policy: PolicyPath = str(DEFAULT_POLICY)
+    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    test: Annotated[bool, Option("send the sample; required, as `scan` sends what is true")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaOptions:
     """Print the policy's JSON Schema (Draft 7)."""
 
@@ -8580,7 +8723,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     if args.csv is None:
         args = replace(args, csv="" if args.dry_run else "violators.csv")
     outputs = _outputs(args, WRITERS)
-    senders = {} if args.dry_run else _senders(args, policy)
+    senders = {} if args.dry_run else _senders(args.profile, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
     prices = load_prices(args.prices) if args.prices else {}
@@ -8612,7 +8755,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                 if senders:
                     queue_notifications(db, scan, ending_subjects(policy, now.date()))
                     pending = functools.partial(fetch_pending, db, policy.name)
-                    add_digest_lines(db, digest_lines(report, pending))
+                    reminder = functools.partial(fetch_reminder, db, scan)
+                    add_digest_lines(db, digest_lines(report, pending, reminder))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
                 write_summary(summary, report, args.csv or "", args.state, width, colour=colour)
@@ -8638,7 +8782,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         return report.exit_code
 
 
-def _senders(args: ScanOptions, policy: Policy) -> Senders:
+def _senders(profile: str | None, policy: Policy) -> Senders:
     """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
     notify = policy.notify or Notify()
@@ -8646,7 +8790,7 @@ def _senders(args: ScanOptions, policy: Policy) -> Senders:
         webhook = find_webhook(notify.slack, os.environ)
         senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
     if notify.sns or notify.email:
-        aws = Aws(args.profile, workers=1)
+        aws = Aws(profile, workers=1)
         if topic := notify.sns and notify.sns.topic_arn:
             region = topic.split(":")[3]
             senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
@@ -9266,6 +9410,29 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
     return ExitCode.COMPLIANT
 
 
+def run_notify(args: NotifyOptions, now: datetime) -> ExitCode:
+    """Send a marked sample to every channel of the policy (owners: the default), and print how it went."""
+    if not args.test:
+        raise UsageError("notify sends a marked sample to every channel of the policy: give --test to do so")
+    policy = load_policy(args.policy)
+    if not policy.notify:
+        raise UsageError(f"{policy.file} has no notify: nobody is notified")
+    notify, owners, code = policy.notify, policy.notify.owners or Owners(), ExitCode.COMPLIANT
+    samples = [sample_digest(policy, channel) for channel in notify.channels if channel != "owners"]
+    samples += [sample_digest(policy, "owners", owners.default)] if owners.default else []
+    for digest in samples:
+        only = Notify(**{digest.medium: getattr(notify, digest.medium)})
+        try:
+            _senders(args.profile, replace(policy, notify=only))[digest.medium](digest)
+            result = "sent"
+        except TagcheckError as error:
+            code, result = ExitCode.FAILED, f"failed: {error}"
+        emit_lines([f"{' '.join(filter(None, (digest.channel, digest.to)))}: {result}"])
+    for name, to in (*owners.mapping, *((f"who@{domain}",) * 2 for domain in owners.domains)):
+        emit_lines([f"owners {to}: not sent, would get the findings of {name}"])
+    return code
+
+
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the minimal IAM policies by who needs them; `remediate` is for a separate role that writes."""
     accounts, notify = policy.accounts, policy.notify
@@ -9728,6 +9895,9 @@ COMMANDS = {
         run_remediate,
         RemediateOptions,
         ("--policy org.yaml", "--policy org.yaml --plan remediate-plan.csv --apply"),
+    ),
+    "notify": Command(
+        run_notify, NotifyOptions, ("--policy org.yaml --test", "--policy org.yaml --profile ops --test")
     ),
     "schema": Command(run_schema, SchemaOptions, ("> policies/policy.schema.json", "| less")),
     "iam-policy": Command(

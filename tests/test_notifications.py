@@ -165,8 +165,8 @@ def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
     for _ in range(2):
         scan(by_slack(slack), [GOOD], policy=exempt, regions=(REGION, OTHER), env=slack.env, check=4)
     (text,) = slack.texts
-    assert text.startswith("tagcheck test: 1 target not read, 1 exemption ending")
-    assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
+    assert text.startswith("tagcheck test: 1 target not read, 1 exemption ends soon")
+    assert f"{ACCOUNT_ID} {OTHER}:\n  NotInFiles" in text
     assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
 
 
@@ -192,7 +192,7 @@ def test_an_account_that_cannot_be_read_is_told_again_after_it_could(tmp_path):
 
     assert pending("*") == {"slack"}
     with closing(script.open_sightings()) as db:
-        script.add_digest_lines(db, [("slack", "", subject, None)])
+        script.add_digest_lines(db, [script.DigestLine("slack", "", subject)])
         script.record_sent(db, script.LocalState(state), "test", "slack", now)
     assert pending("*") == set()
     assert pending(REGION) == set()
