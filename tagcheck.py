@@ -7047,7 +7047,7 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
     """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
     title = digest.title.encode("ascii", "replace").decode()
-    subject = textwrap.shorten(title, 99, placeholder=" ...")
+    subject = title if len(title) < 100 else f"{title[:95].rpartition(',')[0]}, ..."
     call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
@@ -9428,8 +9428,8 @@ def run_notify(args: NotifyOptions, now: datetime) -> ExitCode:
         except TagcheckError as error:
             code, result = ExitCode.FAILED, f"failed: {error}"
         emit_lines([f"{' '.join(filter(None, (digest.channel, digest.to)))}: {result}"])
-    for name, to in (*owners.mapping, *((f"who@{domain}",) * 2 for domain in owners.domains)):
-        emit_lines([f"owners {to}: not sent, would get the findings of {name}"])
+    emit_lines(f"owners {to}: would get the findings of {name}, not sent" for name, to in owners.mapping)
+    emit_lines(f"owners …@{domain}: would get their own findings, not sent" for domain in owners.domains)
     return code
 
 
