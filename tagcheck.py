@@ -9726,7 +9726,8 @@ def build_parser() -> Parser:
     for name, (_, options, examples) in COMMANDS.items():
         shown = [part for each in examples for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)]
         shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
-        command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
+        about = textwrap.fill(options.__doc__ or "", width)
+        command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
         hints = get_type_hints(options, include_extras=True)
         for each in fields(options):
             _add_option(command, each, hints[each.name])
