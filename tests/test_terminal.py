@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from aws_server import AwsServer
-from builders import reservation, save_fleet, save_policy
 from builders import instance_id as ident
+from builders import reservation, save_fleet, save_policy
 from conftest import TAGCHECK, Result, clean_environment, run_tagcheck
 
 import tagcheck as script
