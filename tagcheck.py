@@ -5575,7 +5575,7 @@ def fitted(line: str, width: int | None) -> list[str]:
     indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
     wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
-    *parts, last = wrapper.wrap(line)
+    *parts, last = wrapper.wrap(line) or [line]
     return [*(part + end for part in parts), last]
 
 
@@ -9637,11 +9637,14 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
             raise OutputError(message) from error
 
 
+MIN_WIDTH = 40  # columns; in fewer nothing is readable
+
+
 def screen_width(stream: IO[str]) -> int | None:
     """Return how wide the terminal is that shows a stream; None for a file or a pipe."""
     if not (stream.isatty() or os.environ.get("COLUMNS")):
         return None
-    return shutil.get_terminal_size().columns
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns)
 
 
 def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
@@ -9713,7 +9716,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
-    width = shutil.get_terminal_size().columns - 2
+    width = max(MIN_WIDTH, shutil.get_terminal_size().columns) - 2
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
     exit_codes = "\n".join(["exit codes:", *lines])

@@ -87,6 +87,17 @@ def test_no_line_is_longer_than_the_terminal_unless_a_word_is(fleet: Path, name:
     assert [line for line in lines if line != line.rstrip()] == []
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-3", "x", "99999"])
+@pytest.mark.parametrize("name", ["scan", "remediate", "help of scan"])
+def test_no_width_is_a_crash(fleet: Path, name: str, columns: str) -> None:
+    run_in(fleet, *COMMANDS["scan"])
+    assert run_in(fleet, *COMMANDS[name], COLUMNS=columns).code in (0, 4)
+
+
+def test_a_line_of_spaces_is_a_line() -> None:
+    assert script.fitted(" " * 100, 80) == [" " * 100]
+
+
 def test_a_pipe_gets_the_full_table(fleet: Path) -> None:
     out = run_in(fleet, *COMMANDS["scan"]).out
     assert re.search("^STATUS +ACCOUNT +REGION +INSTANCE +NAME +SINCE +VIOLATIONS$", out, re.MULTILINE)
