@@ -97,8 +97,8 @@ def test_the_policy_is_what_a_person_would_have_written(tagcheck: Tagcheck, tmp_
     assert result.lines == [
         "Wrote policy.yaml: 5 rules for *, eu-west-1, us-east-1",
         "A scan with it finds now: 7 of 17 instances with violations, 1 exempted",
-        "Read it, and change what is wrong. Next:",
-        "  tagcheck.py scan --policy policy.yaml --instances fleet.json --dry-run",
+        "Read it, and change what is wrong. "
+        "Next: tagcheck.py scan --policy policy.yaml --instances fleet.json --dry-run",
     ]
 
 
@@ -106,7 +106,7 @@ def test_it_validates_and_a_scan_finds_what_it_says(tagcheck: Tagcheck, tmp_path
     save_fleet(tmp_path, *small_fleet())
     [*_, following] = tagcheck("init", *FLEET, check=0).lines
     tagcheck("validate", "policy.yaml", check=0)
-    command = following.split()[1:]
+    command = following.partition("Next: tagcheck.py ")[2].split()
     assert "7 findings: 7 NEW" in tagcheck(*command, check=3).out
     policy = tmp_path / "policy.yaml"
     policy.write_text(policy.read_text().replace("- dev ", "- prdo ").replace("name: tags", "name: ours"))
