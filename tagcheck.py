@@ -632,7 +632,7 @@ SLACK_MEMBER = "[UW][A-Z0-9]{6,20}"
 ACCOUNT_PATH = "o-[a-z0-9]+/r-[a-z0-9]+(/ou-[a-z0-9]+-[a-z0-9]+)*"
 MAX_ACCOUNT_NAME = 50  # characters (Organizations API reference, CreateAccount)
 _UNIT = r"(\*/)?(ou|r|o)-[a-z0-9*?-]+(/[a-z0-9*?-]+)*/?"
-_DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhdw]"
+_DATE, _DURATION = "[0-9]{4}-[0-9]{2}-[0-9]{2}", "[0-9]{1,4}[smhd]"
 MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 127, 256  # EC2 API reference, Tag
 
 # AWS's regions by the endpoint data of botocore 1.44.5 (2026-11). A name that is not here is looked up in
@@ -922,7 +922,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
-_TIME_TEXT = _form("a duration (a number and s, m, h, d or w)", _DURATION, "2h")
+_TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
 _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
 _MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
 _RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
@@ -1247,7 +1247,7 @@ _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section o
 
 def duration(text: str) -> timedelta:
     """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
-    if not re.fullmatch(_DURATION, text):
+    if not re.fullmatch("[0-9]{1,4}[smhdw]", text):
         raise ValueError(text)
     return timedelta(
         seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
@@ -5671,13 +5671,18 @@ WIDE = 120  # columns from which on a table also holds what an instance lacks
 
 def fitted(line: str, width: int | None) -> list[str]:
     """Return a line in parts that fit a terminal; a command in it still works when it is copied."""
+    if width is None or len(line) <= width:
+        return [line]
+    before, found, command = line.partition(": tagcheck.py ")
+    if found:
+        return [*fitted(f"{before}:", width), *fitted(f"  tagcheck.py {command}", width)]
     is_command = line.lstrip().startswith("tagcheck.py ")
-    if width is None or len(line) <= width or (is_command and "'" in line):
+    if is_command and "'" in line:
         return [line]
     indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
     wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
-    *parts, last = wrapper.wrap(line)
+    *parts, last = wrapper.wrap(line) or [line]
     return [*(part + end for part in parts), last]
 
 
@@ -5691,7 +5696,7 @@ def table(
     """
     rows = iter(rows)
     if width is None and (first := next(rows, None)):
-        yield from in_columns(itertools.chain([head, first], rows))
+        yield from in_columns(itertools.chain(filter(None, [head]), [first], rows))
     while width is not None and (block := [*map(tuple, itertools.islice(rows, 1000))]):
         yield from _block(head, block, width, details)
 
@@ -5784,7 +5789,7 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     oldest = table_lines(map(_finding_row, report.oldest), totals["repeat"], width, TABLE_HEAD, csv_path)
     yield oldest and [f"{counted(totals['repeat'], 'finding')} REPEAT, the oldest first:", *oldest]
     resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
-    yield table_lines(resolved, totals["resolved"], width, (*TABLE_HEAD[:5], "WHY"))
+    yield table_lines(resolved, totals["resolved"], width, (*TABLE_HEAD[:5], "WHY") if width else ())
     yield [
         f"EXEMPTED  {counted(number, 'instance')}{f' until {expires}' if expires else ''}: {reason}"
         for reason, expires, number in report.exemptions
@@ -7885,11 +7890,9 @@ def remediation_lines(
     if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
-        yield from ("Undo it with:", f"  {command('--undo', undo_file, '--apply')}")
-    elif undo_file is None and actions:
-        yield from ("Plan only. Apply it with:", f"  {command('--apply')}")
+        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
     elif undo_file is None:
-        yield "Nothing to write"
+        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
 
 
 ########################################################################################################
@@ -8498,13 +8501,6 @@ def _time(text: str) -> timedelta:
     raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
 
 
-def _instance_id(text: str) -> str:
-    """Return a text that is an instance id, for argparse."""
-    if re.fullmatch(INSTANCE_ID, text):
-        return text
-    raise argparse.ArgumentTypeError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
-
-
 def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for, for argparse."""
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
@@ -8533,9 +8529,7 @@ class Option(NamedTuple):
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 KnownPolicy = Annotated[str, Option("the policy; not needed where the state has only one")]
-InstanceId = Annotated[
-    str | None, Option("an instance id, such as i-0abc…", "INSTANCE", _instance_id, positional=True)
-]
+InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
 FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
@@ -8911,6 +8905,12 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
     for account_id in args.account:
         if account_id.isdecimal() and not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {account_id}: an account id has 12 digits")
+
+
+def _check_instance(text: str | None) -> None:
+    """Raise UsageError for a text that is given as an instance id, and is none."""
+    if text is not None and not re.fullmatch("i-[0-9a-f]+", text):
+        raise UsageError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
 
 
 Scope = TypeVar("Scope", bound=ScopeOptions)
@@ -9353,7 +9353,7 @@ def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> It
     words += ["--profile", args.profile] if args.profile else []
     for name in ("region", "instances"):
         words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-    yield from ("Read it, and change what is wrong. Next:", f"  {shlex.join([*words, '--dry-run'])}")
+    yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
 
 
 def _write_text(file: TextIOBase, text: str) -> None:
@@ -9485,6 +9485,7 @@ def run_iam_policy(args: IamPolicyOptions, now: datetime) -> ExitCode:
 
 def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
+    _check_instance(args.instance)
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     lines: list[str] = []
@@ -9576,6 +9577,7 @@ def _describe_instance(
 
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     """List findings that the state keeps, or the timeline of one instance."""
+    _check_instance(args.instance)
     outputs = _outputs(args, HISTORY_WRITERS)
     statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
@@ -9847,11 +9849,14 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
             raise OutputError(message) from error
 
 
+MIN_WIDTH = 40  # columns; in fewer nothing is readable
+
+
 def screen_width(stream: IO[str]) -> int | None:
     """Return how wide the terminal is that shows a stream; None for a file or a pipe."""
     if not (stream.isatty() or os.environ.get("COLUMNS")):
         return None
-    return shutil.get_terminal_size().columns
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns)
 
 
 def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
@@ -9865,44 +9870,31 @@ def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
         emit(block, stream)
 
 
-class Command(NamedTuple):
-    """A command: the function that runs it, its options, and examples of its use."""
-
-    run: Callable[[Any, datetime], ExitCode]
-    options: type[Any]
-    examples: tuple[str, str]
-
-
-COMMANDS = {
-    "scan": Command(
-        run_scan, ScanOptions, ("--policy org.yaml", "--policy org.yaml --dry-run --region eu-west-1")
-    ),
-    "init": Command(run_init, InitOptions, ("", "--instances fleet.json --output org.yaml")),
-    "validate": Command(run_validate, ValidateOptions, ("policies/*.yaml", "org.yaml --json -")),
-    "explain": Command(
-        run_explain,
-        ExplainOptions,
-        ("--policy org.yaml --region eu-west-1", "--policy org.yaml --live i-0123456789abcdef0"),
-    ),
-    "history": Command(
-        run_history, HistoryOptions, ("--status open --older-than 30d", "i-0123456789abcdef0")
-    ),
-    "report": Command(
-        run_report, ReportOptions, ("--html dashboard.html", "--state s3://bucket/key --html -")
-    ),
-    "prune": Command(run_prune, PruneOptions, ("--older-than 90d --dry-run", "--older-than 90d")),
-    "remediate": Command(
-        run_remediate,
-        RemediateOptions,
-        ("--policy org.yaml", "--policy org.yaml --plan remediate-plan.csv --apply"),
-    ),
-    "notify": Command(
-        run_notify, NotifyOptions, ("--policy org.yaml --test", "--policy org.yaml --profile ops --test")
-    ),
-    "schema": Command(run_schema, SchemaOptions, ("> policies/policy.schema.json", "| less")),
-    "iam-policy": Command(
-        run_iam_policy, IamPolicyOptions, ("--policy org.yaml", "--policy org.yaml --state s3://bucket/key")
-    ),
+COMMANDS: dict[str, tuple[Callable[[Any, datetime], ExitCode], type[Any]]] = {
+    "scan": (run_scan, ScanOptions),
+    "init": (run_init, InitOptions),
+    "validate": (run_validate, ValidateOptions),
+    "explain": (run_explain, ExplainOptions),
+    "history": (run_history, HistoryOptions),
+    "report": (run_report, ReportOptions),
+    "prune": (run_prune, PruneOptions),
+    "remediate": (run_remediate, RemediateOptions),
+    "notify": (run_notify, NotifyOptions),
+    "schema": (run_schema, SchemaOptions),
+    "iam-policy": (run_iam_policy, IamPolicyOptions),
+}
+EXAMPLES = {
+    "scan": ("--policy org.yaml", "--policy org.yaml --dry-run --region eu-west-1"),
+    "init": ("", "--instances fleet.json --output org.yaml"),
+    "validate": ("policies/*.yaml", "org.yaml --json -"),
+    "explain": ("--policy org.yaml --region eu-west-1", "--policy org.yaml --live i-0123456789abcdef0"),
+    "history": ("--status open --older-than 30d", "i-0123456789abcdef0"),
+    "report": ("--html dashboard.html", "--state s3://bucket/key --html -"),
+    "prune": ("--older-than 90d --dry-run", "--older-than 90d"),
+    "remediate": ("--policy org.yaml", "--policy org.yaml --plan remediate-plan.csv --apply"),
+    "notify": ("--policy org.yaml --test", "--policy org.yaml --profile ops --test"),
+    "schema": ("> policies/policy.schema.json", "| less"),
+    "iam-policy": ("--policy org.yaml", "--policy org.yaml --state s3://bucket/key"),
 }
 
 
@@ -9926,7 +9918,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
-    width = shutil.get_terminal_size().columns - 2
+    width = max(MIN_WIDTH, shutil.get_terminal_size().columns) - 2
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
     exit_codes = "\n".join(["exit codes:", *lines])
@@ -9936,10 +9928,15 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (_, options, examples) in COMMANDS.items():
-        shown = [part for each in examples for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)]
+    for name, (_, options) in COMMANDS.items():
+        shown = [
+            part
+            for each in EXAMPLES.get(name, ())
+            for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)
+        ]
         shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
-        command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
+        about = textwrap.fill(options.__doc__ or "", width)
+        command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
         hints = get_type_hints(options, include_extras=True)
         for each in fields(options):
             _add_option(command, each, hints[each.name])
@@ -10030,7 +10027,7 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         LOG.setLevel(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)
         # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.
         logging.getLogger("botocore").addHandler(logging.NullHandler())
-        run, options, _ = COMMANDS[given.command]
+        run, options = COMMANDS[given.command]
         try:
             try:
                 os.getcwd()  # relative paths would lead nowhere

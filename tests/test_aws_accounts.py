@@ -792,7 +792,7 @@ def test_role_that_fails_costs_its_account_alone(assumed: Listed, why: str) -> N
         assert codes == dict.fromkeys(role.where, role.code)
     assert all(codes.values()) is bool(role.code)
     said = [line for line in assumed.result.err.splitlines() if line.startswith(account_id)]
-    assert len(said) == len(codes)
+    assert len(said) == (len(codes) if role.code else 0)  # the others have no instances
     assert all(role.says in line for line in said)
     assert 1 <= entered(assumed.requests).count(account_id) <= role.assumed
 

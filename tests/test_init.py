@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -96,8 +97,8 @@ def test_the_policy_is_what_a_person_would_have_written(tagcheck: Tagcheck, tmp_
     assert result.lines == [
         "Wrote policy.yaml: 5 rules for *, eu-west-1, us-east-1",
         "A scan with it finds now: 7 of 17 instances with violations, 1 exempted",
-        "Read it, and change what is wrong. Next:",
-        "  tagcheck.py scan --policy policy.yaml --instances fleet.json --dry-run",
+        "Read it, and change what is wrong. "
+        "Next: tagcheck.py scan --policy policy.yaml --instances fleet.json --dry-run",
     ]
 
 
@@ -105,7 +106,7 @@ def test_it_validates_and_a_scan_finds_what_it_says(tagcheck: Tagcheck, tmp_path
     save_fleet(tmp_path, *small_fleet())
     [*_, following] = tagcheck("init", *FLEET, check=0).lines
     tagcheck("validate", "policy.yaml", check=0)
-    command = following.split()[1:]
+    command = following.partition("Next: tagcheck.py ")[2].split()
     assert "7 findings: 7 NEW" in tagcheck(*command, check=3).out
     policy = tmp_path / "policy.yaml"
     policy.write_text(policy.read_text().replace("- dev ", "- prdo ").replace("name: tags", "name: ours"))
@@ -364,18 +365,24 @@ def test_what_exists_is_not_touched(tagcheck: Tagcheck, tmp_path: Path, kind: st
     assert kind != "link" or other.read_text() == "mine"
 
 
-def start(directory: Path, *args: str) -> subprocess.Popen[bytes]:
-    """Start the script, which then waits for the fleet on its stdin."""
-    command = [sys.executable, str(TAGCHECK), "init", "--instances", "-", *args]
-    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, cwd=directory, env=clean_environment(directory), **pipes)
+@contextmanager
+def waiting(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
+    """Start the script, and yield it with the pipe of the fleet that it waits for."""
+    pipe = directory / "fleet"
+    os.mkfifo(pipe)
+    command = [sys.executable, str(TAGCHECK), "init", "--instances", "fleet"]
+    options: Any = {"cwd": directory, "env": clean_environment(directory), "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options) as run, pipe.open("w") as file:  # as soon as it reads
+        pipe.unlink()
+        yield run, file
 
 
 def test_a_file_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
-    with start(tmp_path) as run:
-        time.sleep(1)  # it has looked, and found nothing
+    with waiting(tmp_path) as (run, file):
         (tmp_path / "policy.yaml").write_text("mine")
-        _, err = run.communicate(json.dumps(fleet(*small_fleet())).encode())
+        file.write(json.dumps(fleet(*small_fleet())))
+        file.close()
+        _, err = run.communicate()
     assert run.returncode == 2
     assert b"policy.yaml exists, and is not replaced" in err
     assert [path.name for path in tmp_path.iterdir()] == ["policy.yaml"]
@@ -383,8 +390,7 @@ def test_a_file_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    with start(tmp_path) as run:
-        time.sleep(1)
+    with waiting(tmp_path) as (run, _):
         run.send_signal(signal.SIGINT)
         _, err = run.communicate()
     assert (run.returncode, [*tmp_path.iterdir()]) == (130, [])
