@@ -1241,7 +1241,7 @@ _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
 _NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
-_AGE = _form("a duration (a number and s, m, h, d or w)", _DURATION, "7d")
+_AGE = _form("a duration (a number and s, m, h or d)", _DURATION, "7d")
 _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
 
 

@@ -754,7 +754,7 @@ def test_each_channel_and_owner_is_reminded(scan, aws, slack):
         slack,
         email={"from": "tags@example.com", "region": REGION},
         owners={"domains": ["example.com"]},
-        reminders=["1w"],
+        reminders=["168h"],
     )
     fleet, env = [{"Owner": "ann@example.com"}], aws.env | slack.env
     for day in (0, 3, 7, 8):
