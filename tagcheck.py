@@ -6836,16 +6836,13 @@ def digest_lines(
             f"finding {finding.account_id} {finding.region} {finding.instance_id}"
         ):
             age, opened = reminder(finding) if subject and notify.reminders else (0, "")
-            names, is_owners = (
-                _known_names(finding, owners.tag, policy.placeholder_values),
-                channel == "owners",
-            )
-            recipient, owner = owners.recipient(names.values()) if is_owners else "", names.get("owner", "")
-            if is_owners:
-                names.pop("owner", "")  # said once for all lines, or added to each
+            names = _known_names(finding, owners.tag, policy.placeholder_values)
+            recipient, owner = "" if channel != "owners" else owners.recipient(names.values()), ""
+            if channel == "owners":
+                owner = names.pop("owner", "")  # it is in the title, or added to each line
             if recipient is not None:
                 numbers[channel, age] += 1
-                is_listed = is_owners or numbers[channel, age] <= DIGEST_LINES
+                is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
                 line = _finding_line(finding, names, opened if age else "") if is_listed else ""
                 yield DigestLine(channel, recipient, subject, line, age, owner)
     places = [each.target for each in report.unread]
@@ -6871,15 +6868,14 @@ def write_digests(
             days, fresh = f"still open after {counted(age, 'day')}", f"{word} finding"
             if number:
                 counts.append(f"{number:,} {days}" if age else counted(number, fresh))
-            texts = [
-                line + (f"; owner {_short(who)}" if to and who and not owner else "") for line, who in lines
-            ]
+            texts = [f"{line}; owner {_short(who)}" if who and not owner else line for line, who in lines]
             sections.append(_section(f"{(days if age else f'{fresh}s').capitalize()}:", texts, number))
-        whose = f" (owner {_short(owner)})" if owner else " (by owner tag or creator)"
-        if to:
-            if notify.owners and to == notify.owners.default and not owner:
-                whose = " (owner not known)"
-            link += f"#{owner_anchor(owner)}" if link and owner else ""
+        if to and owner:
+            counts[-1] += f" (owner {_short(owner)})"
+            link += f"#{owner_anchor(owner)}" if link else ""
+        elif to:
+            is_default = notify.owners and to == notify.owners.default
+            counts[-1] += " (owner not known)" if is_default else " (by owner tag or creator)"
         else:
             exemptions = _ending(policy, today)
             over = sum(not exemption.holds(today) for exemption in exemptions)
@@ -6900,9 +6896,7 @@ def write_digests(
                 _section("Could not be read (their findings are unchanged):", unread, most=DIGEST_LINES),
                 _section("Exemptions:", endings, most=DIGEST_LINES),
             ]
-        headline = printable(
-            f"tagcheck {cut_text(policy.name, 40)}: {', '.join(counts)}{whose if to else ''}"
-        )
+        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(counts)}")
         yield Digest(channel, to, headline, [section for section in sections if section.number], link)
 
 
@@ -6956,18 +6950,17 @@ def digest_text(digest: Digest) -> str:
     is_slack, width = digest.medium == "slack", SECTION_WIDTHS[digest.medium]
     encode: Callable[[str], str] = _slack_escape if is_slack else str
     fence = ["```"] if is_slack else []
-    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + encode(digest.title)]
-    for title, lines, number in digest.sections:
+    title = encode(digest.title) if is_slack else _fitted(digest.title)
+    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + title]
+    for head, lines, number in digest.sections:
         encoded = [*map(encode, lines)]
         ends = itertools.accumulate(len(line) + 1 for line in encoded)
         shown = encoded[: sum(end <= width for end in ends)]
         more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
-        head = [title] if title or is_slack else []
-        parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
-    if digest.link:
-        parts.append(
-            f"<{encode(digest.link)}|Open the dashboard>" if is_slack else f"Dashboard: {digest.link}"
-        )
+        heads = [head] if head or is_slack else []
+        parts.append("\n".join([*heads, *fence, *shown, *more, *fence]))
+    if link := encode(digest.link):
+        parts.append(f"<{link}|Open the dashboard>" if is_slack else f"Dashboard: {link}")
     return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
 
 

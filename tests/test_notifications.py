@@ -632,6 +632,9 @@ def test_the_subject_of_sns_is_cut_between_its_parts(scan, aws):
     assert subject.isascii()
     assert len(subject) < 100
     assert subject.endswith(": 1 new finding, 1 target not read, ...")
+    title, *_ = message[1].split("\n\n")
+    assert max(map(len, title.splitlines())) <= 100
+    assert title.endswith("1 exemption has ended")
 
 
 # ---- Reminders ---------------------------------------------------------------------------------------------
