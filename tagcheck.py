@@ -1088,8 +1088,11 @@ class RequiredTag:
 
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        in_any_case = self.ignore_case and value.casefold() in _folded(self.values)
-        if self.values and value not in self.values and not in_any_case:
+        if (
+            self.values
+            and value not in self.values
+            and not (self.ignore_case and value.casefold() in _folded(self.values))
+        ):
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -2264,27 +2267,31 @@ Values = tuple[str | None, ...]  # of the required tags, None where they fail th
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
     """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     key, value = rule.key, tags.get(rule.key)
-    if rule.aliases:
+    text = stripped(value or "")
+    empty = not text or text.casefold() in placeholders
+    if empty and rule.aliases:
         key, value = counted_tag(tags, rule, placeholders)
-    if value is None:
-        # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
-        message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
-        if found is not None:
-            value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
-        elif rule.optional:
+        text = stripped(value or "")
+        empty = not text or text.casefold() in placeholders
+    alias = None if key is rule.key else key
+    if value is not None and not empty:
+        verdict = rule.judge(value)
+        if verdict is Verdict.ALLOWED:
             return None
-        return Violation(rule.key, ViolationType.MISSING, value, found, message)
-    text, alias = stripped(value), None if key is rule.key else key
-    if not text or text.casefold() in placeholders:
+        message = _value_message(rule, alias, value, verdict)
+        return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
+    if value is not None:
         if rule.allow_empty:
             return None
         what = f"{value!r}, a placeholder" if text else "empty"
         return Violation(rule.key, ViolationType.EMPTY, value, alias, f"{_named(rule, alias)} is {what}")
-    verdict = rule.judge(value)
-    if verdict is Verdict.ALLOWED:
+    # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
+    message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
+    if found is not None:
+        value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
+    elif rule.optional:
         return None
-    message = _value_message(rule, alias, value, verdict)
-    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
+    return Violation(rule.key, ViolationType.MISSING, value, found, message)
 
 
 def _named(rule: RequiredTag, alias: str | None) -> str:
