@@ -17,7 +17,8 @@ The file reads downward; a section uses only what stands above it:
  8 Dashboard       the HTML page
  9 Notifications   digests for Slack, SNS and email
 10 Remediation     plans, undo files, and the calls that write tags
-11 Command line    the commands; the only place with print, the clock and threads
+11 Starters        the tags of a fleet, or AWS's own rules -> a policy to begin with
+12 Command line    the commands; the only place with print, the clock and threads
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -579,10 +581,10 @@ def cut_text(text: str, width: int) -> str:
 
 
 def owner_anchor(owner: str) -> str:
-    """Return the id of an owner's section on the dashboard, for links to it; safe in URLs and in HTML."""
-    readable = re.sub("[^a-z0-9]+", "-", owner.casefold()).strip("-")[:40]
-    digest = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()
-    return "-".join(filter(None, ("owner", readable, digest[:12])))
+    """Return the anchor of an owner's section in the dashboard; no two owners share one."""
+    slug = re.sub("[^a-z0-9]+", "-", owner.lower()).strip("-")[:40]
+    number = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()[:8]
+    return "-".join(filter(None, ("owner", slug, number)))
 
 
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
@@ -930,6 +932,12 @@ _SECRET = "the name of an environment variable (keep secrets out of the policy)"
 _VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
 _ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
 _TOPIC = _form("the ARN of an SNS topic that is not FIFO", _ARN, "arn:aws:sns:eu-west-1:012345678901:tags")
+_PAGE_PATH = "[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{0,500}"
+_PAGE = _form(
+    "an https:// URL (without a user name and a #, at most 500 characters after the host)",
+    f"https://[A-Za-z0-9.-]{{1,253}}(:[0-9]{{1,5}})?(/{_PAGE_PATH})?",
+    "https://ci.example.com/tagcheck/dashboard.html",
+)
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down", "terminated")
 
 
@@ -1081,8 +1089,11 @@ class RequiredTag:
 
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        in_any_case = self.ignore_case and value.casefold() in _folded(self.values)
-        if self.values and value not in self.values and not in_any_case:
+        if (
+            self.values
+            and value not in self.values
+            and not (self.ignore_case and value.casefold() in _folded(self.values))
+        ):
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -1234,6 +1245,17 @@ _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
 _NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
+_AGE = _form("a duration (a number and s, m, h or d)", _DURATION, "7d")
+_AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
+
+
+def duration(text: str) -> timedelta:
+    """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
+    if not re.fullmatch("[0-9]{1,4}[smhdw]", text):
+        raise ValueError(text)
+    return timedelta(
+        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -1247,6 +1269,10 @@ class Notify:
     sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
     email: Email | None = _key("Email, sent by SES.", _EMAIL, None, read=Email)
     owners: Owners | None = _key("A digest for each owner of their findings.", _OWNERS, None, read=Owners)
+    dashboard_url: str | None = _key("Where `report` is published: digests link to it.", _PAGE, None)
+    reminders: tuple[timedelta, ...] = _key(
+        "Ages at which a finding that is still open is sent once more.", _AGES, (), read=duration
+    )
 
     @property
     def channels(self) -> list[str]:
@@ -1255,13 +1281,6 @@ class Notify:
         return [
             name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
         ]
-
-
-def duration(text: str) -> timedelta:
-    """Return the duration that 90s, 30m, 2h or 1d mean; raises ValueError."""
-    if not re.fullmatch(_DURATION, text):
-        raise ValueError(text)
-    return timedelta(seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]])
 
 
 _ACCOUNTS = _schema(
@@ -1662,6 +1681,7 @@ _SCHEMA_MESSAGES = {
     "pattern": "{0} {3[patternErrorMessage]}",
     "minLength": "must not be empty",
     "minItems": "the list is empty: name at least one, or remove the key",
+    "maxItems": "has {1} entries; at most {2} are possible",
     "minProperties": "is empty: name at least one",
     "maxLength": "{0} has {1} characters; AWS allows {2}",
     "anyOf": f"does not say for which instances: add {', '.join([*_keys(Match)][:-1])} or managed_by",
@@ -1696,6 +1716,7 @@ _BELONGS = {
     "effective_from": "a rule of required_tags",
     "normalize_aliases": "the policy itself, beside required_tags",
     "unless": "an exemption: name these instances there",
+    **dict.fromkeys(("dashboard_url", "reminders"), "notify"),
 }
 
 
@@ -1781,6 +1802,8 @@ _SYNONYMS = {
     "instance_types": "type types instance_type",
     "normalize_aliases": "normalize normalise_aliases",
     "names": "account_names",
+    "dashboard_url": "dashboard dashboard_link url link report_url",
+    "reminders": "remind remind_after reminder repeat escalate",
 }
 
 
@@ -1889,6 +1912,12 @@ def _check_aliases(document: YamlDocument, asked: Container[str]) -> None:
             seen.add(alias)
 
 
+# What gives access by itself: S3's presigned URLs, SAS, tokens.
+_SECRET_IN_URL = re.compile(
+    r"(?i)[?&;]([\w.-]*(?:token|secret|signature|credential|passw(?:or)?d|(?:access|api)[_-]?key|sig))="
+)
+
+
 def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
     """Add a problem where nobody is notified, or somebody by a channel that is not configured."""
     if not notify.keys() & {"slack", "sns", "email"}:
@@ -1898,6 +1927,20 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
         document.add(("notify", "email"), "has no recipient: add to, or notify owners")
     if region := _given(email, "region", str):
         _check_region(document, ("notify", "email", "region"), region)
+    if secret := _SECRET_IN_URL.search(_given(notify, "dashboard_url", str)):
+        message = f"has a secret in it ({secret[1]}): link to a page for which readers sign in"
+        document.add(("notify", "dashboard_url"), message)
+    former = timedelta(0)
+    for index, text in _texts(notify, "reminders").items():
+        if re.fullmatch(_DURATION, text):
+            age, problem = duration(text), ""
+            if not age or age % timedelta(days=1):
+                problem = "is not a number of whole days: write 1d or more"
+            elif age <= former:
+                problem = "is not longer than the one before it: write the shortest first, each once"
+            if problem:
+                document.add(("notify", "reminders", index), f"{text} {problem}")
+            former = age
     mapping = {("mapping", name): to for name, to in _given(owners, "mapping", dict).items()}
     domains = {("domains", index): f"who@{domain}" for index, domain in _texts(owners, "domains").items()}
     for path, to in (mapping | domains | {("default",): owners.get("default")}).items():
@@ -2234,27 +2277,31 @@ Values = tuple[str | None, ...]  # of the required tags, None where they fail th
 def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozenset[str]) -> Violation | None:
     """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     key, value = rule.key, tags.get(rule.key)
-    if rule.aliases:
+    text = stripped(value or "")
+    empty = not text or text.casefold() in placeholders
+    if empty and rule.aliases:
         key, value = counted_tag(tags, rule, placeholders)
-    if value is None:
-        # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
-        message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
-        if found is not None:
-            value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
-        elif rule.optional:
+        text = stripped(value or "")
+        empty = not text or text.casefold() in placeholders
+    alias = None if key is rule.key else key
+    if value is not None and not empty:
+        verdict = rule.judge(value)
+        if verdict is Verdict.ALLOWED:
             return None
-        return Violation(rule.key, ViolationType.MISSING, value, found, message)
-    text, alias = stripped(value), None if key is rule.key else key
-    if not text or text.casefold() in placeholders:
+        message = _value_message(rule, alias, value, verdict)
+        return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
+    if value is not None:
         if rule.allow_empty:
             return None
         what = f"{value!r}, a placeholder" if text else "empty"
         return Violation(rule.key, ViolationType.EMPTY, value, alias, f"{_named(rule, alias)} is {what}")
-    verdict = rule.judge(value)
-    if verdict is Verdict.ALLOWED:
+    # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
+    message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
+    if found is not None:
+        value, message = tags[found], f"{message}; the instance has {found!r}: rename that key"
+    elif rule.optional:
         return None
-    message = _value_message(rule, alias, value, verdict)
-    return Violation(rule.key, ViolationType.NONCOMPLIANT_VALUE, value, alias, message)
+    return Violation(rule.key, ViolationType.MISSING, value, found, message)
 
 
 def _named(rule: RequiredTag, alias: str | None) -> str:
@@ -2919,10 +2966,10 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
     try:
         pages = read_pages(organizations, "ListAccounts", "Accounts")
         for entry in itertools.chain.from_iterable(pages):
-            account_id = _account_id(_at(entry, str, "Id"))
+            account_id = _account_id(json_at(entry, str, "Id"))
             # `State` replaced `Status` in September 2026.
-            state = _at(entry, str, "State" if entry.get("State") else "Status")
-            name = printable(stripped(_at(entry, str, "Name"))) if entry.get("Name") else ""
+            state = json_at(entry, str, "State" if entry.get("State") else "Status")
+            name = printable(stripped(json_at(entry, str, "Name"))) if entry.get("Name") else ""
             # Each path may end with the account itself (Organizations API reference, Account).
             paths = (
                 _matching(rf"{ACCOUNT_PATH}(?=/([0-9]{{12}}/)?\Z)", path, "a path")
@@ -2935,7 +2982,7 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
         raise CredentialsError(
-            f"cannot list the accounts of the organization: {_error_text(error)} (this takes the management "
+            f"cannot list the accounts of the organization: {json_error(error)} (this takes the management "
             "account, or a delegated administrator)"
         ) from error
     return accounts
@@ -3478,24 +3525,23 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     targets: dict[Target, list[Instance]] = {}
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = content.decode(json.detect_encoding(content))
-        answer = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-        for index, reservation in enumerate(_at(answer, list, "Reservations")):
+        answer = parse_json(content)
+        for index, reservation in enumerate(json_at(answer, list, "Reservations")):
             place = f": Reservations[{index}]"
-            owner = _account_id(_at(reservation, str, "OwnerId"))
-            for number, item in enumerate(_at(reservation, list, "Instances")):
+            owner = _account_id(json_at(reservation, str, "OwnerId"))
+            for number, item in enumerate(json_at(reservation, list, "Instances")):
                 place = f": Reservations[{index}].Instances[{number}]"
-                target = Target(owner, zone_region(_at(item, str, "Placement", "AvailabilityZone")))
+                target = Target(owner, zone_region(json_at(item, str, "Placement", "AvailabilityZone")))
                 targets.setdefault(target, []).append(_instance_of_json(item))
         place = ": NextToken"
         misspelt = [key for key in answer if "token" in key.lower() and key != "NextToken"]
         if misspelt:
             raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
-        complete = answer.get("NextToken") is None or not _at(answer, str, "NextToken")
+        complete = answer.get("NextToken") is None or not json_at(answer, str, "NextToken")
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{shown}{place}: {_error_text(error)}") from error
+        raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
 
 
@@ -3521,22 +3567,28 @@ def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]
 def _instance_of_json(item: Mapping[str, Any]) -> Instance:
     """Build an Instance from an item of `Instances`; raises KeyError, TypeError or ValueError."""
     paths = ("InstanceId",), ("State", "Name"), ("LaunchTime",)
-    instance_id, state, launch_time = (_at(item, str, *path) for path in paths)
+    instance_id, state, launch_time = (json_at(item, str, *path) for path in paths)
     tags: dict[str, str] = {}
-    for tag in _at(item, list, "Tags") if "Tags" in item else ():
-        key = _at(tag, str, "Key")
+    for tag in json_at(item, list, "Tags") if "Tags" in item else ():
+        key = json_at(tag, str, "Key")
         if not key or key in tags:
             raise ValueError(f"it has the tag key {shown_value(key)} twice" if key else "a tag without a key")
-        tags[key] = _at(tag, str, "Value")
+        tags[key] = json_at(tag, str, "Value")
     optional = (("InstanceType",), ("IamInstanceProfile", "Arn"), ("SubnetId",), ("VpcId",))
-    more = [_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
-    operator = _at(item, dict, "Operator") if item.get("Operator") else {}
-    managed = "Managed" in operator and _at(operator, bool, "Managed")
-    service = (_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
+    more = [json_at(item, str, *path) if item.get(path[0]) is not None else "" for path in optional]
+    operator = json_at(item, dict, "Operator") if item.get("Operator") else {}
+    managed = "Managed" in operator and json_at(operator, bool, "Managed")
+    service = (json_at(operator, str, "Principal") if "Principal" in operator else "") or "unknown"
     return _instance(instance_id, state, launch_time, tags, *more, service if managed else "")
 
 
-def _at(value: Any, kind: type[T], *path: str) -> T:
+def parse_json(content: str | bytes) -> Any:
+    """Return the value of strict JSON, in any of its encodings; raises ValueError or RecursionError."""
+    text = content if isinstance(content, str) else content.decode(json.detect_encoding(content))
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+
+
+def json_at(value: Any, kind: type[T], *path: str) -> T:
     """Return the value at a path in JSON if it is of a kind; raises KeyError, TypeError or ValueError."""
     for key in path:
         if not isinstance(value, dict):
@@ -3550,7 +3602,7 @@ def _at(value: Any, kind: type[T], *path: str) -> T:
     return value
 
 
-def _error_text(error: Exception) -> str:
+def json_error(error: Exception) -> str:
     """Return what an error says of an answer; a KeyError says only the key."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
@@ -3790,10 +3842,12 @@ SIGHTINGS = """
         PRIMARY KEY (target, kind, name, rule)
     ) WITHOUT ROWID;
     CREATE TABLE resolved (finding INTEGER PRIMARY KEY, resolution TEXT NOT NULL);
-    -- What belongs in digests. The recipient is '' except for owners, the subject NULL if the channel was
-    -- sent it before. Only a finding has a line. It is '' where no digest lists it.
-    CREATE TABLE digest_line (channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT);
-    CREATE INDEX digest_of ON digest_line (channel, recipient)
+    -- What belongs in digests, as in DigestLine.
+    CREATE TABLE digest_line (
+        channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT, age INTEGER NOT NULL,
+        owner TEXT NOT NULL
+    );
+    CREATE INDEX digest_of ON digest_line (channel, recipient, age)
 """
 
 # ---- Rows of a state, checked by the types of their records ------------------------------------------
@@ -4426,7 +4480,9 @@ def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     """Return the values of a scan that is being recorded by the names that queries have for them."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
     now, may_hide = utc_text(scan.started_at), scan.may_hide_managed
-    names = {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide}
+    ages = scan.policy.notify.reminders if scan.policy.notify else ()
+    days = to_json([age.days for age in ages])
+    names = {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide, "ages": days}
     return names | {"currency": scan.currency}
 
 
@@ -4656,11 +4712,39 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
     return Exempted(_load_object(Violation, record), Exemption(expires=expires, **approval))
 
 
-def fetch_findings(db: sqlite3.Connection, scan: Scan, *, resolved: bool = False) -> Iterator[Finding]:
-    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted."""
+def fetch_findings(
+    db: sqlite3.Connection, scan: Scan, statuses: Iterable[Status] = (), *, resolved: bool = False
+) -> Iterator[Finding]:
+    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted.
+
+    Where statuses are given, only findings with one of them.
+    """
     ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
-    query = f"SELECT {_FINDING} {ended if resolved else _SEEN} {_SORTED}"
+    chosen = f" AND finding.status IN ({', '.join(map(repr, map(str, statuses)))})" if statuses else ""
+    query = f"SELECT {_FINDING} {ended if resolved else _SEEN}{chosen} {_SORTED}"
     return (load_record(Finding, row) for row in db.execute(query, _names(db, scan)))
+
+
+def fetch_oldest(db: sqlite3.Connection, scan: Scan, limit: int) -> list[Finding]:
+    """Return the REPEAT findings of the scan that is being recorded that were first seen first."""
+    oldest = f"SELECT finding.id {_SEEN} AND status = 'REPEAT' ORDER BY first_seen, {_KEY} LIMIT {limit}"
+    query = f"SELECT {_FINDING} FROM state.findings AS finding WHERE id IN ({oldest})"
+    rows = db.execute(f"{query} ORDER BY first_seen, {_KEY}", _names(db, scan))
+    return [load_record(Finding, row) for row in rows]
+
+
+def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]]:
+    """Return the exemptions that cover whole instances: reason, last day, and number of instances."""
+    rows = db.execute(
+        """
+        SELECT reason, expires, count(*) FROM (
+            SELECT DISTINCT target, instance_id, json_extract(one.value, '$.reason') AS reason,
+                json_extract(one.value, '$.expires') AS expires
+            FROM seen CROSS JOIN json_each(exempted) AS one WHERE violations IS NULL
+        ) GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
+        """
+    )
+    return [(reason, expires, number) for reason, expires, number in rows]
 
 
 _FINDING = _columns(Finding, "finding")
@@ -4767,14 +4851,18 @@ def require_scans(path: Path, name: str) -> None:
             raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
-def require_policy(db: sqlite3.Connection, name: Path | str, policy: str) -> None:
-    """Raise StateError where a state has no scan of a policy; the message names the policies that it has."""
-    rows = db.execute("SELECT DISTINCT policy FROM scans ORDER BY policy")
-    names = [found for (found,) in load_rows(rows, policy=str)]
-    if policy not in names:
-        shown = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
+def fetch_policies(db: sqlite3.Connection) -> dict[str, str]:
+    """Return the names of the policies of which a state has scans, each with the file it last had."""
+    rows = db.execute("SELECT policy, policy_file, max(id) FROM scans GROUP BY policy ORDER BY policy")
+    return {policy: file for policy, file, _ in load_rows(rows, policy=str, policy_file=str, id=int)}
+
+
+def require_policy(name: Path | str, found: Sequence[str], policy: str) -> None:
+    """Raise StateError where a state has no scan of a policy; `found` are the policies that it has."""
+    if policy not in found:
+        shown = ", ".join(map(repr, found[:20])) + (", …" if len(found) > 20 else "")
         has = f"it has scans of {shown}: name that policy's file with --policy"
-        has = has if names else "run a scan first"
+        has = has if found else "run a scan first"
         raise StateError(f"the state {name} has no scan of the policy {policy!r}; {has}")
 
 
@@ -5121,7 +5209,8 @@ _PRUNE = """
 def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
     """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
-    That is a finding when it opens, an unread target once until it is read, the end of an exemption once.
+    That is a finding when it opens, and again where it was sent last before it reached an age of `reminders`;
+    an unread target once until it is read; the end of an exemption once.
     """
     notify = scan.policy.notify or Notify()
     names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
@@ -5132,6 +5221,16 @@ _FINDING_SUBJECT = "'finding ' || finding.account_id || ' ' || finding.region ||
 _UNREAD = (
     "SELECT 'unread ' || account_id || ' ' || region AS subject FROM target WHERE error_code IS NOT NULL"
 )
+# Since when a finding is open, and of the ages to remind at the greatest that it has reached, or NULL.
+_OPENED = """coalesce(iif(finding.times_reopened, (
+    SELECT max(at) FROM state.events AS past WHERE past.finding = finding.id AND past.event = 'REOPENED'
+), NULL), finding.first_seen)"""
+_DAYS = "(strftime('%s', {}) - strftime('%s', {})) / 86400"
+_DUE = f"""
+    SELECT {_FINDING_SUBJECT} AS subject, {_OPENED} AS opened, (
+        SELECT max(value) FROM json_each(:ages) WHERE {_DAYS.format(":now", _OPENED)} >= value
+    ) AS age
+"""
 _QUEUE_NOTIFICATIONS = f"""
     DELETE FROM state.notifications WHERE policy = :policy AND subject IN (
         SELECT {_FINDING_SUBJECT} FROM resolved JOIN state.findings AS finding ON id = resolved.finding
@@ -5143,6 +5242,13 @@ _QUEUE_NOTIFICATIONS = f"""
     SELECT :policy, subject, channel.value, NULL
     FROM (SELECT {_FINDING_SUBJECT} AS subject {_SEEN} AND finding.status IN ('NEW', 'REOPENED'))
     CROSS JOIN json_each(:channels) AS channel;
+
+    INSERT OR REPLACE INTO state.notifications
+    SELECT :policy, due.subject, channel.value, NULL
+    FROM ({_DUE} {_SEEN} AND finding.status = 'REPEAT' AND :ages <> '[]') AS due
+    CROSS JOIN json_each(:channels) AS channel LEFT JOIN state.notifications AS told
+        ON (told.policy, told.subject, told.channel) = (:policy, due.subject, channel.value)
+    WHERE age AND (told_at IS NULL OR {_DAYS.format("told_at", "opened")} < age);
 
     INSERT OR IGNORE INTO state.notifications
     SELECT :policy, subject, channel.value, NULL
@@ -5157,21 +5263,58 @@ def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]
     return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-DigestLine = tuple[str, str, str | None, str | None]  # the columns of `digest_line`
+def fetch_reminder(db: sqlite3.Connection, scan: Scan, finding: Finding) -> tuple[int, str]:
+    """Return the age in days that a pending finding is a reminder of, else 0, and since when it is open."""
+    if finding.status is not Status.REPEAT:
+        return 0, ""
+    place = "(policy, account_id, region, instance_id) = (:policy, :account_id, :region, :instance_id)"
+    names = _names(db, scan) | to_record(finding, _KEY.split(", "))
+    _, opened, age = db.execute(f"{_DUE} FROM state.findings AS finding WHERE {place}", names).fetchone()
+    return age or 0, opened
+
+
+class DigestLine(NamedTuple):
+    """What a digest has to say; `line` is None but for findings, and "" for those that are only counted."""
+
+    channel: str
+    recipient: str  # "" except for owners
+    subject: str | None  # None: the channel was sent it before
+    line: str | None = None
+    age: int = 0  # of a reminder, in days
+    owner: str = ""
+
+
+Listed = tuple[
+    int, int, list[tuple[str, str]]
+]  # an age, how many findings, and their first lines with owners
 
 
 def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
     """Keep what belongs in digests until they are sent."""
     db.execute("DELETE FROM digest_line")
-    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?)", lines)
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?, ?)", lines)
 
 
-def fetch_digests(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield each recipient of a channel, the number of its findings, and the lines of the first ones."""
-    recipients = "SELECT recipient, count(line) FROM digest_line WHERE channel = ? GROUP BY 1 ORDER BY 1"
-    lines = "FROM digest_line WHERE (channel, recipient) = (?, ?) AND line <> '' ORDER BY rowid LIMIT ?"
-    for to, number in db.execute(recipients, (channel,)):
-        yield to, number, [line for (line,) in db.execute(f"SELECT line {lines}", (channel, to, limit))]
+def fetch_digests(
+    db: sqlite3.Connection, channel: str, limit: int
+) -> Iterator[tuple[str, str | None, list[Listed]]]:
+    """Yield each recipient of a channel, the owner of all its findings if they have one, and the findings."""
+    lists = """
+        SELECT recipient, age, count(line), min(owner), max(owner) FROM digest_line WHERE channel = ?
+        GROUP BY 1, 2 ORDER BY 1, 2
+    """
+    lines = """
+        SELECT line, owner FROM digest_line
+        WHERE (channel, recipient, age) = (?, ?, ?) AND line <> '' ORDER BY rowid LIMIT ?
+    """
+    for to, found in itertools.groupby(db.execute(lists, (channel,)), operator.itemgetter(0)):
+        rows = [*found]
+        owners = {owner for *_, first, last in rows for owner in (first, last)}
+        listed = [
+            (age, number, db.execute(lines, (channel, to, age, limit)).fetchall())
+            for _, age, number, *_ in rows
+        ]
+        yield to, owners.pop() if len(owners) == 1 else None, listed
 
 
 def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
@@ -5404,6 +5547,8 @@ class ScanReport:
     exit_code: ExitCode
     coverage: Sequence[Coverage]
     findings: Callable[[], Iterator[Finding]]
+    fresh: Callable[[], Iterator[Finding]]  # of the findings, those that are NEW or REOPENED
+    oldest: Sequence[Finding]  # of the others, a few
     resolved: Callable[[], Iterator[Finding]]
     exempted: Callable[[], Iterator[ExemptedInstance]]
     causes: Sequence[Cause]
@@ -5411,6 +5556,7 @@ class ScanReport:
     unpriced: int
     operators: Sequence[tuple[str, int]]
     upcoming: Sequence[Upcoming]
+    exemptions: Sequence[tuple[str, str | None, int]]
     notices: Sequence[str]
 
     @property
@@ -5685,7 +5831,7 @@ WRITERS = {"csv": write_csv, "json": write_json, "junit": write_junit}
 HISTORY_WRITERS = {"csv": write_csv, "json": write_history_json}
 
 SUMMARY_FINDINGS = 20  # rows of a table that people read
-SUMMARY_CAUSES = 5
+SUMMARY_CAUSES = SUMMARY_OLDEST = 5
 TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
 COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
 COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
@@ -5703,13 +5849,79 @@ def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
             yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
+WIDE = 120  # columns from which on a table also holds what an instance lacks
+
+
+def fitted(line: str, width: int | None) -> list[str]:
+    """Return a line in parts that fit a terminal; a command in it still works when it is copied."""
+    if width is None or len(line) <= width:
+        return [line]
+    before, found, command = line.partition(": tagcheck.py ")
+    if found:
+        return [*fitted(f"{before}:", width), *fitted(f"  tagcheck.py {command}", width)]
+    is_command = line.lstrip().startswith("tagcheck.py ")
+    if is_command and "'" in line:
+        return [line]
+    indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
+    wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    *parts, last = wrapper.wrap(line) or [line]
+    return [*(part + end for part in parts), last]
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None, details: int = 1
+) -> Iterator[str]:
+    """Yield rows under their head: in full, or so that they fit a terminal.
+
+    Then the account and the region stand above if all rows have the same, and the last columns, which are
+    details, below each row where the terminal is narrow.
+    """
+    rows = iter(rows)
+    if width is None and (first := next(rows, None)):
+        yield from in_columns(itertools.chain(filter(None, [head]), [first], rows))
+    while width is not None and (block := [*map(tuple, itertools.islice(rows, 1000))]):
+        yield from _block(head, block, width, details)
+
+
+def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, details: int) -> Iterator[str]:
+    """Yield a part of a table that fits a terminal."""
+    place = [column for column, title in enumerate(head) if title in ("ACCOUNT", "REGION")]
+    shared = [column for column in place if len({row[column] for row in block}) == 1]
+    if shared:
+        words = [f"{head[column].capitalize()} {block[0][column]}" for column in shared]
+        yield from fitted(printable(", ".join(words).replace(", Region ", ", ")), width)
+    columns = [column for column in range(len(head)) if column not in shared]
+    lines = _columns_of(columns, head, block)
+    if width >= WIDE and max(map(len, lines)) <= width:
+        yield from lines
+        return
+    columns, below = columns[:-details], columns[-details:]
+    if max(map(len, lines := _columns_of(columns, head, block))) > width:
+        below = [column for column in columns if column in place] + below
+        lines = _columns_of([column for column in columns if column not in place], head, block)
+    for line, row in zip(lines, (None, *block), strict=True):
+        yield from fitted(line, width)
+        if row and (detail := "  ".join(filter(None, (printable(row[column]) for column in below)))):
+            yield from fitted(f"          {detail}", width)
+
+
+def _columns_of(columns: Sequence[int], head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return some columns of a table, laid out."""
+    return [*in_columns([row[column] for column in columns] for row in (head, *rows))]
+
+
 def table_lines(
-    rows: Iterable[Sequence[str]], number: int, head: Sequence[str] = (), file: str = ""
+    rows: Iterable[Sequence[str]],
+    number: int,
+    width: int | None,
+    head: Sequence[str],
+    file: str = "",
+    details: int = 1,
 ) -> list[str]:
     """Return the first of so many rows under their head, and how many more there are, in which file."""
     shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
-    titles = [head] if head and shown else []
-    return [*in_columns([*titles, *shown]), *more_lines(number - len(shown), file)]
+    return [*table(head, shown, width, details), *more_lines(number - len(shown), file)]
 
 
 def more_lines(number: int, file: str = "") -> list[str]:
@@ -5731,23 +5943,40 @@ def count_lines(totals: Mapping[str, int]) -> list[str]:
     ]
 
 
-def write_summary(file: IO[str], report: ScanReport, csv_path: str, *, colour: bool) -> None:
-    """Write for people what was scanned, what was found, what was not read, and how the run ends."""
-    paragraphs = ["\n".join(map(printable, lines)) for lines in _summary(report, csv_path) if lines]
+def write_summary(
+    file: IO[str], report: ScanReport, csv_path: str, state: str, width: int | None, *, colour: bool
+) -> None:
+    """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
+    paragraphs = [
+        "\n".join(part for line in lines for part in fitted(printable(line), width))
+        for lines in _summary(report, csv_path, state, width)
+        if lines
+    ]
     text = "\n\n".join(paragraphs) + "\n"
     if colour:
         text = _COLOURED.sub(lambda word: f"{word[1] or ''}\x1b[{COLOURS[word[2]]}m{word[2]}\x1b[0m", text)
     file.write(text)
 
 
-def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
+def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -> Iterator[Sequence[str]]:
     """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
     policy, totals, code = report.scan.policy, report.totals, report.exit_code
     read, found = count_lines(totals)
     dry_run = " — a dry run, nothing is recorded" if report.dry_run else ""
     yield [f"Policy {policy.name} ({policy.file}): {read}{dry_run}", found]
-    yield table_lines(map(_finding_row, report.findings()), totals["findings"], TABLE_HEAD, csv_path)
+    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
+    yield unread and ["Could not be read (their findings are unchanged):", *unread]
     yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
+    fresh = totals["new"] + totals["reopened"]
+    yield table_lines(map(_finding_row, report.fresh()), fresh, width, TABLE_HEAD, csv_path)
+    oldest = table_lines(map(_finding_row, report.oldest), totals["repeat"], width, TABLE_HEAD, csv_path)
+    yield oldest and [f"{counted(totals['repeat'], 'finding')} REPEAT, the oldest first:", *oldest]
+    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
+    yield table_lines(resolved, totals["resolved"], width, (*TABLE_HEAD[:5], "WHY") if width else ())
+    yield [
+        f"EXEMPTED  {counted(number, 'instance')}{f' until {expires}' if expires else ''}: {reason}"
+        for reason, expires, number in report.exemptions
+    ]
     managed = totals["findings_managed"]
     are = "is on an instance" if managed == 1 else "are on instances"
     services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
@@ -5755,19 +5984,15 @@ def _summary(report: ScanReport, csv_path: str) -> Iterator[Sequence[str]]:
     unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
     money = f" {report.scan.currency}".rstrip()
     yield [f"{cost:,.2f}{money} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
-    resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
-    yield table_lines(resolved, totals["resolved"])
-    whys = ((case, dict.fromkeys(map(str, case.exempted))) for case in report.exempted())
-    yield table_lines((_row("EXEMPTED", case, "; ".join(why)) for case, why in whys), totals["exempted"])
     for change, numbers in _preview(report).items() if report.dry_run else ():
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
         yield lines and [f"Findings that would be {title}, by required tag:", *lines]
     yield list(map(str, report.upcoming))
     yield report.notices
-    unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
-    yield unread and ["Could not be read (their findings are unchanged):", *unread]
-    yield [f"Exit code {int(code)} {code.name}: {code.meaning}"]
+    places = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
+    places += [] if report.dry_run else [f"State: {state}"]
+    yield [*places, f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
 def _finding_row(finding: Finding) -> tuple[str, ...]:
@@ -5787,16 +6012,23 @@ def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str
     return status, account, case.region, case.instance_id, name_cell(case.tags.get("Name", "")), *more
 
 
-def short_violations(finding: Finding) -> list[str]:
-    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)"."""
-    likely = {s.tag_key: s.value for s in finding.suggestions if s.confidence >= MIN_CONFIDENCE}
+def short_violations(finding: Finding, *, unsure: bool = False) -> list[str]:
+    """Return violations in a few words: "Environment=prd (prod?)", "Owner missing (has owner; alice?)".
+
+    With `unsure` also the values that are less likely: "Owner missing (maybe alice?)".
+    """
+    likely = {
+        s.tag_key: f"{'' if s.confidence >= MIN_CONFIDENCE else 'maybe '}{cut_text(s.value, 40)}?"
+        for s in finding.suggestions
+        if unsure or s.confidence >= MIN_CONFIDENCE
+    }
     texts = []
     for violation in finding.violations:
         wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
         what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
         notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
         if violation.tag_key in likely:
-            notes.append(f"{cut_text(likely[violation.tag_key], 40)}?")
+            notes.append(likely[violation.tag_key])
         texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
     return texts
 
@@ -5926,16 +6158,14 @@ def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) ->
     yield from (f"  Written   {change}" for change in changes if change.target == target)
 
 
-def history_lines(report: HistoryReport) -> Iterator[str]:
+def history_lines(report: HistoryReport, width: int | None) -> Iterator[str]:
     """Yield a table of the findings or, for one instance, its timeline."""
     if report.events:
         for finding in report.findings():
             yield from _timeline(finding, report.events(finding), report.changes)
         return
-    rows = map(_history_row, report.findings())
-    first = next(rows, None)
-    head = (*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1])
-    yield from in_columns(itertools.chain([head, first], rows)) if first else ["No matching findings"]
+    lines = table((*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1]), map(_history_row, report.findings()), width)
+    yield from itertools.chain([first], lines) if (first := next(lines, "")) else ["No matching findings"]
 
 
 def _history_row(finding: Finding) -> tuple[str, ...]:
@@ -5964,6 +6194,7 @@ class Output:
 
     format: str
     path: str
+    is_new: bool = False  # whether it never replaces a file
 
     @property
     def replaceable(self) -> bool:
@@ -5993,6 +6224,8 @@ def _output_errors(output: Output) -> Iterator[None]:
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
+    if output.is_new and output.path != "-" and os.path.lexists(path):
+        raise _exists(output)
     with _output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
@@ -6000,6 +6233,11 @@ def check_output(output: Output) -> None:
             raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
+
+
+def _exists(output: Output) -> UsageError:
+    """Return the error of an output that would replace a file."""
+    return UsageError(f"{output} exists, and is not replaced: name a new file, or move it away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6089,7 +6327,13 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
         os.umask(mask)
         os.chmod(file.fileno(), 0o666 & ~mask)
     file.close()  # Windows moves no open file
-    path.replace(output.path)
+    if not output.is_new:
+        path.replace(output.path)
+        return
+    try:
+        os.link(path, output.path)  # unlike a move, it fails if there is anything
+    except FileExistsError as error:
+        raise _exists(output) from error
 
 
 def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
@@ -6944,7 +7188,8 @@ def _console_link(finding: Finding) -> Element | str:
 ########################################################################################################
 
 DIGEST_LINES, OWNER_LINES = 10, 100  # findings listed in a digest for everybody, and in an owner's
-# Slack cuts a text after 40,000 characters, and SNS refuses more than 256 KB; a digest has five sections.
+DIGEST_WIDTH = 100  # characters of a line
+# Slack cuts a text after 40,000 characters, SNS refuses more than 256 KB; a digest has at most ten sections.
 SECTION_WIDTHS = {"slack": 3_000, "sns": 10_000, "email": 100_000}
 SLACK_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 SLACK_SECONDS = 10.0
@@ -6970,6 +7215,7 @@ class Digest:
     to: str
     title: str
     sections: Sequence[Section]
+    link: str = ""  # to the dashboard
 
     @property
     def medium(self) -> str:
@@ -6980,19 +7226,28 @@ class Digest:
 Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
+def _ending(policy: Policy, today: date) -> list[Exemption]:
+    """Return the exemptions that have ended or end soon."""
+    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
+    return [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
+
+
 def ending_subjects(policy: Policy, today: date) -> list[str]:
     """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
-    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
-    ending = [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
-    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in ending]
+    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in _ending(policy, today)]
 
 
-def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -> Iterator[DigestLine]:
-    """Yield what belongs in digests: channel, recipient, subject and line.
+def digest_lines(
+    report: ScanReport,
+    pending: Callable[[str], Container[str]],
+    reminder: Callable[[Finding], tuple[int, str]],
+) -> Iterator[DigestLine]:
+    """Yield what belongs in digests.
 
-    `pending` returns the channels that a subject is pending for; with `on: new` only these get it.
+    `pending` returns the channels that a subject is pending for; with `on: new` only these get it. `reminder`
+    returns the age that a pending finding is a reminder of, and when it was opened.
     """
-    policy, numbers = report.scan.policy, Counter[str]()
+    policy, numbers = report.scan.policy, Counter[tuple[str, int]]()
     notify = policy.notify or Notify()
     owners = notify.owners or Owners()
 
@@ -7006,52 +7261,93 @@ def digest_lines(report: ScanReport, pending: Callable[[str], Container[str]]) -
         for channel, subject in channels_for(
             f"finding {finding.account_id} {finding.region} {finding.instance_id}"
         ):
+            age, opened = reminder(finding) if subject and notify.reminders else (0, "")
             names = _known_names(finding, owners.tag, policy.placeholder_values)
-            recipient = owners.recipient(names.values()) if channel == "owners" else ""
+            recipient, owner = "" if channel != "owners" else owners.recipient(names.values()), ""
+            if channel == "owners":
+                owner = names.pop("owner", "")  # it is in the title, or added to each line
             if recipient is not None:
-                numbers[channel] += 1
-                is_listed = channel == "owners" or numbers[channel] <= DIGEST_LINES
-                yield channel, recipient, subject, _finding_line(finding, names) if is_listed else ""
+                numbers[channel, age] += 1
+                is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
+                line = _finding_line(finding, names, opened if age else "") if is_listed else ""
+                yield DigestLine(channel, recipient, subject, line, age, owner)
     places = [each.target for each in report.unread]
     unread = [f"unread {target.account_id} {target.region}" for target in places]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
-        yield from (
-            (channel, "", subject, None) for channel, subject in channels_for(other) if channel != "owners"
-        )
+        for channel, subject in channels_for(other):
+            if channel != "owners":
+                yield DigestLine(channel, "", subject)
 
 
 def write_digests(
-    report: ScanReport, channel: str, recipients: Iterable[tuple[str, int, Sequence[str]]]
+    report: ScanReport, channel: str, recipients: Iterable[tuple[str, str | None, Sequence[Listed]]]
 ) -> Iterator[Digest]:
-    """Yield a digest for each recipient: who it is, the number of its findings, and their first lines."""
-    policy = report.scan.policy
-    word = "new finding" if policy.notify and policy.notify.on == "new" else "open finding"
-    for to, number, lines in recipients:
-        title = [counted(number, word)] if number else []
-        if to:
-            sections = [Section("Your findings, by owner tag or creator:", lines, number)]
+    """Yield a digest for each recipient: who it is, the owner of all its findings, and the findings."""
+    policy, today = report.scan.policy, report.scan.started_at.date()
+    notify = policy.notify or Notify()
+    word = "new" if notify.on == "new" else "open"
+    for to, owner, found in recipients:
+        counts: list[str] = []
+        sections: list[Section] = []
+        link = notify.dashboard_url or ""
+        for age, number, lines in found:
+            days, fresh = f"still open after {counted(age, 'day')}", f"{word} finding"
+            if number:
+                counts.append(f"{number:,} {days}" if age else counted(number, fresh))
+            texts = [f"{line}; owner {_short(who)}" if who and not owner else line for line, who in lines]
+            sections.append(_section(f"{(days if age else f'{fresh}s').capitalize()}:", texts, number))
+        if to and owner:
+            counts[-1] += f" (owner {_short(owner)})"
+            link += f"#{owner_anchor(owner)}" if link else ""
+        elif to:
+            is_default = notify.owners and to == notify.owners.default
+            counts[-1] += " (owner not known)" if is_default else " (by owner tag or creator)"
         else:
-            endings = check_expiry(policy, report.scan.started_at.date())
-            title += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
-            title += [f"{counted(len(endings), 'exemption')} ending"] if endings else []
-            errors = (
-                f"{target.target}: {target.error_code}: {target.error_message}" for target in report.unread
+            exemptions = _ending(policy, today)
+            over = sum(not exemption.holds(today) for exemption in exemptions)
+            soon = len(exemptions) - over
+            counts += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
+            counts += [counted(soon, "exemption ends soon", "exemptions end soon")] if soon else []
+            counts += [counted(over, "exemption has ended", "exemptions have ended")] if over else []
+            unread = (
+                _entry(f"{each.target}:", f"{each.error_code}: {each.error_message}")
+                for each in report.unread
             )
+            endings = (_entry(f"{each.where}:", each.message) for each in check_expiry(policy, today))
+            causes = map(printable, cause_lines(report.causes))
             sections = [
-                Section("", count_lines(report.totals), 2),
-                Section("Findings:", lines, number),
-                _section("Could not be read (their findings are unchanged):", errors),
-                _section("Fix many at once:", cause_lines(report.causes)),
-                _section("Exemptions:", (f"{ending.where}: {ending.message}" for ending in endings)),
+                _section("", count_lines(report.totals)),
+                _section("Fix many at once:", causes, most=SUMMARY_CAUSES),
+                *sections,
+                _section("Could not be read (their findings are unchanged):", unread, most=DIGEST_LINES),
+                _section("Exemptions:", endings, most=DIGEST_LINES),
             ]
-        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(title)}")
-        yield Digest(channel, to, headline, [section for section in sections if section.number])
+        headline = printable(f"tagcheck {cut_text(policy.name, 40)}: {', '.join(counts)}")
+        yield Digest(channel, to, headline, [section for section in sections if section.number], link)
 
 
-def _section(title: str, lines: Iterable[str]) -> Section:
-    """Return a section with the first of these lines."""
+def _short(name: str) -> str:
+    """Return who an owner or a creator is, cut and printable."""
+    return printable(cut_text(name, 60))
+
+
+def _entry(head: str, details: str) -> str:
+    """Return a line of a digest, with a newline where it is broken first if it is too long."""
+    return f"{printable(head)}\n{printable(details)}"
+
+
+def _section(title: str, lines: Iterable[str], number: int = 0, most: int = OWNER_LINES) -> Section:
+    """Return a section with the first of these lines, which may be of so many."""
     every = list(lines)
-    return Section(title, [cut_text(printable(line), 400) for line in every[:DIGEST_LINES]], len(every))
+    return Section(title, [*map(_fitted, every[:most])], number or len(every))
+
+
+def _fitted(line: str) -> str:
+    """Return a line of a digest in parts of at most DIGEST_WIDTH."""
+    whole = line.replace("\n", " ")
+    texts = [whole] if len(whole) <= DIGEST_WIDTH else line.replace("\n", "\n  ").split("\n")
+    parts = (part for text in texts for part in fitted(cut_text(text, 400), DIGEST_WIDTH))
+    return "\n".join(cut_text(part, DIGEST_WIDTH) for part in parts)
 
 
 def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
@@ -7065,18 +7361,14 @@ def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str])
     return {role: name for role, name in names.items() if name}
 
 
-def _finding_line(finding: Finding, names: Mapping[str, str]) -> str:
-    """Return a finding in one line: what it lacks, its owner and creator, and likely values of the tags."""
+def _finding_line(finding: Finding, names: Mapping[str, str], opened: str) -> str:
+    """Return a finding in one line: where it is, then what it lacks with likely values, and who may know."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
-    parts = [", ".join(short_violations(finding))]
-    parts += [f"{role} {cut_text(who, 60)}" for role, who in names.items()]
-    # short_violations shows the more confident suggestions already.
-    unsure = [
-        f"{s.tag_key}={cut_text(s.value, 40)}" for s in finding.suggestions if s.confidence < MIN_CONFIDENCE
-    ]
-    parts += [f"perhaps {', '.join(unsure)}"] if unsure else []
-    line = f"{finding.status} {finding.instance_id}{name} in {finding.target}: {'; '.join(parts)}"
-    return cut_text(printable(line), 400)
+    status, since = ("", f" since {opened[:10]}") if opened else (f"{finding.status} ", "")
+    parts = [", ".join(short_violations(finding, unsure=True))]
+    parts += [f"{role} {_short(who)}" for role, who in names.items()]
+    where = f"{status}{finding.instance_id}{name} in {finding.target}{since}:"
+    return _entry(where, "; ".join(parts))
 
 
 def digest_text(digest: Digest) -> str:
@@ -7084,15 +7376,27 @@ def digest_text(digest: Digest) -> str:
     is_slack, width = digest.medium == "slack", SECTION_WIDTHS[digest.medium]
     encode: Callable[[str], str] = _slack_escape if is_slack else str
     fence = ["```"] if is_slack else []
-    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + encode(digest.title)]
-    for title, lines, number in digest.sections:
+    title = encode(digest.title) if is_slack else _fitted(digest.title)
+    parts = [(f"<@{digest.to}> " if is_slack and digest.to else "") + title]
+    for head, lines, number in digest.sections:
         encoded = [*map(encode, lines)]
         ends = itertools.accumulate(len(line) + 1 for line in encoded)
         shown = encoded[: sum(end <= width for end in ends)]
         more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
-        head = [title] if title or is_slack else []
-        parts.append("\n".join([*head, *fence, *shown, *more, *fence]))
+        heads = [head] if head or is_slack else []
+        parts.append("\n".join([*heads, *fence, *shown, *more, *fence]))
+    if link := encode(digest.link):
+        parts.append(f"<{link}|Open the dashboard>" if is_slack else f"Dashboard: {link}")
     return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
+
+
+def sample_digest(policy: Policy, channel: str, to: str = "") -> Digest:
+    """Return a digest that is marked as a test, to see whether and how it arrives."""
+    said = f"This is a test from tagcheck {__version__}, nothing was scanned. A finding looks like this:"
+    example = "NEW i-00000000000000000 (example) in 123456789012 (prod) eu-west-1: Owner missing (team-web?)"
+    title = printable(f"tagcheck {cut_text(policy.name, 40)}: this is a test")
+    link = policy.notify.dashboard_url if policy.notify else ""
+    return Digest(channel, to, title, [Section("", [said, example], 2)], link or "")
 
 
 def _slack_escape(text: str) -> str:
@@ -7166,7 +7470,8 @@ def _answer(opener: Any, request: Any) -> tuple[int, str, str]:
 
 def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
     """Publish a digest to a topic; subjects are ASCII, of less than 100 characters; raises TargetError."""
-    subject = digest.title.encode("ascii", "replace").decode()[:99]
+    title = digest.title.encode("ascii", "replace").decode()
+    subject = title if len(title) < 100 else f"{title[:95].rpartition(',')[0]}, ..."
     call_aws(client, "Publish", TopicArn=topic_arn, Subject=subject, Message=digest_text(digest))
 
 
@@ -7968,7 +8273,9 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 }
 
 
-def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., str]) -> Iterator[str]:
+def remediation_lines(
+    done: Remediation, csv_path: str, command: Callable[..., str], width: int | None
+) -> Iterator[str]:
     """Yield a plan or its results, for people, and what to do next."""
 
     def cells(row: PlanRow) -> tuple[str, ...]:
@@ -7989,11 +8296,13 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
         counts = f"{totals[Result.WRITTEN]:,} written, {totals[Result.ALREADY_THERE]:,} already there"
         yield f"{counts}, {left:,} not written{':' if left else ''}"
         not_written = (row for row in rows if row.result not in fine)
-        yield from table_lines(((f"  {row.result}", f"{row}: {row.message}") for row in not_written), left)
+        lines = (f"  {row.result}  {row}: {row.message}" for row in not_written)
+        yield from (*itertools.islice(lines, SUMMARY_FINDINGS), *more_lines(left - SUMMARY_FINDINGS))
     elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
-        yield from ("", *table_lines(map(cells, rows), totals.total(), head, csv_path), "")
-    yield from table_lines(([f"Warning: {each['message']}"] for each in warnings), len(warnings))
+        yield from ("", *table_lines(map(cells, rows), totals.total(), width, head, csv_path, 3), "")
+    yield from (f"Warning: {each['message']}" for each in warnings[:SUMMARY_FINDINGS])
+    yield from more_lines(len(warnings) - SUMMARY_FINDINGS)
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
     if fixes and undo_file is None:
         yield "Terraform and other infrastructure as code may revert these tags: set them there as well"
@@ -8006,7 +8315,579 @@ def remediation_lines(done: Remediation, csv_path: str, command: Callable[..., s
 
 
 ########################################################################################################
-# 11 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
+# 11 Starters: yaml_text, survey_tags, fleet_rule, read_rules, make_starter, policy_lines, finding_lines
+########################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class StarterRule:
+    """One rule of a starter policy, with the evidence for each of its lines."""
+
+    key: str
+    evidence: str
+    notes: tuple[str, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()  # each with its evidence
+    pattern: str = ""
+    pattern_evidence: str = ""
+    when: str = ""  # as YAML
+    flags: frozenset[str] = frozenset()  # of allow_empty, ignore_case and optional
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """What a starter policy is made of."""
+
+    name: str
+    rules: Sequence[StarterRule]
+    regions: Mapping[str, str]  # each with its evidence
+    placeholders: Mapping[str, int]
+    services: Mapping[str, int]  # that operate instances
+    notes: Sequence[str]
+
+
+# What other YAML readers take for true, false or nothing; a number or a date does not begin with a letter.
+_YAML_NOT_TEXT = frozenset("y n yes no on off true false null".split())
+
+
+def yaml_text(text: str) -> str:
+    """Return a printable text as YAML that every reader takes for this text, also within [] and {}."""
+    if re.fullmatch(r"[A-Za-z][\w./@+-]*( [\w./@+-]+)*", text, re.ASCII):
+        return f'"{text}"' if text.casefold() in _YAML_NOT_TEXT else text
+    return f'"{text}"' if not re.search(r'["\\]', text) else "'" + text.replace("'", "''") + "'"
+
+
+def _shown(text: str) -> str:
+    """Return a text of a stranger for a comment: short, and in quotes where it would be misread."""
+    return text if re.fullmatch(r"[\w.:/@+*-]{1,40}", text, re.ASCII) else repr(cut_text(text, 40))
+
+
+def _listed(counts: Iterable[tuple[str, object]]) -> str:
+    """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
+    shown = [
+        f"{_shown(text)} ({f'{known:,}' if isinstance(known, int) else known})" for text, known in counts
+    ]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return what was counted, the most common first; the order of the input does not matter."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _is_key(key: str) -> bool:
+    """Return whether a policy can require a tag key."""
+    visible = 0 < len(key) <= MAX_KEY_LENGTH and is_printable(key) and key == key.strip()
+    return visible and not key.lower().startswith("aws:")
+
+
+def _is_value(value: str) -> bool:
+    """Return whether a policy can list a tag value."""
+    return 0 < len(value) <= MAX_VALUE_LENGTH and is_printable(value)
+
+
+# ---- From a fleet -------------------------------------------------------------------------------------
+
+# Keys that tools write, by how they begin in lower case: nobody should have to type them.
+_TOOL_KEYS = {
+    "AWS": "aws:",  # reserved for AWS (EC2 User Guide, Tag restrictions)
+    "EKS": "eks:",  # eks:cluster-name (EKS User Guide, Managed node groups)
+    "ECS": "ecs:|amazonecs",  # AmazonECSManaged (ECS Developer Guide, Capacity providers)
+    "EMR": "elasticmapreduce|for-use-with-amazon-emr",  # the latter: EMR Management Guide, Managed policies
+    "Elastic Beanstalk": "elasticbeanstalk:",  # elasticbeanstalk:environment-name (Developer Guide, Tagging)
+    "Kubernetes": r"kubernetescluster$|([\w.-]+\.)?(kubernetes|k8s)\.io/",  # kubernetes.io/cluster/NAME
+    "Karpenter": r"karpenter\.sh/|([\w.-]+\.)?k8s\.aws/",  # karpenter.sh/nodepool (NodeClasses, spec.tags)
+    "OpenShift": r"red-hat-|api\.openshift\.com/",  # red-hat-managed (ROSA)
+    "Spot by Flexera": "spotinst:",  # spotinst:aws:ec2:group:id
+    "Cloud Custodian": "maid_status$|c7n",  # maid_status (mark-for-op)
+}
+_PLACEHOLDERS = frozenset("- -- . ? n/a na none null nil unknown tbd tba todo xxx changeme change-me".split())
+MAX_STARTER_RULES, MAX_STARTER_VALUES = 30, 12  # what a person still reads
+MAX_RARE_VALUES, MAX_SHAPES = 50, 1000  # values to compare with the usual ones, and to find a pattern for
+NEARLY_ALL = 0.95
+
+
+@functools.lru_cache(4096)
+def _tool_of(key: str) -> str:
+    """Return the tool that writes a tag key; "" where people do."""
+    return next((tool for tool, begin in _TOOL_KEYS.items() if re.match(begin, key.casefold())), "")
+
+
+class TagUse(NamedTuple):
+    """How many instances have a tag in each spelling, the one to require first, and their values."""
+
+    spellings: dict[str, int]
+    values: Counter[str]
+
+
+def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
+    """Return the tags that at least half of the instances have, and notes on those that are left out.
+
+    Keys that differ only in case, spaces, `_` or `-` are one tag.
+    """
+    counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
+    spelled: dict[str, Counter[str]] = {}
+    for key, number in counts.items():
+        if not _tool_of(key):
+            spelled.setdefault(bare_key(key) or key, Counter())[key] = number
+    half = (len(instances) + 1) // 2
+    groups = [spellings for spellings in spelled.values() if spellings.total() >= half]
+    # An instance may have a tag in two spellings.
+    common = [use for use in _tag_uses(groups, instances) if use.values.total() >= half]
+    usable = [use for use in common if _is_key(next(iter(use.spellings)))]
+    notes = []
+    if not usable:
+        notes.append("No tag is on half of the instances: required are the most common ones")
+        groups = [spellings for spellings in spelled.values() if any(map(_is_key, spellings))]
+        groups = sorted(groups, key=lambda spellings: (-spellings.total(), min(spellings)))[:3]
+        usable = _tag_uses(groups, instances)
+    if len(usable) > MAX_STARTER_RULES:
+        notes.append(f"{counted(len(usable) - MAX_STARTER_RULES, 'more tag')} on half of the instances")
+    odd = [each for use in common for each in use.spellings.items() if not _is_key(next(iter(use.spellings)))]
+    if odd:
+        notes.append(f"Left out, as a policy cannot require such keys: {_listed(odd)}")
+    tools = {key: f"{_tool_of(key)}, {n:,}" for key, n in _by_count(counts) if n >= half and _tool_of(key)}
+    if tools:
+        notes.append(f"Left out, as tools write them: {_listed(tools.items())}")
+    return usable[:MAX_STARTER_RULES], notes
+
+
+def _tag_uses(groups: Iterable[Mapping[str, int]], instances: Sequence[Instance]) -> list[TagUse]:
+    """Return how instances use tags, each given by its spellings; the most common tag comes first."""
+    uses = []
+    for spellings in groups:
+        ordered = dict(sorted(_by_count(spellings), key=lambda item: not _is_key(item[0])))
+        found = (next((each.tags[key] for key in ordered if key in each.tags), None) for each in instances)
+        uses.append(TagUse(ordered, Counter(value for value in found if value is not None)))
+    return sorted(uses, key=lambda use: (-use.values.total(), bare_key(next(iter(use.spellings)))))
+
+
+def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]:
+    """Return the rule that a fleet's use of a tag amounts to, and which of its values are placeholders."""
+    (key, _), *others = use.spellings.items()
+    evidence = f"{use.values.total():,} of {counted(total, 'instance')}"
+    used: Counter[str] = Counter()
+    empty: Counter[str] = Counter()
+    for value, number in use.values.items():
+        text = stripped(value).casefold()
+        if text and text not in _PLACEHOLDERS:
+            used[value] = number
+        else:
+            empty[text] += number
+    evidence += f", {empty.total():,} of them empty or a placeholder" if empty else ""
+    also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
+    rule = StarterRule(key, evidence, (also,) if others else ())
+    placeholders = {text: number for text, number in empty.items() if text}
+    if empty.total() > used.total():
+        return replace(rule, flags=frozenset({"allow_empty"})), placeholders
+    if bare_key(key) == "name":  # names are free
+        return rule, placeholders
+    if len(used) == 1:
+        return replace(rule, evidence=f"{evidence}; always {_shown(*used)}"), placeholders
+    pattern = _shape(used)
+    # A code, such as CC-1234 or an address, has a shape even if it has few values.
+    is_code = re.search(r"\[0-9\]\{|@", pattern)
+    if not is_code and (listed := _with_values(rule, used)):
+        return listed, placeholders
+    has_shape = is_code or (pattern and len(used) > 3)
+    return (_with_pattern(rule, pattern, used) if has_shape else rule), placeholders
+
+
+def _with_values(rule: StarterRule, found: Mapping[str, int]) -> StarterRule | None:
+    """Return a rule with the few values that nearly all instances have; None if there are more."""
+    most = heapq.nlargest(MAX_STARTER_VALUES + MAX_RARE_VALUES, found.values())
+    if sum(most) < NEARLY_ALL * sum(found.values()):
+        return None
+    by_case: dict[str, str] = {}
+    folded: Counter[str] = Counter()
+    for value, number in _by_count(found):
+        folded[by_case.setdefault(value.casefold(), value)] += number
+    # Where more than a tenth are in another case, the case does not matter to people.
+    ignore_case = 10 * sum(found[value] for value in folded) < 9 * folded.total()
+    counts: Mapping[str, int] = folded if ignore_case else found
+    ordered = _by_count(counts)
+    usual = {value: number for value, number in ordered[: MAX_STARTER_VALUES + 1] if number > 2}
+    mistakes: dict[str, str] = {}
+    for value, number in ordered[: MAX_STARTER_VALUES + MAX_RARE_VALUES]:
+        if meant := next((each for each in usual if _is_mistake(value, number, each, usual[each])), ""):
+            mistakes[value] = f"{number:,}, for {_shown(meant)}?"
+    kept = {value: number for value, number in ordered if value not in mistakes and _is_value(value)}
+    notes = [f"left out as probable typing mistakes: {_listed(mistakes.items())}"] if mistakes else []
+    if len(kept) > MAX_STARTER_VALUES:
+        notes.append(f"left out as rare: {_listed(item for item in kept.items() if item[0] not in usual)}")
+        kept = {value: number for value, number in kept.items() if value in usual}
+    number, total = sum(kept.values()), folded.total()
+    explained = number + sum(counts[value] for value in mistakes)
+    if not kept or len(kept) > MAX_STARTER_VALUES or number < 3 * len(kept) or explained < NEARLY_ALL * total:
+        return None
+    rare = {value: ": rare, is it meant?" for value, n in kept.items() if n < 3 and 50 * n <= total}
+    listed = tuple((value, counted(n, "instance") + rare.get(value, "")) for value, n in kept.items())
+    flags = frozenset({"ignore_case"} if ignore_case else ())
+    return replace(rule, values=listed, notes=(*rule.notes, *notes), flags=flags)
+
+
+def _is_mistake(rare: str, number: int, usual: str, usually: int) -> bool:
+    """Return whether a rare value looks like a usual one, mistyped."""
+    if rare == usual or 4 * number > usually or len(rare) > 64:
+        return False
+    if bare_key(rare) == bare_key(usual):
+        return 9 * number <= usually
+    words, others = (re.findall(r"[^\W\d_]+|\d+", text.casefold()) for text in (rare, usual))
+    pairs = [(word, other) for word, other in zip(words, others, strict=False) if word != other]
+    # Neither of team-a and team-b is a mistake, nor of web1 and web2.
+    long = all(len(min(pair, key=len)) > 2 and "".join(pair).isalpha() for pair in pairs)
+    if not long or len(words) != len(others) or (number > 2 and 50 * number > usually):
+        return False
+    return all(difflib.SequenceMatcher(None, *pair).ratio() > 0.7 for pair in pairs)
+
+
+def _with_pattern(rule: StarterRule, pattern: str, found: Mapping[str, int]) -> StarterRule:
+    """Return a rule with a pattern, and its exceptions."""
+    matching = [*filter(re.compile(pattern).fullmatch, found)]
+    others = _by_count({value: found[value] for value in found.keys() - matching})
+    notes = (*rule.notes, *([f"not of this form: {_listed(others)}"] if others else ()))
+    number, total = (sum(map(found.__getitem__, values)) for values in (matching, found))
+    evidence = f"{number:,} of {counted(total, 'value')}, such as {_shown(min(matching))}"
+    return replace(rule, pattern=pattern, pattern_evidence=evidence, notes=notes)
+
+
+def _shape(found: Mapping[str, int]) -> str:
+    """Return a readable pattern that nearly all values match, such as `CC-[0-9]{4}`; "" if there is none."""
+    enough = NEARLY_ALL * sum(found.values())
+    addresses = [*filter(re.compile(EMAIL_ADDRESS).fullmatch, found)]
+    if addresses and sum(map(found.__getitem__, addresses)) >= enough:
+        domains = {value.rpartition("@")[2] for value in addresses}
+        return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
+    some = _by_count(found)[:: len(found) // MAX_SHAPES + 1]
+    split = {value: _PIECES.findall(value) for value, _ in some if len(value) <= 64}
+    for exact in (True, False):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for value, pieces in split.items():
+            alike.setdefault(tuple(_kind(piece, exact=exact) for piece in pieces), []).append(value)
+        covered = {kinds: sum(map(found.__getitem__, values)) for kinds, values in alike.items()}
+        kinds = max(covered, key=lambda kinds: (covered[kinds], kinds), default=())
+        if not kinds or covered[kinds] < NEARLY_ALL * sum(number for _, number in some):
+            continue
+        columns = zip(*(split[value] for value in alike[kinds]), strict=True)
+        parts = [
+            kind if "0-9" in kind or len({*column}) > 1 else _escape(column[0])
+            for kind, column in zip(kinds, columns, strict=True)
+        ]
+        # Without digits, or a word that all have in common, these are any words.
+        if any("0-9" in part or part[0].isalnum() for part in parts):
+            for many in ("]+", "]{1,20}"):
+                pattern = "".join(part.replace("]+", many) for part in parts)
+                matching = filter(re.compile(pattern).fullmatch, found)
+                if (
+                    is_quick(pattern)
+                    and is_printable(pattern)
+                    and sum(map(found.__getitem__, matching)) >= enough
+                ):
+                    return pattern
+    return ""
+
+
+_PIECES = re.compile("[0-9]+|[a-z]+|[A-Z]+|.", re.DOTALL)
+
+
+def _kind(piece: str, *, exact: bool) -> str:
+    """Return the pattern of a run of digits or letters; any other character stands for itself."""
+    if piece[0] in "0123456789":
+        return (f"[0-9]{{{len(piece)}}}" if len(piece) > 1 else "[0-9]") if exact else "[0-9]+"
+    if piece.isascii() and piece.isalpha():
+        return "[a-z]+" if piece.islower() else "[A-Z]+"
+    return _escape(piece)
+
+
+def _escape(text: str) -> str:
+    """Return the pattern of a literal text, with only the backslashes that it needs."""
+    return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+
+
+# ---- From AWS's own rules: tag policies, and required-tags of AWS Config -----------------------------
+
+MAX_RULES_BYTES = 10_000_000
+_RULES_WANTED = (
+    'neither an AWS tag policy ({"tags": …}), nor what `aws organizations describe-effective-policy`, '
+    "`describe-policy` or `aws configservice describe-config-rules` prints"
+)
+_OF_INSTANCES = ("ec2:instance", "ec2:*", "ec2:all_supported", "*")
+# It says: "Untagged resources … aren't evaluated", "Like tag keys, tag values are case sensitive".
+TAG_POLICY_PAGE = (
+    "https://docs.aws.amazon.com/organizations/latest/userguide/orgs_manage_policies_tag-policies.html"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AwsRules:
+    """The rules that files from AWS hold, notes on what a policy cannot say, and their regions."""
+
+    rules: dict[str, StarterRule] = field(default_factory=dict)  # by the key without its case
+    notes: list[str] = field(default_factory=list)
+    regions: set[str] = field(default_factory=set)
+
+    def note(self, what: str, why: str) -> None:
+        """Add a note on what a policy cannot say."""
+        self.notes.append(f"No equal for {what}: {why}")
+
+    def add(self, rule: StarterRule, wanted: Iterable[str], *, wildcards: bool = False) -> None:
+        """Add a rule with the values that it allows, or join it with that for the same key."""
+        what, values = f"{_shown(rule.key)} of the {rule.evidence}", [*dict.fromkeys(wanted)]
+        if odd := [value for value in values if not _is_value(value)]:
+            self.note(what, f"a policy cannot list the value {', '.join(map(_shown, odd))}")
+        if not _is_key(rule.key):
+            return self.note(what, "a policy cannot require such a key")
+        if values and not (values := [value for value in values if value not in odd]):
+            return None
+        if wildcards and any("*" in value for value in values):
+            pattern = "|".join(".*".join(map(_escape, re.split(r"\*+", value))) for value in values)
+            rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
+        else:
+            rule = replace(rule, values=tuple((value, "") for value in values))
+        known, why = self.rules.get(rule.key.casefold()), ""
+        if known:
+            rule, why = _joined(known, rule)
+        self.rules[rule.key.casefold()] = rule
+        return self.note(what, why) if why else None
+
+
+def read_rules(paths: Iterable[str]) -> AwsRules:
+    """Read AWS tag policies and required-tags rules of AWS Config as one; raises UsageError."""
+    found = AwsRules()
+    for path in paths:
+        shown = "standard input" if path == "-" else path
+        try:
+            with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
+                content = file.read(MAX_RULES_BYTES + 1)
+            if len(content) > MAX_RULES_BYTES:
+                raise ValueError(f"it is larger than {MAX_RULES_BYTES:,} bytes")
+            _read_aws_answer(parse_json(content), found)
+        except OSError as error:
+            raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{shown} is {_RULES_WANTED}: {json_error(error)}") from error
+    if not found.rules:
+        raise UsageError("; ".join(["--from has no rule for EC2 instances", *found.notes]))
+    return found
+
+
+def _read_aws_answer(answer: Any, found: AwsRules) -> None:
+    """Add the rules of one file; raises KeyError, TypeError or ValueError."""
+    for outer, inner in (("EffectivePolicy", "PolicyContent"), ("Policy", "Content")):
+        if isinstance(answer, dict) and outer in answer:
+            answer = parse_json(json_at(answer, str, outer, inner))
+    if isinstance(answer, dict) and "ConfigRuleName" in answer:
+        answer = {"ConfigRules": [answer]}
+    if isinstance(answer, dict) and "ConfigRules" in answer:
+        if answer.get("NextToken"):
+            raise ValueError("it has a NextToken, so more rules follow: save it without --max-items")
+        for rule in json_at(answer, list, "ConfigRules"):
+            _read_config_rule(rule, found)
+        return
+    tags = json_at(answer, dict, "tags")
+    found.regions.add("*")
+    for name in tags:
+        if name.startswith("@@"):
+            found.note(f"{_shown(name)} of the tag policy", "it is about other tag policies")
+        else:
+            _read_tag_rule(name, json_at(tags, dict, name), found)
+
+
+def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
+    """Add the rule of a tag policy for one key; raises TypeError or ValueError."""
+    where = f"tag policy {_shown(name)}"
+    given: dict[str, Any] = {}
+    for part, value in entry.items():
+        assigned = value if isinstance(value, dict) else {"@@assign": value}
+        given[part] = assigned.get("@@assign", assigned.get("@@append"))
+        if part not in _TAG_POLICY_KEYS:
+            found.note(f"{_shown(part)} of the {where}", "left out")
+        elif "@@append" in assigned:
+            found.note(f"@@append of the {where}", "it adds to a parent's values: give the effective policy")
+        elif other := [name for name in assigned if name != "@@assign"]:
+            found.note(f"{', '.join(map(_shown, other))} of the {where}", "left out")
+    lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
+    values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
+    required = lists.get("report_required_tag_for", ())
+    is_required = any(str(each).lower() in _OF_INSTANCES for each in required)
+    flags = set() if is_required else {"optional"}
+    # Without tag_value "any value (including no value at all) is compliant" (Tag policy syntax).
+    if not values or {"", "*"} & {*values}:
+        flags.add("allow_empty")
+    notes = []
+    if lists.get("enforced_for"):
+        notes.append("enforced_for has no equal: tagcheck reports such tags, it does not refuse them")
+    if required and not is_required:
+        notes.append("report_required_tag_for does not name ec2:instance")
+    # "If case treatment isn't defined, lowercase is the default case treatment for tag keys" (there, too).
+    key = name.lower() if given.get("tag_key") is None else json_at(given, str, "tag_key")
+    rule = StarterRule(key, where, (*notes,), flags=frozenset(flags))
+    found.add(rule, () if "*" in values else filter(None, values), wildcards=True)
+
+
+_TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
+
+
+def _read_config_rule(rule: Any, found: AwsRules) -> None:
+    """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
+    where = f"Config rule {_shown(json_at(rule, str, 'ConfigRuleName'))}"
+    owner, kind = (json_at(rule, str, "Source", name) for name in ("Owner", "SourceIdentifier"))
+    if (owner, kind) != ("AWS", "REQUIRED_TAGS"):
+        return found.note(f"the {where}", f"it is {_shown(kind)}, not REQUIRED_TAGS")
+    scope = json_at(rule, dict, "Scope") if rule.get("Scope") else {}
+    types = json_at(scope, list, "ComplianceResourceTypes") if scope.get("ComplianceResourceTypes") else ()
+    if types and "AWS::EC2::Instance" not in types:
+        return found.note(f"the {where}", "it is not for AWS::EC2::Instance")
+    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in _CONFIG_SCOPE)
+    if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
+        return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
+    when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
+    when = f"{{instances: [{one}]}}" if one else when
+    if isinstance(given := rule.get("InputParameters"), str):
+        given = parse_json(given)
+    given = json_at({"InputParameters": given}, dict, "InputParameters")
+    region = text_at(rule, "ConfigRuleArn").split(":")[3:4]
+    found.regions.update(region if region and is_region(region[0]) else ["*"])
+    for number in range(1, 7):
+        if f"tag{number}Key" in given:
+            name = json_at(given, str, f"tag{number}Key").strip()
+            listed = json_at(given, str, f"tag{number}Value") if f"tag{number}Value" in given else ""
+            values = [*filter(None, map(str.strip, listed.split(",")))]
+            flags = frozenset(() if values else {"allow_empty"})
+            found.add(StarterRule(name, where, when=when, flags=flags), values)
+    return None
+
+
+_CONFIG_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
+
+
+def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
+    """Return a rule that asks for what both ask, or the first and why there is none."""
+    values = [pair for pair in one.values or other.values if not other.values or pair in other.values]
+    pattern = one.pattern or other.pattern
+    if pattern:
+        values = [pair for pair in values if ValuePattern(pattern).judge(pair[0]) is Verdict.ALLOWED]
+    why = ""
+    if one.key != other.key:
+        why = "another spelling"
+    elif one.when != other.when:
+        why = "for other instances"
+    elif (not values and (one.values or other.values)) or (other.pattern and pattern != other.pattern):
+        why = "other values"
+    if why:
+        return one, f"{why} than in the {one.evidence}, which is kept"
+    both = replace(one, evidence=f"{one.evidence}, {other.evidence}", flags=one.flags & other.flags)
+    both = replace(both, notes=tuple(dict.fromkeys((*one.notes, *other.notes))), values=tuple(values))
+    said = one.pattern_evidence or other.pattern_evidence
+    return replace(both, pattern="" if values else pattern, pattern_evidence=said), ""
+
+
+# ---- What a starter policy is made of, as YAML, and what it would find -------------------------------
+
+
+def make_starter(
+    name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
+) -> Starter:
+    """Return what a policy is made of: the rules that are given or the fleet's own, and its regions."""
+    instances = [instance for each in fleet.values() for instance in each]
+    counts: Counter[str] = Counter()
+    for target, each in fleet.items():
+        counts[target.region] += len(each)
+    new = {region: number for region, number in counts.items() if not is_region(region)}
+    notes = [f'Under "*", as tagcheck does not know them: {_listed(_by_count(new))}'] if new else []
+    found = {region: counted(number, "instance") for region, number in counts.items() if region not in new}
+    if regions:
+        found = {region: found.get(region, "no instances" if fleet else "") for region in regions}
+    elif given and not fleet and "*" not in given.regions:
+        found = dict.fromkeys(given.regions, "")
+    else:
+        found["*"] = f"every {'other ' if found else ''}enabled region"
+    services = Counter(instance.managed_by for instance in instances if instance.managed_by)
+    services = services if all(map(_is_value, services)) else Counter({"*": services.total()})
+    if given:
+        own = given.regions - {"*"}
+        if own and own != found.keys():
+            notes.append(f"The Config rules are those of {', '.join(sorted(own))}")
+        return Starter(name, [*given.rules.values()], found, {}, services, [*notes, *given.notes])
+    people = [instance for instance in instances if not instance.managed_by]
+    uses, more = survey_tags(people)
+    pairs = [fleet_rule(use, len(people)) for use in uses]
+    placeholders: Counter[str] = Counter()
+    for _, empty in pairs:
+        placeholders.update(empty)
+    rules = [rule for rule, _ in pairs] or [StarterRule("Owner", "only an example")]
+    return Starter(name, rules, found, placeholders, services, [*notes, *more])
+
+
+def _commented(text: str, comment: str) -> str:
+    """Return a line with a comment, which cannot end the line whatever it holds."""
+    return f"{text:<30}  # {printable(comment)}" if comment else text
+
+
+def policy_lines(starter: Starter) -> Iterator[str]:
+    """Yield the lines of a starter policy, each with its evidence."""
+    yield from ("version: 1", f"name: {yaml_text(starter.name)}", "required_tags:")
+    for rule in starter.rules:
+        more = rule.values or rule.pattern or rule.when or rule.flags
+        yield _commented(f"  - {'key: ' if more else ''}{yaml_text(rule.key)}", rule.evidence)
+        yield from (f"    # {printable(note)}" for note in rule.notes)
+        yield from (f"    {flag}: true" for flag in sorted(rule.flags))
+        if rule.when:
+            yield f"    when: {rule.when}"
+        if rule.pattern:
+            quoted = rule.pattern.replace("'", "''")
+            yield _commented(f"    pattern: '{quoted}'", rule.pattern_evidence)
+        if any(evidence for _, evidence in rule.values):
+            yield "    values:"
+            for value, evidence in rule.values:
+                yield _commented(f"      - {yaml_text(value)}", evidence)
+        elif rule.values:
+            yield f"    values: [{', '.join(yaml_text(value) for value, _ in rule.values)}]"
+    if placeholders := _by_count(starter.placeholders):
+        texts = ", ".join(yaml_text(text) for text, _ in placeholders)
+        yield _commented(f"placeholder_values: [{texts}]", f"count as empty: {_listed(placeholders)}")
+    yield "regions:"
+    for region in sorted(starter.regions, key=lambda region: (region == "*", region)):
+        yield _commented(f"  {yaml_text(region)}:", starter.regions[region])
+    yield from ("exemptions:",) if starter.services else ()
+    for service, number in _by_count(starter.services):
+        yield _commented("  - reason: an AWS service operates them", counted(number, "instance"))
+        yield f"    managed_by: {yaml_text(service)}"
+
+
+def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
+    """Yield what a starter policy was made from, and what to do with it."""
+    regions, accounts = ({getattr(target, name) for target in fleet} for name in ("region", "account_id"))
+    places = f"{counted(len(regions), 'region')} of {counted(len(accounts), 'account')}"
+    instances = f"{counted(sum(map(len, fleet.values())), 'instance')} in {places}"
+    yield f"Made by `tagcheck.py init` from {'rules of AWS' if given else instances}; the comments say why."
+    if given and any("optional" in rule.flags for rule in given.rules.values()):
+        yield "An AWS tag policy is about tags that are present (optional: true), and case matters in it:"
+        yield TAG_POLICY_PAGE
+    yield "Change what is wrong, then check it with validate and scan --dry-run."
+
+
+def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
+    """Yield what a scan with a policy would find in a fleet."""
+    total = exempted = failing = 0
+    types: Counter[tuple[str, ViolationType]] = Counter()
+    for target, instances in fleet.items():
+        total += len(instances)
+        sightings = (judge(target, instance, policy, now) for instance in instances)
+        for seen in (sighting for sighting in sightings if not sighting.too_young):
+            failing += bool(seen.violations)
+            exempted += bool(seen.exempted and not seen.violations)
+            types.update((violation.tag_key, violation.type) for violation in seen.violations)
+    also = f", {exempted:,} exempted" if exempted else ""
+    yield f"A scan with it finds now: {failing:,} of {counted(total, 'instance')} with violations{also}"
+    for key in dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules):
+        words = ("missing", "empty", "with another value")
+        counts = zip((types[key, kind] for kind in ViolationType), words, strict=True)
+        if found := ", ".join(f"{number:,} {word}" for number, word in counts if number):
+            yield f"  {_shown(key)}: {found}"
+
+
+########################################################################################################
+# 12 Command line: the options of each command, run_scan, COMMANDS, build_parser, main
 ########################################################################################################
 
 DEFAULT_POLICY = Path(__file__).resolve().parent / "policies" / "default.yaml"
@@ -8030,6 +8911,13 @@ def _number(kind: type[float], low: int, high: float = math.inf) -> Callable[[st
 
 ALL_ACCOUNTS = (1, 1)
 OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
+
+
+def _time(text: str) -> timedelta:
+    """Return the duration that a text means, for argparse."""
+    with contextlib.suppress(ValueError):
+        return duration(text)
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -8059,9 +8947,13 @@ class Option(NamedTuple):
 
 StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
+KnownPolicy = Annotated[str, Option("the policy; not needed where the state has only one")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
 FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
+Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
+RegionNames = Annotated[list[str], Option("only this region", "R")]
+Workers = Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
 Verbose = Annotated[bool, Option("show each retry")]
 
@@ -8071,7 +8963,7 @@ class StateOptions:
     """Which state is used."""
 
     state: StatePath = DEFAULT_STATE
-    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    profile: Profile = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8085,7 +8977,7 @@ class PolicyOptions(StateOptions):
 class ScopeOptions(PolicyOptions):
     """Which regions and accounts are chosen; an empty list restricts nothing."""
 
-    region: Annotated[list[str], Option("only this region", "R")]
+    region: RegionNames
     account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
 
     def includes(self, target: Target) -> bool:
@@ -8101,7 +8993,7 @@ class ScanOptions(ScopeOptions):
     shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
     include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
-    workers: Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))] = 16
+    workers: Workers = 16
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
@@ -8109,7 +9001,7 @@ class ScanOptions(ScopeOptions):
         str | None, Option("costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
     ] = None
     creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", duration)] = timedelta(0, 60)
+    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", _time)] = timedelta(0, 60)
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
     require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
     dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
@@ -8127,6 +9019,21 @@ class ScanOptions(ScopeOptions):
         # Not hash(), which differs between processes.
         share = int.from_bytes(hashlib.sha256(account_id.encode()).digest()[:8]) % parts
         return (not self.account or account_id in self.account) and share == part - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitOptions:
+    """Write a starter policy: from the tags that a fleet has, or from an AWS tag policy or Config rule."""
+
+    instances: FleetPaths
+    region: RegionNames
+    profile: Profile = None
+    workers: Workers = 16
+    from_: Annotated[list[str], Option("an AWS tag policy, or required-tags of AWS Config, as JSON")]
+    name: Annotated[str, Option("the policy's name; findings are stored under it", "NAME")] = "tags"
+    output: Annotated[str, Option("the policy, a new file; - for stdout")] = "policy.yaml"
+    quiet: Quiet
+    verbose: Verbose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8150,12 +9057,13 @@ class ExplainOptions(ScopeOptions):
 class HistoryOptions(ScopeOptions):
     """List findings in the state: open, resolved, or one instance's."""
 
+    policy: KnownPolicy = ""
     instance: InstanceId = None
     status: Annotated[
         list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
     ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
-    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", duration)] = None
+    older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", _time)] = None
     csv: Annotated[str | None, Option("the findings as CSV, - for stdout")] = None
     json: JsonPath = None
 
@@ -8164,6 +9072,7 @@ class HistoryOptions(ScopeOptions):
 class ReportOptions(PolicyOptions):
     """Write the dashboard: trends as one HTML page."""
 
+    policy: KnownPolicy = ""
     html: Annotated[str, Option("the dashboard, - for stdout")]
     css: Annotated[str | None, Option("write the style to this file beside the page, which links to it")] = (
         None
@@ -8172,9 +9081,10 @@ class ReportOptions(PolicyOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions(StateOptions):
-    """Delete scans, and findings that were resolved, more than N days ago; the trend is kept."""
+    """Delete scans, and findings that were resolved, longer ago than a time; the trend is kept."""
 
-    days: Annotated[int, Option("how many days to keep, at most 9999", "N", _number(int, 1, 9999))]
+    days: Annotated[int | None, Option("the same in days, at most 9999", "N", _number(int, 1, 9999))] = None
+    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _time)] = None
     dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
@@ -8193,6 +9103,15 @@ class RemediateOptions(ScopeOptions):
     undo: Annotated[str | None, Option("an undo file: revert what has not changed since its run")] = None
     quiet: Quiet
     verbose: Verbose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotifyOptions:
+    """Test the policy's notifications: send a sample to every channel, and record nothing."""
+
+    policy: PolicyPath = str(DEFAULT_POLICY)
+    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    test: Annotated[bool, Option("send the sample; required, as `scan` sends what is true")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8223,7 +9142,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     if args.csv is None:
         args = replace(args, csv="" if args.dry_run else "violators.csv")
     outputs = _outputs(args, WRITERS)
-    senders = {} if args.dry_run else _senders(args, policy)
+    senders = {} if args.dry_run else _senders(args.profile, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
     prices = load_prices(args.prices) if args.prices else Prices({})
     scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed, prices.currency)
@@ -8245,6 +9164,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                 notices += _look_up_creators(args, aws, db, state.path, scan)
         finished_at = now + timedelta(seconds=time.monotonic() - begun)
         stream = _message_stream(outputs)
+        width = screen_width(stream)
         colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         recorded: list[tuple[ScanReport, str]] = []  # at each attempt
 
@@ -8254,10 +9174,11 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                 if senders:
                     queue_notifications(db, scan, ending_subjects(policy, now.date()))
                     pending = functools.partial(fetch_pending, db, policy.name)
-                    add_digest_lines(db, digest_lines(report, pending))
+                    reminder = functools.partial(fetch_reminder, db, scan)
+                    add_digest_lines(db, digest_lines(report, pending, reminder))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
-                write_summary(summary, report, args.csv or "", colour=colour)
+                write_summary(summary, report, args.csv or "", args.state, width, colour=colour)
                 recorded.append((report, summary.getvalue()))
                 if isinstance(state, LocalState):
                     SIGNALS.hold()  # the state and the outputs change together
@@ -8280,7 +9201,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         return report.exit_code
 
 
-def _senders(args: ScanOptions, policy: Policy) -> Senders:
+def _senders(profile: str | None, policy: Policy) -> Senders:
     """Return how to send by each medium, before anything is read; raises UsageError, CredentialsError."""
     senders: dict[str, Callable[[Digest], None]] = {}
     notify = policy.notify or Notify()
@@ -8288,7 +9209,7 @@ def _senders(args: ScanOptions, policy: Policy) -> Senders:
         webhook = find_webhook(notify.slack, os.environ)
         senders["slack"] = lambda digest: post_to_slack(webhook, digest_text(digest))
     if notify.sns or notify.email:
-        aws = Aws(args.profile, workers=1)
+        aws = Aws(profile, workers=1)
         if topic := notify.sns and notify.sns.topic_arn:
             region = topic.split(":")[3]
             senders["sns"] = lambda digest: publish_to_sns(aws.client("sns", region), topic, digest)
@@ -8355,6 +9276,8 @@ def _report(
     return ScanReport(
         *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
         findings=lambda: fetch_findings(db, scan),
+        fresh=lambda: fetch_findings(db, scan, (Status.NEW, Status.REOPENED)),
+        oldest=fetch_oldest(db, scan, SUMMARY_OLDEST),
         resolved=lambda: fetch_findings(db, scan, resolved=True),
         exempted=lambda: fetch_exempted(db),
         causes=fetch_causes(db, scan),
@@ -8362,6 +9285,7 @@ def _report(
         unpriced=unpriced,
         operators=fetch_operators(db, scan),
         upcoming=fetch_upcoming(db, scan.policy.name, scan.started_at.date(), of_scan=True),
+        exemptions=fetch_exemptions(db),
         notices=[*filter(None, [first]), *notices, *unseen, *empty],
     )
 
@@ -8408,6 +9332,12 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
             raise UsageError(f"--account {account_id}: an account id has 12 digits")
 
 
+def _check_instance(text: str | None) -> None:
+    """Raise UsageError for a text that is given as an instance id, and is none."""
+    if text is not None and not re.fullmatch("i-[0-9a-f]+", text):
+        raise UsageError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
+
+
 Scope = TypeVar("Scope", bound=ScopeOptions)
 
 
@@ -8417,16 +9347,16 @@ def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) 
     names |= dict(policy.accounts.names) if policy.accounts else {}
     ids = []
     for text in args.account:
-        alike = [account_id for account_id, name in names.items() if text in (account_id, name)]
-        if len(alike) > 1:
-            raise UsageError(
-                f"--account {printable(text)}: {', '.join(sorted(alike))} have this name; give an id"
-            )
-        if not (alike or re.fullmatch(ACCOUNT_ID, text)):
-            hint = did_you_mean(text, [*names.values()])
-            message = "no account of this name is known here; an account id has 12 digits"
-            raise UsageError(f"--account {printable(text)}: {message}{hint}")
-        ids += alike or [text]
+        if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
+            ids.append(text)
+            continue
+        alike = sorted(account_id for account_id, name in names.items() if name == text)
+        if len(alike) != 1:
+            which = f"{', '.join(alike)} have this name; give an id"
+            unknown = "no account of this name is known here; an account id has 12 digits"
+            message = which if alike else unknown + did_you_mean(text, [*names.values()])
+            raise UsageError(f"--account {printable(text)}: {message}")
+        ids += alike
     return replace(args, account=ids)
 
 
@@ -8442,11 +9372,11 @@ _INPUTS = ("policies", "policy", "prices", "instances", "plan", "undo", "state")
 _JOURNALS = ("-journal", "-wal", "-shm")
 
 
-def _outputs(args: object, formats: Iterable[str]) -> list[Output]:
+def _outputs(args: object, formats: Iterable[str], *, new: bool = False) -> list[Output]:
     """Return the outputs that were asked for, each writable and a file of its own; raises TagcheckError."""
     stdout = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
     paths = {name: path for name in formats if (path := getattr(args, name))}
-    outputs = [Output(name, "-" if path in stdout else path) for name, path in paths.items()]
+    outputs = [Output(name, "-" if path in stdout else path, new) for name, path in paths.items()]
     taken: dict[str, str] = {}  # what each file is
     for name in _INPUTS:
         given = getattr(args, name, None) or []
@@ -8488,11 +9418,34 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
 
 
 @contextlib.contextmanager
+def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[sqlite3.Connection, Policy]]:
+    """Yield a connection for reading the state, and the policy: that given, else the state's only one."""
+    policy = load_policy(args.policy) if args.policy else None
+    with open_state(args) as state, reading_state(state) as db:
+        found = fetch_policies(db)
+        if not policy and len(found) == 1:
+            [(name, file)] = found.items()
+            policy = _policy_of_state(name, file)
+        policy = policy or load_policy(str(DEFAULT_POLICY))
+        require_policy(state.name, [*found], policy.name)
+        yield db, policy
+
+
+def _policy_of_state(name: str, file: str) -> Policy:
+    """Return the policy whose name and file a state knows, without rules where the file is another now."""
+    try:
+        policy = load_policy(file) if Path(file).is_file() else None
+    except UsageError:
+        policy = None
+    return policy if policy and policy.name == name else Policy(file, "", "1", name, {})
+
+
+@contextlib.contextmanager
 def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
-            require_policy(db, state.name, policy)
+            require_policy(state.name, [*fetch_policies(db)], policy)
         yield db
 
 
@@ -8547,6 +9500,7 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
             raise
 
     targets.sort(key=lambda target: (target.region, target.account_id))
+    yield from ((target, []) for target in targets)  # so that one knows how many there are
     yield from read_in_parallel(targets, describe, args.workers)
 
 
@@ -8636,6 +9590,9 @@ def read_in_parallel(
         yield job, reading
 
 
+TRUNCATED = "has a NextToken, so more follows: save it without --max-items and --no-paginate"
+
+
 def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     """Yield what saved files have of every target in scope.
 
@@ -8653,7 +9610,7 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     if not args.region:
         targets |= {t for t in instances if t.account_id in chosen and policy.covers(t.region)}
         targets |= {Target(account_id, "*") for account_id in chosen - {t.account_id for t in targets}}
-    more = f"{cut} has a NextToken, so more follows: save it without --max-items and --no-paginate"
+    more = f"{cut} {TRUNCATED}"
     if not chosen:
         if not in_scope or args.shard == ALL_ACCOUNTS:
             raise UsageError("the files have no instance in scope: name its account with --account ID")
@@ -8739,6 +9696,99 @@ def _unseen_notices(
             yield f"{where} were not checked, as this scan found no such region or account; they stay open"
 
 
+def run_init(args: InitOptions, now: datetime) -> ExitCode:
+    """Write the policy that the tags of a fleet, or AWS's own rules, amount to; it replaces no file."""
+    outputs = _outputs(args, INIT_WRITERS, new=True)
+    if is_blank(args.name) or not is_printable(args.name):
+        raise UsageError(f"--name {args.name!r}: give a name of visible characters")
+    for region in args.region:
+        if not is_region(region):
+            raise UsageError(f"--region: AWS has no region {shown_value(region)}")
+    given = read_rules(args.from_) if args.from_ else None
+    fleet: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances or not given:
+        fleet, unread = _survey(args)
+    starter = make_starter(args.name, fleet, args.region, given)
+    body = "".join(f"{line}\n" for line in policy_lines(starter))
+    policy = check_policy(body.encode(), args.output)
+    lacking = [
+        f"Not read in full, so the policy may lack something: {place}: {unread[place]}" for place in unread
+    ]
+    found = [*finding_lines(policy, fleet, now)] if fleet else []
+    head = [*origin_lines(fleet, given), *found, *lacking, *starter.notes]
+    text = "".join(f"# {printable(line)}\n" for line in head)
+    SIGNALS.hold()  # what is written is also reported
+    write_report(outputs, INIT_WRITERS, f"{text}\n{body}", emit)
+    if not args.quiet and args.output != "-":
+        emit_lines(_next_lines(args, starter, found[:1]))
+    emit_lines(lacking, sys.stderr)
+    return ExitCode.INCOMPLETE if unread else ExitCode.COMPLIANT
+
+
+def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, TargetError]]:
+    """Return the instances that a scan would judge, and what was not read in full; raises TagcheckError."""
+    policy = Policy("init", "", "1", args.name, dict.fromkeys(args.region or ["*"], ()))
+    read: dict[Target, list[Instance]] = {}
+    unread: dict[str, TargetError] = {}
+    if args.instances:
+        read, cut = load_fleet(args.instances)
+        unread = {cut: TargetError("Truncated", f"it {TRUNCATED}")} if cut else {}
+    else:
+        progress = Progress(quiet=args.quiet)
+        for target, reading in read_live(_live_scope(args), policy, Aws(args.profile, args.workers), []):
+            if isinstance(reading, list):
+                read.setdefault(target, []).extend(reading)
+                progress.page(target, len(reading))
+                continue
+            if reading:
+                unread[str(target)] = reading
+            progress.end(target, reading)
+        progress.close()
+    fleet: dict[Target, list[Instance]] = {}
+    for target in sorted(read):
+        judged = [instance for instance in read[target] if policy.includes(instance.state)]
+        if judged and policy.covers(target.region):
+            fleet[target] = judged
+    if not args.from_ and all(each.managed_by for each in itertools.chain.from_iterable(fleet.values())):
+        number = counted(sum(map(len, read.values())), "instance")
+        what = f"no instance whose tags a policy could follow (read: {number})"
+        for place, error in unread.items():
+            raise TargetError(error.code, f"{place}: {error.message}; elsewhere there is {what}")
+        advice = (
+            "terminated ones and those that AWS services operate do not count; name other files, --region or"
+        )
+        raise UsageError(f"{what}: {advice} --profile")
+    return fleet, dict(sorted(unread.items()))
+
+
+def _live_scope(args: InitOptions) -> ScanOptions:
+    """Return what a scan would be given to read the same from AWS."""
+    off = ("include_managed_resources", "creators", "require_state", "dry_run", "verbose")
+    given: dict[str, Any] = dict.fromkeys(off, False) | {"account": [], "instances": []}
+    return ScanOptions(region=args.region, workers=args.workers, quiet=args.quiet, **given)
+
+
+def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
+    """Yield what was written, and the command that comes next."""
+    rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
+    yield f"Wrote {args.output}: {rules} for {regions}"
+    yield from found
+    words = ["tagcheck.py", "scan", "--policy", args.output]
+    words += ["--profile", args.profile] if args.profile else []
+    for name in ("region", "instances"):
+        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+    yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
+
+
+def _write_text(file: TextIOBase, text: str) -> None:
+    """Write a text that is ready."""
+    file.write(text)
+
+
+INIT_WRITERS: Writers[str] = {"output": _write_text}
+
+
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
     """Report what is wrong in each policy file; returns USAGE where one cannot be used."""
     outputs = _outputs(args, PROBLEM_WRITERS)
@@ -8783,6 +9833,29 @@ def run_schema(args: SchemaOptions, now: datetime) -> ExitCode:
     """Print the policy's JSON Schema."""
     emit(json.dumps(POLICY_SCHEMA, indent=2) + "\n")
     return ExitCode.COMPLIANT
+
+
+def run_notify(args: NotifyOptions, now: datetime) -> ExitCode:
+    """Send a marked sample to every channel of the policy (owners: the default), and print how it went."""
+    if not args.test:
+        raise UsageError("notify sends a marked sample to every channel of the policy: give --test to do so")
+    policy = load_policy(args.policy)
+    if not policy.notify:
+        raise UsageError(f"{policy.file} has no notify: nobody is notified")
+    notify, owners, code = policy.notify, policy.notify.owners or Owners(), ExitCode.COMPLIANT
+    samples = [sample_digest(policy, channel) for channel in notify.channels if channel != "owners"]
+    samples += [sample_digest(policy, "owners", owners.default)] if owners.default else []
+    for digest in samples:
+        only = Notify(**{digest.medium: getattr(notify, digest.medium)})
+        try:
+            _senders(args.profile, replace(policy, notify=only))[digest.medium](digest)
+            result = "sent"
+        except TagcheckError as error:
+            code, result = ExitCode.FAILED, f"failed: {error}"
+        emit_lines([f"{' '.join(filter(None, (digest.channel, digest.to)))}: {result}"])
+    emit_lines(f"owners {to}: would get the findings of {name}, not sent" for name, to in owners.mapping)
+    emit_lines(f"owners …@{domain}: would get their own findings, not sent" for domain in owners.domains)
+    return code
 
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
@@ -8837,6 +9910,7 @@ def run_iam_policy(args: IamPolicyOptions, now: datetime) -> ExitCode:
 
 def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
+    _check_instance(args.instance)
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     lines: list[str] = []
@@ -8901,15 +9975,17 @@ def _describe_instance(
     args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
 ) -> tuple[Target, Instance]:
     """Return an instance as AWS has it now, from the first region that has it; raises UsageError."""
-    regions = args.region or sorted({target.region for target in known})
-    if not regions:
-        raise UsageError(f"the state has no {args.instance}: give its --region")
+    named = sorted(policy.regions.keys() - {"*"})
+    regions = args.region or sorted({target.region for target in known}) or named
     aws = Aws(args.profile, workers=1)
-    _, account_id, *_ = _identify(aws, policy, regions)
+    home, account_id, *_ = _identify(aws, policy, regions)
     if args.account and account_id not in args.account:
         only = f"--live looks only into the account of the credentials, {account_id}"
         raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
+    if "*" in policy.regions and regions == named:
+        with aws.account(account_id):
+            regions = [*named, *sorted({*describe_regions(aws.client("ec2", home))} - {*named})]
     for region in regions:
         try:
             with aws.account(account_id):
@@ -8926,12 +10002,12 @@ def _describe_instance(
 
 def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     """List findings that the state keeps, or the timeline of one instance."""
+    _check_instance(args.instance)
     outputs = _outputs(args, HISTORY_WRITERS)
-    rules = load_policy(args.policy)
-    policy, statuses = rules.name, [*itertools.chain(*args.status)]
+    statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
-    with _reading(args, policy) as db:
-        accounts = with_account_ids(args, rules, fetch_accounts(db)).account
+    with _reading_known(args) as (db, rules):
+        policy, accounts = rules.name, with_account_ids(args, rules, fetch_accounts(db)).account
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
@@ -8943,7 +10019,7 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
             raise UsageError(f"{args.state} has no such finding of {args.instance} under the policy {policy}")
         write_report(outputs, HISTORY_WRITERS, report, emit)
         if not outputs:
-            emit_lines(history_lines(report))
+            emit_lines(history_lines(report, screen_width(sys.stdout)))
     return ExitCode.COMPLIANT
 
 
@@ -8954,8 +10030,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
         raise UsageError(
             f"--css {args.css} must be in the directory of --html {args.html}, which links to it"
         )
-    policy = load_policy(args.policy)
-    with _reading(args, policy.name) as db:
+    with _reading_known(args) as (db, policy):
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
@@ -8970,8 +10045,10 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
 
 
 def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
-    """Delete what is older than --days, and print what was deleted."""
-    before = now - timedelta(days=args.days)
+    """Delete what is older than a time, and print what was deleted."""
+    if (args.days is None) == (args.older_than is None):
+        raise UsageError("say how old what is deleted must be: --older-than 90d, or --days 90")
+    before = now - (args.older_than or timedelta(days=args.days or 0))
     pruned = Pruned()
     with open_state(args, copied=args.dry_run) as state:
         state.check()
@@ -8980,10 +10057,8 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
             pruned = max(pruned, prune_state(path, before, state.name))
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
-    emit(
-        f"{done} {findings} resolved before {before.date()}, {scans} and the counts of "
-        f"{counted(pruned.coverage, 'target')} from before it; the trend is kept\n"
-    )
+    counts = f"{scans} and the counts of {counted(pruned.coverage, 'target')} from before it"
+    emit_lines([f"{done} {findings} resolved before {before.date()}, {counts}; the trend is kept"])
     return ExitCode.COMPLIANT
 
 
@@ -9023,7 +10098,8 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
             check_plan_output(output)
         publish_report(staged, emit)
         if not args.quiet:
-            emit_lines(remediation_lines(done, args.csv or "", command), _message_stream(outputs))
+            stream = _message_stream(outputs)
+            emit_lines(remediation_lines(done, args.csv or "", command, screen_width(stream)), stream)
         return rows.exit_code
 
 
@@ -9110,32 +10186,51 @@ def _apply(
 
 
 class Progress:
-    """Shows how far a scan is on stderr: one line that changes on a terminal, else one line per target."""
+    """Shows how far a scan is on stderr: one line that changes on a terminal, else lines for some targets."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
-        self.instances: Counter[Target] = Counter()
-        self.ended, self.shown_at = 0, 0.0
+        self.waiting: dict[Target, int] = {}  # the instances of targets that have not ended
+        self.instances, self.ended, self.empty = 0, 0, 0
+        self.begun, self.shown_at = time.monotonic(), 0.0
 
     def page(self, target: Target, instances: int) -> None:
-        """Count a page of a target; the line changes at most ten times a second."""
-        self.instances[target] += instances
-        if self.live and time.monotonic() - self.shown_at > 0.1:
-            self.shown_at = time.monotonic()
-            total = counted(self.instances.total(), "instance")
-            emit(f"\r\x1b[K{counted(self.ended, 'target')} read, {total} so far", sys.stderr)
+        """Count a page of a target; one without instances says that the target will be read."""
+        self.waiting[target] = self.waiting.get(target, 0) + instances
+        self.instances += instances
+        self._show()
 
     def end(self, target: Target, error: TargetError | None) -> None:
-        """Say how a target ended."""
+        """Count a target that was read, or say why it was not."""
+        number = self.waiting.pop(target, 0)
         self.ended += 1
-        if not self.live and (error or not self.quiet):
-            how = f"not read: {error}" if error else counted(self.instances[target], "instance")
+        self.empty += not (number or error)
+        if self.live:
+            self._show()
+        elif error or (number and not self.quiet):
+            how = f"not read: {error}" if error else counted(number, "instance")
             emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
 
     def close(self) -> None:
-        """Clear the line."""
+        """Clear the line, or count the targets that had none."""
         if self.live:
             emit("\r\x1b[K", sys.stderr)
+        elif self.empty and not self.quiet:
+            emit(f"{counted(self.empty, 'target')} without instances\n", sys.stderr)
+
+    def _show(self) -> None:
+        """Change the line, at most ten times a second."""
+        now = time.monotonic()
+        if not self.live or now - self.shown_at < 0.1:
+            return
+        self.shown_at = now
+        minutes, seconds = divmod(int(now - self.begun), 60)
+        regions = ", ".join(sorted({target.region for target in self.waiting}))
+        waiting = f" · waiting: {regions}" if regions else ""
+        targets = f"{self.ended:,}/{counted(self.ended + len(self.waiting), 'target')}"
+        instances = counted(self.instances, "instance")
+        line = f"{targets} · {instances} · {minutes}:{seconds:02}{waiting}"
+        emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
 
 
 class Signals:
@@ -9190,64 +10285,153 @@ def emit(text: str, stream: IO[str] | None = None) -> None:
             raise OutputError(message) from error
 
 
+MIN_WIDTH = 40  # columns; in fewer nothing is readable
+
+
+def screen_width(stream: IO[str]) -> int | None:
+    """Return how wide the terminal is that shows a stream; None for a file or a pipe."""
+    if not (stream.isatty() or os.environ.get("COLUMNS")):
+        return None
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns)
+
+
 def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
-    """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError."""
-    lines = iter(lines)
-    while block := "".join(f"{printable(line)}\n" for line in itertools.islice(lines, 1000)):
+    """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError.
+
+    They are wrapped where the stream is a terminal.
+    """
+    width = screen_width(stream or sys.stdout)
+    parts = (part for line in lines for part in fitted(printable(line), width))
+    while block := "".join(f"{part}\n" for part in itertools.islice(parts, 1000)):
         emit(block, stream)
 
 
 COMMANDS: dict[str, tuple[Callable[[Any, datetime], ExitCode], type[Any]]] = {
     "scan": (run_scan, ScanOptions),
+    "init": (run_init, InitOptions),
     "validate": (run_validate, ValidateOptions),
     "explain": (run_explain, ExplainOptions),
     "history": (run_history, HistoryOptions),
     "report": (run_report, ReportOptions),
     "prune": (run_prune, PruneOptions),
     "remediate": (run_remediate, RemediateOptions),
+    "notify": (run_notify, NotifyOptions),
     "schema": (run_schema, SchemaOptions),
     "iam-policy": (run_iam_policy, IamPolicyOptions),
 }
+EXAMPLES = {
+    "scan": ("--policy org.yaml", "--policy org.yaml --dry-run --region eu-west-1"),
+    "init": ("", "--instances fleet.json --output org.yaml"),
+    "validate": ("policies/*.yaml", "org.yaml --json -"),
+    "explain": ("--policy org.yaml --region eu-west-1", "--policy org.yaml --live i-0123456789abcdef0"),
+    "history": ("--status open --older-than 30d", "i-0123456789abcdef0"),
+    "report": ("--html dashboard.html", "--state s3://bucket/key --html -"),
+    "prune": ("--older-than 90d --dry-run", "--older-than 90d"),
+    "remediate": ("--policy org.yaml", "--policy org.yaml --plan remediate-plan.csv --apply"),
+    "notify": ("--policy org.yaml --test", "--policy org.yaml --profile ops --test"),
+    "schema": ("> policies/policy.schema.json", "| less"),
+    "iam-policy": ("--policy org.yaml", "--policy org.yaml --state s3://bucket/key"),
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors say what was probably meant."""
+
+    commands: Mapping[str, Parser] = {}
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit with 2."""
+        if unknown := re.match("argument COMMAND: invalid choice: '(.*?)' ", message):
+            message = f"unknown command {unknown[1]!r}{did_you_mean(unknown[1], [*COMMANDS])}"
+        super().error(printable(message))
+
+    def refuse(self, word: str) -> NoReturn:
+        """Print the usage and what is wrong about a word that is no option or argument, and exit with 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        hint = did_you_mean(word.partition("=")[0], known)
+        self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{hint}")
+
+
+def build_parser() -> Parser:
     """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
-    codes = "exit codes:\n" + "\n".join(f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode)
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": codes}
+    width = max(MIN_WIDTH, shutil.get_terminal_size().columns) - 2
+    codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
+    lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
+    exit_codes = "\n".join(["exit codes:", *lines])
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     what = "Find the EC2 instances that lack their required tags."
-    parser = argparse.ArgumentParser(prog="tagcheck.py", description=what, **shape)
+    parser = Parser(prog="tagcheck.py", description=what, epilog=exit_codes, **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=options.__doc__, description=options.__doc__, **shape)
+        shown = [
+            part
+            for each in EXAMPLES.get(name, ())
+            for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)
+        ]
+        shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
+        about = textwrap.fill(options.__doc__ or "", width)
+        command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
         hints = get_type_hints(options, include_extras=True)
         for each in fields(options):
             _add_option(command, each, hints[each.name])
+    parser.commands = commands.choices
     return parser
 
 
-def _add_option(command: argparse.ArgumentParser, filled: Field[Any], hint: Any) -> None:
+def _option_name(name: str) -> str:
+    """Return the option that fills a field; `from` is a word of Python, so that field ends in _."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
+def _variable(name: str, option: Option) -> str:
+    """Return the environment variable that can give an option: those of files, the state and the profile."""
+    can = not option.positional and (option.metavar == "FILE" or name == "profile")
+    return f"TAGCHECK_{name.rstrip('_').upper()}" if can else ""
+
+
+def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
     kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
-    name = f"--{filled.name.replace('_', '-')}"
+    name, variable = _option_name(filled.name), _variable(filled.name, option)
+    given = os.environ.get(variable)
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
-    elif kind is bool:
+        return
+    more["dest"] = filled.name
+    if kind is bool:
         short = [name[1:3]] if name in ("--quiet", "--verbose") else []
         command.add_argument(*short, name, help=option.help, action="store_true")
-    elif kind is list:
-        more["help"] += " (repeatable)"
-        command.add_argument(name, action="append", default=[], **more)
-    elif filled.default is MISSING:
-        command.add_argument(name, required=True, **more)
     else:
+        if kind is list:
+            more |= {"help": f"{option.help} (repeatable)", "action": "append"}
         if kind is Literal:
             more |= {"metavar": None, "choices": get_args(hint.__origin__)}
-        if isinstance(filled.default, (str, int, float)):
-            more["help"] += " (default: %(default)s)"
-        command.add_argument(name, default=filled.default, **more)
+        if given:
+            more["help"] += f" ({variable}: {printable(given)})".replace("%", "%%")
+        elif filled.default and isinstance(filled.default, (str, int, float)):
+            more["help"] += f" (default: {filled.default})"
+        required = filled.default is MISSING and kind is not list and not given
+        command.add_argument(name, required=required, **more)
+
+
+def read_options(options: type[Any], given: argparse.Namespace) -> Any:
+    """Return the record of a command's options: as given, else as the environment says, else the default."""
+    values = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        [option] = hint.__metadata__
+        kind, variable = get_origin(hint.__origin__) or hint.__origin__, _variable(name, option)
+        value = getattr(given, name)
+        if value is None and (text := os.environ.get(variable)):
+            value = [text] if kind is list else text
+            LOG.debug("%s", printable(f"{_option_name(name)} {text} (from {variable})"))
+        if value is None and kind is list:
+            value = []
+        if value is not None:
+            values[name] = value
+    return options(**values)
 
 
 def _prepare_streams() -> None:
@@ -9266,7 +10450,12 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         warnings.simplefilter("ignore", FutureWarning)  # of `re`, on patterns that work
         _prepare_streams()
         parser = build_parser()
-        given = parser.parse_args(argv)
+        given, rest = parser.parse_known_args(argv)
+        if given.command is None:
+            parser.print_help(sys.stderr)
+            return ExitCode.USAGE
+        if rest:
+            parser.commands[given.command].refuse(rest[0])
         for text in sys.argv[1:] if argv is None else argv:
             if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
                 parser.error(f"the argument {text!r} is not UTF-8")
@@ -9275,14 +10464,13 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
         # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.
         logging.getLogger("botocore").addHandler(logging.NullHandler())
         run, options = COMMANDS[given.command]
-        args = options(**{each.name: getattr(given, each.name) for each in fields(options)})
         try:
             try:
                 os.getcwd()  # relative paths would lead nowhere
             except OSError as error:
                 message = f"cannot use the current directory: {error.strerror}; change to another"
                 raise UsageError(message) from error
-            return run(args, now or datetime.now(UTC))
+            return run(read_options(options, given), now or datetime.now(UTC))
         except PolicyError as error:
             done = "written" if given.command == "remediate" else "scanned"
             emit(f"{error}\n{counted(len(error.problems), 'problem')}; nothing was {done}\n", sys.stderr)

@@ -165,8 +165,8 @@ def test_gaps_and_ends_of_exemptions_are_told_once(scan, slack):
     for _ in range(2):
         scan(by_slack(slack), [GOOD], policy=exempt, regions=(REGION, OTHER), env=slack.env, check=4)
     (text,) = slack.texts
-    assert text.startswith("tagcheck test: 1 target not read, 1 exemption ending")
-    assert f"{ACCOUNT_ID} {OTHER}: NotInFiles" in text
+    assert text.startswith("tagcheck test: 1 target not read, 1 exemption ends soon")
+    assert f"{ACCOUNT_ID} {OTHER}:\n  NotInFiles" in text
     assert "exemptions[0] (old &lt;platform&gt;): ends on" in text
 
 
@@ -192,7 +192,7 @@ def test_an_account_that_cannot_be_read_is_told_again_after_it_could(tmp_path):
 
     assert pending("*") == {"slack"}
     with closing(script.open_sightings()) as db:
-        script.add_digest_lines(db, [("slack", "", subject, None)])
+        script.add_digest_lines(db, [script.DigestLine("slack", "", subject)])
         script.record_sent(db, script.LocalState(state), "test", "slack", now)
     assert pending("*") == set()
     assert pending(REGION) == set()
@@ -439,12 +439,13 @@ def signals():
 
 
 @pytest.mark.usefixtures("signals")
-def test_the_memory_that_digests_take_does_not_grow_with_findings(monkeypatch, tmp_path):
+@pytest.mark.parametrize("reminded", [False, True])
+def test_the_memory_that_digests_take_does_not_grow_with_findings(monkeypatch, tmp_path, reminded):
     monkeypatch.chdir(tmp_path)
     target, launched, mails = script.Target(ACCOUNT_ID, REGION), datetime(2026, 1, 1, tzinfo=UTC), Counter()
     email = {"from": "tags@example.com", "to": ["ops@example.com"], "region": REGION}
     keys = {"version": 1, "name": "test", "required_tags": ["Project"], "regions": {REGION: None}}
-    keys |= {"notify": {"email": email, "owners": {"domains": ["example.com"]}}}
+    keys |= {"notify": {"email": email, "owners": {"domains": ["example.com"]}, "reminders": ["7d"]}}
     Path("policy.yaml").write_text(json.dumps(keys))
     monkeypatch.setattr(script, "Aws", lambda *_, **__: SimpleNamespace(client=lambda *_: None))
     monkeypatch.setattr(script, "send_email", lambda *_: mails.update(["sent"]))
@@ -460,10 +461,13 @@ def test_the_memory_that_digests_take_does_not_grow_with_findings(monkeypatch, t
 
         monkeypatch.setattr(script, "read_saved", readings)
         Path("instance_state.db").unlink(missing_ok=True)
+        args = ["scan", "--quiet", "--policy", "policy.yaml", "--instances", "none"]
+        if reminded:
+            script.main(args, BEGUN)
         mails.clear()
         tracemalloc.start()
         try:
-            assert script.main(["scan", "--quiet", "--policy", "policy.yaml", "--instances", "none"]) == 3
+            assert script.main(args, BEGUN + 8 * DAY) == 3
             assert mails["sent"] == number + 1
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -471,3 +475,354 @@ def test_the_memory_that_digests_take_does_not_grow_with_findings(monkeypatch, t
 
     _, few, many = peak(500), peak(1_000), peak(6_000)  # the first imports modules
     assert many < few + 300_000, f"{few:,} bytes for 1,000 findings, {many:,} for 6,000"
+
+
+# ---- What a digest looks like ------------------------------------------------------------------------------
+
+DASHBOARD = "https://ci.example.com/tags.html?job=a&ref=b"
+DAY = timedelta(days=1)
+BEGUN = datetime(2026, 11, 1, 6, tzinfo=UTC)
+
+
+def sections(text):
+    """Give the lines of each section of a text for Slack, by its title."""
+    parts = text.split("```")
+    return {
+        before.strip().rpartition("\n")[2]: part.strip().splitlines()
+        for before, part in zip(parts[::2], parts[1::2], strict=False)
+    }
+
+
+def test_causes_stand_before_what_is_new(scan, slack):
+    fleet = [{"aws:autoscaling:groupName": "web"}] * 3
+    scan(by_slack(slack), fleet, env=slack.env, check=3)
+    titles = [*sections(slack.texts[0])]
+    assert titles[1:] == ["Fix many at once:", "New findings:"]
+    assert sections(slack.texts[0])["Fix many at once:"][0].startswith("1 Auto Scaling group: 3 instances")
+
+
+def test_likely_values_have_one_form(scan, slack):
+    sure = [{"aws:autoscaling:groupName": "web", "Owner": "team-web", "Project": "shop"}] * 40
+    unsure = [{"aws:autoscaling:groupName": "api", "Owner": o, "Project": "p"} for o in ("a", "a", "a", "b")]
+    lacking = [{"aws:autoscaling:groupName": name, "Project": "p"} for name in ("web", "api")]
+    scan(by_slack(slack), [*lacking, *sure, *unsure], env=slack.env, check=3)
+    lines = sections(slack.texts[0])["New findings:"]
+    assert [line.partition("Owner missing")[2] for line in lines] == [" (team-web?)", " (maybe a?)"]
+    assert "perhaps" not in slack.texts[0]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "<!channel> ` \u202e " * 12, "a\nb " * 60])
+def test_no_line_is_longer_than_100_characters(scan, aws, slack, name):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    tags = [f"{name[:20]}{number}".replace("\n", "") for number in range(12)]
+    fleet = [{"Name": name, "Owner": name, "aws:autoscaling:groupName": name}] * 12
+    exempt = {"reason": name.replace("\n", " ")[:200], "tags": {"Name": "x"}, "expires": "2020-01-01"}
+    policy = {"required_tags": [*tags, "k" * 127], "exemptions": [exempt]} if "\u202e" not in name else {}
+    email = {"from": "tags@example.com", "to": ["ops@example.com"], "region": REGION}
+    owners = {"default": "lost@example.com"}
+    notify = by_slack(slack, sns={"topic_arn": TOPIC}, email=email, owners=owners)
+    scan(notify, fleet, policy=policy, regions=(REGION, OTHER), env=aws.env | slack.env, check=4)
+    texts = [*slack.texts, *published(), *sent().values()]
+    assert len(texts) == 4
+    for text in texts:
+        title, *lines = text.splitlines()
+        assert title.startswith("tagcheck test: 12 new findings") or text in sent().values()
+        shown = [line.replace("&lt;", "<").replace("&gt;", ">") for line in lines]
+        assert max(map(len, shown)) <= 100
+        assert "\u202e" not in text
+        assert "a\nb" not in text
+    assert "<" not in slack.texts[0]
+    assert slack.texts[0].count("`") % 6 == 0  # only those of code blocks, in pairs
+
+
+def test_a_hostile_account_name_and_owner_ping_nobody(scan, slack, aws):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    hostile = "<!channel> ``` \\u202e\\n<@U0123456>"
+    names = {ACCOUNT_ID: "<!here> ``` *x*"}
+    accounts = {"role_name": "r", "ids": [ACCOUNT_ID], "names": names}
+    notify = by_slack(slack, owners={"default": "U012ABCDEF"}, dashboard_url=DASHBOARD)
+    scan(
+        notify, [{"Owner": json.loads(f'"{hostile}"')}], policy={"accounts": accounts}, env=slack.env, check=3
+    )
+    for text in slack.texts:
+        assert f"{ACCOUNT_ID} (&lt;!here&gt; ''' *x*) {REGION}" in text
+        unlinked = text.replace("<@U012ABCDEF> tagcheck", "").replace("<https://", "")
+        assert "<" not in unlinked
+        assert "\u202e" not in text
+        assert text.count("```") == 2 * (2 if text.startswith("<@") is False else 1)
+    assert "(owner &lt;!channel&gt; ''' \\u202e\\n&lt;@U0123456&gt;)\n" in slack.texts[1]
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [
+        ((5,), "1 exemption ends soon"),
+        ((-5,), "1 exemption has ended"),
+        ((5, 0, -5, -9), "2 exemptions end soon, 2 exemptions have ended"),
+    ],
+)
+def test_an_exemption_ends_soon_or_has_ended(scan, slack, days, said):
+    expires = [(BEGUN + day * DAY).date().isoformat() for day in days]
+    exempt = [{"reason": "old", "tags": {"Name": "old"}, "expires": day} for day in expires]
+    scan(by_slack(slack), [GOOD], policy={"exemptions": exempt}, env=slack.env, now=BEGUN, check=0)
+    assert slack.texts[0].splitlines()[0] == f"tagcheck test: {said}"
+
+
+def test_digests_link_to_the_dashboard_and_an_owners_to_its_section(scan, aws, slack):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    owners = {"mapping": {"team web": "U012ABCDEF", "ann": "ann@example.com", "bob": "ann@example.com"}}
+    email = {"from": "tags@example.com", "to": ["ops@example.com"], "region": REGION}
+    notify = by_slack(slack, email=email, owners=owners, dashboard_url=DASHBOARD)
+    fleet = [{"Owner": "team web"}, {"Owner": "ann"}, {"Owner": "bob"}]
+    scan(notify, fleet, env=aws.env | slack.env, check=3)
+    everything, to_web = slack.texts
+    escaped = DASHBOARD.replace("&", "&amp;")
+    assert everything.endswith(f"\n<{escaped}|Open the dashboard>")
+    assert to_web.endswith(f"\n<{escaped}#{script.owner_anchor('team web')}|Open the dashboard>")
+    assert sent()[("ops@example.com",)].endswith(f"\n\nDashboard: {DASHBOARD}\n")
+    assert sent()[("ann@example.com",)].endswith(f"\n\nDashboard: {DASHBOARD}\n")  # it has two owners
+
+
+def test_an_owners_digest_does_not_repeat_the_owner(scan, aws, slack):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    owners = {"mapping": {"web": "U012ABCDEF", "ann": "ann@example.com", "bob": "ann@example.com"}}
+    email = {"from": "tags@example.com", "region": REGION}
+    fleet = [{"Owner": "web"}, {"Owner": "web"}, {"Owner": "ann"}, {"Owner": "bob"}]
+    scan(by_slack(slack, email=email, owners=owners), fleet, env=aws.env | slack.env, check=3)
+    assert slack.texts[0].count("owner web") == 2  # everybody's
+    assert slack.texts[1].splitlines()[0] == "<@U012ABCDEF> tagcheck test: 2 new findings (owner web)"
+    assert slack.texts[1].count("web") == 1
+    (mail,) = sent().values()
+    assert (mail.count("owner ann"), mail.count("owner bob")) == (1, 1)
+
+
+def test_no_two_owners_share_an_anchor():
+    owners = [
+        "team-web",
+        "Team-Web",
+        "team web",
+        "team_web",
+        "",
+        "\u202e",
+        "é" * 300,
+        "\ud800",
+        'a"><b>',
+        "a" * 256,
+    ]
+    anchors = [*map(script.owner_anchor, owners)]
+    assert len({*anchors}) == len(owners)
+    for anchor in anchors:
+        assert anchor.startswith("owner-")
+        assert {*anchor} <= {*"abcdefghijklmnopqrstuvwxyz0123456789-"}
+        assert len(anchor) < 60
+
+
+def test_the_subject_of_sns_is_cut_between_its_parts(scan, aws):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    exempt = [
+        {"reason": "old", "tags": {"Name": "x"}, "expires": (BEGUN + day * DAY).date().isoformat()}
+        for day in (-5, 5)
+    ]
+    policy = {"name": "ünïcode " * 5, "exemptions": exempt}
+    regions = (REGION, OTHER)
+    scan({"sns": {"topic_arn": TOPIC}}, [{}], policy=policy, regions=regions, env=aws.env, now=BEGUN, check=4)
+    (message,) = sns_backends[ACCOUNT_ID][REGION].topics[TOPIC].sent_notifications
+    subject = message[2]
+    assert subject.isascii()
+    assert len(subject) < 100
+    assert subject.endswith(": 1 new finding, 1 target not read, ...")
+    title, *_ = message[1].split("\n\n")
+    assert max(map(len, title.splitlines())) <= 100
+    assert title.endswith("1 exemption has ended")
+
+
+# ---- Reminders ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def month(scan, slack):
+    """Give a function that scans on a day of a month, and gives what Slack was sent."""
+
+    def run(day, fleet=({},), reminders=("7d", "30d"), check=3, **more):
+        slack.texts.clear()
+        notify = by_slack(slack, reminders=list(reminders)) if reminders else by_slack(slack)
+        result = scan(notify | more, fleet, env=slack.env, now=BEGUN + day * DAY)
+        assert result.code == check
+        return slack.texts[:]
+
+    return run
+
+
+def test_a_finding_still_open_is_told_once_more_at_each_age(month):
+    told = {day: month(day) for day in (0, 1, 6.99, 7, 8, 29, 30, 31, 300)}
+    assert [day for day, texts in told.items() if texts] == [0, 7, 30]
+    assert told[0][0].startswith("tagcheck test: 1 new finding\n")
+    assert told[7][0].startswith("tagcheck test: 1 still open after 7 days\n")
+    assert sections(told[7][0])["Still open after 7 days:"] == [
+        f"i-{0:017x} in {ACCOUNT_ID} {REGION} since 2026-11-01: Owner missing, Project missing"
+    ]
+    assert told[30][0].startswith("tagcheck test: 1 still open after 30 days\n")
+    assert [*sections(told[30][0])][1:] == ["Still open after 30 days:"]
+
+
+def test_rare_scans_send_one_reminder(month):
+    assert month(0)
+    (text,) = month(40)
+    assert text.startswith("tagcheck test: 1 still open after 30 days\n")
+    assert month(41) == []
+    assert month(42, reminders=["7d"]) == []  # a longer age was told already
+
+
+def test_what_is_new_and_what_is_still_open_stand_in_sections_of_their_own(month):
+    month(0, [{}])
+    month(25, [{}, {}], reminders=())
+    (text,) = month(35, [{}] * 3)
+    assert text.startswith(
+        "tagcheck test: 1 new finding, 1 still open after 7 days, 1 still open after 30 days\n"
+    )
+    assert [*sections(text)][1:] == ["New findings:", "Still open after 7 days:", "Still open after 30 days:"]
+    assert [lines[0].partition("i-")[2][16] for lines in [*sections(text).values()][1:]] == ["2", "1", "0"]
+
+
+def test_an_age_counts_from_when_a_finding_was_reopened(month):
+    month(0)
+    month(5, [GOOD], check=0)
+    (text,) = month(9)
+    assert "REOPENED" in text
+    assert "Still open" not in text
+    assert month(15) == []
+    (text,) = month(16)
+    assert "since 2026-11-10:" in text
+    assert month(17) == []
+
+
+def test_a_finding_that_is_resolved_forgets_its_reminders(month):
+    assert [bool(month(day)) for day in (0, 7, 8)] == [True, True, False]
+    month(10, [GOOD], check=0)
+    assert [bool(month(day)) for day in (11, 17, 18, 19)] == [True, False, True, False]
+
+
+def test_a_reminder_that_failed_is_sent_by_the_next_scan(month, slack):
+    month(0)
+    slack.answers = [(400, {})]
+    assert month(7, check=5) == []
+    (text,) = month(8)
+    assert text.startswith("tagcheck test: 1 still open after 7 days\n")
+    slack.answers = [(400, {})]
+    month(30, check=5)
+    (text,) = month(31)
+    assert text.startswith("tagcheck test: 1 still open after 30 days\n")
+    assert month(32) == []
+
+
+def test_a_policy_that_adds_reminders_sends_one_for_what_is_older(month):
+    for day in (0, 20):
+        month(day, [{}] * 15, reminders=())
+    (text,) = month(21, [{}] * 15)
+    assert text.startswith("tagcheck test: 15 still open after 7 days\n")
+    assert "… and 5 more" in text
+    assert month(22, [{}] * 15) == []
+    assert month(23, [{}] * 15, reminders=["7d", "20d"]) == []  # it was told at a greater age
+
+
+def test_what_was_open_before_anybody_was_notified_is_told_at_the_first_reminder(month, tagcheck, tmp_path):
+    save_policy(tmp_path, required_tags=["Owner", "Project"])
+    save_fleet(tmp_path, instance(0))
+    tagcheck("scan", *SAVED_FILES, now=BEGUN, check=3)
+    assert month(3) == []
+    assert month(7)[0].startswith("tagcheck test: 1 still open after 7 days\n")
+    assert month(8) == []
+
+
+def test_reminders_stand_apart_where_all_that_is_open_is_told(month):
+    month(0, on="any")
+    (text,) = month(7, on="any")
+    assert text.startswith("tagcheck test: 1 still open after 7 days\n")
+    (text,) = month(8, on="any")
+    assert text.startswith("tagcheck test: 1 open finding\n")
+
+
+def test_what_could_not_be_read_is_not_reminded_of(month, scan, slack):
+    month(0)
+    notify = by_slack(slack, reminders=["7d"])
+    scan(notify, [{}], regions=(OTHER,), env=slack.env, now=BEGUN + 8 * DAY, check=4)
+    assert slack.texts[1].startswith("tagcheck test: 1 target not read\n")
+    assert month(9)[0].startswith("tagcheck test: 1 still open after 7 days\n")
+
+
+def test_each_channel_and_owner_is_reminded(scan, aws, slack):
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    notify = by_slack(
+        slack,
+        email={"from": "tags@example.com", "region": REGION},
+        owners={"domains": ["example.com"]},
+        reminders=["168h"],
+    )
+    fleet, env = [{"Owner": "ann@example.com"}], aws.env | slack.env
+    for day in (0, 3, 7, 8):
+        scan(notify, fleet, env=env, now=BEGUN + day * DAY, check=3)
+    assert len(slack.texts) == 2
+    mails = [message.body for message in ses_backends[ACCOUNT_ID][REGION].sent_messages]
+    assert len(mails) == 2
+    assert "Still open after 7 days:" in mails[1]
+
+
+# ---- notify --test -----------------------------------------------------------------------------------------
+
+
+def saved(directory):
+    """Give what is in a directory, with the content."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_notify_sends_a_marked_sample_to_every_channel_and_records_nothing(tagcheck, aws, slack, tmp_path):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    aws.backstage("ses", REGION).verify_email_identity(EmailAddress="tags@example.com")
+    email = {"from": "tags@example.com", "to": ["ops@example.com", "sec@example.com"], "region": REGION}
+    owners = {"mapping": {"web": "U012ABCDEF"}, "domains": ["example.com"], "default": "lost@example.com"}
+    channels = by_slack(slack, sns={"topic_arn": TOPIC}, email=email, owners=owners)
+    save_policy(tmp_path, notify=channels | {"dashboard_url": DASHBOARD})
+    before = saved(tmp_path)
+    result = tagcheck("notify", "--policy", "policy.yaml", "--test", env=aws.env | slack.env, check=0)
+    assert result.lines == [
+        "slack: sent",
+        "sns: sent",
+        "email: sent",
+        "owners lost@example.com: sent",
+        "owners U012ABCDEF: would get the findings of web, not sent",
+        "owners …@example.com: would get their own findings, not sent",
+    ]
+    assert saved(tmp_path) == before
+    mails = sent()
+    assert set(mails) == {("ops@example.com", "sec@example.com"), ("lost@example.com",)}
+    texts = [*slack.texts, *published(), *mails.values()]
+    assert len(texts) == 4
+    for text in texts:
+        assert "This is a test from tagcheck 1.0, nothing was scanned" in text
+        assert DASHBOARD.replace("&", "&amp;" if text in slack.texts else "&") in text
+    assert slack.texts[0].startswith("tagcheck test: this is a test\n")
+
+
+def test_notify_says_which_channel_failed_and_tries_the_others(tagcheck, aws, slack, tmp_path):
+    aws.backstage("sns", REGION).create_topic(Name="tags")
+    aws.fault("error", service="sns", code="AuthorizationError", status=403, message="no")
+    slack.answers = [(410, {})]
+    save_policy(tmp_path, notify=by_slack(slack, sns={"topic_arn": TOPIC}))
+    result = tagcheck("notify", "--policy", "policy.yaml", "--test", env=aws.env | slack.env, check=5)
+    assert result.lines[0] == "slack: failed: Slack answered 410"
+    assert result.lines[1].startswith("sns: failed: AuthorizationError: ")
+    assert "SECRET" not in result.out + result.err
+    result = tagcheck("notify", "--policy", "policy.yaml", "--test", env=aws.env, check=5)
+    assert "slack: failed: the policy notifies Slack: put the webhook's URL into" in result.out
+    assert slack.texts == []
+
+
+def test_notify_needs_test_and_a_policy_that_notifies(tagcheck, slack, tmp_path):
+    save_policy(tmp_path, notify=by_slack(slack))
+    result = tagcheck("notify", "--policy", "policy.yaml", env=slack.env, check=2)
+    assert "notify sends a marked sample to every channel of the policy: give --test to do so" in result.err
+    save_policy(tmp_path)
+    result = tagcheck("notify", "--policy", "policy.yaml", "--test", env=slack.env, check=2)
+    assert result.err == "tagcheck: policy.yaml has no notify: nobody is notified\n"
+    assert slack.texts == []

@@ -501,12 +501,15 @@ def test_summary_is_aligned(scan, tmp_path):
     save(tmp_path, *({"Name": name} for name in names[:3]))
     scan(*READ, check=3)
     save(tmp_path, *({"Name": name, "Owner": "x"} for name in names))
-    header, *rows = scan(*READ, check=3).out.split("\n\n")[1].split("\n")
-    assert [row.split()[0] for row in rows] == ["REPEAT"] * 3 + ["NEW"] * 2
-    for word in header.split()[1:]:
-        start = header.index(word)
-        assert {row[start - 2 : start] for row in rows} == {"  "}
-        assert not any(row[start].isspace() for row in rows)
+    new, repeat = scan(*READ, check=3).out.split("\n\n")[1:3]
+    assert repeat.startswith("3 findings REPEAT, the oldest first:\n")
+    for text, status in ((new, "NEW"), (repeat.partition("\n")[2], "REPEAT")):
+        header, *rows = text.split("\n")
+        assert {row.split()[0] for row in rows} == {status}
+        for word in header.split()[1:]:
+            start = header.index(word)
+            assert {row[start - 2 : start] for row in rows} == {"  "}
+            assert not any(row[start].isspace() for row in rows)
 
 
 def test_summary_cuts_a_long_name(scan, tmp_path):
@@ -632,7 +635,7 @@ def test_colour_on_a_terminal(scan, tmp_path, env, coloured):
     assert ("\x1b" in shown) == coloured
 
 
-PROGRESS = "\r\x1b[K0 targets read, 1 instance so far"
+PROGRESS = "\r\x1b[K0/1 target · 1 instance · 0:00"
 
 
 @pytest.mark.parametrize(
@@ -652,7 +655,7 @@ def test_progress_and_colour_only_on_a_terminal(scan, tmp_path, args, streams, p
     assert "\x1b" not in piped
     assert (f"{ACCOUNT} {REGION}: 1 instance" in piped) == (streams.keys() == {"stderr"})
     if progress:  # nothing of it stays
-        assert shown.rpartition("so far")[2].startswith("\r\x1b[K")
+        assert re.search(r"0:\d\d[^\r]*\r\x1b\[K[^\r]*$", shown.replace("\r\n", "\n"))
 
 
 @pytest.mark.parametrize("value", ["\x1b[2J", "\x1b]0;owned\x07", "\x9b2J", "\u202e", "a\nb", "a\rb"])
