@@ -6423,8 +6423,9 @@ text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-s
 .pair>:last-child:nth-child(odd),.cards>:last-child{grid-column:1/-1}.lines{columns:2;column-gap:3rem}
 .owner{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,1fr);gap:0 3rem}
 .owner>details{grid-column:1/-1}}@media (min-width:64rem){.cards{grid-template-columns:repeat(3,1fr)}
-.cards>:last-child{grid-column:auto}}@media (max-width:64rem){
-.list [data-label=Account],.list [data-label="First seen"]{white-space:normal}}
+.cards>:last-child{grid-column:auto}}@media (min-width:40.01rem) and (max-width:64rem){
+.list [data-label=Account],.list [data-label="First seen"]{white-space:normal}
+.list [data-label=Probably]{display:none}}
 .card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);
 border-top:4px solid var(--soft)}.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}
 .good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
@@ -6465,8 +6466,8 @@ body,.bars th{overflow-wrap:break-word}section{margin-top:1.25rem}
 h2,h3,h2+.soft,thead,.legend,.owner>div,.owner>svg{break-after:avoid}
 .cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.cards>:last-child{grid-column:auto}.bars{font-size:8pt}
 .verdict{font-size:1.25rem}.scroll{overflow:visible}
-.list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
-.list [data-label="Created by"]{overflow-wrap:break-word}
+.list{font-size:7.5pt}.list td{padding-right:.375rem}.together,.pair>section{break-inside:avoid}
+.list [data-label=Lacks]{overflow-wrap:anywhere}
 .heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;
 overflow-wrap:anywhere}}
 """
@@ -6610,7 +6611,10 @@ def _table(columns: str, rows: Sequence[Sequence[Element | str]], most: int = HT
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(value != "" for value in values)}
     looks = [COLUMN_LOOKS.get(column, "") for column in known]
-    head = [_node(f"th.{look}", column, scope="col") for look, column in zip(looks, known, strict=True)]
+    head = [
+        _node(f"th.{look}", column, scope="col", data_label=column)
+        for look, column in zip(looks, known, strict=True)
+    ]
     body = _node("tbody")
     for row in zip(*known.values(), strict=True):
         named = zip(looks, known, row, strict=True)
@@ -7003,7 +7007,8 @@ def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
     table = _table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows)
     details = _node("details", _node("summary.soft", "The latest scans in numbers"), *table)
     lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
-    yield _titled("Open findings over time", lead, chart, *_changes(trend), details)
+    content = (chart, *_changes(trend), details)
+    yield _titled("Open findings over time", lead, *content, class_="together")
 
 
 def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
@@ -7162,7 +7167,7 @@ def _oldest_row(alike: Alike, dashboard: Dashboard) -> tuple[Element | str, ...]
     """Return a finding, and how many are like it, as a row of those that are open for longest."""
     finding = alike.finding
     days = max((dashboard.made_at - datetime.fromisoformat(finding.first_seen)).days, 0)
-    since = f"{finding.first_seen[:10]}, {counted(days, 'day')}"
+    since = _node("span", _node("span.whole", finding.first_seen[:10]), f", {counted(days, 'day')}")
     lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
     likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
     cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"

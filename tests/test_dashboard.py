@@ -190,7 +190,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop()["tag"] == tag
-        if tag not in ("b", "code", "a"):
+        if tag not in ("b", "code", "a", "span"):
             self.handle_data(" ")
 
     def handle_data(self, data):
@@ -945,12 +945,32 @@ def test_a_browser_shows_it_and_has_nothing_to_complain_of(browser, name, width)
     assert layout["background"] == "rgb(250, 248, 243)"
 
 
+ADDRESSES = """[...document.querySelectorAll('.list .whole, .list a, .list span.whole')].filter(e =>
+  e.getBoundingClientRect().height && (() => {
+    const range = document.createRange();
+    range.selectNodeContents(e.tagName === 'TD' && e.querySelector('a, .whole') || e);
+    const lines = new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top)));
+    return lines.size > 1 && !/[ ,]/.test(e.textContent);
+  })()).map(e => e.textContent)"""
+
+
 @in_browser
 def test_on_paper_nothing_is_cut_off(browser):
     with browser.page(Page(PAGES["large"]()).source, 703, media="print") as run:  # A4 with margins of 12 mm
         layout = run(LAYOUT)
+        assert run(ADDRESSES) == []
+        assert run("[...document.querySelectorAll('summary')].filter(e => e.offsetHeight).length") == 0
     assert layout["sideways"] == layout["page"] == 0
     assert layout["background"] == "rgb(255, 255, 255)"
+
+
+@in_browser
+def test_on_a_tablet_no_list_is_wider_than_the_page(browser):
+    named = finding("web", account_name="production")
+    found = open_findings(9, owners=(), oldest_unread=(), oldest=[tagcheck.Alike(named, 1)] * 9)
+    with browser.page(Page(dashboard(found=found)).source, 768) as run:
+        assert run(LAYOUT)["sideways"] == 0
+        assert run(ADDRESSES) == []
 
 
 CONTRAST = """(() => {
