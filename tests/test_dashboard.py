@@ -318,6 +318,11 @@ def test_a_long_text_is_cut():
             id="two",
         ),
         pytest.param(
+            points(12, 8, days=0.1),
+            "8 open findings, 4 fewer (33%) than at the first scan, on 2026-02-24 08:06 (12)",
+            id="the same day",
+        ),
+        pytest.param(
             points(*[5] * 20, *[4] * 40, 8),
             "Getting worse 8 open findings, 4 more (100%) than 30 days ago, on 2026-01-25 (4)",
             id="a month",

@@ -73,6 +73,21 @@ def test_whose_findings_are_open(state):
     assert [*by_name(state, owner_tag='a"b')] == [""]
 
 
+def test_a_likely_owner_is_found_whichever_tag_comes_first(tmp_path):
+    group = {number: GROUP | {"Owner": "web", "Project": "shop"} for number in range(20, 28)} | {30: GROUP}
+    scan(tmp_path, 0, group, required_tags=["Project", "Owner"])
+    assert [(each.owner, each.total) for each in found(tmp_path).owners] == [("web", 1)]
+
+
+def test_an_alias_is_of_no_owner(tmp_path):
+    keys = {"required_tags": ["Owner", {"key": "Project", "aliases": ["proj"]}], "normalize_aliases": True}
+    scan(tmp_path, 0, {1: {"Owner": "ann", "proj": "x"}}, **keys)
+    plan = ("remediate", "--policy", "policy.yaml", "--csv", "plan.csv")
+    assert [row["Tag"] for row in run(tmp_path, *plan, check=0).csv("plan.csv")] == ["Project"]
+    (tmp_path / "plan.csv").unlink()
+    assert run(tmp_path, *plan, "--owner=ann", check=0).csv("plan.csv") == []
+
+
 def test_the_trend_of_an_owner_is_what_was_open_each_day(state):
     [*_, before, _, then] = (point.open for point in by_name(state, day=11)["ann"].trend)
     assert (before, then) == (3, 3)
