@@ -532,6 +532,8 @@ def test_no_line_is_longer_than_100_characters(scan, aws, slack, name):
         assert max(map(len, shown)) <= 100
         assert "\u202e" not in text
         assert "a\nb" not in text
+        escaped = f"({name[:4].encode('unicode_escape').decode()}"
+        assert escaped.replace("<", "&lt;" if text in slack.texts else "<") in text
     assert "<" not in slack.texts[0]
     assert slack.texts[0].count("`") % 6 == 0  # only those of code blocks, in pairs
 
