@@ -759,7 +759,7 @@ def test_each_channel_and_owner_is_reminded(scan, aws, slack):
         slack,
         email={"from": "tags@example.com", "region": REGION},
         owners={"domains": ["example.com"]},
-        reminders=["168h"],
+        reminders=["1w"],
     )
     fleet, env = [{"Owner": "ann@example.com"}], aws.env | slack.env
     for day in (0, 3, 7, 8):
