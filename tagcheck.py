@@ -580,10 +580,10 @@ def cut_text(text: str, width: int) -> str:
 
 
 def owner_anchor(owner: str) -> str:
-    """Return the anchor of an owner's section in the dashboard; no two owners share one."""
-    slug = re.sub("[^a-z0-9]+", "-", owner.lower()).strip("-")[:40]
-    number = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()[:8]
-    return "-".join(filter(None, ("owner", slug, number)))
+    """Return the id of an owner's section on the dashboard, for links to it; safe in URLs and in HTML."""
+    readable = re.sub("[^a-z0-9]+", "-", owner.casefold()).strip("-")[:40]
+    digest = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()
+    return "-".join(filter(None, ("owner", readable, digest[:12])))
 
 
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
@@ -1244,13 +1244,14 @@ _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
 _NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
-_AGE = _form("a duration (a number and s, m, h or d)", _DURATION, "7d")
+_LONG_DURATION = "[0-9]{1,4}[smhdw]"
+_AGE = _form("a duration (a number and s, m, h, d or w)", _LONG_DURATION, "7d")
 _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
 
 
 def duration(text: str) -> timedelta:
     """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
-    if not re.fullmatch("[0-9]{1,4}[smhdw]", text):
+    if not re.fullmatch(_LONG_DURATION, text):
         raise ValueError(text)
     return timedelta(
         seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
@@ -1923,7 +1924,7 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
         document.add(("notify", "dashboard_url"), message)
     former = timedelta(0)
     for index, text in _texts(notify, "reminders").items():
-        if re.fullmatch(_DURATION, text):
+        if re.fullmatch(_LONG_DURATION, text):
             age, problem = duration(text), ""
             if not age or age % timedelta(days=1):
                 problem = "is not a number of whole days: write 1d or more"
