@@ -82,6 +82,7 @@ from typing import (
     get_origin,
     get_type_hints,
 )
+from urllib.parse import quote
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -1360,6 +1361,14 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
     @property
+    def owner_key(self) -> str:
+        """The tag that names the owner: that of `notify`, or the required tag Owner, or the first one."""
+        if self.notify and self.notify.owners:
+            return self.notify.owners.tag
+        keys = dict.fromkeys(rule.key for rules in self.regions.values() for rule in rules)
+        return next((key for key in keys if key.casefold() == "owner"), next(iter(keys), "Owner"))
+
+    @property
     def asks_for_units(self) -> bool:
         """Whether it depends on where an account is in the organization."""
         rules = itertools.chain.from_iterable(self.regions.values())
@@ -2184,6 +2193,7 @@ class Scan:
     policy: Policy
     started_at: datetime
     may_hide_managed: bool = False  # whether the input may lack instances that AWS services operate
+    currency: str = ""  # of the prices, where they name it
 
 
 def new_state_notice(state: str) -> str:
@@ -3619,26 +3629,38 @@ def zone_region(zone: str) -> str:
 
 PRICE_COLUMNS = ("instance_type", "region", "hourly_price")
 HOURS_A_MONTH = 730  # as in AWS's own calculator
-Prices = dict[tuple[str, str], float]  # of an hour, by instance type and region
+
+
+class Prices(NamedTuple):
+    """What instances cost, and in which currency, where that is known."""
+
+    hourly: Mapping[tuple[str, str], float]  # by instance type and region
+    currency: str = ""
 
 
 def cost_of_month(prices: Prices, instance: Instance, region: str) -> float | None:
     """Return what an instance in its present state costs in a month; None without its price."""
-    hourly = prices.get((instance.instance_type, region))
+    hourly = prices.hourly.get((instance.instance_type, region))
     runs = instance.state in ("pending", "running") or is_new_state(instance.state)
     return hourly and (hourly * HOURS_A_MONTH if runs else 0.0)
 
 
 def load_prices(path: str) -> Prices:
-    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
-    prices: Prices = {}
+    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError.
+
+    The column of prices may name their currency: hourly_price_eur.
+    """
+    prices: dict[tuple[str, str], float] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
-            if not set(PRICE_COLUMNS) <= {*(table.fieldnames or ())}:
+            names = table.fieldnames or ()
+            priced = [name for name in names if re.fullmatch("hourly_price(_[A-Za-z]{3})?", name)]
+            columns = (*PRICE_COLUMNS[:2], *priced)
+            if not (len(priced) == 1 and {*columns} <= {*names}):
                 raise UsageError(f"{path}:1: the first line must name the columns {','.join(PRICE_COLUMNS)}")
             for row in table:
-                kind, region, price = (str(row[column] or "").strip() for column in PRICE_COLUMNS)
+                kind, region, price = (str(row[column] or "").strip() for column in columns)
                 place = f"{path}:{table.line_num}"
                 if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", price):
                     raise UsageError(f"{place}: {shown_value(price)} is not a price: write it as 0.0832")
@@ -3649,7 +3671,7 @@ def load_prices(path: str) -> Prices:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    return prices
+    return Prices(prices, priced[0].removeprefix("hourly_price").strip("_").upper())
 
 
 ########################################################################################################
@@ -3775,6 +3797,13 @@ MIGRATIONS = (
         cause_kind TEXT, cause TEXT, PRIMARY KEY (policy, account_id, region, instance_id, tag_key)
     ) WITHOUT ROWID
     """,
+    """
+    -- What the instances that were judged cost in a month, where the scan that last read a target had prices.
+    CREATE TABLE spend (
+        policy TEXT NOT NULL, account_id TEXT NOT NULL, region TEXT NOT NULL, monthly_cost REAL NOT NULL,
+        currency TEXT NOT NULL, PRIMARY KEY (policy, account_id, region)
+    ) WITHOUT ROWID
+    """,
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
@@ -3784,7 +3813,8 @@ MIGRATIONS = (
 SIGHTINGS = """
     CREATE TABLE target (
         id INTEGER PRIMARY KEY, account_id TEXT NOT NULL, region TEXT NOT NULL, account_name TEXT NOT NULL,
-        account_paths TEXT NOT NULL, error_code TEXT, error_message TEXT, UNIQUE (account_id, region)
+        account_paths TEXT NOT NULL, error_code TEXT, error_message TEXT, monthly_cost REAL,
+        UNIQUE (account_id, region)
     );
     CREATE TABLE sighting (
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
@@ -4237,7 +4267,13 @@ def add_sightings(
         for entry in _usage_of(groups, values):
             usage[entry] += number
     counts = ((target, *entry, to_json(values), number) for (*entry, values), number in usage.items())
+    judged = (
+        cost for seen, cost in sightings if not seen.too_young and (seen.violations or not seen.exempted)
+    )
+    priced = [cost for cost in judged if cost is not None]
+    more_cost = "UPDATE target SET monthly_cost = coalesce(monthly_cost, 0) + ? WHERE id = ?"
     with transaction(db):
+        db.executemany(more_cost, [(sum(priced), target)] if priced else [])
         db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", counts)
         for width, short in itertools.groupby(rows, key=len):
             columns = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
@@ -4447,7 +4483,8 @@ def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     now, may_hide = utc_text(scan.started_at), scan.may_hide_managed
     ages = scan.policy.notify.reminders if scan.policy.notify else ()
     days = to_json([age.days for age in ages])
-    return {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide, "ages": days}
+    names = {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide, "ages": days}
+    return names | {"currency": scan.currency}
 
 
 def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any], policy: Policy) -> None:
@@ -4592,6 +4629,13 @@ _RECORD_COVERAGE = f"""
     SELECT :policy, account_id, region, instance_id, tag_key, name, alias, value, current, cause_kind, cause
     FROM target JOIN aliased ON aliased.target = target.id WHERE error_code IS NULL;
 
+    DELETE FROM state.spend WHERE policy = :policy
+        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+
+    INSERT INTO state.spend
+    SELECT :policy, account_id, region, monthly_cost, :currency
+    FROM target WHERE error_code IS NULL AND monthly_cost IS NOT NULL;
+
     INSERT INTO state.trend
     SELECT :policy, :now, (SELECT coalesce(sum(findings), 0) FROM ({_LAST_READ})), sum(new), sum(reopened),
         sum(resolved), count(*), sum(status = 'unread')
@@ -4724,7 +4768,7 @@ def fetch_upcoming(
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
     """Return what the findings of the scan that is being recorded have in common, the greatest first."""
-    return _causes(db, _SEEN, _names(db, scan))
+    return _causes(db, _GROUPED.format(owner="''", source=_SEEN), _names(db, scan))
 
 
 def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
@@ -4767,22 +4811,32 @@ def _by_tag(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
 
 
 MAX_CAUSES = 100
+# Findings with a cause, by owner, cause and tags; the columns that differ most come first, to sort fast.
+_GROUPED = """
+    SELECT {owner} AS owner, finding.account_id, finding.region, finding.cause_kind, finding.cause,
+        finding.tag_keys, count(*) AS number
+    {source} AND finding.cause IS NOT NULL GROUP BY 5, 2, 3, 6, 4, 1
+"""
+_GREATEST = """
+    SELECT account_id, region, cause_kind, cause, sum(number) AS instances FROM ({grouped})
+    GROUP BY 4, 1, 2, 3 HAVING instances > 1 ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {most}
+"""
 
 
-def _causes(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[Cause]:
-    """Return the causes of findings; a group of one instance is not a cause."""
+def _causes(
+    db: sqlite3.Connection, grouped: str, names: Mapping[str, Any], most: int = MAX_CAUSES
+) -> list[Cause]:
+    """Return the causes of findings in the greatest groups; a group of one instance is not a cause."""
     query = f"""
-        WITH grouped AS (
-            SELECT finding.account_id, finding.region, finding.cause_kind, finding.cause, finding.tag_keys,
-                count(*) AS number
-            {source} AND finding.cause IS NOT NULL GROUP BY 1, 2, 3, 4, 5
-        ), cause AS (
+        WITH greatest AS ({_GREATEST.format(grouped=grouped, most=most)}), cause AS (
             SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances
-            FROM grouped CROSS JOIN json_each(tag_keys) AS tag_key
+            FROM ({grouped}) CROSS JOIN json_each(tag_keys) AS tag_key
+            WHERE (account_id, region, cause_kind, cause)
+                IN (SELECT account_id, region, cause_kind, cause FROM greatest)
             GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
         )
         SELECT {_columns(Cause, "cause")} FROM cause
-        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {MAX_CAUSES}
+        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {most}
     """
     return [load_record(Cause, row) for row in db.execute(query, names)]
 
@@ -4824,28 +4878,59 @@ class Selection:
     statuses: Sequence[str] = ()
     tag_keys: Sequence[str] = ()
     first_seen_before: datetime | None = None
+    owner_tag: str = ""
+    owners: Sequence[str] = ()
+
+
+# Whose a finding is: the value of the owner tag, or its likely value where the finding is about that tag. The
+# first suggestion mostly is about it, and to look at all takes much longer.
+_OWNER = """coalesce(CASE
+    WHEN NOT (instr(tag_keys, :owner_json) OR instr(tag_keys, :owner_text))
+        THEN trim(json_extract(tags, :owner_path))
+    WHEN json_extract(suggestions, '$[0].tag_key') = :owner_tag THEN iif(
+        json_extract(suggestions, '$[0].confidence') >= :sure,
+        trim(json_extract(suggestions, '$[0].value')), NULL
+    )
+    WHEN instr(suggestions, :owner_json) THEN (
+        SELECT trim(json_extract(value, '$.value')) FROM json_each(suggestions)
+        WHERE json_extract(value, '$.tag_key') = :owner_tag
+            AND json_extract(value, '$.confidence') >= :sure
+    )
+END, '')"""
+
+
+def _owner_names(owner_tag: str) -> dict[str, Any]:
+    """Return the values that _OWNER has names for."""
+    quoted = f'"{owner_tag}"'
+    path = None if '"' in owner_tag else f"$.{quoted}"  # SQLite's paths know no escape
+    names = {"owner_tag": owner_tag, "owner_json": to_json(owner_tag), "owner_text": quoted}
+    return names | {"owner_path": path, "sure": MIN_CONFIDENCE}
 
 
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
-    is_in, before = "IN (SELECT value FROM json_each(?))", selection.first_seen_before
-    has_key = "EXISTS (SELECT value FROM json_each(tag_keys) INTERSECT SELECT value FROM json_each(?))"
-    conditions = {
-        "policy = ?": selection.policy,
-        "instance_id = ?": selection.instance_id,
-        f"account_id {is_in}": _list_or_null(selection.accounts),
-        f"region {is_in}": _list_or_null(selection.regions),
-        f"status {is_in}": _list_or_null(selection.statuses),
-        has_key: _list_or_null(selection.tag_keys),
-        "first_seen < ?": before and utc_text(before),
+    is_in, before = "IN (SELECT value FROM json_each(:{}))".format, selection.first_seen_before
+    conditions: dict[str, tuple[str, Any]] = {
+        "policy": ("policy = :policy", selection.policy),
+        "instance": ("instance_id = :instance", selection.instance_id),
+        "accounts": (f"account_id {is_in('accounts')}", _list_or_null(selection.accounts)),
+        "regions": (f"region {is_in('regions')}", _list_or_null(selection.regions)),
+        "statuses": (f"status {is_in('statuses')}", _list_or_null(selection.statuses)),
+        "keys": (
+            "EXISTS (SELECT value FROM json_each(tag_keys) INTERSECT SELECT value FROM json_each(:keys))",
+            _list_or_null(selection.tag_keys),
+        ),
+        "before": ("first_seen < :before", before and utc_text(before)),
+        "owners": (f"{_OWNER} {is_in('owners')}", _list_or_null(selection.owners)),
     }
-    chosen = {condition: value for condition, value in conditions.items() if value is not None}
+    names = {name: value for name, (_, value) in conditions.items()} | _owner_names(selection.owner_tag)
+    chosen = (condition for condition, value in conditions.values() if value is not None)
     # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
     query = f"""
         SELECT id FROM findings WHERE {" AND ".join(chosen)}
         ORDER BY resolved_at IS NOT NULL, coalesce(resolved_at, first_seen), {_KEY}
     """
-    for number in db.execute(query, [*chosen.values()]):
+    for number in db.execute(query, names):
         finding = db.execute(f"SELECT {_FINDING} FROM findings AS finding WHERE id = ?", number)
         yield load_record(Finding, finding.fetchone())
 
@@ -4908,6 +4993,12 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     return [load_record(Standing, row) for row in rows]
 
 
+def fetch_spend(db: sqlite3.Connection, policy: str) -> list[tuple[str, float]]:
+    """Return what the instances that were judged cost in a month, by the currency of the prices."""
+    rows = db.execute("SELECT currency, sum(monthly_cost) FROM spend WHERE policy = ? GROUP BY 1", (policy,))
+    return [(currency, cost) for currency, cost in load_rows(rows, currency=str, cost=float)]
+
+
 # The upper ends of the ages that are counted together, in days.
 AGES = {
     1: "up to 1 day",
@@ -4918,6 +5009,28 @@ AGES = {
     math.inf: "over a year",
 }
 OLDEST_FINDINGS = 25
+OWNERS_NAMED, OWNERS_SHOWN = 250, 50  # of all owners, and of these with what they have open
+OWNER_DAYS, OWNER_OLDEST, OWNER_CAUSES, FIXES = 30, 5, 3, 5
+
+
+class Alike(NamedTuple):
+    """A finding, and how many there are of the same owner, cause, tags and time, with itself."""
+
+    finding: Finding
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerFindings:
+    """What one owner has open, and resolved in the last OWNER_DAYS days; no owner is known where it is ''."""
+
+    owner: str
+    total: int
+    resolved: int
+    monthly_cost: float | None
+    trend: Sequence[TrendPoint] = ()
+    causes: Sequence[Cause] = ()
+    oldest: Sequence[Alike] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -4930,57 +5043,119 @@ class OpenFindings:
     by_creator: Sequence[tuple[str, int]]
     by_owner: Sequence[tuple[str, int]]
     causes: Sequence[Cause]
-    oldest: Sequence[Finding]
+    oldest: Sequence[Alike]
     priced: int
     cost_by_tag: Sequence[tuple[str, float]]
     by_operator: Sequence[tuple[str, int]]
+    oldest_unread: Sequence[Alike] = ()  # in targets that the latest scan could not read
+    owners: Sequence[OwnerFindings] = ()
+    owners_total: int = 0
+    fixes: Sequence[tuple[str, int]] = ()  # the kind of a group, and how many of its instances are open
 
 
-# The findings are read once, for what is counted: a million of them are a gigabyte.
-_CREATE_OPEN = """
+_OPEN = "FROM temp.open AS finding WHERE resolved IS NULL"
+# The findings are read once, for what is counted: a million of them are a gigabyte. What was resolved lately
+# is for the trends of owners.
+_COUNT_OPEN = f"""
     CREATE TEMP TABLE open AS
-    SELECT id, account_id, region, instance_id, first_seen, tag_keys, created_by, cause_kind, cause,
-        monthly_cost, managed_by, CASE
-            WHEN :owner NOT IN (SELECT value FROM json_each(tag_keys)) THEN json_extract(tags, :owner_path)
-            ELSE (
-                SELECT json_extract(value, '$.value') FROM json_each(suggestions)
-                WHERE json_extract(value, '$.tag_key') = :owner
-                    AND json_extract(value, '$.confidence') >= :sure
-            )
-        END AS owner
-    FROM findings WHERE policy = :policy AND resolved_at IS NULL
+    SELECT id, account_id, region, first_seen, tag_keys, created_by, cause_kind, cause, monthly_cost,
+        managed_by, substr(resolved_at, 1, 10) AS resolved, {_OWNER} AS owner
+    FROM findings WHERE policy = :policy AND (resolved_at IS NULL OR resolved_at >= :since);
+
+    CREATE INDEX temp.open_of ON open (owner, first_seen, resolved, monthly_cost);
+
+    CREATE TEMP TABLE owned AS
+    SELECT owner, sum(resolved IS NULL) AS open, count(resolved) AS resolved,
+        sum(iif(resolved IS NULL, monthly_cost, NULL)) AS cost
+    FROM temp.open GROUP BY 1;
+
+    -- Each finding adds one on the day it was first seen, and takes it away on the day it was resolved.
+    CREATE TEMP TABLE daily AS
+    SELECT owner, first_seen AS at, count(*) AS number FROM temp.open GROUP BY 1, 2;
+
+    INSERT INTO temp.daily
+    SELECT owner, resolved, -count(*) FROM temp.open WHERE resolved IS NOT NULL GROUP BY 1, 2;
+
+    CREATE TEMP TABLE grouped AS {_GROUPED.format(owner="owner", source=_OPEN)};
+
+    CREATE INDEX temp.grouped_of ON grouped (owner)
 """
-_OPEN = "FROM temp.open AS finding WHERE true"
+_UNREAD_TARGETS = f"""(account_id, region) IN (
+    SELECT account_id, region FROM ({_LATEST.format("'read', 'unread'")}) WHERE status = 'unread'
+)"""
 
 
 def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that names the owner."""
-    owner_path = None if '"' in owner_tag else f'$."{owner_tag}"'  # SQLite's paths know no escape
-    names = {"policy": policy, "owner": owner_tag, "owner_path": owner_path, "sure": MIN_CONFIDENCE}
-    db.execute(_CREATE_OPEN, names)
+    days = [str((now - timedelta(days=ago)).date()) for ago in range(OWNER_DAYS, -1, -1)]
+    names = {"policy": policy, "since": days[0]} | _owner_names(owner_tag)
+    _run(db, _COUNT_OPEN, names)
     # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
     query = f"SELECT count(*), count(monthly_cost), min(monthly_cost), max(monthly_cost) {_OPEN}"
     kinds = {"total": int, "priced": int, "least cost": float | None, "greatest cost": float | None}
     ((total, priced, *_),) = load_rows(db.execute(query), **kinds)
     tags = _by_tag(db, _OPEN, names)
-    oldest = db.execute(
-        f"""
-        SELECT {_FINDING} FROM (SELECT id {_OPEN} ORDER BY first_seen, {_KEY} LIMIT {OLDEST_FINDINGS})
-        CROSS JOIN findings AS finding USING (id) ORDER BY finding.first_seen, {_KEY}
-        """
-    )
+    greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
+    fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
+    owners = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
+    found = [
+        OwnerFindings(*row) for row in load_rows(owners, owner=str, open=int, resolved=int, cost=float | None)
+    ]
     return OpenFindings(
         total,
         by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
         by_age=_ages(_count(db, _OPEN, names, "first_seen", Moment), now),
         by_creator=_count(db, _OPEN, names, "created_by"),
         by_owner=_count(db, _OPEN, names, "owner"),
-        causes=_causes(db, _OPEN, names),
-        oldest=[load_record(Finding, row) for row in oldest],
+        causes=_causes(db, "SELECT * FROM temp.grouped", names),
+        oldest=_oldest(db, f"NOT {_UNREAD_TARGETS}", names, OLDEST_FINDINGS),
         priced=priced,
         cost_by_tag=[(key, cost) for key, _, cost in tags if priced],
         by_operator=_count(db, _OPEN, names, "managed_by"),
+        oldest_unread=_oldest(db, _UNREAD_TARGETS, names, OLDEST_FINDINGS),
+        owners=[
+            _of_owner(db, owner, names, days) if owner.total and place < OWNERS_SHOWN else owner
+            for place, owner in enumerate(found)
+        ],
+        owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
+        fixes=[(kind, number) for kind, number in load_rows(fixes, kind=Kind, number=int)],
     )
+
+
+def _of_owner(
+    db: sqlite3.Connection, found: OwnerFindings, names: Mapping[str, Any], days: Sequence[str]
+) -> OwnerFindings:
+    """Return an owner's findings with their trend by day, their causes and the oldest of them."""
+    names = {**names, "of": found.owner}
+    changes = Counter[str]()
+    for moment, number in db.execute("SELECT at, number FROM temp.daily WHERE owner = :of", names):
+        changes[max(moment[:10], days[0])] += number
+    numbers = itertools.accumulate(changes[day] for day in days)
+    trend = [
+        TrendPoint(f"{day}T00:00:00Z", number, 0, 0, 0, 0, 0)
+        for day, number in zip(days, numbers, strict=True)
+    ]
+    causes = _causes(db, "SELECT * FROM temp.grouped WHERE owner = :of", names, OWNER_CAUSES)
+    oldest = _oldest(db, "owner = :of", names, OWNER_OLDEST)
+    return replace(found, trend=trend, causes=causes, oldest=oldest)
+
+
+def _oldest(db: sqlite3.Connection, where: str, names: Mapping[str, Any], most: int) -> list[Alike]:
+    """Return the findings that are open for longest; of those that are alike, one with their number."""
+    # The oldest so many groups are of the oldest so many times: only these are grouped.
+    some = f"{_OPEN} AND {where}"
+    query = f"""
+        WITH times AS (SELECT DISTINCT first_seen {some} ORDER BY 1 LIMIT {most}), alike AS (
+            SELECT min(id) AS id, count(*) AS number
+            {some} AND first_seen <= (SELECT max(first_seen) FROM times)
+            GROUP BY first_seen, cause, account_id, region, cause_kind, tag_keys, owner,
+                iif(cause IS NULL, id, 0)
+            ORDER BY first_seen, account_id, region, 1 LIMIT {most}
+        )
+        SELECT number, {_FINDING} FROM alike CROSS JOIN findings AS finding USING (id)
+        ORDER BY finding.first_seen, {_KEY}
+    """
+    return [Alike(load_record(Finding, row), number) for number, *row in db.execute(query, names)]
 
 
 def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[str, int]]:
@@ -5509,6 +5684,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         "exit_name": report.exit_code.name,
         "summary": report.totals,
         "monthly_cost_without": dict(report.costs),
+        "currency": report.scan.currency or None,
         "upcoming": [to_record(rule) for rule in report.upcoming],
         "notices": list(report.notices),
     }
@@ -5807,7 +5983,8 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
     yield [f"{counted(managed, 'finding')} {are} that an AWS service operates: {services}"] if managed else []
     unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
-    yield [f"{cost:,.2f} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
+    money = f" {report.scan.currency}".rstrip()
+    yield [f"{cost:,.2f}{money} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
     for change, numbers in _preview(report).items() if report.dry_run else ():
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
@@ -6214,6 +6391,9 @@ class Dashboard:
     open: OpenFindings
     endings: Sequence[Problem]
     upcoming: Sequence[Upcoming] = ()
+    spend: Sequence[tuple[str, float]] = ()  # in each currency
+    remediate: Sequence[str] = ("tagcheck.py", "remediate")  # the words of the command, but for the owner
+    css: str = ""  # the file that has the style; empty where the page has it
 
 
 HTML_STYLE = """
@@ -6232,9 +6412,19 @@ a{color:inherit}.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;let
 text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-size:.875rem}
 .warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
 .banner{margin-top:1.25rem;padding:.75rem 1rem;background:var(--note);border-left:4px solid var(--warn)}
-.cards,.pair{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));
-margin-top:1.25rem}.pair{gap:0 3rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
-margin:0}.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);
+.headline{font:600 1.375rem/1.35 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif}
+.cards,.pair{display:grid;gap:1.25rem;margin-top:1.25rem}.pair{gap:0 3rem;margin:0}
+.owner{margin-top:1rem;border-top-style:dotted;padding-top:.75rem}h3{font-size:1rem;margin:0}
+:target{background:var(--note)}.owner svg{margin-top:.375rem}.owner ul,.lines{padding-left:1.125rem}
+.owner ul{margin:.5rem 0 0}.owner details{margin-top:.375rem}code{font-size:.875em}.rest{display:none}
+.list small{display:block;white-space:normal}
+@media (min-width:40.01rem){.cards,.pair{grid-template-columns:1fr 1fr}
+.pair>:last-child:nth-child(odd),.cards>:last-child{grid-column:1/-1}.lines{columns:2;column-gap:3rem}
+.owner{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,1fr);gap:0 3rem}
+.owner>details{grid-column:1/-1}}@media (min-width:64rem){.cards{grid-template-columns:repeat(3,1fr)}
+.cards>:last-child{grid-column:auto}}@media (max-width:64rem){
+.list [data-label=Account],.list [data-label="First seen"]{white-space:normal}}
+.card{padding:1rem 1.25rem 1.125rem;background:var(--card);border:1px solid var(--rule);
 border-top:4px solid var(--soft)}.bad{border-top-color:var(--bad)}.bad>.verdict{color:var(--bad)}
 .good{border-top-color:var(--good)}.good>.verdict{color:var(--good)}
 section,footer{margin-top:2.75rem;border-top:1px solid var(--rule);padding-top:1rem;min-width:0}
@@ -6249,7 +6439,7 @@ background:currentColor}table{border-collapse:collapse;width:100%;font-size:.875
 .scroll{overflow-x:auto}.scroll table{margin:0}th,td{padding:.4375rem .625rem .4375rem 0;text-align:left;
 vertical-align:top;border-bottom:1px solid var(--rule)}thead th{color:var(--soft);vertical-align:bottom;
 border-color:var(--soft)}.number{text-align:right}.number,.whole{white-space:nowrap}.list{font-size:.8125rem}
-.bars th{font-weight:400;width:44%;overflow-wrap:anywhere}.bars td{vertical-align:middle}
+.bars th{font-weight:400;width:52%;overflow-wrap:anywhere}.bars td{vertical-align:middle}
 .bars .number{width:1%;padding-right:0}.heat th,.heat td{border:2px solid var(--paper);
 padding:.3125rem .125rem;text-align:center;vertical-align:middle;font-size:.8125rem}
 .heat thead th{font-size:.6875rem}.heat td{min-width:2.875rem}.heat small{display:block}
@@ -6260,16 +6450,22 @@ left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0
 .h5{background:var(--h5)}summary{cursor:pointer}.unread{background:repeating-linear-gradient(135deg,
 var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
 @media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}
+.rest{display:block}.five:has(+.rest:not([open])) :is(tbody>tr,li,.owner):not(:target):nth-child(n+6){
+display:none}
 .list tr,.list td{display:block}.list{font-size:.875rem}
 .list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
 .list td{border:0;padding:.0625rem 0 .0625rem 6.75rem;text-align:left;white-space:normal;
 overflow-wrap:anywhere}.list td::before{content:attr(data-label);float:left;width:6.5rem;margin-left:-6.75rem;
 color:var(--soft)}.list td:empty{display:none}}
 @media print{@page{margin:12mm}:root{--paper:#fff}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-details{display:none}body{padding:0;max-width:none;font-size:10pt}section{margin-top:1.25rem}
-.card,tr,svg{break-inside:avoid}h2{break-after:avoid}.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}
-.pair{grid-template-columns:1fr 1fr}.verdict{font-size:1.25rem}.scroll{overflow:visible}
+details:not([open]),summary{display:none}body{padding:0;max-width:none;font-size:10pt;orphans:3;widows:3}
+body,.bars th{overflow-wrap:break-word}section{margin-top:1.25rem}
+.card,tr,svg,li,p,.owner>div,.owner:not(:has([open])){break-inside:avoid}
+h2,h3,h2+.soft,thead,.legend,.owner>div,.owner>svg{break-after:avoid}
+.cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.cards>:last-child{grid-column:auto}.bars{font-size:8pt}
+.verdict{font-size:1.25rem}.scroll{overflow:visible}
 .list{font-size:7.5pt;overflow-wrap:anywhere}.list td{padding-right:.375rem}
+.list [data-label="Created by"]{overflow-wrap:break-word}
 .heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;
 overflow-wrap:anywhere}}
 """
@@ -6278,6 +6474,12 @@ HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
+# Where each partition's instances are shown; those of other partitions have no link.
+CONSOLES = {
+    "[a-z]{2}-[a-z]+-[0-9]+": "console.aws.amazon.com",
+    "cn-[a-z]+-[0-9]+": "console.amazonaws.cn",
+    "us-gov-[a-z]+-[0-9]+": "console.amazonaws-us-gov.com",
+}
 RED, PALE, GREEN, GREY = "#b5502b", "#eba883", "#2a8a78", "#888"  # where the style is blocked, as in Jenkins
 Element = ElementTree.Element
 _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of it are the numbers
@@ -6286,12 +6488,15 @@ _LEFT, _WIDTH = 9.0, 89.5  # percent of a picture within which it draws; left of
 def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     """Write the dashboard as one page that runs no script and loads nothing."""
     name, policy_file = _brief(dashboard.policy.name, 120), _brief(dashboard.policy.file, 120)
-    cards = (_trend_card(dashboard), _worst_card(dashboard.standings), _ask_card(dashboard))
-    parts = [_header(dashboard, name), _node("div.cards", *cards), _trend(dashboard.trend)]
-    parts += [_heat_map(dashboard.standings), _counts(dashboard.open), *_lists(dashboard)]
+    standings = dashboard.standings
+    cards = (_trend_card(dashboard), _worst_card(standings), _ask_card(dashboard))
+    parts = [_header(dashboard, name), _node("div.cards", *cards), *_owners(dashboard)]
+    parts += [*_trend(dashboard.trend), _heat_map(standings), *_counts(dashboard), *_lists(dashboard)]
     source = f"Made by tagcheck {__version__} for the policy {name} ({policy_file}). All times are UTC."
     body = _node("body", _node("main", *parts), _node("footer", source))
-    page = _node("html", _head(_brief(f"{dashboard.policy.name}: required tags", 120)), body, lang="en")
+    page = _node(
+        "html", _head(_brief(f"{dashboard.policy.name}: required tags", 120), dashboard.css), body, lang="en"
+    )
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -6300,7 +6505,12 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     file.write(f"<!DOCTYPE html>\n{ElementTree.tostring(page, encoding='unicode', method='html')}\n")
 
 
-DASHBOARD_WRITERS = {"html": write_html}
+def write_css(file: TextIOBase, dashboard: Dashboard) -> None:
+    """Write the style of a page that links to it."""
+    file.write(HTML_STYLE)
+
+
+DASHBOARD_WRITERS = {"html": write_html, "css": write_css}
 
 
 def _node(selector: str, *children: Element | str, **attributes: object) -> Element:
@@ -6394,10 +6604,10 @@ def _line(
     return [plot, dots]
 
 
-def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -> list[Element]:
+def _table(columns: str, rows: Sequence[Sequence[Element | str]], most: int = HTML_ROWS) -> list[Element]:
     """Draw the first rows as a table without its empty columns, and count the others."""
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
-    known = {column: values for column, values in cells if any(values)}
+    known = {column: values for column, values in cells if any(value != "" for value in values)}
     looks = [COLUMN_LOOKS.get(column, "") for column in known]
     head = [_node(f"th.{look}", column, scope="col") for look, column in zip(looks, known, strict=True)]
     body = _node("tbody")
@@ -6405,12 +6615,15 @@ def _table(columns: str, rows: Sequence[Sequence[str]], most: int = HTML_ROWS) -
         named = zip(looks, known, row, strict=True)
         body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
     table = _node("table.list", _node("thead", _node("tr", *head)), body)
-    return [_node("div.scroll", table), *_rest(len(rows) - most)]
+    keyboard = {"tabindex": 0, "role": "group", "aria_label": f"Table: {', '.join(known)}"}
+    return [_node("div.scroll.five", table, **keyboard), *_rest(len(rows), most)]
 
 
-def _rest(number: int) -> list[Element]:
-    """Draw how many more there are than are shown, if there are any."""
-    return [_node("p.soft", line) for line in more_lines(number)]
+def _rest(number: int, most: int) -> list[Element]:
+    """Draw what a phone opens to see more than five of a list, and how many more there are than are shown."""
+    shown = min(number, most)
+    more = [_node("details.rest", _node("summary.soft", f"{shown - 5:,} more"))] if shown > 5 else []
+    return [*more, *(_node("p.soft", line) for line in more_lines(number - most))]
 
 
 def _brief(text: str, width: int = 60) -> str:
@@ -6423,12 +6636,15 @@ def _minute(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _head(title: str) -> Element:
+def _head(title: str, css: str) -> Element:
     """Return the head of the page, which forbids the browser to run or load anything."""
-    style = _node("style")
-    style.text = HTML_STYLE
     digest = base64.b64encode(hashlib.sha256(HTML_STYLE.encode()).digest()).decode()
-    rules = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    style, allowed = _node("style"), f"'sha256-{digest}'"
+    if css:  # a file beside the page; what a browser opens from a disk has no origin
+        style, allowed = _node("link", rel="stylesheet", href=quote(css)), "'self' file:"
+    else:
+        style.text = HTML_STYLE
+    rules = f"default-src 'none'; style-src {allowed}; base-uri 'none'; form-action 'none'"
     metas = (
         _node("meta", charset="utf-8"),
         _node("meta", http_equiv="Content-Security-Policy", content=rules),
@@ -6449,7 +6665,8 @@ def _header(dashboard: Dashboard, name: str) -> Element:
     fleet += f" in {counted(accounts, 'account')} and {counted(regions, 'region')}"
     when = f"{_minute(utc_text(dashboard.made_at))} UTC · latest scan {_minute(latest)}{ago} · {fleet}"
     heading = _node("p.eyebrow", "EC2 instances and their required tags"), _node("h1", name)
-    header = _node("header", *heading, _node("p.soft", when))
+    header = _node("header", *heading, _node("p.headline", _headline(dashboard)), *_facts(dashboard))
+    header.append(_node("p.soft", when))
     if unread := _unread(standings):
         codes = Counter(_brief((standing.error or "").partition(":")[0], 40) for standing in unread)
         why = ", ".join(f"{number:,} {code}" for code, number in codes.most_common(3))
@@ -6460,6 +6677,85 @@ def _header(dashboard: Dashboard, name: str) -> Element:
         link = _node("a", "Which, and why", href="#unread")
         header.append(_node("p.banner", bold, f" ({why}{more}). {text} ", link))
     return header
+
+
+def _headline(dashboard: Dashboard) -> str:
+    """Return what is open, how that compares with 30 days ago, and what would fix most, in one sentence."""
+    found = dashboard.open
+    text = counted(found.total, "open finding") if found.total else "No open findings"
+    if than := _comparison(dashboard):
+        change, share = found.total - than.base.open, ""
+        if than.base.open:
+            percent = 100 * abs(change) / than.base.open
+            share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
+        more = (
+            f"{share or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'} than"
+            if change
+            else "as many as"
+        )
+        text += f", {more} {than.when}"
+    if found.fixes:
+        kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
+        word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
+        groups, tagged = counted(len(found.fixes), word), counted(instances, "instance")
+        text += f"; fixing {groups} would tag {tagged}"
+    return text
+
+
+class _Than(NamedTuple):
+    """What the open findings are compared with: the trend's point, and when it was."""
+
+    base: TrendPoint
+    when: str
+    at: str
+
+
+def _comparison(dashboard: Dashboard) -> _Than | None:
+    """Return the scan of 30 days ago or the first one, None where there is only one."""
+    trend = dashboard.trend
+    if len(trend) == 1:
+        return None
+    latest = datetime.fromisoformat(trend[-1].at)
+    month_ago = utc_text(latest - timedelta(days=30))
+    base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
+    at = _minute(base.at) if base.at[:10] == trend[-1].at[:10] else base.at[:10]
+    if base.at > month_ago:
+        return _Than(base, "at the first scan", at)
+    days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
+    return _Than(base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at)
+
+
+def _facts(dashboard: Dashboard) -> list[Element]:
+    """Draw why the count differs from the latest scan's own, and which share of the spend is allocated."""
+    found, facts = dashboard.open, []
+    latest, owner = dashboard.trend[-1].at, dashboard.policy.owner_key
+    others = [target for target in dashboard.standings if target.error or target.last_read != latest]
+    if kept := sum(target.findings for target in others):
+        where = f"in {counted(len(others), 'target')} that the latest scan did not read"
+        facts.append(f"{max(found.total - kept, 0):,} + {kept:,} as last read, {where}")
+    if len(dashboard.spend) == 1:
+        [(currency, cost)] = dashboard.spend
+        percent = 100 * (1 - min(dict(found.cost_by_tag).get(owner, 0) / cost, 1)) if cost else 100
+        facts.append(f"{percent:.0f}% of {_money(cost, currency)} a month is allocated (has {_brief(owner)})")
+    elif dashboard.spend:
+        names = ", ".join(currency or "unnamed" for currency, _ in dashboard.spend)
+        facts.append(f"the prices are in several currencies: {names}")
+    return [_node("p", " · ".join(facts))] if facts else []
+
+
+def _money(amount: float, currency: str) -> str:
+    """Return an amount with its currency, if that is known."""
+    return f"{amount:,.0f} {currency}".rstrip()
+
+
+def _leads(counts: Sequence[tuple[str, int]], total: int) -> bool:
+    """Return whether the first of these has a twentieth of all findings more than the next."""
+    return bool(counts) and counts[0][1] - (counts[1][1] if len(counts) > 1 else 0) >= max(total / 20, 1)
+
+
+def _spread(word: str, counts: Sequence[tuple[str, int]], total: int) -> str:
+    """Return that none stands out: "no account above 5%"."""
+    return f"no {word} above {math.ceil(100 * counts[0][1] / total)}%"
 
 
 def _unread(standings: Iterable[Standing]) -> list[Standing]:
@@ -6489,19 +6785,15 @@ def _trend_card(dashboard: Dashboard) -> Element:
     """Draw the card that compares the open findings with 30 days ago, or with the first scan."""
     trend, total = dashboard.trend, dashboard.open.total
     question, now = "Is it getting better?", counted(total, "open finding")
-    if len(trend) == 1:
+    if not (than := _comparison(dashboard)):
         return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
-    latest = datetime.fromisoformat(trend[-1].at)
-    month_ago = utc_text(latest - timedelta(days=30))
-    base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
+    base, when, at = than
     change = total - base.open
     better, worse = ("Getting better", "good", "fewer"), ("Getting worse", "bad", "more")
     answer, tone, more = better if change < 0 else worse if change else ("Unchanged", "", "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
-    than = f"{abs(change):,} {more}{share} than" if change else "as many as"
-    days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
-    when = f"{days} before" if base.at <= month_ago else "at the first scan"
-    lines = [_bold(now, f", {than} {when}, on {base.at[:10]} ({base.open:,})")]
+    compared = f"{abs(change):,} {more}{share} than" if change else "as many as"
+    lines = [_bold(now, f", {compared} {when}, on {at} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
         lines.append(_node("p.warn", f"As far as is known: {doubt}."))
@@ -6512,31 +6804,44 @@ def _trend_card(dashboard: Dashboard) -> Element:
 
 
 def _worst_card(standings: Sequence[Standing]) -> Element:
-    """Draw the card of the target, account and region with most open findings and least compliance."""
+    """Draw the card of the account and region with most open findings, where these stand out."""
     question, unread = "Where is it worst?", _unread(standings)
     text = f"{counted(len(unread), 'target')} not read: it may be worse there."
     warning = [_node("p.warn", text)] if unread else []
-    worst = max(standings, key=lambda standing: standing.findings)
-    if not worst.findings and unread:
+    total = _compliance(standings)[1]
+    if not total and unread:
         return _card(question, "Not known", _node("p", "Nothing is open in what was read."), *warning)
-    if not worst.findings:
+    if not total:
         return _card(question, "Nowhere", _node("p", _all_good(standings)), tone="good")
-    since = f", not read since {(worst.last_read or '')[:10]}" if worst.error else ""
-    of = f"{worst.findings:,} of {counted(worst.instances, 'instance')}"
-    lines = [_node("p.verdict", worst.target.region), _bold(of, f" lack tags{since}")]
+    verdict, lines, spread = "", [], []
     for attribute in ("account", "region"):
         groups = _worst_first(standings, attribute)
-        name = next(iter(groups))
+        counts = [(name, _compliance(group)[1]) for name, group in groups.items()]
+        name = counts[0][0]
+        if not _leads(counts, total):
+            spread.append(_spread(attribute, counts, total))
+            continue
+        verdict = verdict or name
         _, findings, share = _compliance(groups[name])
-        if len(groups) > 1:
-            lines.append(_bold(name, f" in all: {findings:,} open, {share} compliant"))
+        where = "" if name == verdict else f" in {name}"
+        if len(groups) > 1 or not where:
+            lines.append(_bold(f"{findings:,} open", f"{where}, {share} compliant"))
+    if spread:
+        text = f"{'; '.join(spread)} of the findings."
+        lines.append(_node("p", text[0].upper() + text[1:]))
+    worst = next(iter(_worst_first(standings, "account").values()))
+    places = sorted(worst, key=lambda standing: -standing.findings)
+    if _leads([(place.target.region, place.findings) for place in places], total) and len(standings) > 1:
+        place = places[0]
+        since = f", not read since {(place.last_read or '')[:10]}" if place.error else ""
+        of = f"{place.findings:,} of {counted(place.instances, 'instance')}"
+        lines.append(_bold(str(place.target), f": {of} lack tags{since}"))
     judged = [s for s in standings if not s.error and s.compliant + s.findings]
-    lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=worst)
-    share = _compliance([lowest])[2]
-    if share != _compliance([worst])[2]:
-        of = f"{share} of {counted(lowest.instances, 'instance')}"
-        lines.append(_bold(str(lowest.target), f": {of} compliant"))
-    return _card(question, worst.target.account, *lines, *warning, tone="bad")
+    lowest = min(judged, key=lambda s: s.compliant / (s.compliant + s.findings), default=None)
+    if lowest and len(judged) > 1:
+        of = f"{_compliance([lowest])[2]} of {counted(lowest.instances, 'instance')} compliant"
+        lines.append(_bold("Lowest share", f": {lowest.target}, {of}"))
+    return _card(question, verdict or "Spread out", *lines, *warning, tone="bad")
 
 
 def _all_good(standings: Sequence[Standing]) -> str:
@@ -6561,21 +6866,94 @@ def _ask_card(dashboard: Dashboard) -> Element:
     def named(counts: Iterable[tuple[str, int]]) -> str:
         return ", ".join(f"{_brief(who, 40)} ({number:,})" for who, number in counts)
 
-    people = found.by_owner or found.by_creator
+    kinds = (("owner", "owns, or probably owns,", found.by_owner), ("creator", "created", found.by_creator))
+    known = [kind for kind in kinds if kind[2]]
+    who = next(((does, people) for _, does, people in known if _leads(people, found.total)), None)
     lines = []
-    if people:
-        does = f"{'owns, or probably owns,' if found.by_owner else 'created'} {people[0][1]:,}"
-        lines.append(_bold(does, f" of {counted(found.total, 'instance')} with findings"))
-    if len(people) > 1:
-        lines.append(_bold("Then", f": {named(people[1:4])}"))
-    if found.by_owner and found.by_creator:
-        lines.append(_bold("Created", f" by {named(found.by_creator[:3])}"))
+    if who:
+        does, people = who
+        lines.append(
+            _bold(f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
+        )
+        if len(people) > 1:
+            lines.append(_bold("Then", f": {named(people[1:4])}"))
+    for word, _, people in known:
+        if not (who and people is who[1]):
+            spread = "" if _leads(people, found.total) else f"{_spread(word, people, found.total)}: "
+            lines.append(_bold(f"{word.capitalize()}s", f": {spread}{named(people[:3])}"))
+    if found.owners:
+        lines.append(_node("p", _node("a", "What each owner has open", href="#owners")))
     if found.causes:
         lines.append(_bold("Most at once", f": {_brief(str(found.causes[0]), 240)}"))
     if not found.by_creator:
         code, text = _node("code", "scan --creators"), "Who created the instances is not known: "
         lines.append(_node("p.soft", text, code, " looks it up."))
-    return _card(question, _brief(people[0][0]) if people else "Not known", *lines)
+    verdict = _brief(who[1][0][0]) if who else "Spread out" if known else "Not known"
+    return _card(question, verdict, *lines)
+
+
+def _owners(dashboard: Dashboard) -> Iterator[Element]:
+    """Draw a section for each of the owners with most open findings, and a line for each of the others."""
+    found = dashboard.open
+    shown = [owner for owner in found.owners if owner.trend]
+    if not shown:
+        return
+    lead = (
+        f"By the tag {_brief(dashboard.policy.owner_key)}, or its likely value. The lines show the open "
+        f"findings of the last {OWNER_DAYS} days; they leave out what was pruned, and count what was "
+        "reopened from when it was first seen."
+    )
+    drawn = [_owner(dashboard, owner, is_open=place < 3) for place, owner in enumerate(shown)]
+    lines = _node("ul.lines.five")
+    for owner in found.owners[len(shown) :]:
+        text = f": {owner.total:,} open" if owner.total else ": nothing open"
+        text += f", {owner.resolved:,} resolved in {OWNER_DAYS} days" if owner.resolved else ""
+        place = {"id": owner_anchor(owner.owner)}
+        lines.append(_node("li", _node("b", _owner_name(owner.owner)), text, **place))
+    named = len(found.owners) - len(shown)
+    more = [lines, *_rest(found.owners_total - len(shown), named)] if named else []
+    every = _node("div.five", *drawn)
+    yield _titled("Owners", lead, every, *_rest(len(drawn), len(drawn)), *more, id="owners")
+
+
+def _owner_name(owner: str) -> str:
+    """Return an owner as the page shows it."""
+    return _brief(owner) if owner else "No known owner"
+
+
+def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Element:
+    """Draw what one owner has open, its trend, the causes, the oldest findings, and the command."""
+    numbers = [point.open for point in owner.trend]
+    change = owner.total - numbers[0]
+    more = f"{abs(change):,} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
+    facts = [counted(owner.total, "open finding"), f"{more} {OWNER_DAYS} days ago"]
+    if owner.monthly_cost is not None:
+        facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
+    name = _owner_name(owner.owner)
+    head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
+    line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
+    picture = _picture(
+        f"{name}: {numbers[0]:,} open {OWNER_DAYS} days ago, {numbers[-1]:,} now", "", 40, *line
+    )
+    details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
+    if owner.causes:
+        details.append(_node("ul", *(_node("li", _brief(str(cause), 160)) for cause in owner.causes)))
+    rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
+    details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
+    rest = owner.total - sum(alike.number for alike in owner.oldest)
+    details.extend(_node("p.soft", line) for line in more_lines(rest))
+    if is_printable(owner.owner):
+        of = [f"--owner={owner.owner}"] if owner.owner else ["--owner", ""]
+        command = shlex.join([*dashboard.remediate, *of])
+        details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
+    if is_open:
+        details.set("open", "")
+    return _node("section.owner", head, picture, details, id=owner_anchor(owner.owner))
+
+
+def _currency(dashboard: Dashboard) -> str:
+    """Return the currency of all prices, empty where it is not known or there are several."""
+    return dashboard.spend[0][0] if len(dashboard.spend) == 1 else ""
 
 
 def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
@@ -6588,19 +6966,33 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     return points
 
 
-def _trend(trend: Sequence[TrendPoint]) -> Element:
+def _time_labels(start: datetime, end: datetime, parts: int) -> list[tuple[float, str]]:
+    """Return where labels stand on a time axis, from 0 to 1; no two of them are the same."""
+    span = end - start
+    form = (
+        "%Y-%m-%d" if span > timedelta(days=5) else "%H:%M" if start.date() == end.date() else "%m-%d %H:%M"
+    )
+    form = "%H:%M:%S" if span < timedelta(minutes=1) else form
+    labels: dict[str, float] = {}
+    for part in (0, parts, *range(1, parts)):
+        labels.setdefault(f"{start + span * part / parts:{form}}", part / parts)
+    return [(place, text) for text, place in labels.items()]
+
+
+def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
     """Draw the open findings over time, what each scan changed, and the latest scans in numbers."""
+    if len(trend) == 1 or not any(point.open or point.new or point.resolved for point in trend):
+        return
     points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
     drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
     drawn += _line(points, peak, 18, 200)
     (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    form = "%Y-%m-%d" if end - start > timedelta(days=5) else "%m-%d %H:%M"
-    for quarter in range(5) if end > start else [2]:
-        moment, anchor = start + (end - start) * quarter / 4, {0: "start", 4: "end"}.get(quarter, "middle")
-        look = "wide" if quarter % 2 else ""  # too many for a phone
-        drawn.append(_label(f"{moment:{form}}", _LEFT + _WIDTH * quarter / 4, 242, anchor, look))
-    text = f"From {first.open:,} on {first.at[:10]} to {last.open:,} on {last.at[:10]}"
+    for place, text in _time_labels(start, end, 4):
+        anchor = "start" if place == 0 else "end" if place == 1 else "middle"
+        look = "wide" if place in (0.25, 0.75) else ""  # too many for a phone
+        drawn.append(_label(text, _LEFT + _WIDTH * place, 242, anchor, look))
+    text = f"From {first.open:,} on {_minute(first.at)} to {last.open:,} on {_minute(last.at)}"
     text += f", in {counted(len(trend), 'scan')}"
     chart = _picture("Open findings over time", text, 250, *drawn, look="chart")
     rows = []
@@ -6610,7 +7002,7 @@ def _trend(trend: Sequence[TrendPoint]) -> Element:
     table = _table("Scan,Open,NEW,REOPENED,RESOLVED,Not read", rows)
     details = _node("details", _node("summary.soft", "The latest scans in numbers"), *table)
     lead = "All targets, each as it was last read; a hollow point is a scan that left targets unread."
-    return _titled("Open findings over time", lead, chart, *_changes(trend), details)
+    yield _titled("Open findings over time", lead, chart, *_changes(trend), details)
 
 
 def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
@@ -6646,9 +7038,10 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
             if number:
                 group.append(_bar(look, colour, **across, **upright))
         drawn.append(group)
-        if index in (0, len(bars) - 1):
-            anchor = "middle" if len(bars) < 4 else "end" if index else "start"
-            drawn.append(_label(bar.at[:10], middle, 196, anchor))
+    first_bar, last_bar = (datetime.fromisoformat(bar.at) for bar in (bars[0], bars[-1]))
+    for place, text in _time_labels(first_bar, last_bar, 1):
+        anchor = "middle" if len(bars) < 4 else "end" if place else "start"
+        drawn.append(_label(text, _LEFT + slot * (0.5 + place * (len(bars) - 1)), 196, anchor))
     if cut:
         drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
     picture = _picture("NEW, REOPENED and RESOLVED findings per scan", each, 200, *drawn, look="chart")
@@ -6672,7 +7065,8 @@ def _heat_map(standings: Sequence[Standing]) -> Element:
     for step, words in enumerate(steps):
         legend.append(_node(f"span.step.h{step}", words))
         legend[-1].tail = " "
-    legend.append(_node("span.step.unread", "not read"))
+    if _unread(standings):
+        legend.append(_node("span.step.unread", "not read"))
     head = [_node("th", column, scope="col") for column in ("Account", "all", *regions)]
     body = _node("tbody")
     for account, group, look in rows:
@@ -6697,22 +7091,25 @@ def _heat_cell(where: str, standings: Sequence[Standing]) -> Element:
     return _node(f"td.{look}", share if read else "not read" if unread else "", *small, title=title)
 
 
-def _counts(found: OpenFindings) -> Element:
-    """Draw the open findings by tag, age, creator, service and owner, and the cost by tag, as bars."""
+def _counts(dashboard: Dashboard) -> Iterator[Element]:
+    """Draw the open findings by tag, age, creator and service, and the cost by tag, as bars."""
+    found = dashboard.open
     unpriced = found.total - found.priced
     spend = "What the instances that lack a tag cost in a month, by the prices that scans were given"
+    spend += f" in {_currency(dashboard)}" if _currency(dashboard) else ""
     spend += f"; {counted(unpriced, 'finding')} without a price left out." if unpriced else "."
-    costs = sorted(found.cost_by_tag, key=lambda row: row[0] != "Owner")  # who pays is asked first
+    owner = dashboard.policy.owner_key
+    costs = sorted(found.cost_by_tag, key=lambda row: row[0] != owner)  # who pays is asked first
     charts: tuple[tuple[str, str, Sequence[tuple[str, float]]], ...] = (
         ("Missing or invalid tags", "An instance can lack several.", found.by_tag),
         ("Age of open findings", "Since a scan first saw them.", found.by_age),
         ("Created by", "Who made the instances.", found.by_creator),
         ("Operated by AWS services", "Their tags come from the service's own settings.", found.by_operator),
-        ("Owners", "By their tag, or its likely value.", found.by_owner),
         ("Spend that lacks its tag", spend, costs),
     )
     pair = _node("div.pair")
-    for title, lead, rows in charts:
+    for title, lead, every in charts:
+        rows = [row for row in every if row[1]]
         body, most = _node("tbody"), max((number for _, number in rows), default=0) or 1
         for name, number in rows[:HTML_ROWS]:
             brief, amount, width = _brief(name), f"{number:,.0f}", f"{100 * number / most:.1f}%"
@@ -6720,8 +7117,10 @@ def _counts(found: OpenFindings) -> Element:
             cells = _node("td", _picture(f"{brief}: {amount}", "", 12, bar)), _node("td.number", amount)
             body.append(_node("tr", _node("th", brief, scope="row"), *cells))
         if rows:
-            pair.append(_titled(title, lead, _node("table.bars", body), *_rest(len(rows) - HTML_ROWS)))
-    return pair
+            table = _node("div.five", _node("table.bars", body))
+            pair.append(_titled(title, lead, table, *_rest(len(rows), HTML_ROWS)))
+    if len(pair):
+        yield pair
 
 
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
@@ -6732,9 +7131,13 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
     ]:
         lead = "What many instances share, and where to fix all of them."
         yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
-    if oldest := [_oldest_row(finding, dashboard.made_at) for finding in found.oldest]:
-        columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
-        yield _titled("Open for longest", "", *_table(columns, oldest))
+    columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
+    unread = "In targets that the latest scan could not read: they may be tagged by now."
+    longest = (("", "", found.oldest), (", as last read", unread, found.oldest_unread))
+    for more, lead, findings in longest:
+        if oldest := [_oldest_row(alike, dashboard) for alike in findings]:
+            title = f"Open for longest{more}"
+            yield _titled(title, lead, *_table(columns, oldest))
     if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
         yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
     if upcoming := [
@@ -6754,15 +7157,31 @@ def _lists(dashboard: Dashboard) -> Iterator[Element]:
         yield _titled("Not read", lead, *table, id="unread")
 
 
-def _oldest_row(finding: Finding, now: datetime) -> tuple[str, ...]:
-    """Return a finding as a row of those that are open for longest."""
-    days = max((now - datetime.fromisoformat(finding.first_seen)).days, 0)
+def _oldest_row(alike: Alike, dashboard: Dashboard) -> tuple[Element | str, ...]:
+    """Return a finding, and how many are like it, as a row of those that are open for longest."""
+    finding = alike.finding
+    days = max((dashboard.made_at - datetime.fromisoformat(finding.first_seen)).days, 0)
     since = f"{finding.first_seen[:10]}, {counted(days, 'day')}"
     lacks = ", ".join(_brief(violation, 80) for violation in short_violations(finding))
     likely = ", ".join(_brief(str(suggestion), 80) for suggestion in finding.suggestions)
     cost = "" if finding.monthly_cost is None else f"{finding.monthly_cost:,.0f}"
-    where = (finding.instance_id, _brief(finding.name, 40), finding.target.account, finding.region)
+    instance = _console_link(finding)
+    if alike.number > 1 and finding.cause:
+        group = f"{GROUP_KINDS[finding.cause.kind].word} {_brief(finding.cause.name, 40)}"
+        more = _node("small", f" and {alike.number - 1:,} more of the {group}")
+        instance = _node("span", instance, more)
+    where = (instance, _brief(finding.name, 40), finding.target.account, finding.region)
     return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.creator), cost)
+
+
+def _console_link(finding: Finding) -> Element | str:
+    """Return an instance's id, with a link to it in the EC2 console of its partition."""
+    region, instance_id = finding.region, finding.instance_id
+    consoles = [host for pattern, host in CONSOLES.items() if re.fullmatch(pattern, region)]
+    if not (consoles and re.fullmatch(INSTANCE_ID, instance_id)):
+        return instance_id
+    url = f"https://{consoles[-1]}/ec2/home?region={region}#InstanceDetails:instanceId={instance_id}"
+    return _node("a", instance_id, href=url, rel="noreferrer")
 
 
 ########################################################################################################
@@ -8579,7 +8998,9 @@ class ScanOptions(ScopeOptions):
     csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
-    prices: Annotated[str | None, Option("monthly costs: a CSV of instance_type,region,hourly_price")] = None
+    prices: Annotated[
+        str | None, Option("costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
+    ] = None
     creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
     creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", _time)] = timedelta(0, 60)
     fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
@@ -8654,6 +9075,9 @@ class ReportOptions(PolicyOptions):
 
     policy: KnownPolicy = ""
     html: Annotated[str, Option("the dashboard, - for stdout")]
+    css: Annotated[str | None, Option("write the style to this file beside the page, which links to it")] = (
+        None
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8671,6 +9095,7 @@ class RemediateOptions(ScopeOptions):
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
     min_confidence: Annotated[float, Option("minimum confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
+    owner: Annotated[list[str], Option("only this owner's findings; '' is no known owner", "NAME")]
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
@@ -8720,8 +9145,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     outputs = _outputs(args, WRITERS)
     senders = {} if args.dry_run else _senders(args.profile, policy)
     may_hide_managed = bool(args.instances) and not args.include_managed_resources
-    scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed)
-    prices = load_prices(args.prices) if args.prices else {}
+    prices = load_prices(args.prices) if args.prices else Prices({})
+    scan = Scan(str(uuid.uuid4()), policy, now, may_hide_managed, prices.currency)
     actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
     aws = None if args.instances else Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
@@ -9602,15 +10027,20 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
     outputs = _outputs(args, DASHBOARD_WRITERS)
+    if args.css and args.html != "-" and Path(args.css).parent.resolve() != Path(args.html).parent.resolve():
+        raise UsageError(
+            f"--css {args.css} must be in the directory of --html {args.html}, which links to it"
+        )
     with _reading_known(args) as (db, policy):
-        keys = dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules)
-        owner = next((key for key in keys if key.casefold() == "owner"), next(iter(keys), "Owner"))
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
-        open_, upcoming = fetch_open(db, policy.name, owner, now), fetch_upcoming(db, policy.name, now.date())
-    endings = check_expiry(policy, now.date())
-    dashboard = Dashboard(policy, now, trend, standings, open_, endings, upcoming)
+        open_, today = fetch_open(db, policy.name, policy.owner_key, now), now.date()
+        upcoming, spend = fetch_upcoming(db, policy.name, today), fetch_spend(db, policy.name)
+    command = ["tagcheck.py", "remediate", "--policy", policy.file]
+    command += [] if args.state == DEFAULT_STATE else ["--state", args.state]
+    page = (policy, now, trend, standings, open_, check_expiry(policy, today), upcoming)
+    dashboard = Dashboard(*page, spend, command, Path(args.css or "").name)
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
     return ExitCode.COMPLIANT
 
@@ -9639,6 +10069,8 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     _check_scope(args, policy)
     if args.plan and args.undo:
         raise UsageError("--plan and --undo: give one of them")
+    if args.owner and (args.plan or args.undo):
+        raise UsageError("--owner makes a plan from the state: leave out --plan and --undo, or --owner")
     if args.role and not policy.accounts:
         raise UsageError(f"--role {printable(args.role)}: {policy.file} has no accounts to assume it in")
     new_plan = not (args.plan or args.undo or args.apply)
@@ -9684,8 +10116,10 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
             is_open = Selection(policy.name, None, args.account, args.region, OPEN)
+            is_open = replace(is_open, owner_tag=policy.owner_key, owners=args.owner)
             planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
-            aliased = plan_aliased(fetch_aliased(db, policy.name), policy, args.min_confidence)
+            every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
+            aliased = plan_aliased(every, policy, args.min_confidence)
             return PlanRows(itertools.chain(planned, (row for row in aliased if args.includes(row.target))))
     return PlanRows(row for row in rows if args.includes(row.target))
 
@@ -9717,8 +10151,10 @@ def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
             words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
         if (path := args.undo or args.plan or args.csv or "-") != "-":
             words += ["--undo" if args.undo else "--plan", path]
-        elif args.min_confidence != MIN_CONFIDENCE:
-            words += ["--min-confidence", str(args.min_confidence)]
+        else:
+            words += [f"--owner={name}" for name in args.owner]
+            if args.min_confidence != MIN_CONFIDENCE:
+                words += ["--min-confidence", str(args.min_confidence)]
     return shlex.join([*words, *more])
 
 

@@ -294,7 +294,7 @@ def test_a_state_of_version_5_keeps_its_trend_and_its_creators(tmp_path):
         db.executescript((DATA / "state_5.sql").read_text())
     shown = json.loads((DATA / "state_5.json").read_text())
     script.check_state(tmp_path / "instance_state.db")
-    assert rows(tmp_path, "pragma_user_version") == [(7,)]
+    assert rows(tmp_path, "pragma_user_version") == [(8,)]
     for policy, of_policy in shown.items():
         with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db:
             trend, of = script.fetch_trend(db, policy), script.fetch_standings(db, policy)
