@@ -5095,6 +5095,9 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     kinds = {"total": int, "priced": int, "least cost": float | None, "greatest cost": float | None}
     ((total, priced, *_),) = load_rows(db.execute(query), **kinds)
     tags = _by_tag(db, _OPEN, names)
+    rows = db.execute("SELECT min(at) FROM trend WHERE policy = :policy", names)
+    ((first,),) = load_rows(rows, at=Moment | None)
+    known = [day for day in days if day >= (first or "")[:10]] or days[-1:]
     greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
     fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
     owners = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
@@ -5114,7 +5117,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         by_operator=_count(db, _OPEN, names, "managed_by"),
         oldest_unread=_oldest(db, _UNREAD_TARGETS, names, OLDEST_FINDINGS),
         owners=[
-            _of_owner(db, owner, names, days) if owner.total and place < OWNERS_SHOWN else owner
+            _of_owner(db, owner, names, known) if owner.total and place < OWNERS_SHOWN else owner
             for place, owner in enumerate(found)
         ],
         owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
@@ -6926,15 +6929,14 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     numbers = [point.open for point in owner.trend]
     change = owner.total - numbers[0]
     more = f"{abs(change):,} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
-    facts = [counted(owner.total, "open finding"), f"{more} {OWNER_DAYS} days ago"]
+    then = f"{OWNER_DAYS} days ago" if len(numbers) > OWNER_DAYS else f"on {owner.trend[0].at[:10]}"
+    facts = [counted(owner.total, "open finding"), *([f"{more} {then}"] if len(numbers) > 1 else [])]
     if owner.monthly_cost is not None:
         facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
     name = _owner_name(owner.owner)
     head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
     line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
-    picture = _picture(
-        f"{name}: {numbers[0]:,} open {OWNER_DAYS} days ago, {numbers[-1]:,} now", "", 40, *line
-    )
+    picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
         details.append(_node("ul", *(_node("li", _brief(str(cause), 160)) for cause in owner.causes)))
@@ -6948,7 +6950,8 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
         details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
     if is_open:
         details.set("open", "")
-    return _node("section.owner", head, picture, details, id=owner_anchor(owner.owner))
+    pictures = [picture] if len(numbers) > 1 else []
+    return _node("section.owner", head, *pictures, details, id=owner_anchor(owner.owner))
 
 
 def _currency(dashboard: Dashboard) -> str:
