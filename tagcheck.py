@@ -4788,12 +4788,12 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
 
 
 def _count(
-    db: sqlite3.Connection, source: str, names: Mapping[str, Any], column: str, kind: Any = str
-) -> list[tuple[Any, int]]:
+    db: sqlite3.Connection, source: str, names: Mapping[str, Any], column: str
+) -> list[tuple[str, int]]:
     """Return how many findings have each value of a column; those without one are left out."""
     column = f"finding.{column}"
     query = f"SELECT {column}, count(*) {source} AND {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
-    rows = load_rows(db.execute(query, names), **{column: kind}, number=int)
+    rows = load_rows(db.execute(query, names), **{column: str}, number=int)
     return [(value, number) for value, number in rows]
 
 
@@ -5071,10 +5071,11 @@ _COUNT_OPEN = f"""
 
     -- Each finding adds one on the day it was first seen, and takes it away on the day it was resolved.
     CREATE TEMP TABLE daily AS
-    SELECT owner, first_seen AS at, count(*) AS number FROM temp.open GROUP BY 1, 2;
+    SELECT owner, first_seen AS at, count(*) AS number, sum(resolved IS NULL) AS open
+    FROM temp.open GROUP BY 1, 2;
 
     INSERT INTO temp.daily
-    SELECT owner, resolved, -count(*) FROM temp.open WHERE resolved IS NOT NULL GROUP BY 1, 2;
+    SELECT owner, resolved, -count(*), 0 FROM temp.open WHERE resolved IS NOT NULL GROUP BY 1, 2;
 
     CREATE TEMP TABLE grouped AS {_GROUPED.format(owner="owner", source=_OPEN)};
 
@@ -5098,6 +5099,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     rows = db.execute("SELECT min(at) FROM trend WHERE policy = :policy", names)
     ((first,),) = load_rows(rows, at=Moment | None)
     known = [day for day in days if day >= (first or "")[:10]] or days[-1:]
+    seen = db.execute("SELECT at, sum(open) FROM temp.daily WHERE open GROUP BY 1")
     greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
     fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
     owners = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
@@ -5107,9 +5109,9 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     return OpenFindings(
         total,
         by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
-        by_age=_ages(_count(db, _OPEN, names, "first_seen", Moment), now),
+        by_age=_ages(load_rows(seen, first_seen=Moment, number=int), now),
         by_creator=_count(db, _OPEN, names, "created_by"),
-        by_owner=_count(db, _OPEN, names, "owner"),
+        by_owner=[(each.owner, each.total) for each in found if each.owner and each.total],
         causes=_causes(db, "SELECT * FROM temp.grouped", names),
         oldest=_oldest(db, f"NOT {_UNREAD_TARGETS}", names, OLDEST_FINDINGS),
         priced=priced,
@@ -5161,7 +5163,7 @@ def _oldest(db: sqlite3.Connection, where: str, names: Mapping[str, Any], most: 
     return [Alike(load_record(Finding, row), number) for number, *row in db.execute(query, names)]
 
 
-def _ages(first_seen: Iterable[tuple[str, int]], now: datetime) -> list[tuple[str, int]]:
+def _ages(first_seen: Iterable[Sequence[Any]], now: datetime) -> list[tuple[str, int]]:
     """Return how many findings are of each age, by when they were first seen."""
     counts = dict.fromkeys(AGES.values(), 0)
     for moment, number in first_seen:
