@@ -581,10 +581,10 @@ def cut_text(text: str, width: int) -> str:
 
 
 def owner_anchor(owner: str) -> str:
-    """Return the anchor of an owner's section in the dashboard; no two owners share one."""
-    slug = re.sub("[^a-z0-9]+", "-", owner.lower()).strip("-")[:40]
-    number = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()[:8]
-    return "-".join(filter(None, ("owner", slug, number)))
+    """Return the id of an owner's section on the dashboard, for links to it; safe in URLs and in HTML."""
+    readable = re.sub("[^a-z0-9]+", "-", owner.casefold()).strip("-")[:40]
+    digest = hashlib.sha256(owner.encode(errors="surrogatepass")).hexdigest()
+    return "-".join(filter(None, ("owner", readable, digest[:12])))
 
 
 # What to do about an error, by its codes: AWS's own, and the names of botocore's exceptions.
@@ -1245,13 +1245,14 @@ _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
 _NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
-_AGE = _form("a duration (a number and s, m, h or d)", _DURATION, "7d")
+_LONG_DURATION = "[0-9]{1,4}[smhdw]"
+_AGE = _form("a duration (a number and s, m, h, d or w)", _LONG_DURATION, "7d")
 _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
 
 
 def duration(text: str) -> timedelta:
     """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
-    if not re.fullmatch("[0-9]{1,4}[smhdw]", text):
+    if not re.fullmatch(_LONG_DURATION, text):
         raise ValueError(text)
     return timedelta(
         seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
@@ -1932,7 +1933,7 @@ def _check_notify(document: YamlDocument, notify: Mapping[str, Any]) -> None:
         document.add(("notify", "dashboard_url"), message)
     former = timedelta(0)
     for index, text in _texts(notify, "reminders").items():
-        if re.fullmatch(_DURATION, text):
+        if re.fullmatch(_LONG_DURATION, text):
             age, problem = duration(text), ""
             if not age or age % timedelta(days=1):
                 problem = "is not a number of whole days: write 1d or more"
@@ -5095,6 +5096,9 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     kinds = {"total": int, "priced": int, "least cost": float | None, "greatest cost": float | None}
     ((total, priced, *_),) = load_rows(db.execute(query), **kinds)
     tags = _by_tag(db, _OPEN, names)
+    rows = db.execute("SELECT min(at) FROM trend WHERE policy = :policy", names)
+    ((first,),) = load_rows(rows, at=Moment | None)
+    known = [day for day in days if day >= (first or "")[:10]] or days[-1:]
     seen = db.execute("SELECT at, sum(open) FROM temp.daily WHERE open GROUP BY 1")
     greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
     fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
@@ -5115,7 +5119,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
         by_operator=_count(db, _OPEN, names, "managed_by"),
         oldest_unread=_oldest(db, _UNREAD_TARGETS, names, OLDEST_FINDINGS),
         owners=[
-            _of_owner(db, owner, names, days) if owner.total and place < OWNERS_SHOWN else owner
+            _of_owner(db, owner, names, known) if owner.total and place < OWNERS_SHOWN else owner
             for place, owner in enumerate(found)
         ],
         owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
@@ -6931,15 +6935,14 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     numbers = [point.open for point in owner.trend]
     change = owner.total - numbers[0]
     more = f"{abs(change):,} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
-    facts = [counted(owner.total, "open finding"), f"{more} {OWNER_DAYS} days ago"]
+    then = f"{OWNER_DAYS} days ago" if len(numbers) > OWNER_DAYS else f"on {owner.trend[0].at[:10]}"
+    facts = [counted(owner.total, "open finding"), *([f"{more} {then}"] if len(numbers) > 1 else [])]
     if owner.monthly_cost is not None:
         facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
     name = _owner_name(owner.owner)
     head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
     line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
-    picture = _picture(
-        f"{name}: {numbers[0]:,} open {OWNER_DAYS} days ago, {numbers[-1]:,} now", "", 40, *line
-    )
+    picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
         details.append(_node("ul", *(_node("li", _brief(str(cause), 160)) for cause in owner.causes)))
@@ -6953,7 +6956,8 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
         details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
     if is_open:
         details.set("open", "")
-    return _node("section.owner", head, picture, details, id=owner_anchor(owner.owner))
+    pictures = [picture] if len(numbers) > 1 else []
+    return _node("section.owner", head, *pictures, details, id=owner_anchor(owner.owner))
 
 
 def _currency(dashboard: Dashboard) -> str:

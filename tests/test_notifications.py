@@ -532,6 +532,8 @@ def test_no_line_is_longer_than_100_characters(scan, aws, slack, name):
         assert max(map(len, shown)) <= 100
         assert "\u202e" not in text
         assert "a\nb" not in text
+        escaped = f"({name[:4].encode('unicode_escape').decode()}"
+        assert escaped.replace("<", "&lt;" if text in slack.texts else "<") in text
     assert "<" not in slack.texts[0]
     assert slack.texts[0].count("`") % 6 == 0  # only those of code blocks, in pairs
 
@@ -757,7 +759,7 @@ def test_each_channel_and_owner_is_reminded(scan, aws, slack):
         slack,
         email={"from": "tags@example.com", "region": REGION},
         owners={"domains": ["example.com"]},
-        reminders=["168h"],
+        reminders=["1w"],
     )
     fleet, env = [{"Owner": "ann@example.com"}], aws.env | slack.env
     for day in (0, 3, 7, 8):

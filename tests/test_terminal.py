@@ -334,3 +334,10 @@ def test_explain_live_looks_through_the_regions_of_the_policy(aws: AwsServer, tm
     assert f"{id_} in 123456789012 eu-west-1" in result.out
     save_policy(tmp_path, regions={"us-east-1": None, "*": None})
     assert "eu-west-1" in run_tagcheck(*args, cwd=tmp_path, env=aws.env, check=0).out
+
+
+def test_owners_are_compared_with_the_first_scan_where_it_is_younger_than_30_days(fleet: Path) -> None:
+    run_in(fleet, *COMMANDS["scan"])
+    page = run_in(fleet, "report", "--html", "-").out
+    assert "open finding" in page
+    assert "30 days ago" not in page
