@@ -818,6 +818,11 @@ def any_case(pattern: str) -> str:
     return f"(?i{flags[1]}){pattern[flags.end() :]}" if flags else f"(?i){pattern}"
 
 
+def escaped(text: str) -> str:
+    """Return the pattern of a literal text, with only the backslashes that it needs."""
+    return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+
+
 class Verdict(Enum):
     """What a rule says about a value."""
 
@@ -880,8 +885,7 @@ def _list(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 def _one_or_more(item: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a text, or of a list of such texts that is not empty."""
-    either = {"type": ["string", "number", "array"], "minItems": 1, "items": item}
-    return {**item, **either}
+    return {**item, "type": ["string", "number", "array"], "minItems": 1, "items": item}
 
 
 def _mapping(values: Mapping[str, Any], example: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -958,14 +962,14 @@ def _is_any(texts: Sequence[str], value: str) -> bool:
     return any(_glob(text).match(value) for text in texts)
 
 
-def _is_in(units: Sequence[str], paths: str) -> bool:
+@functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
+def _is_in(units: tuple[str, ...], paths: str) -> bool:
     """Return whether one of an account's places is one of these units, or is below one given by its id."""
-    for path in paths.split():
-        whole = [f"{unit.rstrip('/')}/" if unit[-1] != "*" else unit for unit in units if "/" in unit]
-        ids = [unit for unit in units if "/" not in unit]
-        if _is_any(whole, path) or any(_is_any(ids, step) for step in path.split("/")):
-            return True
-    return False
+    ids = [unit for unit in units if "/" not in unit]
+    whole = [unit if unit[-1] == "*" else f"{unit.rstrip('/')}/" for unit in units if "/" in unit]
+    return any(
+        _is_any(whole, path) or any(_is_any(ids, step) for step in path.split("/")) for path in paths.split()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1079,9 +1083,10 @@ class RequiredTag:
         others = self.aliases or self.when or self.allow_empty or self.optional
         return not (others or self.effective_from)
 
-    def applies(self, target: Target, instance: Instance, placeholders: Container[str]) -> bool:
-        """Return whether the rule is for an instance of a target."""
-        return self.when is None or not any(self.when.mismatches(target, instance, placeholders))
+    def unmet(self, target: Target, instance: Instance, placeholders: Container[str]) -> list[str]:
+        """Return why the rule is not for an instance of a target; nothing if it is."""
+        unmet = self.when.mismatches(target, instance, placeholders) if self.when else ()
+        return [found for _, found in unmet]
 
     def counts(self, today: date) -> bool:
         """Return whether what fails the rule is a finding; `effective_from` is the first such day."""
@@ -1361,18 +1366,27 @@ class Policy:
         return self.regions[region] if region in self.regions else self.regions["*"]
 
     @property
+    def all_rules(self) -> list[RequiredTag]:
+        """The rules of all regions, each once."""
+        return [*dict.fromkeys(itertools.chain.from_iterable(self.regions.values()))]
+
+    @property
+    def keys(self) -> list[str]:
+        """The tags that are required anywhere."""
+        return [*dict.fromkeys(rule.key for rule in self.all_rules)]
+
+    @property
     def owner_key(self) -> str:
         """The tag that names the owner: that of `notify`, or the required tag Owner, or the first one."""
         if self.notify and self.notify.owners:
             return self.notify.owners.tag
-        keys = dict.fromkeys(rule.key for rules in self.regions.values() for rule in rules)
+        keys = self.keys
         return next((key for key in keys if key.casefold() == "owner"), next(iter(keys), "Owner"))
 
     @property
     def asks_for_units(self) -> bool:
         """Whether it depends on where an account is in the organization."""
-        rules = itertools.chain.from_iterable(self.regions.values())
-        matches = [*self.exemptions, *(rule.when for rule in rules if rule.when)]
+        matches = [*self.exemptions, *(rule.when for rule in self.all_rules if rule.when)]
         return any(match.organizational_units for match in matches)
 
     def rules_by_key(self, region: str) -> dict[str, RequiredTag]:
@@ -2005,7 +2019,7 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_erro
         if compared in values:
             document.add(place, f"{shown_value(text)} is in the list twice")
         elif "*" in text:
-            pattern = re.sub(r"([.^$+?{}\[\]|()\\])", r"\\\1", text).replace("*", ".*").replace("'", "''")
+            pattern = ".*".join(map(escaped, text.split("*"))).replace("'", "''")
             document.warn(
                 place, f"{shown_value(text)}: * is literal here; use pattern: '{cut_text(pattern, 100)}'"
             )
@@ -2099,7 +2113,7 @@ def _read_field(each: Any, value: Any, document: YamlDocument, path: KeyPath) ->
 
 def check_patterns(policy: Policy) -> Iterator[str]:
     """Yield a notice for each rule whose pattern took too long on values."""
-    for rule in dict.fromkeys(itertools.chain.from_iterable(policy.regions.values())):
+    for rule in policy.all_rules:
         if rule.pattern and (rule.pattern.stopped or rule.pattern.given_up):
             what = f"took too long on {counted(rule.pattern.stopped, 'tag value')} (counted as not matching)"
             if rule.pattern.given_up:
@@ -2208,7 +2222,7 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         violation
         for rule in rules
         if (violation := check_tag(instance.tags, rule, placeholders))
-        and rule.applies(target, instance, placeholders)
+        and not rule.unmet(target, instance, placeholders)
     )
     exempted: dict[str, Exempted] = {}
     upcoming: tuple[RequiredTag, ...] = ()
@@ -2232,8 +2246,8 @@ def aliases_used(
 ) -> Iterator[tuple[str, str]]:
     """Yield the keys of rules that tags meet by an alias only, each with that alias."""
     for rule in rules:
-        alias, _ = counted_tag(tags, rule, placeholders)
-        if alias != rule.key and met_value(tags, rule, placeholders):
+        alias = key_that_meets(tags, rule, placeholders)
+        if alias not in (None, rule.key):
             yield rule.key, alias
 
 
@@ -2249,10 +2263,10 @@ def counted_tag(
     return key, tags.get(key)
 
 
-def met_value(tags: Mapping[str, str], rule: RequiredTag, placeholders: Container[str]) -> str | None:
-    """Return the value by which tags meet a rule; None if they have none, or the rule does not allow it."""
-    _, value = counted_tag(tags, rule, placeholders)
-    return value if value and not is_empty(value, placeholders) and rule.allows(value) else None
+def key_that_meets(tags: Mapping[str, str], rule: RequiredTag, placeholders: Container[str]) -> str | None:
+    """Return the key by whose value tags meet a rule; None if they have none that the rule allows."""
+    key, value = counted_tag(tags, rule, placeholders)
+    return key if value and not is_empty(value, placeholders) and rule.allows(value) else None
 
 
 def value_reader(rules: Iterable[RequiredTag], placeholders: Container[str]) -> Callable[[Sighting], Values]:
@@ -2264,10 +2278,11 @@ def value_reader(rules: Iterable[RequiredTag], placeholders: Container[str]) -> 
         failing = {violation.tag_key for violation in seen.violations}
         failing.update(rule.key for rule in seen.upcoming)
         failing.update(exempted.violation.tag_key for exempted in seen.exempted)
-        return tuple(
-            None if key in failing else met_value(tags, rule, placeholders) if rule else tags[key]
+        found = (
+            None if key in failing else key_that_meets(tags, rule, placeholders) if rule else key
             for key, rule in readers
         )
+        return tuple(None if key is None else tags[key] for key in found)
 
     return read
 
@@ -2279,11 +2294,10 @@ def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozense
     """Return how the tags fail one rule, None where they comply; both are case-sensitive, as in AWS."""
     key, value = rule.key, tags.get(rule.key)
     text = stripped(value or "")
-    empty = not text or text.casefold() in placeholders
+    empty = not text or text.casefold() in placeholders  # as is_empty(); asked of every tag
     if empty and rule.aliases:
         key, value = counted_tag(tags, rule, placeholders)
-        text = stripped(value or "")
-        empty = not text or text.casefold() in placeholders
+        empty = is_empty(value or "", placeholders)
     alias = None if key is rule.key else key
     if value is not None and not empty:
         verdict = rule.judge(value)
@@ -2294,7 +2308,7 @@ def check_tag(tags: Mapping[str, str], rule: RequiredTag, placeholders: frozense
     if value is not None:
         if rule.allow_empty:
             return None
-        what = f"{value!r}, a placeholder" if text else "empty"
+        what = "empty" if is_blank(value) else f"{value!r}, a placeholder"
         return Violation(rule.key, ViolationType.EMPTY, value, alias, f"{_named(rule, alias)} is {what}")
     # An AWS tag policy takes keys that differ only in case for the same tag, which is then spelled wrong.
     message, found = f"{rule.key} is missing", near_miss(tags, rule.key, any_spaces=not rule.optional)
@@ -6107,12 +6121,7 @@ def explain(
             violation = check_tag(instance.tags, rule, placeholders)
             message = violation.message if violation else ""
             yield f"  WILL FAIL {message}, from {rule.effective_from} on {line}"
-        elif not rule.applies(target, instance, placeholders):
-            unmet = (
-                [found for _, found in rule.when.mismatches(target, instance, placeholders)]
-                if rule.when
-                else []
-            )
+        elif unmet := rule.unmet(target, instance, placeholders):
             yield f"  skipped   {rule.key}: not asked, {' and '.join(unmet)} {line}"
         else:
             yield f"  passes    {_why_it_passes(instance.tags, rule, placeholders)} {line}"
@@ -8567,7 +8576,7 @@ def _shape(found: Mapping[str, int]) -> str:
     addresses = [*filter(re.compile(EMAIL_ADDRESS).fullmatch, found)]
     if addresses and sum(map(found.__getitem__, addresses)) >= enough:
         domains = {value.rpartition("@")[2] for value in addresses}
-        return f"[^@ ]+@{_escape(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
+        return f"[^@ ]+@{escaped(*domains)}" if len(domains) == 1 else "[^@ ]{1,64}@[A-Za-z0-9.-]{1,80}"
     some = _by_count(found)[:: len(found) // MAX_SHAPES + 1]
     split = {value: _PIECES.findall(value) for value, _ in some if len(value) <= 64}
     for exact in (True, False):
@@ -8580,7 +8589,7 @@ def _shape(found: Mapping[str, int]) -> str:
             continue
         columns = zip(*(split[value] for value in alike[kinds]), strict=True)
         parts = [
-            kind if "0-9" in kind or len({*column}) > 1 else _escape(column[0])
+            kind if "0-9" in kind or len({*column}) > 1 else escaped(column[0])
             for kind, column in zip(kinds, columns, strict=True)
         ]
         # Without digits, or a word that all have in common, these are any words.
@@ -8606,12 +8615,7 @@ def _kind(piece: str, *, exact: bool) -> str:
         return (f"[0-9]{{{len(piece)}}}" if len(piece) > 1 else "[0-9]") if exact else "[0-9]+"
     if piece.isascii() and piece.isalpha():
         return "[a-z]+" if piece.islower() else "[A-Z]+"
-    return _escape(piece)
-
-
-def _escape(text: str) -> str:
-    """Return the pattern of a literal text, with only the backslashes that it needs."""
-    return re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+    return escaped(piece)
 
 
 # ---- From AWS's own rules: tag policies, and required-tags of AWS Config -----------------------------
@@ -8650,7 +8654,7 @@ class AwsRules:
         if values and not (values := [value for value in values if value not in odd]):
             return None
         if wildcards and any("*" in value for value in values):
-            pattern = "|".join(".*".join(map(_escape, re.split(r"\*+", value))) for value in values)
+            pattern = "|".join(".*".join(map(escaped, re.split(r"\*+", value))) for value in values)
             rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
         else:
             rule = replace(rule, values=tuple((value, "") for value in values))
@@ -8890,7 +8894,7 @@ def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], no
             types.update((violation.tag_key, violation.type) for violation in seen.violations)
     also = f", {exempted:,} exempted" if exempted else ""
     yield f"A scan with it finds now: {failing:,} of {counted(total, 'instance')} with violations{also}"
-    for key in dict.fromkeys(rule.key for rules in policy.regions.values() for rule in rules):
+    for key in policy.keys:
         words = ("missing", "empty", "with another value")
         counts = zip((types[key, kind] for kind in ViolationType), words, strict=True)
         if found := ", ".join(f"{number:,} {word}" for number, word in counts if number):
@@ -9902,11 +9906,10 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
     if notify and notify.email:
         sender = {"StringEquals": {"ses:FromAddress": notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
-    keys = sorted({rule.key for rules in policy.regions.values() for rule in rules})
     writing = allow_statement(
         [action for action in WRITE_ACTIONS if action not in READ_ACTIONS],
         "arn:*:ec2:*:*:instance/*",
-        Condition={"ForAllValues:StringEquals": {"aws:TagKeys": keys}},
+        Condition={"ForAllValues:StringEquals": {"aws:TagKeys": sorted(policy.keys)}},
     )
     remediate = [allow_statement(READ_ACTIONS[:1], "*"), *listing, writing]
     return {"scan": policy_document(scan), **documents, "remediate": policy_document(remediate)}
