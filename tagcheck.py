@@ -1176,10 +1176,6 @@ class Accounts:
         read=lambda names: tuple(names.items()),
     )
 
-    def named(self, account_id: str, account: Account) -> Account:
-        """Return an account under the name that the policy gives it."""
-        return replace(account, name=dict(self.names).get(account_id, account.name))
-
     def covers(self, account_id: str) -> bool:
         """Return whether an account is in the policy's scope."""
         return account_id not in self.exclude and (self.organization or account_id in self.ids)
@@ -9149,7 +9145,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     policy = load_policy(args.policy)
     _check_scope(args, policy)
     if args.instances or not (policy.accounts and policy.accounts.organization):
-        args = with_account_ids(args, policy, {})
+        args = with_account_ids(args, named_accounts(policy, {}))
     if args.creators and args.instances:
         raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
@@ -9356,10 +9352,16 @@ def _check_instance(text: str | None) -> None:
 Scope = TypeVar("Scope", bound=ScopeOptions)
 
 
-def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) -> Scope:
+def named_accounts(policy: Policy, known: Mapping[str, Account]) -> dict[str, Account]:
+    """Return what is known of accounts by their ids, with the names that the policy gives them."""
+    names = dict(policy.accounts.names) if policy.accounts else {}
+    named = {id_: replace(known.get(id_, Account()), name=name) for id_, name in names.items()}
+    return {**known, **named}
+
+
+def with_account_ids(args: Scope, accounts: Mapping[str, Account]) -> Scope:
     """Return options whose accounts are ids, given the accounts that are known by id; raises UsageError."""
-    names = {account_id: account.name for account_id, account in known.items()}
-    names |= dict(policy.accounts.names) if policy.accounts else {}
+    names = {account_id: account.name for account_id, account in accounts.items()}
     ids = []
     for text in args.account:
         if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
@@ -9375,10 +9377,9 @@ def with_account_ids(args: Scope, policy: Policy, known: Mapping[str, Account]) 
     return replace(args, account=ids)
 
 
-def _placed(target: Target, policy: Policy, known: Mapping[str, Account]) -> Target:
+def _placed(target: Target, accounts: Mapping[str, Account]) -> Target:
     """Return a target with the name and the paths of its account."""
-    account = known.get(target.account_id, Account())
-    account = policy.accounts.named(target.account_id, account) if policy.accounts else account
+    account = accounts.get(target.account_id, Account())
     return replace(target, account_name=account.name, account_paths=account.paths)
 
 
@@ -9478,13 +9479,14 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     named = sorted(args.region or policy.regions.keys() - {"*"})
     home, caller, partition, _ = _identify(aws, policy, named)
     accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
+    places, asks_for_units = named_accounts(policy, accounts), policy.asks_for_units
 
     def enter(account_id: str) -> Iterator[list[str]]:
         account = accounts[account_id]
         if account.state != "ACTIVE":
             message = f"Organizations says {account.state!r}"
             raise CallError("UnknownAccountState", message, "organizations:ListAccounts")
-        if policy.asks_for_units and not account.paths:
+        if asks_for_units and not account.paths:
             raise CallError("UnknownAccountPath", "", "organizations:ListAccounts")
         if policy.accounts is None or account_id == caller:
             aws.enter_own(account_id)
@@ -9498,9 +9500,9 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     targets: list[Target] = []
     for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
         if isinstance(regions, list):
-            targets += [_placed(Target(account_id, region), policy, accounts) for region in regions]
+            targets += [_placed(Target(account_id, region), places) for region in regions]
         elif regions:
-            yield _placed(Target(account_id, "*"), policy, accounts), regions
+            yield _placed(Target(account_id, "*"), places), regions
     silent: Counter[str] = Counter()
 
     def describe(target: Target) -> Iterator[list[Instance]]:
@@ -9534,7 +9536,7 @@ def _accounts_in_scope(
     """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
     accounts = _accounts_of(policy, aws, caller, home)
-    args = with_account_ids(args, policy, accounts)
+    args = with_account_ids(args, named_accounts(policy, accounts))
     in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
@@ -9634,10 +9636,11 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     if left_out := instances.keys() - targets:
         number = counted(sum(len(instances[target]) for target in left_out), "instance")
         LOG.info("%s left out, not in scope: %s", number, ", ".join(map(str, sorted(left_out))))
-    for target in sorted(_placed(target, policy, {}) for target in targets):
+    places, asks_for_units = named_accounts(policy, {}), policy.asks_for_units
+    for target in sorted(_placed(target, places) for target in targets):
         if target in instances:
             yield target, instances[target]
-        if policy.asks_for_units:
+        if asks_for_units:
             yield target, CallError("UnknownAccountPath", "", "")
         elif cut:  # what follows may be of any account and region
             yield target, TargetError("Truncated", more)
@@ -9930,9 +9933,9 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     lines: list[str] = []
     if args.instance:
         known, changes, accounts = _known_history(args, policy, args.instance)
-        args = with_account_ids(args, policy, accounts)
+        args = with_account_ids(args, accounts)
         for target, instance in _find_instance(args, policy, known):
-            placed = _placed(target, policy, accounts)
+            placed = _placed(target, accounts)
             lines += explain(policy, placed, instance, known.get(target), changes, now)
     else:
         for region in args.region or sorted(policy.regions):
@@ -9949,12 +9952,13 @@ def _known_history(
     try:
         with _reading(args, None if elsewhere else policy.name) as db:
             known = {each.target: each for each in fetch_history(db, Selection(policy.name, instance_id))}
-            return known, fetch_changes(db, policy.name, instance_id), fetch_accounts(db)
+            changes = fetch_changes(db, policy.name, instance_id)
+            return known, changes, named_accounts(policy, fetch_accounts(db))
     except MissingStateError as error:
         if not elsewhere:
             raise
         LOG.warning("%s", printable(f"The history of {instance_id} is not known: {error}"))
-        return {}, [], {}
+        return {}, [], named_accounts(policy, {})
 
 
 def _find_instance(
@@ -10021,7 +10025,8 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
     with _reading_known(args) as (db, rules):
-        policy, accounts = rules.name, with_account_ids(args, rules, fetch_accounts(db)).account
+        known = named_accounts(rules, fetch_accounts(db))
+        policy, accounts = rules.name, with_account_ids(args, known).account
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
@@ -10123,7 +10128,7 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
     with _reading(args, None if args.plan or args.undo else policy.name) as db:
-        args = with_account_ids(args, policy, fetch_accounts(db))
+        args = with_account_ids(args, named_accounts(policy, fetch_accounts(db)))
         if args.undo:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
