@@ -4277,13 +4277,15 @@ def add_sightings(
         for entry in _usage_of(groups, values):
             usage[entry] += number
     counts = ((target, *entry, to_json(values), number) for (*entry, values), number in usage.items())
-    judged = (
-        cost for seen, cost in sightings if not seen.too_young and (seen.violations or not seen.exempted)
-    )
-    priced = [cost for cost in judged if cost is not None]
-    more_cost = "UPDATE target SET monthly_cost = coalesce(monthly_cost, 0) + ? WHERE id = ?"
+    priced = [
+        cost
+        for seen, cost in sightings
+        if cost is not None and not seen.too_young and (seen.violations or not seen.exempted)
+    ]
     with transaction(db):
-        db.executemany(more_cost, [(sum(priced), target)] if priced else [])
+        if priced:
+            spend = "UPDATE target SET monthly_cost = coalesce(monthly_cost, 0) + ? WHERE id = ?"
+            db.execute(spend, (sum(priced), target))
         db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", counts)
         for width, short in itertools.groupby(rows, key=len):
             columns = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
@@ -4310,16 +4312,23 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
     return (*row, exempted, *_violations_json(seen.violations), *more)
 
 
-def add_aliased(db: sqlite3.Connection, target: int, sightings: Iterable[Sighting], policy: Policy) -> None:
+def add_aliased(
+    db: sqlite3.Connection,
+    target: int,
+    sightings: Iterable[Sighting],
+    rules: Iterable[RequiredTag],
+    placeholders: Container[str],
+) -> None:
     """Add the tags of a target's instances that the policy wants under the rules' own keys, too."""
-    [region] = db.execute("SELECT region FROM target WHERE id = ?", (target,)).fetchone()
-    rules = [rule for rule in policy.rules(region) if rule.aliases]
+    rows = []
+    with_aliases = [rule for rule in rules if rule.aliases]
     for instance in (seen.instance for seen in sightings if not seen.too_young):
         tags = instance.tags
-        for key, alias in aliases_used(tags, rules, policy.placeholder_values):
+        for key, alias in aliases_used(tags, with_aliases, placeholders):
             row = (target, instance.instance_id, key, tags.get("Name", ""), alias, tags[alias], tags.get(key))
-            cause = cause_of(groups_of(instance)) or (None, None)
-            db.execute("INSERT OR REPLACE INTO aliased VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, *cause))
+            rows.append((*row, *(cause_of(groups_of(instance)) or (None, None))))
+    with transaction(db):
+        db.executemany("INSERT OR REPLACE INTO aliased VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 # Siblings have the same groups and mostly fail in the same way.
@@ -4490,11 +4499,15 @@ def record_scan(
 def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     """Return the values of a scan that is being recorded by the names that queries have for them."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    now, may_hide = utc_text(scan.started_at), scan.may_hide_managed
     ages = scan.policy.notify.reminders if scan.policy.notify else ()
-    days = to_json([age.days for age in ages])
-    names = {"policy": scan.policy.name, "scan": number, "now": now, "may_hide": may_hide, "ages": days}
-    return names | {"currency": scan.currency}
+    return {
+        "policy": scan.policy.name,
+        "scan": number,
+        "now": utc_text(scan.started_at),
+        "may_hide": scan.may_hide_managed,
+        "ages": to_json([age.days for age in ages]),
+        "currency": scan.currency,
+    }
 
 
 def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any], policy: Policy) -> None:
@@ -4598,6 +4611,8 @@ _LATEST = """
     WHERE status IN ({}) AND scan IN (SELECT id FROM scans WHERE policy = :policy) GROUP BY account_id, region
 """
 _LAST_READ = _LATEST.format("'read'")
+_READ = "SELECT account_id, region FROM target WHERE error_code IS NULL"
+_FORGET_READ = f"DELETE FROM state.{{}} WHERE policy = :policy AND (account_id, region) IN ({_READ})"
 _RECORD_COVERAGE = f"""
     INSERT INTO state.events (finding, at, event)
     SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED';
@@ -4625,22 +4640,19 @@ _RECORD_COVERAGE = f"""
     WHERE (account_name, account_paths) <> ('', '')
     ON CONFLICT DO UPDATE SET name = excluded.name, paths = excluded.paths;
 
-    DELETE FROM state.upcoming WHERE policy = :policy
-        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+    {_FORGET_READ.format("upcoming")};
 
     INSERT INTO state.upcoming
     SELECT :policy, account_id, region, rule.key, rule.value, count(*)
     FROM seen CROSS JOIN json_each(upcoming) AS rule WHERE NOT too_young GROUP BY 2, 3, 4;
 
-    DELETE FROM state.aliased WHERE policy = :policy
-        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+    {_FORGET_READ.format("aliased")};
 
     INSERT INTO state.aliased
     SELECT :policy, account_id, region, instance_id, tag_key, name, alias, value, current, cause_kind, cause
     FROM target JOIN aliased ON aliased.target = target.id WHERE error_code IS NULL;
 
-    DELETE FROM state.spend WHERE policy = :policy
-        AND (account_id, region) IN (SELECT account_id, region FROM target WHERE error_code IS NULL);
+    {_FORGET_READ.format("spend")};
 
     INSERT INTO state.spend
     SELECT :policy, account_id, region, monthly_cost, :currency
@@ -4768,9 +4780,9 @@ def fetch_upcoming(
 
     They are those of all targets, or of those that the scan being recorded has read.
     """
-    read = "JOIN (SELECT account_id, region FROM target WHERE error_code IS NULL) USING (account_id, region)"
     query = f"""
-        SELECT tag_key, effective_from, sum(instances) FROM upcoming {read if of_scan else ""}
+        SELECT tag_key, effective_from, sum(instances)
+        FROM upcoming {f"JOIN ({_READ}) USING (account_id, region)" if of_scan else ""}
         WHERE policy = ? AND effective_from > ? GROUP BY 1, 2 ORDER BY 2, 1
     """
     return [load_record(Upcoming, row) for row in db.execute(query, (policy, str(today)))]
@@ -9672,6 +9684,9 @@ def _collect(
                 fail_target(db, numbers[target], reading)
             progress.end(target, reading)
             continue
+        if not reading:  # that of a target which is yet to be read, or has no instances
+            progress.page(target, 0)
+            continue
         included = [instance for instance in reading if policy.includes(instance.state)]
         seen = [judge(target, instance, policy, scan.started_at) for instance in included]
         if len(states) < MAX_NEW_STATES:
@@ -9681,7 +9696,7 @@ def _collect(
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)
         if policy.normalize_aliases:
-            add_aliased(db, numbers[target], seen, policy)
+            add_aliased(db, numbers[target], seen, rules, policy.placeholder_values)
         progress.page(target, len(seen))
     progress.close()
     add_suggestions(db, policy)
