@@ -1610,11 +1610,16 @@ def _mark(before: str) -> SimpleNamespace:
     return SimpleNamespace(line=before.count("\n"), column=len(before) - before.rfind("\n") - 1)
 
 
+def read_input(path: str, most: int) -> bytes:
+    """Return so many bytes at most of a file, - for standard input; raises OSError."""
+    with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
+        return file.read(most)
+
+
 def load_policy(path: str) -> Policy:
     """Read a policy file; raises PolicyError with every problem in it, or UsageError if it cannot be read."""
     try:
-        with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
-            content = file.read(MAX_POLICY_BYTES + 1)
+        content = read_input(path, MAX_POLICY_BYTES + 1)
     except OSError as error:
         advice = "name another file (of a scan: --policy FILE)"
         raise UsageError(f"cannot read the policy {path}: {error.strerror}; {advice}") from error
@@ -5917,8 +5922,8 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     place = [column for column, title in enumerate(head) if title in ("ACCOUNT", "REGION")]
     shared = [column for column in place if len({row[column] for row in block}) == 1]
     if shared:
-        words = [f"{head[column].capitalize()} {block[0][column]}" for column in shared]
-        yield from fitted(printable(", ".join(words).replace(", Region ", ", ")), width)
+        words = ", ".join(block[0][column] for column in shared)
+        yield from fitted(printable(f"{head[shared[0]].capitalize()} {words}"), width)
     columns = [column for column in range(len(head)) if column not in shared]
     lines = _columns_of(columns, head, block)
     if width >= WIDE and max(map(len, lines)) <= width:
@@ -6034,10 +6039,10 @@ def name_cell(name: str) -> str:
     return cut_text(name, 24) or "-"
 
 
-def _row(status: str, case: Finding | ExemptedInstance, *more: str) -> tuple[str, ...]:
+def _row(status: str, finding: Finding, *more: str) -> tuple[str, ...]:
     """Return a row of a table: what became of an instance, where it is, its name, and what more is to say."""
-    account = cut_text(account_text(case.account_id, case.account_name), 32)
-    return status, account, case.region, case.instance_id, name_cell(case.tags.get("Name", "")), *more
+    account = cut_text(finding.target.account, 32)
+    return status, account, finding.region, finding.instance_id, name_cell(finding.name), *more
 
 
 def short_violations(finding: Finding, *, unsure: bool = False) -> list[str]:
@@ -6714,18 +6719,20 @@ def _headline(dashboard: Dashboard) -> str:
         if than.base.open:
             percent = 100 * abs(change) / than.base.open
             share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
-        more = (
-            f"{share or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'} than"
-            if change
-            else "as many as"
-        )
-        text += f", {more} {than.when}"
+        text += f", {_compared(change, share)} {than.when}"
     if found.fixes:
         kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
         word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
         groups, tagged = counted(len(found.fixes), word), counted(instances, "instance")
         text += f"; fixing {groups} would tag {tagged}"
     return text
+
+
+def _compared(change: int, share: str = "") -> str:
+    """Return how a count compares: "12 fewer than", "as many as"; a share is said in place of the number."""
+    return (
+        f"{share or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
+    )
 
 
 class _Than(NamedTuple):
@@ -6950,8 +6957,7 @@ def _owner_name(owner: str) -> str:
 def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Element:
     """Draw what one owner has open, its trend, the causes, the oldest findings, and the command."""
     numbers = [point.open for point in owner.trend]
-    change = owner.total - numbers[0]
-    more = f"{abs(change):,} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
+    more = _compared(owner.total - numbers[0])
     then = f"{OWNER_DAYS} days ago" if len(numbers) > OWNER_DAYS else f"on {owner.trend[0].at[:10]}"
     facts = [counted(owner.total, "open finding"), *([f"{more} {then}"] if len(numbers) > 1 else [])]
     if owner.monthly_cost is not None:
@@ -7286,10 +7292,11 @@ def digest_lines(
                 yield channel, subject if channel in waiting else None
 
     for finding in report.findings():
-        for channel, subject in channels_for(
-            f"finding {finding.account_id} {finding.region} {finding.instance_id}"
-        ):
-            age, opened = reminder(finding) if subject and notify.reminders else (0, "")
+        listed = [*channels_for(f"finding {finding.account_id} {finding.region} {finding.instance_id}")]
+        is_pending = any(subject for _, subject in listed)
+        due, opened = reminder(finding) if is_pending and notify.reminders else (0, "")
+        for channel, subject in listed:
+            age = due if subject else 0
             names = _known_names(finding, owners.tag, policy.placeholder_values)
             recipient, owner = "" if channel != "owners" else owners.recipient(names.values()), ""
             if channel == "owners":
@@ -8679,8 +8686,7 @@ def read_rules(paths: Iterable[str]) -> AwsRules:
     for path in paths:
         shown = "standard input" if path == "-" else path
         try:
-            with Path("/dev/stdin" if path == "-" else path).open("rb") as file:
-                content = file.read(MAX_RULES_BYTES + 1)
+            content = read_input(path, MAX_RULES_BYTES + 1)
             if len(content) > MAX_RULES_BYTES:
                 raise ValueError(f"it is larger than {MAX_RULES_BYTES:,} bytes")
             _read_aws_answer(parse_json(content), found)
@@ -9133,7 +9139,7 @@ class NotifyOptions:
     """Test the policy's notifications: send a sample to every channel, and record nothing."""
 
     policy: PolicyPath = str(DEFAULT_POLICY)
-    profile: Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")] = None
+    profile: Profile = None
     test: Annotated[bool, Option("send the sample; required, as `scan` sends what is true")]
 
 
@@ -10425,9 +10431,15 @@ def _variable(name: str, option: Option) -> str:
     return f"TAGCHECK_{name.rstrip('_').upper()}" if can else ""
 
 
+def _described(hint: Any) -> tuple[Any, Option]:
+    """Return the type and the description of an option, from the annotation of its field."""
+    [option] = hint.__metadata__
+    return get_origin(hint.__origin__) or hint.__origin__, option
+
+
 def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
     """Add the option that fills a field; one without a default is required."""
-    kind, [option] = get_origin(hint.__origin__) or hint.__origin__, hint.__metadata__
+    kind, option = _described(hint)
     name, variable = _option_name(filled.name), _variable(filled.name, option)
     given = os.environ.get(variable)
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
@@ -10455,9 +10467,8 @@ def read_options(options: type[Any], given: argparse.Namespace) -> Any:
     """Return the record of a command's options: as given, else as the environment says, else the default."""
     values = {}
     for name, hint in get_type_hints(options, include_extras=True).items():
-        [option] = hint.__metadata__
-        kind, variable = get_origin(hint.__origin__) or hint.__origin__, _variable(name, option)
-        value = getattr(given, name)
+        kind, option = _described(hint)
+        variable, value = _variable(name, option), getattr(given, name)
         if value is None and (text := os.environ.get(variable)):
             value = [text] if kind is list else text
             LOG.debug("%s", printable(f"{_option_name(name)} {text} (from {variable})"))
