@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import os
 import re
@@ -427,12 +428,14 @@ def run_stages(fleet: Fleet, state: str) -> None:
             sys.exit(f"tagcheck has no {name}: name in STAGES what does its work now")
         counted = counting(name)(function)
         setattr(tagcheck, name, partial(record_scan, function) if name == "record_scan" else counted)
+    gc.set_threshold(100_000, 50, 1000)  # as the script does, which is not what runs here
     exit_code = tagcheck.main([*SCAN, state])
     if idle := STAGES.keys() - seconds.keys() - {EXIT}:
         sys.exit(f"the scan did not call {', '.join(idle)}: name in STAGES what does its work now")
     seconds[REST] += time.thread_time() - seconds[OWN]
     seconds[READING] += sum(os.times()[:4]) - time.thread_time()  # of all threads and child processes
     Path(STAGES_NAME).write_text(json.dumps(seconds), encoding="utf-8")
+    gc.freeze()
     sys.exit(exit_code)
 
 
