@@ -5642,16 +5642,13 @@ def _finding_cells(finding: Finding) -> list[str]:
     wrong = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
     missing = ",".join(v.tag_key for v in finding.violations if v not in wrong)
     invalid = ",".join(f"{v.tag_key}={v.value}" for v in wrong)
-    first, last = _csv_time(finding.first_seen), _csv_time(finding.last_seen)
-    cells = [finding.instance_id, missing, _csv_time(finding.launch_time), invalid]
+    times = (finding.launch_time, finding.first_seen, finding.last_seen)
+    # As spreadsheets read them: 2026-02-24 10:30:45.
+    launched, first, last = (text.replace("T", " ").removesuffix("Z") for text in times)
+    cells = [finding.instance_id, missing, launched, invalid]
     cells += [finding.status, first, last, str(finding.times_seen), finding.account_id, finding.region]
     cells += [finding.name, finding.state, finding.creator, ", ".join(map(str, finding.suggestions))]
     return [*cells, "", finding.managed_by or "", finding.account_name]
-
-
-def _csv_time(text: str) -> str:
-    """Return a time as spreadsheets read it: 2026-02-24 10:30:45."""
-    return text.replace("T", " ").removesuffix("Z")
 
 
 # A spreadsheet that splits at another character than a comma ignores quotes within a cell: it also splits our
@@ -5753,11 +5750,8 @@ def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
     counts = to_record(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
-    return (
-        to_record(coverage.target, _TARGET_KEYS)
-        | {"status": "unread" if error else "read", "error": error}
-        | counts
-    )
+    reading = {"status": "unread" if error else "read", "error": error}
+    return to_record(coverage.target, _TARGET_KEYS) | reading | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
@@ -5924,24 +5918,18 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     if shared:
         words = ", ".join(block[0][column] for column in shared)
         yield from fitted(printable(f"{head[shared[0]].capitalize()} {words}"), width)
-    columns = [column for column in range(len(head)) if column not in shared]
-    lines = _columns_of(columns, head, block)
-    if width >= WIDE and max(map(len, lines)) <= width:
-        yield from lines
-        return
-    columns, below = columns[:-details], columns[-details:]
-    if max(map(len, lines := _columns_of(columns, head, block))) > width:
-        below = [column for column in columns if column in place] + below
-        lines = _columns_of([column for column in columns if column not in place], head, block)
+    every = [column for column in range(len(head)) if column not in shared]
+    short = every[:-details]
+    least = [column for column in short if column not in place]
+    for columns in ([every] if width >= WIDE else []) + [short, least]:
+        lines = [*in_columns([row[column] for column in columns] for row in (head, *block))]
+        if max(map(len, lines)) <= width:
+            break
+    below = [column for column in every if column not in columns]
     for line, row in zip(lines, (None, *block), strict=True):
         yield from fitted(line, width)
         if row and (detail := "  ".join(filter(None, (printable(row[column]) for column in below)))):
             yield from fitted(f"          {detail}", width)
-
-
-def _columns_of(columns: Sequence[int], head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return some columns of a table, laid out."""
-    return [*in_columns([row[column] for column in columns] for row in (head, *rows))]
 
 
 def table_lines(
@@ -6059,10 +6047,9 @@ def short_violations(finding: Finding, *, unsure: bool = False) -> list[str]:
     for violation in finding.violations:
         wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
         what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
-        notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
-        if violation.tag_key in likely:
-            notes.append(likely[violation.tag_key])
-        texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
+        found = f"has {cut_text(violation.found_key, 40)}" if violation.found_key else ""
+        notes = "; ".join(filter(None, [found, likely.get(violation.tag_key)]))
+        texts.append(violation.tag_key + what + (f" ({notes})" if notes else ""))
     return texts
 
 
@@ -6498,6 +6485,7 @@ h2,h3,h2+.soft,thead,.legend,.owner>div,.owner>svg{break-after:avoid}
 overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
+NO_OWNER = "No known owner"
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
@@ -6522,9 +6510,8 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     parts += [*_trend(dashboard.trend), _heat_map(standings), *_counts(dashboard), *_lists(dashboard)]
     source = f"Made by tagcheck {__version__} for the policy {name} ({policy_file}). All times are UTC."
     body = _node("body", _node("main", *parts), _node("footer", source))
-    page = _node(
-        "html", _head(_brief(f"{dashboard.policy.name}: required tags", 120), dashboard.css), body, lang="en"
-    )
+    title = _brief(f"{dashboard.policy.name}: required tags", 120)
+    page = _node("html", _head(title, dashboard.css), body, lang="en")
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -6585,11 +6572,6 @@ def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "")
     return _node(f"text.{look}", text, fill=GREY, font_size=12, **place)
 
 
-def _bar(look: str, colour: str, **place: str) -> Element:
-    """Draw a bar of a chart."""
-    return _node(f"rect.{look}", color=colour, **place)
-
-
 def _grid(lines: Sequence[tuple[int, float]]) -> list[Element]:
     """Draw lines across a chart, each with its number; the line of 0 is the axis."""
     group = _node("g.grid", stroke="#8888")
@@ -6636,16 +6618,15 @@ def _table(columns: str, rows: Sequence[Sequence[Element | str]], most: int = HT
     """Draw the first rows as a table without its empty columns, and count the others."""
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(value != "" for value in values)}
-    looks = [COLUMN_LOOKS.get(column, "") for column in known]
-    head = [
-        _node(f"th.{look}", column, scope="col", data_label=column)
-        for look, column in zip(looks, known, strict=True)
-    ]
-    body = _node("tbody")
-    for row in zip(*known.values(), strict=True):
-        named = zip(looks, known, row, strict=True)
-        body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
-    table = _node("table.list", _node("thead", _node("tr", *head)), body)
+
+    def line(tag: str, cells: Iterable[Element | str], **more: str) -> Element:
+        row = _node("tr")
+        for name, cell in zip(known, cells, strict=True):
+            row.append(_node(f"{tag}.{COLUMN_LOOKS.get(name, '')}", cell, **more, data_label=name))
+        return row
+
+    body = _node("tbody", *(line("td", row) for row in zip(*known.values(), strict=True)))
+    table = _node("table.list", _node("thead", line("th", known, scope="col")), body)
     keyboard = {"tabindex": 0, "role": "group", "aria_label": f"Table: {', '.join(known)}"}
     return [_node("div.scroll.five", table, **keyboard), *_rest(len(rows), most)]
 
@@ -6715,11 +6696,12 @@ def _headline(dashboard: Dashboard) -> str:
     found = dashboard.open
     text = counted(found.total, "open finding") if found.total else "No open findings"
     if than := _comparison(dashboard):
-        change, share = found.total - than.base.open, ""
-        if than.base.open:
-            percent = 100 * abs(change) / than.base.open
+        base, when, _ = than
+        change, share = found.total - base.open, ""
+        if base.open:
+            percent = 100 * abs(change) / base.open
             share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
-        text += f", {_compared(change, share)} {than.when}"
+        text += f", {_compared(change, share)} {when}"
     if found.fixes:
         kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
         word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
@@ -6728,23 +6710,14 @@ def _headline(dashboard: Dashboard) -> str:
     return text
 
 
-def _compared(change: int, share: str = "") -> str:
-    """Return how a count compares: "12 fewer than", "as many as"; a share is said in place of the number."""
-    return (
-        f"{share or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
-    )
+def _compared(change: int, number: str = "", share: str = "") -> str:
+    """Return how a count compares: "12 fewer than", "5% fewer than", "12 fewer (5%) than", "as many as"."""
+    how = f"{number or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'}{share}"
+    return f"{how} than" if change else "as many as"
 
 
-class _Than(NamedTuple):
-    """What the open findings are compared with: the trend's point, and when it was."""
-
-    base: TrendPoint
-    when: str
-    at: str
-
-
-def _comparison(dashboard: Dashboard) -> _Than | None:
-    """Return the scan of 30 days ago or the first one, None where there is only one."""
+def _comparison(dashboard: Dashboard) -> tuple[TrendPoint, str, str] | None:
+    """Return the scan of 30 days ago or the first one, and when it was; None where there is only one."""
     trend = dashboard.trend
     if len(trend) == 1:
         return None
@@ -6753,9 +6726,9 @@ def _comparison(dashboard: Dashboard) -> _Than | None:
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     at = _minute(base.at) if base.at[:10] == trend[-1].at[:10] else base.at[:10]
     if base.at > month_ago:
-        return _Than(base, "at the first scan", at)
+        return base, "at the first scan", at
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
-    return _Than(base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at)
+    return base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at
 
 
 def _facts(dashboard: Dashboard) -> list[Element]:
@@ -6822,11 +6795,10 @@ def _trend_card(dashboard: Dashboard) -> Element:
         return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
     base, when, at = than
     change = total - base.open
-    better, worse = ("Getting better", "good", "fewer"), ("Getting worse", "bad", "more")
-    answer, tone, more = better if change < 0 else worse if change else ("Unchanged", "", "")
+    better, worse = ("Getting better", "good"), ("Getting worse", "bad")
+    answer, tone = better if change < 0 else worse if change else ("Unchanged", "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
-    compared = f"{abs(change):,} {more}{share} than" if change else "as many as"
-    lines = [_bold(now, f", {compared} {when}, on {at} ({base.open:,})")]
+    lines = [_bold(now, f", {_compared(change, share=share)} {when}, on {at} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
         lines.append(_node("p.warn", f"As far as is known: {doubt}."))
@@ -6942,16 +6914,11 @@ def _owners(dashboard: Dashboard) -> Iterator[Element]:
         text = f": {owner.total:,} open" if owner.total else ": nothing open"
         text += f", {owner.resolved:,} resolved in {OWNER_DAYS} days" if owner.resolved else ""
         place = {"id": owner_anchor(owner.owner)}
-        lines.append(_node("li", _node("b", _owner_name(owner.owner)), text, **place))
+        lines.append(_node("li", _node("b", _brief(owner.owner) or NO_OWNER), text, **place))
     named = len(found.owners) - len(shown)
     more = [lines, *_rest(found.owners_total - len(shown), named)] if named else []
     every = _node("div.five", *drawn)
     yield _titled("Owners", lead, every, *_rest(len(drawn), len(drawn)), *more, id="owners")
-
-
-def _owner_name(owner: str) -> str:
-    """Return an owner as the page shows it."""
-    return _brief(owner) if owner else "No known owner"
 
 
 def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Element:
@@ -6962,7 +6929,7 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     facts = [counted(owner.total, "open finding"), *([f"{more} {then}"] if len(numbers) > 1 else [])]
     if owner.monthly_cost is not None:
         facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
-    name = _owner_name(owner.owner)
+    name = _brief(owner.owner) or NO_OWNER
     head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
     line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
@@ -6998,17 +6965,22 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     return points
 
 
-def _time_labels(start: datetime, end: datetime, parts: int) -> list[tuple[float, str]]:
-    """Return where labels stand on a time axis, from 0 to 1; no two of them are the same."""
-    span = end - start
-    form = (
-        "%Y-%m-%d" if span > timedelta(days=5) else "%H:%M" if start.date() == end.date() else "%m-%d %H:%M"
-    )
-    form = "%H:%M:%S" if span < timedelta(minutes=1) else form
-    labels: dict[str, float] = {}
+def _time_axis(
+    points: Sequence[TrendPoint], parts: int, left: float, width: float, y: float, ends: Sequence[str]
+) -> list[Element]:
+    """Draw the times below a chart, each once; `ends` are the anchors of the first and the last."""
+    start, end = (datetime.fromisoformat(point.at) for point in (points[0], points[-1]))
+    span, form = end - start, "%H:%M" if start.date() == end.date() else "%m-%d %H:%M"
+    form = "%Y-%m-%d" if span > timedelta(days=5) else "%H:%M:%S" if span < timedelta(minutes=1) else form
+    places: dict[str, float] = {}
     for part in (0, parts, *range(1, parts)):
-        labels.setdefault(f"{start + span * part / parts:{form}}", part / parts)
-    return [(place, text) for text, place in labels.items()]
+        places.setdefault(f"{start + span * part / parts:{form}}", part / parts)
+    drawn = []
+    for text, place in places.items():
+        anchor = ends[int(place)] if ends and place in (0, 1) else "middle"
+        look = "wide" if place in (0.25, 0.75) else ""  # too many for a phone
+        drawn.append(_label(text, left + width * place, y, anchor, look))
+    return drawn
 
 
 def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
@@ -7019,11 +6991,8 @@ def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
     peak = max(1, *(point.open for point in points))
     drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
     drawn += _line(points, peak, 18, 200)
-    (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    for place, text in _time_labels(start, end, 4):
-        anchor = "start" if place == 0 else "end" if place == 1 else "middle"
-        look = "wide" if place in (0.25, 0.75) else ""  # too many for a phone
-        drawn.append(_label(text, _LEFT + _WIDTH * place, 242, anchor, look))
+    drawn += _time_axis(points, 4, _LEFT, _WIDTH, 242, ("start", "end"))
+    first, last = points[0], points[-1]
     text = f"From {first.open:,} on {_minute(first.at)} to {last.open:,} on {_minute(last.at)}"
     text += f", in {counted(len(trend), 'scan')}"
     chart = _picture("Open findings over time", text, 250, *drawn, look="chart")
@@ -7069,12 +7038,10 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
         for look, colour, number, above in parts:
             upright = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}"}
             if number:
-                group.append(_bar(look, colour, **across, **upright))
+                group.append(_node(f"rect.{look}", color=colour, **across, **upright))
         drawn.append(group)
-    first_bar, last_bar = (datetime.fromisoformat(bar.at) for bar in (bars[0], bars[-1]))
-    for place, text in _time_labels(first_bar, last_bar, 1):
-        anchor = "middle" if len(bars) < 4 else "end" if place else "start"
-        drawn.append(_label(text, _LEFT + slot * (0.5 + place * (len(bars) - 1)), 196, anchor))
+    ends = ("start", "end") if len(bars) > 3 else ()
+    drawn += _time_axis(bars, 1, _LEFT + slot / 2, slot * (len(bars) - 1), 196, ends)
     if cut:
         drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
     picture = _picture("NEW, REOPENED and RESOLVED findings per scan", each, 200, *drawn, look="chart")
@@ -7146,7 +7113,7 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
         body, most = _node("tbody"), max((number for _, number in rows), default=0) or 1
         for name, number in rows[:HTML_ROWS]:
             brief, amount, width = _brief(name), f"{number:,.0f}", f"{100 * number / most:.1f}%"
-            bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
+            bar = _node("rect.bar", color=RED, width=width, height=12, fill="currentColor")
             cells = _node("td", _picture(f"{brief}: {amount}", "", 12, bar)), _node("td.number", amount)
             body.append(_node("tr", _node("th", brief, scope="row"), *cells))
         if rows:
@@ -7159,34 +7126,34 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
-    if causes := [
+    causes = [
         (f"{c.instances:,}", c.target.account, c.target.region, _brief(str(c), 240)) for c in found.causes
-    ]:
-        lead = "What many instances share, and where to fix all of them."
-        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
-    columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
-    unread = "In targets that the latest scan could not read: they may be tagged by now."
-    longest = (("", "", found.oldest), (", as last read", unread, found.oldest_unread))
-    for more, lead, findings in longest:
-        if oldest := [_oldest_row(alike, dashboard) for alike in findings]:
-            title = f"Open for longest{more}"
-            yield _titled(title, lead, *_table(columns, oldest))
-    if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
-        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
-    if upcoming := [
-        (r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming
-    ]:
-        lead = "What would fail rules that do not count yet."
-        yield _titled("Upcoming rules", lead, *_table("From,Tag,Instances", upcoming))
-    rows = []
+    ]
+    every = (found.oldest, found.oldest_unread)
+    oldest, kept = ([_oldest_row(alike, dashboard) for alike in findings] for findings in every)
+    endings = [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]
+    upcoming = [(r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming]
+    group, finding = "Instances,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
+    finding += ",Probably,Created by,A month"
+    as_read = "In targets that the latest scan could not read: they may be tagged by now."
+    lists: tuple[tuple[str, str, str, Sequence[Sequence[Element | str]]], ...] = (
+        ("Causes", "What many instances share, and where to fix all of them.", group, causes),
+        ("Open for longest", "", finding, oldest),
+        ("Open for longest, as last read", as_read, finding, kept),
+        ("Exemptions that end", "", "When,Exemption", endings),
+        ("Upcoming rules", "What would fail rules that do not count yet.", "From,Tag,Instances", upcoming),
+    )
+    for title, lead, columns, rows in lists:
+        if rows:
+            yield _titled(title, lead, *_table(columns, rows))
+    unread = []
     for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
-        known = ("never", "not known")
-        if target.last_read:
-            known = (_minute(target.last_read), f"{target.findings:,}")
-        rows.append((target.target.account, target.target.region, *known, _brief(target.error or "", 240)))
-    if rows:
+        place = (target.target.account, target.target.region, _minute(target.last_read or "") or "never")
+        number = f"{target.findings:,}" if target.last_read else "not known"
+        unread.append((*place, number, _brief(target.error or "", 240)))
+    if unread:
         lead = "As they were last read; what was open then still counts."
-        table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
+        table = _table("Account,Region,Last read,Open,Why", unread, HTML_UNREAD)
         yield _titled("Not read", lead, *table, id="unread")
 
 
