@@ -5785,11 +5785,11 @@ def _preview(report: ScanReport) -> dict[str, dict[str, int]]:
     """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
     opened = (finding for finding in report.findings() if finding.status is Status.NEW)
     closed = (finding for finding in report.resolved() if finding.resolution is Resolution.POLICY_CHANGED)
-    counts = {}
-    for change, findings in (("new", opened), ("policy_changed", closed)):
-        tag_keys = Counter(violation.tag_key for finding in findings for violation in finding.violations)
-        counts[change] = dict(tag_keys.most_common())
-    return counts
+    changes = {"new": opened, "policy_changed": closed}
+    counts = {
+        name: Counter(v.tag_key for case in cases for v in case.violations) for name, cases in changes.items()
+    }
+    return {name: dict(tag_keys.most_common()) for name, tag_keys in counts.items()}
 
 
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
@@ -5862,10 +5862,11 @@ SUMMARY_CAUSES = SUMMARY_OLDEST = 5
 TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
 COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
 COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
+Rows = Iterable[Sequence[str]]
 _COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
 
-def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def in_columns(rows: Rows) -> Iterator[str]:
     """Yield a line per row with its cells aligned, laying out 1,000 rows at a time."""
     rows = iter(rows)
     former: list[list[str]] = []
@@ -5896,9 +5897,7 @@ def fitted(line: str, width: int | None) -> list[str]:
     return [*(part + end for part in parts), last]
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None, details: int = 1
-) -> Iterator[str]:
+def table(head: Sequence[str], rows: Rows, width: int | None, details: int = 1) -> Iterator[str]:
     """Yield rows under their head: in full, or so that they fit a terminal.
 
     Then the account and the region stand above if all rows have the same, and the last columns, which are
@@ -5933,12 +5932,7 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
 
 
 def table_lines(
-    rows: Iterable[Sequence[str]],
-    number: int,
-    width: int | None,
-    head: Sequence[str],
-    file: str = "",
-    details: int = 1,
+    rows: Rows, number: int, width: int | None, head: Sequence[str], file: str = "", details: int = 1
 ) -> list[str]:
     """Return the first of so many rows under their head, and how many more there are, in which file."""
     shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
@@ -6227,32 +6221,31 @@ class Output:
 
 
 @contextlib.contextmanager
-def _output_errors(output: Output) -> Iterator[None]:
-    """Raise OutputError, which says what to do, where the system cannot write a report."""
+def output_errors(
+    what: object, done: str = "written", advice: str = "name another place, or free some space"
+) -> Iterator[None]:
+    """Raise OutputError, which says what to do, where the system cannot read or write a file."""
     try:
         yield
     except OSError as error:
-        reason = f"{output} cannot be written: {error.strerror}"
-        raise OutputError(f"{reason}; name another place, or free some space") from error
+        raise OutputError(f"{what} cannot be {done}: {error.strerror}; {advice}") from error
+
+
+_EXISTS = "{} exists, and is not replaced: name a new file, or move it away"
 
 
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
     if output.is_new and output.path != "-" and os.path.lexists(path):
-        raise _exists(output)
-    with _output_errors(output):  # a name that is too long, a directory that may not be entered
+        raise UsageError(_EXISTS.format(output))
+    with output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
         if output.replaceable and not path.parent.is_dir():
             raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
-
-
-def _exists(output: Output) -> UsageError:
-    """Return the error of an output that would replace a file."""
-    return UsageError(f"{output} exists, and is not replaced: name a new file, or move it away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6276,7 +6269,7 @@ def staged_outputs(outputs: Iterable[Output]) -> Iterator[list[Staged]]:
     with contextlib.ExitStack() as stack:
         for output in outputs:
             path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}" if output.replaceable else None
-            with _output_errors(output):
+            with output_errors(output):
                 if path:
                     stack.callback(_remove, path)
                     file: IO[bytes] = open(path, "x+b", buffering=0, opener=open_private)  # noqa: SIM115
@@ -6299,7 +6292,7 @@ Writers = Mapping[str, Callable[[TextIOBase, Report], None]]  # by format
 def stage_report(staged: Iterable[Staged], writers: Writers[Report], report: Report) -> None:
     """Write a report in the format of each new file, down to the disk; raises OutputError."""
     for new in staged:
-        with _output_errors(new.output):
+        with output_errors(new.output):
             new.file.seek(0)
             new.file.truncate()
             with open(new.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
@@ -6314,7 +6307,7 @@ def publish_report(staged: Iterable[Staged], emit: Callable[[str], None]) -> Non
     """Move each new file into place; then write those for stdout (by emit), a pipe or a device."""
     for new in sorted(staged, key=lambda new: new.path is None):
         # A reader that has read enough closes its pipe.
-        with _output_errors(new.output), contextlib.suppress(BrokenPipeError):
+        with output_errors(new.output), contextlib.suppress(BrokenPipeError):
             if new.path:
                 _move(new.file, new.path, new.output)
             else:
@@ -6333,10 +6326,8 @@ def write_report(
 def _move(file: IO[bytes], path: Path, output: Output) -> None:
     """Move a staged file into place, with the mode of an ordinary file; raises OutputError."""
     if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
-        raise OutputError(
-            f"{output}: another process replaced the file it was written to; name a directory that only "
-            "you can write to"
-        )
+        found = "another process replaced the file it was written to"
+        raise OutputError(f"{output}: {found}; name a directory that only you can write to")
     if os.chmod in os.supports_fd:
         mask = os.umask(0o077)
         os.umask(mask)
@@ -6348,7 +6339,7 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
     try:
         os.link(path, output.path)  # unlike a move, it fails if there is anything
     except FileExistsError as error:
-        raise _exists(output) from error
+        raise UsageError(_EXISTS.format(output)) from error
 
 
 def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
@@ -6366,22 +6357,19 @@ def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
 
 def _open_device(output: Output) -> int:
     """Open a pipe or a device to write to it, and wait a while for a pipe's reader; raises OutputError."""
-    path = Path(output.path)
-    deadline = time.monotonic() + PIPE_SECONDS
+    path, deadline = Path(output.path), time.monotonic() + PIPE_SECONDS
     while path.is_fifo():
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            return descriptor
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             if time.monotonic() > deadline:
-                raise OutputError(
-                    f"{output} is a pipe that nobody reads: start its reader, and run again"
-                ) from error
+                message = f"{output} is a pipe that nobody reads: start its reader, and run again"
+                raise OutputError(message) from error
             time.sleep(0.1)
-        else:
-            os.set_blocking(descriptor, True)
-            return descriptor
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     if stat.S_ISREG(os.fstat(descriptor).st_mode) and not output.is_device:
         os.close(descriptor)
@@ -6556,8 +6544,8 @@ def _card(question: str, answer: str, *children: Element, tone: str = "") -> Ele
 
 def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
     """Draw a section: its heading, how to read it, and its content."""
-    leads = [_node("p.soft", lead)] if lead else []
-    return _node("section", _node("h2", title), *leads, *children, **attributes)
+    how = _node("p.soft", lead) if lead else ""
+    return _node("section", _node("h2", title), how, *children, **attributes)
 
 
 def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
@@ -6588,14 +6576,13 @@ def _ticks(peak: int, most: int = 4) -> list[int]:
     return list(range(0, peak + 1, step))
 
 
-def _line(
-    points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
-) -> list[Element]:
+def _line(points: Sequence[TrendPoint], top: int, height: int, left: float = _LEFT) -> list[Element]:
     """Draw the open findings as a line with its area; a dot is hollow where a scan left targets unread."""
+    peak = max(1, *(point.open for point in points))
     moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
     span, width = moments[-1] - moments[0], _LEFT + _WIDTH - left
     across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
-    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    down = [height * (1 - point.open / peak) for point in points]
     path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
     corners = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
     area = _node("path", d=corners, fill="currentColor", fill_opacity=0.12)
@@ -6769,10 +6756,9 @@ def _unread(standings: Iterable[Standing]) -> list[Standing]:
     return [standing for standing in standings if standing.error]
 
 
-def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
+def _compliance(standings: Sequence[Standing]) -> tuple[int, int, str]:
     """Return how many instances comply, how many do not, and the share that does, never rounded up."""
-    pairs = [(standing.compliant, standing.findings) for standing in standings]
-    compliant, findings = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    compliant, findings = sum(s.compliant for s in standings), sum(s.findings for s in standings)
     percent = 100 * compliant // max(compliant + findings, 1)
     text = "–" if not compliant + findings else f"{percent}%" if percent or not compliant else "<1%"
     return compliant, findings, text
@@ -6802,8 +6788,7 @@ def _trend_card(dashboard: Dashboard) -> Element:
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
         lines.append(_node("p.warn", f"As far as is known: {doubt}."))
-    points = _grouped(trend, HTML_POINTS)
-    line = _line(points, max(point.open for point in points), 4, 36, left=1.0)
+    line = _line(_grouped(trend, HTML_POINTS), 4, 36, left=1.0)
     lines.append(_picture(f"Open findings: {base.open:,} {when}, {total:,} now", "", 44, *line))
     return _card(question, answer, *lines, tone=tone)
 
@@ -6822,15 +6807,14 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
     for attribute in ("account", "region"):
         groups = _worst_first(standings, attribute)
         counts = [(name, _compliance(group)[1]) for name, group in groups.items()]
-        name = counts[0][0]
         if not _leads(counts, total):
             spread.append(_spread(attribute, counts, total))
             continue
+        name, findings = counts[0]
         verdict = verdict or name
-        _, findings, share = _compliance(groups[name])
         where = "" if name == verdict else f" in {name}"
         if len(groups) > 1 or not where:
-            lines.append(_bold(f"{findings:,} open", f"{where}, {share} compliant"))
+            lines.append(_bold(f"{findings:,} open", f"{where}, {_compliance(groups[name])[2]} compliant"))
     if spread:
         text = f"{'; '.join(spread)} of the findings."
         lines.append(_node("p", text[0].upper() + text[1:]))
@@ -6851,8 +6835,8 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
 
 def _all_good(standings: Sequence[Standing]) -> str:
     """Return what is true when everything was read and nothing is open."""
-    numbers = [(standing.instances, standing.compliant, standing.exempted) for standing in standings]
-    instances, compliant, exempted = map(sum, zip(*numbers, strict=True))
+    names = ("instances", "compliant", "exempted")
+    instances, compliant, exempted = (sum(getattr(s, name) for s in standings) for name in names)
     fleet = counted(instances, "instance")
     if compliant == instances:
         return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
@@ -6877,9 +6861,8 @@ def _ask_card(dashboard: Dashboard) -> Element:
     lines = []
     if who:
         does, people = who
-        lines.append(
-            _bold(f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
-        )
+        of = f" of {counted(found.total, 'instance')} with findings"
+        lines.append(_bold(f"{does} {people[0][1]:,}", of))
         if len(people) > 1:
             lines.append(_bold("Then", f": {named(people[1:4])}"))
     for word, _, people in known:
@@ -6931,7 +6914,7 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
         facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
     name = _brief(owner.owner) or NO_OWNER
     head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
-    line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
+    line = _line(owner.trend, 4, 32, left=1.0)
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
@@ -6946,8 +6929,8 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
         details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
     if is_open:
         details.set("open", "")
-    pictures = [picture] if len(numbers) > 1 else []
-    return _node("section.owner", head, *pictures, details, id=owner_anchor(owner.owner))
+    shown = picture if len(numbers) > 1 else ""
+    return _node("section.owner", head, shown, details, id=owner_anchor(owner.owner))
 
 
 def _currency(dashboard: Dashboard) -> str:
@@ -6990,8 +6973,7 @@ def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
     points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
     drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
-    drawn += _line(points, peak, 18, 200)
-    drawn += _time_axis(points, 4, _LEFT, _WIDTH, 242, ("start", "end"))
+    drawn += [*_line(points, 18, 200), *_time_axis(points, 4, _LEFT, _WIDTH, 242, ("start", "end"))]
     first, last = points[0], points[-1]
     text = f"From {first.open:,} on {_minute(first.at)} to {last.open:,} on {_minute(last.at)}"
     text += f", in {counted(len(trend), 'scan')}"
@@ -7168,8 +7150,7 @@ def _oldest_row(alike: Alike, dashboard: Dashboard) -> tuple[Element | str, ...]
     instance = _console_link(finding)
     if alike.number > 1 and finding.cause:
         group = f"{GROUP_KINDS[finding.cause.kind].word} {_brief(finding.cause.name, 40)}"
-        more = _node("small", f" and {alike.number - 1:,} more of the {group}")
-        instance = _node("span", instance, more)
+        instance = _node("span", instance, _node("small", f" and {alike.number - 1:,} more of the {group}"))
     where = (instance, _brief(finding.name, 40), finding.target.account, finding.region)
     return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.creator), cost)
 
@@ -7228,9 +7209,9 @@ Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
 def _ending(policy: Policy, today: date) -> list[Exemption]:
-    """Return the exemptions that have ended or end soon."""
-    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
-    return [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
+    """Return the exemptions that have ended or end soon, as check_expiry."""
+    soon = today + timedelta(days=NOTICE_DAYS)
+    return [each for each in policy.exemptions if each.expires and each.expires <= soon]
 
 
 def ending_subjects(policy: Policy, today: date) -> list[str]:
@@ -7239,9 +7220,7 @@ def ending_subjects(policy: Policy, today: date) -> list[str]:
 
 
 def digest_lines(
-    report: ScanReport,
-    pending: Callable[[str], Container[str]],
-    reminder: Callable[[Finding], tuple[int, str]],
+    report: ScanReport, pending: Callable[[str], set[str]], reminder: Callable[[Finding], tuple[int, str]]
 ) -> Iterator[DigestLine]:
     """Yield what belongs in digests.
 
@@ -7311,10 +7290,7 @@ def write_digests(
             counts += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
             counts += [counted(soon, "exemption ends soon", "exemptions end soon")] if soon else []
             counts += [counted(over, "exemption has ended", "exemptions have ended")] if over else []
-            unread = (
-                _entry(f"{each.target}:", f"{each.error_code}: {each.error_message}")
-                for each in report.unread
-            )
+            unread = (_entry(f"{t.target}:", f"{t.error_code}: {t.error_message}") for t in report.unread)
             endings = (_entry(f"{each.where}:", each.message) for each in check_expiry(policy, today))
             causes = map(printable, cause_lines(report.causes))
             sections = [
@@ -7356,10 +7332,8 @@ def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str])
     """Return who may know about an instance: its owner, then its creator, where they are known."""
     key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
     owner = stripped(finding.tags.get(key, ""))
-    names = {
-        "owner": "" if owner.casefold() in placeholders else owner,
-        "created by": finding.created_by or "",
-    }
+    owner = "" if owner.casefold() in placeholders else owner
+    names = {"owner": owner, "created by": finding.created_by or ""}
     return {role: name for role, name in names.items() if name}
 
 
@@ -7384,9 +7358,8 @@ def digest_text(digest: Digest) -> str:
         encoded = [*map(encode, lines)]
         ends = itertools.accumulate(len(line) + 1 for line in encoded)
         shown = encoded[: sum(end <= width for end in ends)]
-        more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
         heads = [head] if head or is_slack else []
-        parts.append("\n".join([*heads, *fence, *shown, *more, *fence]))
+        parts.append("\n".join([*heads, *fence, *shown, *more_lines(number - len(shown)), *fence]))
     if link := encode(digest.link):
         parts.append(f"<{link}|Open the dashboard>" if is_slack else f"Dashboard: {link}")
     return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
@@ -7410,17 +7383,15 @@ def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
     """Return the URL of the webhook; raises UsageError, which does not repeat it."""
     name, url = slack.webhook_url_env, environment.get(slack.webhook_url_env, "").strip()
     if not url:
-        raise UsageError(
-            f"the policy notifies Slack: put the webhook's URL into the environment variable {name}"
-        )
+        advice = f"put the webhook's URL into the environment variable {name}"
+        raise UsageError(f"the policy notifies Slack: {advice}")
     parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
     if not parts:
         raise UsageError(f"{name} does not hold the https:// URL of a webhook: copy it again from Slack")
     hosts = (*SLACK_HOSTS, *slack.allow_hosts)
     if parts[1].removesuffix(":443") not in hosts:
-        raise UsageError(
-            f"{name} holds a URL of another host than {', '.join(hosts)}: see notify.slack.allow_hosts"
-        )
+        known = ", ".join(hosts)
+        raise UsageError(f"{name} holds a URL of another host than {known}: see notify.slack.allow_hosts")
     return url
 
 
@@ -7480,14 +7451,9 @@ def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
     subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, digest_text(digest)))
-    to = [digest.to] if digest.to else list(email.to)
-    call_aws(
-        client,
-        "SendEmail",
-        FromEmailAddress=email.sender,
-        Destination={"ToAddresses": to},
-        Content={"Simple": {"Subject": subject, "Body": {"Text": body}}},
-    )
+    to = {"ToAddresses": [digest.to] if digest.to else list(email.to)}
+    content = {"Simple": {"Subject": subject, "Body": {"Text": body}}}
+    call_aws(client, "SendEmail", FromEmailAddress=email.sender, Destination=to, Content=content)
 
 
 ########################################################################################################
@@ -7699,7 +7665,7 @@ def row_error(row: PlanRow, policy: Policy) -> str | None:
     return violation.message if violation else None
 
 
-PLAN_COLUMNS = tuple(
+PLAN_COLUMNS = (
     "Account Region InstanceId Name Tag Value Action Current Confidence Why Warning Checksum".split()
 )
 PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
@@ -7740,15 +7706,12 @@ def is_unedited_plan(file: IO[bytes]) -> bool:
 
 def check_plan_output(output: Output) -> None:
     """Raise OutputError if a new plan would replace a file that may be one that a person has edited."""
-    try:
+    with output_errors(output, "read", "name another file"):
         if not output.replaceable or not os.path.exists(output.path):
             return
         with open(output.path, "rb") as file:
             if is_unedited_plan(file):
                 return
-    except OSError as error:
-        message = f"--csv {output.path} cannot be read: {error.strerror}; name another file"
-        raise OutputError(message) from error
     raise OutputError(
         f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is "
         f"unchanged. Apply it with --plan {output.path}, write a new one elsewhere (--csv FILE), or delete it"
@@ -7759,27 +7722,24 @@ def read_plan(
     path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
     """Return the rows, as `check` makes them, of a file that a person may have edited; raises PolicyError."""
-    rows, problems = PlanRows(), []
-    try:
-        for line, columns, cells in _plan_cells(path):
-            try:
-                row = _read_row(columns, cells, f"{path}:{line}", actions)
-                if message := row_error(row, policy):
-                    raise UsageError(message)
-                rows.add(check(row) if check else row)
-            except UsageError as error:
-                problems.append(Problem(path, line, 1, "", str(error)))
-            if len(problems) == MAX_PLAN_PROBLEMS:
-                break
-    except PolicyError as error:  # the rest of the file cannot be read
-        problems += error.problems
+    rows, problems = PlanRows(), list[Problem]()
+    for line, columns, cells in _plan_cells(path, problems):
+        try:
+            row = _read_row(columns, cells, f"{path}:{line}", actions)
+            if message := row_error(row, policy):
+                raise UsageError(message)
+            rows.add(check(row) if check else row)
+        except UsageError as error:
+            problems.append(Problem(path, line, 1, "", str(error)))
+        if len(problems) == MAX_PLAN_PROBLEMS:
+            break
     if problems:
         raise PolicyError(problems)
     return rows
 
 
-def _plan_cells(path: str) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield the line that each row ends on, the columns, and the row's cells; raises PolicyError."""
+def _plan_cells(path: str, problems: list[Problem]) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield the line that each row ends on, the columns, and the row's cells; adds why the rest is unread."""
     line = 0
 
     def texts(file: IO[str]) -> Iterator[str]:
@@ -7812,7 +7772,7 @@ def _plan_cells(path: str) -> Iterator[tuple[int, list[str], list[str]]]:
                     yield line, columns, cells
     except (csv.Error, UsageError) as error:
         message = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
-        raise PolicyError([Problem(path, line, 1, "", message)]) from error
+        problems.append(Problem(path, line, 1, "", message))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -7904,11 +7864,9 @@ class UndoFile:
 
 def _reverting(row: PlanRow) -> PlanRow:
     """Return the row that reverts another one."""
-    action = Action.DELETE if row.former is None else Action.RESTORE
+    action, value = (Action.DELETE, "") if row.former is None else (Action.RESTORE, row.former)
     why, current = f"undo of: {row.why.removeprefix('undo of: ')}", row.value_after or ""
-    return replace(
-        row, action=action, value=row.former or "", current=current, confidence="", why=why, warning=""
-    )
+    return replace(row, action=action, value=value, current=current, why=why, confidence="", warning="")
 
 
 MAX_CHANGES = 50  # per run, without --max-changes
@@ -7982,6 +7940,7 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
     return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
 
 
+Enter = Callable[[str], None]  # gets the credentials of an account; raises TargetError
 Call = tuple[bool, tuple[tuple[str, str], ...]]  # True to delete, False to create; the tags
 
 
@@ -8124,12 +8083,12 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
 def apply_plan(
     rows: PlanRows,
     aws: Aws,
-    enter: Callable[[str], None],
+    enter: Enter,
     undo: UndoFile,
     state: State,
     describe: Callable[[PlanRow], Change],
 ) -> None:
-    """Carry out a plan, target by target, and keep each row's result; `enter` gets credentials.
+    """Carry out a plan, target by target, and keep each row's result.
 
     `describe` returns the record of a row. The state has every row as intended before the first call, and the
     undo file has a row before its own call: if the run is killed at any point, state, file and tags tell what
@@ -8163,7 +8122,7 @@ def apply_plan(
 
 
 def _apply_to_target(
-    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
+    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Enter
 ) -> Iterator[list[PlanRow]]:
     """Carry out the rows of one target, up to an error that all would meet; yields their results."""
     # Instances that get the same tags come together, which makes calls few.
