@@ -5642,13 +5642,16 @@ def _finding_cells(finding: Finding) -> list[str]:
     wrong = [v for v in finding.violations if v.type is ViolationType.NONCOMPLIANT_VALUE]
     missing = ",".join(v.tag_key for v in finding.violations if v not in wrong)
     invalid = ",".join(f"{v.tag_key}={v.value}" for v in wrong)
-    times = (finding.launch_time, finding.first_seen, finding.last_seen)
-    # As spreadsheets read them: 2026-02-24 10:30:45.
-    launched, first, last = (text.replace("T", " ").removesuffix("Z") for text in times)
-    cells = [finding.instance_id, missing, launched, invalid]
+    first, last = _csv_time(finding.first_seen), _csv_time(finding.last_seen)
+    cells = [finding.instance_id, missing, _csv_time(finding.launch_time), invalid]
     cells += [finding.status, first, last, str(finding.times_seen), finding.account_id, finding.region]
     cells += [finding.name, finding.state, finding.creator, ", ".join(map(str, finding.suggestions))]
     return [*cells, "", finding.managed_by or "", finding.account_name]
+
+
+def _csv_time(text: str) -> str:
+    """Return a time as spreadsheets read it: 2026-02-24 10:30:45."""
+    return text.replace("T", " ").removesuffix("Z")
 
 
 # A spreadsheet that splits at another character than a comma ignores quotes within a cell: it also splits our
@@ -7252,8 +7255,7 @@ def digest_lines(
                 is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
                 line = _finding_line(finding, names, opened if age else "") if is_listed else ""
                 yield DigestLine(channel, recipient, subject, line, age, owner)
-    places = [each.target for each in report.unread]
-    unread = [f"unread {target.account_id} {target.region}" for target in places]
+    unread = [f"unread {t.target.account_id} {t.target.region}" for t in report.unread]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
         for channel, subject in channels_for(other):
             if channel != "owners":
@@ -7599,9 +7601,7 @@ def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> 
                     yield row
 
 
-def plan_aliased(
-    aliased: Iterable[Aliased], policy: Policy, min_confidence: float = MIN_CONFIDENCE
-) -> Iterator[PlanRow]:
+def plan_aliased(aliased: Iterable[Aliased], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
     """Yield what would give rules their own keys, where the policy still wants it and allows the value."""
     for case in aliased if policy.normalize_aliases and min_confidence <= OWN_CONFIDENCE else ():
         rule = policy.rules_by_key(case.region).get(case.tag_key)
@@ -7935,9 +7935,8 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
         # One is gone. A filter ignores it, but takes several calls.
         filters = [{"Name": "instance-id", "Values": values} for values in _in_parts(ids, FILTER_VALUES)]
         pages = [page for each in filters for page in describe_instances(client, Filters=[each])]
-    instances = itertools.chain.from_iterable(pages)
     gone = ("shutting-down", "terminated")
-    return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
+    return {each.instance_id: each.tags for page in pages for each in page if each.state not in gone}
 
 
 Enter = Callable[[str], None]  # gets the credentials of an account; raises TargetError
