@@ -6381,7 +6381,7 @@ def _open_device(output: Output) -> int:
 
 
 ########################################################################################################
-# 8 Dashboard: write_html; _card, _line, _bar, _table, _heat_cell draw; then the page from top to bottom
+# 8 Dashboard: write_html; _card, _line, _table, _heat_cell draw; then the page from top to bottom
 ########################################################################################################
 
 
