@@ -5766,11 +5766,8 @@ def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     """Return how far a target was read as a JSON object."""
     error = None if coverage.read else {"code": coverage.error_code, "message": coverage.error_message}
     counts = to_record(coverage, ("instances", "compliant", "findings", "exempted", "too_young"))
-    return (
-        to_record(coverage.target, _TARGET_KEYS)
-        | {"status": "unread" if error else "read", "error": error}
-        | counts
-    )
+    reading = {"status": "unread" if error else "read", "error": error}
+    return to_record(coverage.target, _TARGET_KEYS) | reading | counts
 
 
 def _cause_record(cause: Cause) -> dict[str, Any]:
@@ -5804,11 +5801,11 @@ def _preview(report: ScanReport) -> dict[str, dict[str, int]]:
     """Return, tag by tag, how many findings the scan opens, and how many it closes as policy_changed."""
     opened = (finding for finding in report.findings() if finding.status is Status.NEW)
     closed = (finding for finding in report.resolved() if finding.resolution is Resolution.POLICY_CHANGED)
-    counts = {}
-    for change, findings in (("new", opened), ("policy_changed", closed)):
-        tag_keys = Counter(violation.tag_key for finding in findings for violation in finding.violations)
-        counts[change] = dict(tag_keys.most_common())
-    return counts
+    changes = {"new": opened, "policy_changed": closed}
+    counts = {
+        name: Counter(v.tag_key for case in cases for v in case.violations) for name, cases in changes.items()
+    }
+    return {name: dict(tag_keys.most_common()) for name, tag_keys in counts.items()}
 
 
 def write_junit(file: TextIOBase, report: ScanReport) -> None:
@@ -5881,10 +5878,11 @@ SUMMARY_CAUSES = SUMMARY_OLDEST = 5
 TABLE_HEAD = ("STATUS", "ACCOUNT", "REGION", "INSTANCE", "NAME", "SINCE", "VIOLATIONS")
 COLOURS = {"NEW": 31, "RESOLVED": 32, "REPEAT": 33, "REOPENED": 35, "EXEMPTED": 36}
 COLOURS |= {"VIOLATIONS": 31, "COMPLIANT": 32, "INCOMPLETE": 33}
+Rows = Iterable[Sequence[str]]
 _COLOURED = re.compile(rf"^(Exit code \d+ )?({'|'.join(COLOURS)})\b", re.MULTILINE)
 
 
-def in_columns(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def in_columns(rows: Rows) -> Iterator[str]:
     """Yield a line per row with its cells aligned, laying out 1,000 rows at a time."""
     rows = iter(rows)
     former: list[list[str]] = []
@@ -5915,9 +5913,7 @@ def fitted(line: str, width: int | None) -> list[str]:
     return [*(part + end for part in parts), last]
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None, details: int = 1
-) -> Iterator[str]:
+def table(head: Sequence[str], rows: Rows, width: int | None, details: int = 1) -> Iterator[str]:
     """Yield rows under their head: in full, or so that they fit a terminal.
 
     Then the account and the region stand above if all rows have the same, and the last columns, which are
@@ -5937,33 +5933,22 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     if shared:
         words = ", ".join(block[0][column] for column in shared)
         yield from fitted(printable(f"{head[shared[0]].capitalize()} {words}"), width)
-    columns = [column for column in range(len(head)) if column not in shared]
-    lines = _columns_of(columns, head, block)
-    if width >= WIDE and max(map(len, lines)) <= width:
-        yield from lines
-        return
-    columns, below = columns[:-details], columns[-details:]
-    if max(map(len, lines := _columns_of(columns, head, block))) > width:
-        below = [column for column in columns if column in place] + below
-        lines = _columns_of([column for column in columns if column not in place], head, block)
+    every = [column for column in range(len(head)) if column not in shared]
+    short = every[:-details]
+    least = [column for column in short if column not in place]
+    for columns in ([every] if width >= WIDE else []) + [short, least]:
+        lines = [*in_columns([row[column] for column in columns] for row in (head, *block))]
+        if max(map(len, lines)) <= width:
+            break
+    below = [column for column in every if column not in columns]
     for line, row in zip(lines, (None, *block), strict=True):
         yield from fitted(line, width)
         if row and (detail := "  ".join(filter(None, (printable(row[column]) for column in below)))):
             yield from fitted(f"          {detail}", width)
 
 
-def _columns_of(columns: Sequence[int], head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return some columns of a table, laid out."""
-    return [*in_columns([row[column] for column in columns] for row in (head, *rows))]
-
-
 def table_lines(
-    rows: Iterable[Sequence[str]],
-    number: int,
-    width: int | None,
-    head: Sequence[str],
-    file: str = "",
-    details: int = 1,
+    rows: Rows, number: int, width: int | None, head: Sequence[str], file: str = "", details: int = 1
 ) -> list[str]:
     """Return the first of so many rows under their head, and how many more there are, in which file."""
     shown = list(itertools.islice(rows, SUMMARY_FINDINGS))
@@ -6072,10 +6057,9 @@ def short_violations(finding: Finding, *, unsure: bool = False) -> list[str]:
     for violation in finding.violations:
         wrong = violation.type is ViolationType.NONCOMPLIANT_VALUE
         what = f"={cut_text(violation.value or '', 40)}" if wrong else f" {violation.type}"
-        notes = [f"has {cut_text(violation.found_key, 40)}"] if violation.found_key else []
-        if violation.tag_key in likely:
-            notes.append(likely[violation.tag_key])
-        texts.append(violation.tag_key + what + (f" ({'; '.join(notes)})" if notes else ""))
+        found = f"has {cut_text(violation.found_key, 40)}" if violation.found_key else ""
+        notes = "; ".join(filter(None, [found, likely.get(violation.tag_key)]))
+        texts.append(violation.tag_key + what + (f" ({notes})" if notes else ""))
     return texts
 
 
@@ -6253,32 +6237,31 @@ class Output:
 
 
 @contextlib.contextmanager
-def _output_errors(output: Output) -> Iterator[None]:
-    """Raise OutputError, which says what to do, where the system cannot write a report."""
+def output_errors(
+    what: object, done: str = "written", advice: str = "name another place, or free some space"
+) -> Iterator[None]:
+    """Raise OutputError, which says what to do, where the system cannot read or write a file."""
     try:
         yield
     except OSError as error:
-        reason = f"{output} cannot be written: {error.strerror}"
-        raise OutputError(f"{reason}; name another place, or free some space") from error
+        raise OutputError(f"{what} cannot be {done}: {error.strerror}; {advice}") from error
+
+
+_EXISTS = "{} exists, and is not replaced: name a new file, or move it away"
 
 
 def check_output(output: Output) -> None:
     """Find out before the scan whether a report can be written; raises OutputError."""
     path = Path(output.path)
     if output.is_new and output.path != "-" and os.path.lexists(path):
-        raise _exists(output)
-    with _output_errors(output):  # a name that is too long, a directory that may not be entered
+        raise UsageError(_EXISTS.format(output))
+    with output_errors(output):  # a name that is too long, a directory that may not be entered
         if path.is_dir():
             raise OutputError(f"{output} is a directory: name a file in it")
         if output.replaceable and not path.parent.is_dir():
             raise OutputError(f"{output}: the directory {path.parent} does not exist; create it")
         if output.replaceable and not os.access(path.parent, os.W_OK):
             raise OutputError(f"{output}: the directory {path.parent} cannot be written to")
-
-
-def _exists(output: Output) -> UsageError:
-    """Return the error of an output that would replace a file."""
-    return UsageError(f"{output} exists, and is not replaced: name a new file, or move it away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -6302,7 +6285,7 @@ def staged_outputs(outputs: Iterable[Output]) -> Iterator[list[Staged]]:
     with contextlib.ExitStack() as stack:
         for output in outputs:
             path = Path(output.path).parent / f".tagcheck.{uuid.uuid4().hex}" if output.replaceable else None
-            with _output_errors(output):
+            with output_errors(output):
                 if path:
                     stack.callback(_remove, path)
                     file: IO[bytes] = open(path, "x+b", buffering=0, opener=open_private)  # noqa: SIM115
@@ -6325,7 +6308,7 @@ Writers = Mapping[str, Callable[[TextIOBase, Report], None]]  # by format
 def stage_report(staged: Iterable[Staged], writers: Writers[Report], report: Report) -> None:
     """Write a report in the format of each new file, down to the disk; raises OutputError."""
     for new in staged:
-        with _output_errors(new.output):
+        with output_errors(new.output):
             new.file.seek(0)
             new.file.truncate()
             with open(new.file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as file:
@@ -6340,7 +6323,7 @@ def publish_report(staged: Iterable[Staged], emit: Callable[[str], None]) -> Non
     """Move each new file into place; then write those for stdout (by emit), a pipe or a device."""
     for new in sorted(staged, key=lambda new: new.path is None):
         # A reader that has read enough closes its pipe.
-        with _output_errors(new.output), contextlib.suppress(BrokenPipeError):
+        with output_errors(new.output), contextlib.suppress(BrokenPipeError):
             if new.path:
                 _move(new.file, new.path, new.output)
             else:
@@ -6359,10 +6342,8 @@ def write_report(
 def _move(file: IO[bytes], path: Path, output: Output) -> None:
     """Move a staged file into place, with the mode of an ordinary file; raises OutputError."""
     if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
-        raise OutputError(
-            f"{output}: another process replaced the file it was written to; name a directory that only "
-            "you can write to"
-        )
+        found = "another process replaced the file it was written to"
+        raise OutputError(f"{output}: {found}; name a directory that only you can write to")
     if os.chmod in os.supports_fd:
         mask = os.umask(0o077)
         os.umask(mask)
@@ -6374,7 +6355,7 @@ def _move(file: IO[bytes], path: Path, output: Output) -> None:
     try:
         os.link(path, output.path)  # unlike a move, it fails if there is anything
     except FileExistsError as error:
-        raise _exists(output) from error
+        raise UsageError(_EXISTS.format(output)) from error
 
 
 def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
@@ -6392,22 +6373,19 @@ def _copy(file: IO[bytes], output: Output, emit: Callable[[str], None]) -> None:
 
 def _open_device(output: Output) -> int:
     """Open a pipe or a device to write to it, and wait a while for a pipe's reader; raises OutputError."""
-    path = Path(output.path)
-    deadline = time.monotonic() + PIPE_SECONDS
+    path, deadline = Path(output.path), time.monotonic() + PIPE_SECONDS
     while path.is_fifo():
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            return descriptor
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             if time.monotonic() > deadline:
-                raise OutputError(
-                    f"{output} is a pipe that nobody reads: start its reader, and run again"
-                ) from error
+                message = f"{output} is a pipe that nobody reads: start its reader, and run again"
+                raise OutputError(message) from error
             time.sleep(0.1)
-        else:
-            os.set_blocking(descriptor, True)
-            return descriptor
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     if stat.S_ISREG(os.fstat(descriptor).st_mode) and not output.is_device:
         os.close(descriptor)
@@ -6416,7 +6394,7 @@ def _open_device(output: Output) -> int:
 
 
 ########################################################################################################
-# 8 Dashboard: write_html; _card, _line, _bar, _table, _heat_cell draw; then the page from top to bottom
+# 8 Dashboard: write_html; _card, _line, _table, _heat_cell draw; then the page from top to bottom
 ########################################################################################################
 
 
@@ -6511,6 +6489,7 @@ h2,h3,h2+.soft,thead,.legend,.owner>div,.owner>svg{break-after:avoid}
 overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
+NO_OWNER = "No known owner"
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
 COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
@@ -6535,9 +6514,8 @@ def write_html(file: TextIOBase, dashboard: Dashboard) -> None:
     parts += [*_trend(dashboard.trend), _heat_map(standings), *_counts(dashboard), *_lists(dashboard)]
     source = f"Made by tagcheck {__version__} for the policy {name} ({policy_file}). All times are UTC."
     body = _node("body", _node("main", *parts), _node("footer", source))
-    page = _node(
-        "html", _head(_brief(f"{dashboard.policy.name}: required tags", 120), dashboard.css), body, lang="en"
-    )
+    title = _brief(f"{dashboard.policy.name}: required tags", 120)
+    page = _node("html", _head(title, dashboard.css), body, lang="en")
     for number, svg in enumerate(page.iterfind(".//svg[@role]")):
         words = [child for child in svg if child.tag in ("title", "desc")]
         for child in words:
@@ -6582,8 +6560,8 @@ def _card(question: str, answer: str, *children: Element, tone: str = "") -> Ele
 
 def _titled(title: str, lead: str, *children: Element, **attributes: object) -> Element:
     """Draw a section: its heading, how to read it, and its content."""
-    leads = [_node("p.soft", lead)] if lead else []
-    return _node("section", _node("h2", title), *leads, *children, **attributes)
+    how = _node("p.soft", lead) if lead else ""
+    return _node("section", _node("h2", title), how, *children, **attributes)
 
 
 def _picture(title: str, text: str, height: int, *drawn: Element, look: str = "") -> Element:
@@ -6596,11 +6574,6 @@ def _label(text: str, x: float, y: float, anchor: str = "start", look: str = "")
     """Draw a few words in a picture."""
     place = {"x": f"{x:.2f}%", "y": f"{y:.1f}", "text_anchor": anchor}
     return _node(f"text.{look}", text, fill=GREY, font_size=12, **place)
-
-
-def _bar(look: str, colour: str, **place: str) -> Element:
-    """Draw a bar of a chart."""
-    return _node(f"rect.{look}", color=colour, **place)
 
 
 def _grid(lines: Sequence[tuple[int, float]]) -> list[Element]:
@@ -6619,14 +6592,13 @@ def _ticks(peak: int, most: int = 4) -> list[int]:
     return list(range(0, peak + 1, step))
 
 
-def _line(
-    points: Sequence[TrendPoint], peak: int, top: int, height: int, left: float = _LEFT
-) -> list[Element]:
+def _line(points: Sequence[TrendPoint], top: int, height: int, left: float = _LEFT) -> list[Element]:
     """Draw the open findings as a line with its area; a dot is hollow where a scan left targets unread."""
+    peak = max(1, *(point.open for point in points))
     moments = [datetime.fromisoformat(point.at).timestamp() for point in points]
     span, width = moments[-1] - moments[0], _LEFT + _WIDTH - left
     across = [left + width * ((moment - moments[0]) / span if span else 0.5) for moment in moments]
-    down = [height * (1 - point.open / max(peak, 1)) for point in points]
+    down = [height * (1 - point.open / peak) for point in points]
     path = "L".join(f"{x:.2f},{y:.1f}" for x, y in zip(across, down, strict=True))
     corners = f"M{across[0]:.2f},{height}L{path}L{across[-1]:.2f},{height}Z"
     area = _node("path", d=corners, fill="currentColor", fill_opacity=0.12)
@@ -6649,16 +6621,15 @@ def _table(columns: str, rows: Sequence[Sequence[Element | str]], most: int = HT
     """Draw the first rows as a table without its empty columns, and count the others."""
     cells = zip(columns.split(","), zip(*rows[:most], strict=True), strict=True)
     known = {column: values for column, values in cells if any(value != "" for value in values)}
-    looks = [COLUMN_LOOKS.get(column, "") for column in known]
-    head = [
-        _node(f"th.{look}", column, scope="col", data_label=column)
-        for look, column in zip(looks, known, strict=True)
-    ]
-    body = _node("tbody")
-    for row in zip(*known.values(), strict=True):
-        named = zip(looks, known, row, strict=True)
-        body.append(_node("tr", *(_node(f"td.{look}", cell, data_label=name) for look, name, cell in named)))
-    table = _node("table.list", _node("thead", _node("tr", *head)), body)
+
+    def line(tag: str, cells: Iterable[Element | str], **more: str) -> Element:
+        row = _node("tr")
+        for name, cell in zip(known, cells, strict=True):
+            row.append(_node(f"{tag}.{COLUMN_LOOKS.get(name, '')}", cell, **more, data_label=name))
+        return row
+
+    body = _node("tbody", *(line("td", row) for row in zip(*known.values(), strict=True)))
+    table = _node("table.list", _node("thead", line("th", known, scope="col")), body)
     keyboard = {"tabindex": 0, "role": "group", "aria_label": f"Table: {', '.join(known)}"}
     return [_node("div.scroll.five", table, **keyboard), *_rest(len(rows), most)]
 
@@ -6728,11 +6699,12 @@ def _headline(dashboard: Dashboard) -> str:
     found = dashboard.open
     text = counted(found.total, "open finding") if found.total else "No open findings"
     if than := _comparison(dashboard):
-        change, share = found.total - than.base.open, ""
-        if than.base.open:
-            percent = 100 * abs(change) / than.base.open
+        base, when, _ = than
+        change, share = found.total - base.open, ""
+        if base.open:
+            percent = 100 * abs(change) / base.open
             share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
-        text += f", {_compared(change, share)} {than.when}"
+        text += f", {_compared(change, share)} {when}"
     if found.fixes:
         kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
         word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
@@ -6741,23 +6713,14 @@ def _headline(dashboard: Dashboard) -> str:
     return text
 
 
-def _compared(change: int, share: str = "") -> str:
-    """Return how a count compares: "12 fewer than", "as many as"; a share is said in place of the number."""
-    return (
-        f"{share or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'} than" if change else "as many as"
-    )
+def _compared(change: int, number: str = "", share: str = "") -> str:
+    """Return how a count compares: "12 fewer than", "5% fewer than", "12 fewer (5%) than", "as many as"."""
+    how = f"{number or f'{abs(change):,}'} {'fewer' if change < 0 else 'more'}{share}"
+    return f"{how} than" if change else "as many as"
 
 
-class _Than(NamedTuple):
-    """What the open findings are compared with: the trend's point, and when it was."""
-
-    base: TrendPoint
-    when: str
-    at: str
-
-
-def _comparison(dashboard: Dashboard) -> _Than | None:
-    """Return the scan of 30 days ago or the first one, None where there is only one."""
+def _comparison(dashboard: Dashboard) -> tuple[TrendPoint, str, str] | None:
+    """Return the scan of 30 days ago or the first one, and when it was; None where there is only one."""
     trend = dashboard.trend
     if len(trend) == 1:
         return None
@@ -6766,9 +6729,9 @@ def _comparison(dashboard: Dashboard) -> _Than | None:
     base = next((point for point in reversed(trend) if point.at <= month_ago), trend[0])
     at = _minute(base.at) if base.at[:10] == trend[-1].at[:10] else base.at[:10]
     if base.at > month_ago:
-        return _Than(base, "at the first scan", at)
+        return base, "at the first scan", at
     days = counted((latest - datetime.fromisoformat(base.at)).days, "day")
-    return _Than(base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at)
+    return base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at
 
 
 def _facts(dashboard: Dashboard) -> list[Element]:
@@ -6809,10 +6772,9 @@ def _unread(standings: Iterable[Standing]) -> list[Standing]:
     return [standing for standing in standings if standing.error]
 
 
-def _compliance(standings: Iterable[Standing]) -> tuple[int, int, str]:
+def _compliance(standings: Sequence[Standing]) -> tuple[int, int, str]:
     """Return how many instances comply, how many do not, and the share that does, never rounded up."""
-    pairs = [(standing.compliant, standing.findings) for standing in standings]
-    compliant, findings = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    compliant, findings = sum(s.compliant for s in standings), sum(s.findings for s in standings)
     percent = 100 * compliant // max(compliant + findings, 1)
     text = "–" if not compliant + findings else f"{percent}%" if percent or not compliant else "<1%"
     return compliant, findings, text
@@ -6835,16 +6797,14 @@ def _trend_card(dashboard: Dashboard) -> Element:
         return _card(question, now, _node("p", "Not known yet: a trend needs a second scan."))
     base, when, at = than
     change = total - base.open
-    better, worse = ("Getting better", "good", "fewer"), ("Getting worse", "bad", "more")
-    answer, tone, more = better if change < 0 else worse if change else ("Unchanged", "", "")
+    better, worse = ("Getting better", "good"), ("Getting worse", "bad")
+    answer, tone = better if change < 0 else worse if change else ("Unchanged", "")
     share = f" ({100 * abs(change) / base.open:,.0f}%)" if base.open else ""
-    compared = f"{abs(change):,} {more}{share} than" if change else "as many as"
-    lines = [_bold(now, f", {compared} {when}, on {at} ({base.open:,})")]
+    lines = [_bold(now, f", {_compared(change, share=share)} {when}, on {at} ({base.open:,})")]
     doubts = ((len(_unread(dashboard.standings)), "not read now"), (base.targets_unread, "not read then"))
     if doubt := " and ".join(f"{counted(number, 'target')} {word}" for number, word in doubts if number):
         lines.append(_node("p.warn", f"As far as is known: {doubt}."))
-    points = _grouped(trend, HTML_POINTS)
-    line = _line(points, max(point.open for point in points), 4, 36, left=1.0)
+    line = _line(_grouped(trend, HTML_POINTS), 4, 36, left=1.0)
     lines.append(_picture(f"Open findings: {base.open:,} {when}, {total:,} now", "", 44, *line))
     return _card(question, answer, *lines, tone=tone)
 
@@ -6863,15 +6823,14 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
     for attribute in ("account", "region"):
         groups = _worst_first(standings, attribute)
         counts = [(name, _compliance(group)[1]) for name, group in groups.items()]
-        name = counts[0][0]
         if not _leads(counts, total):
             spread.append(_spread(attribute, counts, total))
             continue
+        name, findings = counts[0]
         verdict = verdict or name
-        _, findings, share = _compliance(groups[name])
         where = "" if name == verdict else f" in {name}"
         if len(groups) > 1 or not where:
-            lines.append(_bold(f"{findings:,} open", f"{where}, {share} compliant"))
+            lines.append(_bold(f"{findings:,} open", f"{where}, {_compliance(groups[name])[2]} compliant"))
     if spread:
         text = f"{'; '.join(spread)} of the findings."
         lines.append(_node("p", text[0].upper() + text[1:]))
@@ -6892,8 +6851,8 @@ def _worst_card(standings: Sequence[Standing]) -> Element:
 
 def _all_good(standings: Sequence[Standing]) -> str:
     """Return what is true when everything was read and nothing is open."""
-    numbers = [(standing.instances, standing.compliant, standing.exempted) for standing in standings]
-    instances, compliant, exempted = map(sum, zip(*numbers, strict=True))
+    names = ("instances", "compliant", "exempted")
+    instances, compliant, exempted = (sum(getattr(s, name) for s in standings) for name in names)
     fleet = counted(instances, "instance")
     if compliant == instances:
         return f"Every one of {fleet} carries its tags." if instances else "There are no instances."
@@ -6918,9 +6877,8 @@ def _ask_card(dashboard: Dashboard) -> Element:
     lines = []
     if who:
         does, people = who
-        lines.append(
-            _bold(f"{does} {people[0][1]:,}", f" of {counted(found.total, 'instance')} with findings")
-        )
+        of = f" of {counted(found.total, 'instance')} with findings"
+        lines.append(_bold(f"{does} {people[0][1]:,}", of))
         if len(people) > 1:
             lines.append(_bold("Then", f": {named(people[1:4])}"))
     for word, _, people in known:
@@ -6955,16 +6913,11 @@ def _owners(dashboard: Dashboard) -> Iterator[Element]:
         text = f": {owner.total:,} open" if owner.total else ": nothing open"
         text += f", {owner.resolved:,} resolved in {OWNER_DAYS} days" if owner.resolved else ""
         place = {"id": owner_anchor(owner.owner)}
-        lines.append(_node("li", _node("b", _owner_name(owner.owner)), text, **place))
+        lines.append(_node("li", _node("b", _brief(owner.owner) or NO_OWNER), text, **place))
     named = len(found.owners) - len(shown)
     more = [lines, *_rest(found.owners_total - len(shown), named)] if named else []
     every = _node("div.five", *drawn)
     yield _titled("Owners", lead, every, *_rest(len(drawn), len(drawn)), *more, id="owners")
-
-
-def _owner_name(owner: str) -> str:
-    """Return an owner as the page shows it."""
-    return _brief(owner) if owner else "No known owner"
 
 
 def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Element:
@@ -6975,9 +6928,9 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     facts = [counted(owner.total, "open finding"), *([f"{more} {then}"] if len(numbers) > 1 else [])]
     if owner.monthly_cost is not None:
         facts.append(f"{_money(owner.monthly_cost, _currency(dashboard))} a month")
-    name = _owner_name(owner.owner)
+    name = _brief(owner.owner) or NO_OWNER
     head = _node("div", _node("h3", name), _node("p", ", ".join(facts)))
-    line = _line(owner.trend, max(numbers), 4, 32, left=1.0)
+    line = _line(owner.trend, 4, 32, left=1.0)
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
@@ -6992,8 +6945,8 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
         details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
     if is_open:
         details.set("open", "")
-    pictures = [picture] if len(numbers) > 1 else []
-    return _node("section.owner", head, *pictures, details, id=owner_anchor(owner.owner))
+    shown = picture if len(numbers) > 1 else ""
+    return _node("section.owner", head, shown, details, id=owner_anchor(owner.owner))
 
 
 def _currency(dashboard: Dashboard) -> str:
@@ -7011,17 +6964,22 @@ def _grouped(trend: Sequence[TrendPoint], most: int) -> list[TrendPoint]:
     return points
 
 
-def _time_labels(start: datetime, end: datetime, parts: int) -> list[tuple[float, str]]:
-    """Return where labels stand on a time axis, from 0 to 1; no two of them are the same."""
-    span = end - start
-    form = (
-        "%Y-%m-%d" if span > timedelta(days=5) else "%H:%M" if start.date() == end.date() else "%m-%d %H:%M"
-    )
-    form = "%H:%M:%S" if span < timedelta(minutes=1) else form
-    labels: dict[str, float] = {}
+def _time_axis(
+    points: Sequence[TrendPoint], parts: int, left: float, width: float, y: float, ends: Sequence[str]
+) -> list[Element]:
+    """Draw the times below a chart, each once; `ends` are the anchors of the first and the last."""
+    start, end = (datetime.fromisoformat(point.at) for point in (points[0], points[-1]))
+    span, form = end - start, "%H:%M" if start.date() == end.date() else "%m-%d %H:%M"
+    form = "%Y-%m-%d" if span > timedelta(days=5) else "%H:%M:%S" if span < timedelta(minutes=1) else form
+    places: dict[str, float] = {}
     for part in (0, parts, *range(1, parts)):
-        labels.setdefault(f"{start + span * part / parts:{form}}", part / parts)
-    return [(place, text) for text, place in labels.items()]
+        places.setdefault(f"{start + span * part / parts:{form}}", part / parts)
+    drawn = []
+    for text, place in places.items():
+        anchor = ends[int(place)] if ends and place in (0, 1) else "middle"
+        look = "wide" if place in (0.25, 0.75) else ""  # too many for a phone
+        drawn.append(_label(text, left + width * place, y, anchor, look))
+    return drawn
 
 
 def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
@@ -7031,12 +6989,8 @@ def _trend(trend: Sequence[TrendPoint]) -> Iterator[Element]:
     points = _grouped(trend, HTML_POINTS)
     peak = max(1, *(point.open for point in points))
     drawn = _grid([(tick, 18 + 200 * (1 - tick / peak)) for tick in _ticks(peak)])
-    drawn += _line(points, peak, 18, 200)
-    (first, start), (last, end) = ((p, datetime.fromisoformat(p.at)) for p in (points[0], points[-1]))
-    for place, text in _time_labels(start, end, 4):
-        anchor = "start" if place == 0 else "end" if place == 1 else "middle"
-        look = "wide" if place in (0.25, 0.75) else ""  # too many for a phone
-        drawn.append(_label(text, _LEFT + _WIDTH * place, 242, anchor, look))
+    drawn += [*_line(points, 18, 200), *_time_axis(points, 4, _LEFT, _WIDTH, 242, ("start", "end"))]
+    first, last = points[0], points[-1]
     text = f"From {first.open:,} on {_minute(first.at)} to {last.open:,} on {_minute(last.at)}"
     text += f", in {counted(len(trend), 'scan')}"
     chart = _picture("Open findings over time", text, 250, *drawn, look="chart")
@@ -7082,12 +7036,10 @@ def _changes(trend: Sequence[TrendPoint]) -> list[Element]:
         for look, colour, number, above in parts:
             upright = {"y": f"{zero - above * scale:.1f}", "height": f"{number * scale:.1f}"}
             if number:
-                group.append(_bar(look, colour, **across, **upright))
+                group.append(_node(f"rect.{look}", color=colour, **across, **upright))
         drawn.append(group)
-    first_bar, last_bar = (datetime.fromisoformat(bar.at) for bar in (bars[0], bars[-1]))
-    for place, text in _time_labels(first_bar, last_bar, 1):
-        anchor = "middle" if len(bars) < 4 else "end" if place else "start"
-        drawn.append(_label(text, _LEFT + slot * (0.5 + place * (len(bars) - 1)), 196, anchor))
+    ends = ("start", "end") if len(bars) > 3 else ()
+    drawn += _time_axis(bars, 1, _LEFT + slot / 2, slot * (len(bars) - 1), 196, ends)
     if cut:
         drawn.append(_label(f"↑ {first:,} at first", _LEFT + (slot - width) / 2, 14))
     picture = _picture("NEW, REOPENED and RESOLVED findings per scan", each, 200, *drawn, look="chart")
@@ -7159,7 +7111,7 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
         body, most = _node("tbody"), max((number for _, number in rows), default=0) or 1
         for name, number in rows[:HTML_ROWS]:
             brief, amount, width = _brief(name), f"{number:,.0f}", f"{100 * number / most:.1f}%"
-            bar = _bar("bar", RED, width=width, height="12", fill="currentColor")
+            bar = _node("rect.bar", color=RED, width=width, height=12, fill="currentColor")
             cells = _node("td", _picture(f"{brief}: {amount}", "", 12, bar)), _node("td.number", amount)
             body.append(_node("tr", _node("th", brief, scope="row"), *cells))
         if rows:
@@ -7172,34 +7124,34 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
-    if causes := [
+    causes = [
         (f"{c.instances:,}", c.target.account, c.target.region, _brief(str(c), 240)) for c in found.causes
-    ]:
-        lead = "What many instances share, and where to fix all of them."
-        yield _titled("Causes", lead, *_table("Instances,Account,Region,What to do", causes))
-    columns = "Instance,Name,Account,Region,First seen,Lacks,Probably,Created by,A month"
-    unread = "In targets that the latest scan could not read: they may be tagged by now."
-    longest = (("", "", found.oldest), (", as last read", unread, found.oldest_unread))
-    for more, lead, findings in longest:
-        if oldest := [_oldest_row(alike, dashboard) for alike in findings]:
-            title = f"Open for longest{more}"
-            yield _titled(title, lead, *_table(columns, oldest))
-    if endings := [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]:
-        yield _titled("Exemptions that end", "", *_table("When,Exemption", endings))
-    if upcoming := [
-        (r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming
-    ]:
-        lead = "What would fail rules that do not count yet."
-        yield _titled("Upcoming rules", lead, *_table("From,Tag,Instances", upcoming))
-    rows = []
+    ]
+    every = (found.oldest, found.oldest_unread)
+    oldest, kept = ([_oldest_row(alike, dashboard) for alike in findings] for findings in every)
+    endings = [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]
+    upcoming = [(r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming]
+    group, finding = "Instances,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
+    finding += ",Probably,Created by,A month"
+    as_read = "In targets that the latest scan could not read: they may be tagged by now."
+    lists: tuple[tuple[str, str, str, Sequence[Sequence[Element | str]]], ...] = (
+        ("Causes", "What many instances share, and where to fix all of them.", group, causes),
+        ("Open for longest", "", finding, oldest),
+        ("Open for longest, as last read", as_read, finding, kept),
+        ("Exemptions that end", "", "When,Exemption", endings),
+        ("Upcoming rules", "What would fail rules that do not count yet.", "From,Tag,Instances", upcoming),
+    )
+    for title, lead, columns, rows in lists:
+        if rows:
+            yield _titled(title, lead, *_table(columns, rows))
+    unread = []
     for target in sorted(_unread(dashboard.standings), key=lambda s: (s.last_read or "", s.target)):
-        known = ("never", "not known")
-        if target.last_read:
-            known = (_minute(target.last_read), f"{target.findings:,}")
-        rows.append((target.target.account, target.target.region, *known, _brief(target.error or "", 240)))
-    if rows:
+        place = (target.target.account, target.target.region, _minute(target.last_read or "") or "never")
+        number = f"{target.findings:,}" if target.last_read else "not known"
+        unread.append((*place, number, _brief(target.error or "", 240)))
+    if unread:
         lead = "As they were last read; what was open then still counts."
-        table = _table("Account,Region,Last read,Open,Why", rows, HTML_UNREAD)
+        table = _table("Account,Region,Last read,Open,Why", unread, HTML_UNREAD)
         yield _titled("Not read", lead, *table, id="unread")
 
 
@@ -7214,8 +7166,7 @@ def _oldest_row(alike: Alike, dashboard: Dashboard) -> tuple[Element | str, ...]
     instance = _console_link(finding)
     if alike.number > 1 and finding.cause:
         group = f"{GROUP_KINDS[finding.cause.kind].word} {_brief(finding.cause.name, 40)}"
-        more = _node("small", f" and {alike.number - 1:,} more of the {group}")
-        instance = _node("span", instance, more)
+        instance = _node("span", instance, _node("small", f" and {alike.number - 1:,} more of the {group}"))
     where = (instance, _brief(finding.name, 40), finding.target.account, finding.region)
     return (*where, since, _brief(lacks, 240), _brief(likely, 240), _brief(finding.creator), cost)
 
@@ -7274,9 +7225,9 @@ Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
 def _ending(policy: Policy, today: date) -> list[Exemption]:
-    """Return the exemptions that have ended or end soon."""
-    exemptions = {(exemption.line, exemption.column): exemption for exemption in policy.exemptions}
-    return [exemptions[problem.line, problem.column] for problem in check_expiry(policy, today)]
+    """Return the exemptions that have ended or end soon, as check_expiry."""
+    soon = today + timedelta(days=NOTICE_DAYS)
+    return [each for each in policy.exemptions if each.expires and each.expires <= soon]
 
 
 def ending_subjects(policy: Policy, today: date) -> list[str]:
@@ -7285,9 +7236,7 @@ def ending_subjects(policy: Policy, today: date) -> list[str]:
 
 
 def digest_lines(
-    report: ScanReport,
-    pending: Callable[[str], Container[str]],
-    reminder: Callable[[Finding], tuple[int, str]],
+    report: ScanReport, pending: Callable[[str], set[str]], reminder: Callable[[Finding], tuple[int, str]]
 ) -> Iterator[DigestLine]:
     """Yield what belongs in digests.
 
@@ -7319,8 +7268,7 @@ def digest_lines(
                 is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
                 line = _finding_line(finding, names, opened if age else "") if is_listed else ""
                 yield DigestLine(channel, recipient, subject, line, age, owner)
-    places = [each.target for each in report.unread]
-    unread = [f"unread {target.account_id} {target.region}" for target in places]
+    unread = [f"unread {t.target.account_id} {t.target.region}" for t in report.unread]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
         for channel, subject in channels_for(other):
             if channel != "owners":
@@ -7357,10 +7305,7 @@ def write_digests(
             counts += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
             counts += [counted(soon, "exemption ends soon", "exemptions end soon")] if soon else []
             counts += [counted(over, "exemption has ended", "exemptions have ended")] if over else []
-            unread = (
-                _entry(f"{each.target}:", f"{each.error_code}: {each.error_message}")
-                for each in report.unread
-            )
+            unread = (_entry(f"{t.target}:", f"{t.error_code}: {t.error_message}") for t in report.unread)
             endings = (_entry(f"{each.where}:", each.message) for each in check_expiry(policy, today))
             causes = map(printable, cause_lines(report.causes))
             sections = [
@@ -7402,10 +7347,8 @@ def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str])
     """Return who may know about an instance: its owner, then its creator, where they are known."""
     key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
     owner = stripped(finding.tags.get(key, ""))
-    names = {
-        "owner": "" if owner.casefold() in placeholders else owner,
-        "created by": finding.created_by or "",
-    }
+    owner = "" if owner.casefold() in placeholders else owner
+    names = {"owner": owner, "created by": finding.created_by or ""}
     return {role: name for role, name in names.items() if name}
 
 
@@ -7430,9 +7373,8 @@ def digest_text(digest: Digest) -> str:
         encoded = [*map(encode, lines)]
         ends = itertools.accumulate(len(line) + 1 for line in encoded)
         shown = encoded[: sum(end <= width for end in ends)]
-        more = [f"… and {number - len(shown):,} more"] if number > len(shown) else []
         heads = [head] if head or is_slack else []
-        parts.append("\n".join([*heads, *fence, *shown, *more, *fence]))
+        parts.append("\n".join([*heads, *fence, *shown, *more_lines(number - len(shown)), *fence]))
     if link := encode(digest.link):
         parts.append(f"<{link}|Open the dashboard>" if is_slack else f"Dashboard: {link}")
     return "\n".join(parts) if is_slack else "\n\n".join(parts) + "\n"
@@ -7456,17 +7398,15 @@ def find_webhook(slack: Slack, environment: Mapping[str, str]) -> str:
     """Return the URL of the webhook; raises UsageError, which does not repeat it."""
     name, url = slack.webhook_url_env, environment.get(slack.webhook_url_env, "").strip()
     if not url:
-        raise UsageError(
-            f"the policy notifies Slack: put the webhook's URL into the environment variable {name}"
-        )
+        advice = f"put the webhook's URL into the environment variable {name}"
+        raise UsageError(f"the policy notifies Slack: {advice}")
     parts = re.fullmatch(r"https://([^/?#\s]+)/[!-~]*", url)
     if not parts:
         raise UsageError(f"{name} does not hold the https:// URL of a webhook: copy it again from Slack")
     hosts = (*SLACK_HOSTS, *slack.allow_hosts)
     if parts[1].removesuffix(":443") not in hosts:
-        raise UsageError(
-            f"{name} holds a URL of another host than {', '.join(hosts)}: see notify.slack.allow_hosts"
-        )
+        known = ", ".join(hosts)
+        raise UsageError(f"{name} holds a URL of another host than {known}: see notify.slack.allow_hosts")
     return url
 
 
@@ -7526,14 +7466,9 @@ def publish_to_sns(client: Any, topic_arn: str, digest: Digest) -> None:
 def send_email(client: Any, email: Email, digest: Digest) -> None:
     """Send a digest by SES, to its owner or to all who get everything; raises TargetError."""
     subject, body = ({"Data": text, "Charset": "UTF-8"} for text in (digest.title, digest_text(digest)))
-    to = [digest.to] if digest.to else list(email.to)
-    call_aws(
-        client,
-        "SendEmail",
-        FromEmailAddress=email.sender,
-        Destination={"ToAddresses": to},
-        Content={"Simple": {"Subject": subject, "Body": {"Text": body}}},
-    )
+    to = {"ToAddresses": [digest.to] if digest.to else list(email.to)}
+    content = {"Simple": {"Subject": subject, "Body": {"Text": body}}}
+    call_aws(client, "SendEmail", FromEmailAddress=email.sender, Destination=to, Content=content)
 
 
 ########################################################################################################
@@ -7679,9 +7614,7 @@ def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> 
                     yield row
 
 
-def plan_aliased(
-    aliased: Iterable[Aliased], policy: Policy, min_confidence: float = MIN_CONFIDENCE
-) -> Iterator[PlanRow]:
+def plan_aliased(aliased: Iterable[Aliased], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
     """Yield what would give rules their own keys, where the policy still wants it and allows the value."""
     for case in aliased if policy.normalize_aliases and min_confidence <= OWN_CONFIDENCE else ():
         rule = policy.rules_by_key(case.region).get(case.tag_key)
@@ -7745,7 +7678,7 @@ def row_error(row: PlanRow, policy: Policy) -> str | None:
     return violation.message if violation else None
 
 
-PLAN_COLUMNS = tuple(
+PLAN_COLUMNS = (
     "Account Region InstanceId Name Tag Value Action Current Confidence Why Warning Checksum".split()
 )
 PLAN_NEEDED = ("Account", "Region", "InstanceId", "Tag", "Value", "Action")
@@ -7786,15 +7719,12 @@ def is_unedited_plan(file: IO[bytes]) -> bool:
 
 def check_plan_output(output: Output) -> None:
     """Raise OutputError if a new plan would replace a file that may be one that a person has edited."""
-    try:
+    with output_errors(output, "read", "name another file"):
         if not output.replaceable or not os.path.exists(output.path):
             return
         with open(output.path, "rb") as file:
             if is_unedited_plan(file):
                 return
-    except OSError as error:
-        message = f"--csv {output.path} cannot be read: {error.strerror}; name another file"
-        raise OutputError(message) from error
     raise OutputError(
         f"{output.path} exists and is not as tagcheck wrote it: it may be a plan that you edited, and is "
         f"unchanged. Apply it with --plan {output.path}, write a new one elsewhere (--csv FILE), or delete it"
@@ -7805,27 +7735,24 @@ def read_plan(
     path: str, policy: Policy, actions: Container[Action], check: Callable[[PlanRow], PlanRow] | None = None
 ) -> PlanRows:
     """Return the rows, as `check` makes them, of a file that a person may have edited; raises PolicyError."""
-    rows, problems = PlanRows(), []
-    try:
-        for line, columns, cells in _plan_cells(path):
-            try:
-                row = _read_row(columns, cells, f"{path}:{line}", actions)
-                if message := row_error(row, policy):
-                    raise UsageError(message)
-                rows.add(check(row) if check else row)
-            except UsageError as error:
-                problems.append(Problem(path, line, 1, "", str(error)))
-            if len(problems) == MAX_PLAN_PROBLEMS:
-                break
-    except PolicyError as error:  # the rest of the file cannot be read
-        problems += error.problems
+    rows, problems = PlanRows(), list[Problem]()
+    for line, columns, cells in _plan_cells(path, problems):
+        try:
+            row = _read_row(columns, cells, f"{path}:{line}", actions)
+            if message := row_error(row, policy):
+                raise UsageError(message)
+            rows.add(check(row) if check else row)
+        except UsageError as error:
+            problems.append(Problem(path, line, 1, "", str(error)))
+        if len(problems) == MAX_PLAN_PROBLEMS:
+            break
     if problems:
         raise PolicyError(problems)
     return rows
 
 
-def _plan_cells(path: str) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yield the line that each row ends on, the columns, and the row's cells; raises PolicyError."""
+def _plan_cells(path: str, problems: list[Problem]) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield the line that each row ends on, the columns, and the row's cells; adds why the rest is unread."""
     line = 0
 
     def texts(file: IO[str]) -> Iterator[str]:
@@ -7858,7 +7785,7 @@ def _plan_cells(path: str) -> Iterator[tuple[int, list[str], list[str]]]:
                     yield line, columns, cells
     except (csv.Error, UsageError) as error:
         message = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
-        raise PolicyError([Problem(path, line, 1, "", message)]) from error
+        problems.append(Problem(path, line, 1, "", message))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -7950,11 +7877,9 @@ class UndoFile:
 
 def _reverting(row: PlanRow) -> PlanRow:
     """Return the row that reverts another one."""
-    action = Action.DELETE if row.former is None else Action.RESTORE
+    action, value = (Action.DELETE, "") if row.former is None else (Action.RESTORE, row.former)
     why, current = f"undo of: {row.why.removeprefix('undo of: ')}", row.value_after or ""
-    return replace(
-        row, action=action, value=row.former or "", current=current, confidence="", why=why, warning=""
-    )
+    return replace(row, action=action, value=value, current=current, why=why, confidence="", warning="")
 
 
 MAX_CHANGES = 50  # per run, without --max-changes
@@ -8023,11 +7948,11 @@ def describe_tags(client: Any, ids: Sequence[str]) -> dict[str, Mapping[str, str
         # One is gone. A filter ignores it, but takes several calls.
         filters = [{"Name": "instance-id", "Values": values} for values in _in_parts(ids, FILTER_VALUES)]
         pages = [page for each in filters for page in describe_instances(client, Filters=[each])]
-    instances = itertools.chain.from_iterable(pages)
     gone = ("shutting-down", "terminated")
-    return {instance.instance_id: instance.tags for instance in instances if instance.state not in gone}
+    return {each.instance_id: each.tags for page in pages for each in page if each.state not in gone}
 
 
+Enter = Callable[[str], None]  # gets the credentials of an account; raises TargetError
 Call = tuple[bool, tuple[tuple[str, str], ...]]  # True to delete, False to create; the tags
 
 
@@ -8170,12 +8095,12 @@ def check_undo(db: sqlite3.Connection, name: str, policy_name: str, row: PlanRow
 def apply_plan(
     rows: PlanRows,
     aws: Aws,
-    enter: Callable[[str], None],
+    enter: Enter,
     undo: UndoFile,
     state: State,
     describe: Callable[[PlanRow], Change],
 ) -> None:
-    """Carry out a plan, target by target, and keep each row's result; `enter` gets credentials.
+    """Carry out a plan, target by target, and keep each row's result.
 
     `describe` returns the record of a row. The state has every row as intended before the first call, and the
     undo file has a row before its own call: if the run is killed at any point, state, file and tags tell what
@@ -8209,7 +8134,7 @@ def apply_plan(
 
 
 def _apply_to_target(
-    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Callable[[str], None]
+    aws: Aws, target: Target, rows: Iterable[PlanRow], undo: UndoFile, enter: Enter
 ) -> Iterator[list[PlanRow]]:
     """Carry out the rows of one target, up to an error that all would meet; yields their results."""
     # Instances that get the same tags come together, which makes calls few.
