@@ -951,15 +951,9 @@ def is_empty(value: str, placeholders: Container[str]) -> bool:
     return not text or text.casefold() in placeholders
 
 
-@functools.cache
-def _glob(text: str) -> re.Pattern[str]:
-    """Return the pattern of a text with the wildcards `*` and `?`."""
-    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
-
-
 def _is_any(texts: Sequence[str], value: str) -> bool:
     """Return whether a value is one of these texts, in which `*` matches any text and `?` one character."""
-    return any(_glob(text).match(value) for text in texts)
+    return any(fnmatch.fnmatchcase(value, text.replace("[", "[[]")) for text in texts)
 
 
 @functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
@@ -1008,9 +1002,12 @@ class Match:
         return [wanted for wanted, _ in self.mismatches(Target("", ""), nothing)]
 
     def mismatches(
-        self, target: Target, instance: Instance, placeholders: Container[str] = ()
+        self, target: Target, instance: Instance, placeholders: Container[str] | None = None
     ) -> Iterator[tuple[str, str]]:
-        """Yield each condition that an instance does not meet: what is wanted, and what there is instead."""
+        """Yield each condition that an instance does not meet: what is wanted, and what there is instead.
+
+        With placeholders, a wildcard matches no value that counts as empty. In an exemption it always did.
+        """
         if self.accounts and target.account_id not in self.accounts:
             yield f"account {', '.join(self.accounts)}", f"the account is {target.account_id}"
         if self.organizational_units and not _is_in(self.organizational_units, target.account_paths):
@@ -1029,13 +1026,10 @@ class Match:
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
-            if value is None or not self._has(wanted, value, placeholders):
+            empty = placeholders is not None and is_empty(value or "", placeholders)
+            if value is None or (value not in wanted and (empty or not _is_any(wanted, value))):
                 found = f"{key} is {'missing' if value is None else repr(value)}"
                 yield f"{key}={' or '.join(wanted)}", found
-
-    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
-        """Return whether a tag value is wanted; a pattern matches no value that counts as empty."""
-        return value in wanted or (not is_empty(value, placeholders) and _is_any(wanted, value))
 
 
 _CONDITIONS = [{"required": [key]} for key in _keys(Match)]
@@ -1148,10 +1142,6 @@ class Exemption(Match):
         """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
 
-    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
-        """Return whether a tag value is wanted; in an exemption "*" has always matched an empty one, too."""
-        return _is_any(wanted, value)
-
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
@@ -1255,9 +1245,8 @@ def duration(text: str) -> timedelta:
     """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
     if not re.fullmatch(_LONG_DURATION, text):
         raise ValueError(text)
-    return timedelta(
-        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
-    )
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    return timedelta(seconds=int(text[:-1]) * seconds[text[-1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -1279,10 +1268,8 @@ class Notify:
     @property
     def channels(self) -> list[str]:
         """The channels; each is sent every finding, and remembers what it was sent."""
-        channels = (self.slack, self.sns, self.email and self.email.to, self.owners)
-        return [
-            name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
-        ]
+        channels = to_record(self, ("slack", "sns", "email", "owners"))
+        return [name for name, given in (channels | {"email": self.email and self.email.to}).items() if given]
 
 
 _ACCOUNTS = _schema(
@@ -1428,6 +1415,7 @@ class YamlDocument:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
+        self.pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
         self._nodes = 0
         self._key_marks: dict[KeyPath, Any] = {}
         self._value_marks: dict[KeyPath, Any] = {}
@@ -1545,10 +1533,7 @@ _ODD = (
         rf"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
         "found an invisible character (U+{:04X}): type the text again",
     ),
-    (
-        "^[\u201c\u201d\u201e\u2018\u2019\u201a]",
-        "found a typographic quote: type a straight one, or none",
-    ),
+    ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "found a typographic quote: type a straight one, or none"),
     ("['\"]$", "{text} ends with a quote that nothing opens: remove it, or write both"),
 )
 
@@ -1707,21 +1692,23 @@ _SCHEMA_MESSAGES = {
 
 def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ...], *, colon: bool) -> None:
     """Add a key that the schema does not know, with what was probably meant."""
-    key, hint, near = str(path[-1]), "", True
+    key, hint = str(path[-1]), ""
+    near: Any = ()
     if colon:
-        hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
+        hint = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}"
     elif len(path) == 1 and is_region(key):
-        hint, near = ": it is a region; indent it by two spaces, under regions:", False
+        hint = ": it is a region; indent it by two spaces, under regions:"
     elif key == "when" and path[0] == "exemptions":
-        hint, near = ": write its conditions directly in the exemption", False
+        hint = ": write its conditions directly in the exemption"
     elif key in _BELONGS:
-        hint, near = f": it belongs to {_BELONGS[key]}", False
+        hint = f": it belongs to {_BELONGS[key]}"
     elif path[-2:-1] == ("when",) and not did_you_mean(key, known):
-        hint, near = f": if it is a tag, write tags: {{{key[:40]}: …}}", False
-    elif path[-2:-1] == ("slack",):
-        hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
-    message = f"unknown key {shown_value(key)}{hint}"
-    document.add(path, message, at_key=True, near=(key, known) if near else ())
+        hint = f": if it is a tag, write tags: {{{key[:40]}: …}}"
+    else:
+        near = key, known
+        if path[-2:-1] == ("slack",):
+            hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
+    document.add(path, f"unknown key {shown_value(key)}{hint}", at_key=True, near=near)
 
 
 # Where keys belong that people write elsewhere.
@@ -1736,22 +1723,9 @@ _BELONGS = {
 }
 
 
-def _keys_of_type(kind: str) -> frozenset[str]:
-    """Return the keys of a policy whose values are of a type of JSON Schema."""
-    found: set[str] = set()
-    waiting: list[Any] = [POLICY_SCHEMA]
-    while waiting:
-        schema = waiting.pop()
-        for key, value in schema.get("properties", {}).items():
-            found |= {key} if value.get("type") == kind else set()
-            waiting.append(value)
-        waiting += [
-            schema[key] for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)
-        ]
-    return frozenset(found)
-
-
-_LISTS, _SWITCHES = _keys_of_type("array"), _keys_of_type("boolean")
+_RECORDS = (Policy, Region, RequiredTag, Exemption, Accounts, Notify, Slack, Sns, Email, Owners)
+_KEYS = [(key, each.metadata["schema"].get("type")) for kind in _RECORDS for key, each in _keys(kind).items()]
+_LISTS, _SWITCHES = ({key for key, kind in _KEYS if kind == wanted} for wanted in ("array", "boolean"))
 
 
 def _type_hint(path: KeyPath, found: Any) -> str:
@@ -1861,14 +1835,15 @@ def _texts(mapping: Any, key: str) -> dict[int, str]:
 def _check_rules(document: YamlDocument) -> None:
     """Check what a schema cannot express, and skip what the schema refuses."""
     value = document.value
-    pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
-    asked = _check_tags(document, (), value, pattern_error)
+    rules = _check_tags(document, (), value)
     for region, entry in _given(value, "regions", dict).items():
         if region != "*":
             _check_region(document, ("regions", region), region, at_key=True)
-        asked |= _check_tags(document, ("regions", region), entry, pattern_error)
+        rules |= _check_tags(document, ("regions", region), entry)
+    asked = {key for rule in rules.values() if (key := _given(rule, "key", str))}
     known = tuple(sorted(asked))
-    _check_aliases(document, asked)
+    for path, rule in rules.items():
+        _check_aliases(document, path, rule, asked)
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
         _check_match(document, path, entry)
@@ -1900,32 +1875,21 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         document.add((*path, "organizational_units"), message, at_key=True)
 
 
-def _rules_of(document: YamlDocument) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield every rule of a policy that is a mapping, with its path."""
-    regions = _given(document.value, "regions", dict)
-    places: dict[KeyPath, Any] = {(): document.value} | {("regions", name): regions[name] for name in regions}
-    for path, entry in places.items():
-        for index, rule in enumerate(_given(entry, "required_tags", list)):
-            if isinstance(rule, dict):
-                yield (*path, "required_tags", index), rule
-
-
-def _check_aliases(document: YamlDocument, asked: Container[str]) -> None:
+def _check_aliases(document: YamlDocument, path: KeyPath, rule: Any, asked: Container[str]) -> None:
     """Add a problem for each alias that cannot be one: `asked` are the keys of all rules."""
-    for path, rule in _rules_of(document):
-        seen = {_given(rule, "key", str)}
-        for index, alias in _texts(rule, "aliases").items():
-            place, shown = (*path, "aliases", index), shown_value(alias)
-            if alias in seen:
-                which = "the rule's own key" if alias == rule.get("key") else "in the list twice"
-                document.add(place, f"{shown} is {which}: remove it")
-            elif alias in asked:
-                document.add(
-                    place, f"{shown} is required by a rule of its own: remove it here, or remove that rule"
-                )
-            elif alias != alias.strip():
-                document.add(place, f"{shown} begins or ends with a space: remove it")
-            seen.add(alias)
+    seen = {_given(rule, "key", str)}
+    for index, alias in _texts(rule, "aliases").items():
+        problem = ""
+        if alias in seen:
+            which = "the rule's own key" if alias == rule.get("key") else "in the list twice"
+            problem = f"is {which}: remove it"
+        elif alias in asked:
+            problem = "is required by a rule of its own: remove it here, or remove that rule"
+        elif alias != alias.strip():
+            problem = "begins or ends with a space: remove it"
+        if problem:
+            document.add((*path, "aliases", index), f"{shown_value(alias)} {problem}")
+        seen.add(alias)
 
 
 # What gives access by itself: S3's presigned URLs, SAS, tokens.
@@ -1978,9 +1942,6 @@ def _check_combination(document: YamlDocument, path: KeyPath, rule: Any) -> None
     _check_match(document, (*path, "when"), _given(rule, "when", dict))
 
 
-_PatternError = Callable[[str], str]  # why a policy cannot use a pattern, or ""
-
-
 def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
     """Add a problem if AWS has no such region."""
     if not is_region(region):
@@ -1988,12 +1949,14 @@ def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key:
         document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
 
 
-def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error: _PatternError) -> set[str]:
-    """Check the rules of one required_tags list; returns the keys that it requires."""
+def _check_tags(document: YamlDocument, path: KeyPath, entry: Any) -> dict[KeyPath, Any]:
+    """Check the rules of one required_tags list; returns them, as mappings, by their paths."""
     seen: set[str] = set()
+    rules: dict[KeyPath, Any] = {}
     for index, tag in enumerate(_given(entry, "required_tags", list)):
         rule_path = (*path, "required_tags", index)
         rule, key_path = ({"key": tag}, rule_path) if isinstance(tag, str) else (tag, (*rule_path, "key"))
+        rules[rule_path] = rule
         if not (key := _given(rule, "key", str)):
             continue
         shown = shown_value(key)
@@ -2006,15 +1969,15 @@ def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error
         if "*" in key:
             document.warn(key_path, f"{shown}: * is literal here; no key but this one is meant")
         seen.add(key)
-        _check_values(document, rule_path, rule, pattern_error)
+        _check_values(document, rule_path, rule)
         _check_combination(document, rule_path, rule)
-    return seen
+    return rules
 
 
-def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_error: _PatternError) -> None:
+def _check_values(document: YamlDocument, path: KeyPath, rule: Any) -> None:
     """Check the values, the pattern and the default of a rule."""
     values: set[str] = set()
-    ignore_case = isinstance(rule, dict) and rule.get("ignore_case") is True
+    ignore_case = rule.get("ignore_case") is True
     for number, text in _texts(rule, "values").items():
         place, compared = (*path, "values", number), text.casefold() if ignore_case else text
         if compared in values:
@@ -2026,7 +1989,7 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_erro
             )
         values.add(compared)
     pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-    if pattern and (why := pattern_error(any_case(pattern) if ignore_case else pattern)):
+    if pattern and (why := document.pattern_error(any_case(pattern) if ignore_case else pattern)):
         document.add((*path, "pattern"), f"{shown_value(pattern)} {why}")
     elif default:
         texts = tuple(_texts(rule, "values").values())
