@@ -104,8 +104,7 @@ class ExitCode(IntEnum):
 
     def __new__(cls, code: int, meaning: str) -> Self:  # noqa: D102
         member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning = meaning
+        member._value_, member.meaning = code, meaning
         return member
 
     COMPLIANT = 0, "every target was read and no finding counts under --fail-on"
@@ -922,6 +921,8 @@ _TRUE, _FALSE = ({"type": "boolean", "examples": [example]} for example in (True
 _TAG_KEY, _TAG_VALUE = _string("Owner", maxLength=MAX_KEY_LENGTH), _string("prod", maxLength=MAX_VALUE_LENGTH)
 _REGION = _string("eu-west-1")
 _ACCOUNT = _form("an account id (12 digits)", ACCOUNT_ID, "012345678901") | {"type": ["string", "number"]}
+_IS_ACCOUNT = {"pattern": f"^{ACCOUNT_ID}$", "patternErrorMessage": _ACCOUNT["patternErrorMessage"]}
+_ACCOUNT_NAME = _string("production", maxLength=MAX_ACCOUNT_NAME)
 _INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
 _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
@@ -932,6 +933,7 @@ _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
 _MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
 _RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
 _HOST = _form("a host (with :port if that is not 443)", "[a-z0-9.-]+(:[0-9]{1,5})?", "slack.example.com")
+_HOSTS = _list(_HOST)
 _SECRET = "the name of an environment variable (keep secrets out of the policy)"
 _VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
 _ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
@@ -1088,11 +1090,8 @@ class RequiredTag:
 
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        if (
-            self.values
-            and value not in self.values
-            and not (self.ignore_case and value.casefold() in _folded(self.values))
-        ):
+        listed = not self.values or value in self.values
+        if not listed and not (self.ignore_case and value.casefold() in _folded(self.values)):
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -1154,14 +1153,7 @@ class Accounts:
     external_id: str | None = _key("The external id that the role requires.", _string("tagcheck"), None)
     names: tuple[tuple[str, str], ...] = _key(
         "What reports call accounts. Default: their names in the organization.",
-        _mapping(
-            _string("production", maxLength=MAX_ACCOUNT_NAME),
-            {"012345678901": "production"},
-            propertyNames={
-                "pattern": f"^{ACCOUNT_ID}$",
-                "patternErrorMessage": _ACCOUNT["patternErrorMessage"],
-            },
-        ),
+        _mapping(_ACCOUNT_NAME, {"012345678901": "production"}, propertyNames=_IS_ACCOUNT),
         (),
         read=lambda names: tuple(names.items()),
     )
@@ -1176,7 +1168,7 @@ class Slack:
     """An incoming webhook; its URL is a secret, and stays in the environment."""
 
     webhook_url_env: str = _key("The environment variable that holds the webhook's URL.", _VARIABLE)
-    allow_hosts: tuple[str, ...] = _key("Hosts that the URL may have besides Slack's.", _list(_HOST), ())
+    allow_hosts: tuple[str, ...] = _key("Hosts that the URL may have besides Slack's.", _HOSTS, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -1207,10 +1199,7 @@ class Owners:
         read=lambda mapping: tuple((stripped(name).casefold(), to) for name, to in mapping.items()),
     )
     domains: tuple[str, ...] = _key(
-        "Email domains: owners and creators with such an address get email.",
-        _list(_HOST),
-        (),
-        read=str.casefold,
+        "Email domains: owners and creators with such an address get email.", _HOSTS, (), read=str.casefold
     )
     default: str | None = _key("Who gets the rest. Default: nobody.", _RECIPIENT, None)
 
@@ -1290,6 +1279,7 @@ _REGIONS = _mapping(
     _schema(Region, None, type=["object", "null"], description="Its rules, if not the policy's alone."),
     {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
 )
+_NOTIFY = _schema(Notify, {"slack": _SLACK["examples"][0]})
 _VERSION = {"enum": [1, "1"], "examples": [1]}
 _STATES = _list({"enum": list(STATES), "examples": ["running", "stopped"]})
 
@@ -1332,12 +1322,7 @@ class Policy:
     exemptions: tuple[Exemption, ...] = _key(
         "Instances that may lack some tags, each with a reason.", _list(_EXEMPTION), (), read=Exemption
     )
-    notify: Notify | None = _key(
-        "Who is notified of a scan's findings.",
-        _schema(Notify, {"slack": _SLACK["examples"][0]}),
-        None,
-        read=Notify,
-    )
+    notify: Notify | None = _key("Who is notified of a scan's findings.", _NOTIFY, None, read=Notify)
     warnings: tuple[Problem, ...] = ()
 
     def covers(self, region: str) -> bool:
@@ -1470,9 +1455,8 @@ class YamlDocument:
         self._value_marks[path] = node.start_mark
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.add(path, f"{node.tag} has no meaning in a policy; remove it")
-        value: Any
         if node.id == "mapping":
-            value = self._build_mapping(node, path)
+            value: Any = self._build_mapping(node, path)
         elif node.id == "sequence":
             value = [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
         else:
@@ -1618,10 +1602,6 @@ def check_policy(content: bytes, file: str) -> Policy:
     _check_rules(document)
     if not document.problems:
         policy = _policy(document, hashlib.sha256(content).hexdigest())
-        # Only when nothing else is wrong, as that may be the cause.
-        for region in (region for region, rules in policy.regions.items() if not rules):
-            message = f"{region} requires no tags: add one, or remove the region"
-            document.add(("regions", region), message, at_key=True)
         if not document.problems:
             return policy
     raise PolicyError([*dict.fromkeys(document.problems)])
@@ -1639,13 +1619,11 @@ def _decode(content: bytes, file: str) -> str:
 
 
 def _check_schema(document: YamlDocument) -> None:
-    """Check a document against POLICY_SCHEMA, with our own messages.
-
-    jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
-    """
+    """Check a document against POLICY_SCHEMA, with our own messages."""
     check_packages("jsonschema")
     import jsonschema
 
+    # Its messages hold a dump of the whole value: with aliases that can be gigabytes.
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(document.value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
         is_key = "propertyNames" in error.absolute_schema_path
@@ -1755,11 +1733,9 @@ def _type_hint(path: KeyPath, found: Any) -> str:
             return "; write a date, such as 2027-01-31"
         case (*_, "tags") if "when" in path or "exemptions" in path:
             key, _, value = text.partition("=")
-            return (
-                f"; write {{{key}: {value}}}"
-                if value
-                else "; write each tag with its value: {Environment: prod}"
-            )
+            if value:
+                return f"; write {{{key}: {value}}}"
+            return "; write each tag with its value: {Environment: prod}"
         case (*_, "when"):
             return "; write the tag that instances must have: {tags: {Environment: prod}}"
         case (*_, "tags", _) if found is None:
@@ -1983,10 +1959,8 @@ def _check_values(document: YamlDocument, path: KeyPath, rule: Any) -> None:
         if compared in values:
             document.add(place, f"{shown_value(text)} is in the list twice")
         elif "*" in text:
-            pattern = ".*".join(map(escaped, text.split("*"))).replace("'", "''")
-            document.warn(
-                place, f"{shown_value(text)}: * is literal here; use pattern: '{cut_text(pattern, 100)}'"
-            )
+            pattern = cut_text(".*".join(map(escaped, text.split("*"))).replace("'", "''"), 100)
+            document.warn(place, f"{shown_value(text)}: * is literal here; use pattern: '{pattern}'")
         values.add(compared)
     pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
     if pattern and (why := document.pattern_error(any_case(pattern) if ignore_case else pattern)):
@@ -2036,13 +2010,16 @@ def _not_a_pattern(error: str) -> str:
 
 
 def _policy(document: YamlDocument, digest: str) -> Policy:
-    """Return the Policy of a document in which no problem was found."""
+    """Return the Policy of a document without problems; adds one for each region that requires nothing."""
     policy: Policy = _read_record(Policy, document.value, document, (), file=document.file, digest=digest)
     regions = {}
     for name, entry in policy.regions.items():
         region: Region = _read_record(Region, entry, document, ("regions", name))
         inherited = policy.required_tags if region.inherit else ()
         regions[name] = tuple({rule.key: rule for rule in (*inherited, *region.required_tags)}.values())
+        if not regions[name]:
+            message = f"{name} requires no tags: add one, or remove the region"
+            document.add(("regions", name), message, at_key=True)
     return replace(policy, regions=regions, warnings=tuple(document.warnings))
 
 
@@ -2154,13 +2131,9 @@ class ExemptedInstance:
 
 def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     """Return an exempted violation as a JSON object."""
-    exemption = exempted.exemption
-    return to_record(exempted.violation) | {
-        "reason": exemption.reason,
-        "expires": str(exemption.expires) if exemption.expires else None,
-        "approved_by": exemption.approved_by,
-        "ticket": exemption.ticket,
-    }
+    why = to_record(exempted.exemption, ("reason", "expires", "approved_by", "ticket"))
+    why["expires"] = str(why["expires"]) if why["expires"] else None
+    return to_record(exempted.violation) | why
 
 
 @dataclass(frozen=True, slots=True)
@@ -8466,11 +8439,10 @@ def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]
     used: Counter[str] = Counter()
     empty: Counter[str] = Counter()
     for value, number in use.values.items():
-        text = stripped(value).casefold()
-        if text and text not in _PLACEHOLDERS:
-            used[value] = number
+        if is_empty(value, _PLACEHOLDERS):
+            empty[stripped(value).casefold()] += number
         else:
-            empty[text] += number
+            used[value] = number
     evidence += f", {empty.total():,} of them empty or a placeholder" if empty else ""
     also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
     rule = StarterRule(key, evidence, (also,) if others else ())
@@ -8575,11 +8547,8 @@ def _shape(found: Mapping[str, int]) -> str:
             for many in ("]+", "]{1,20}"):
                 pattern = "".join(part.replace("]+", many) for part in parts)
                 matching = filter(re.compile(pattern).fullmatch, found)
-                if (
-                    is_quick(pattern)
-                    and is_printable(pattern)
-                    and sum(map(found.__getitem__, matching)) >= enough
-                ):
+                usable = is_quick(pattern) and is_printable(pattern)
+                if usable and sum(map(found.__getitem__, matching)) >= enough:
                     return pattern
     return ""
 
@@ -8687,17 +8656,18 @@ def _read_aws_answer(answer: Any, found: AwsRules) -> None:
 def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     """Add the rule of a tag policy for one key; raises TypeError or ValueError."""
     where = f"tag policy {_shown(name)}"
+    known = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
     given: dict[str, Any] = {}
     for part, value in entry.items():
         assigned = value if isinstance(value, dict) else {"@@assign": value}
         given[part] = assigned.get("@@assign", assigned.get("@@append"))
-        if part not in _TAG_POLICY_KEYS:
+        if part not in known:
             found.note(f"{_shown(part)} of the {where}", "left out")
         elif "@@append" in assigned:
             found.note(f"@@append of the {where}", "it adds to a parent's values: give the effective policy")
         elif other := [name for name in assigned if name != "@@assign"]:
             found.note(f"{', '.join(map(_shown, other))} of the {where}", "left out")
-    lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
+    lists = {part: json_at(given, list, part) for part in known[1:] if given.get(part) is not None}
     values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
     required = lists.get("report_required_tag_for", ())
     is_required = any(str(each).lower() in _OF_INSTANCES for each in required)
@@ -8716,9 +8686,6 @@ def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     found.add(rule, () if "*" in values else filter(None, values), wildcards=True)
 
 
-_TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
-
-
 def _read_config_rule(rule: Any, found: AwsRules) -> None:
     """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
     where = f"Config rule {_shown(json_at(rule, str, 'ConfigRuleName'))}"
@@ -8729,7 +8696,8 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
     types = json_at(scope, list, "ComplianceResourceTypes") if scope.get("ComplianceResourceTypes") else ()
     if types and "AWS::EC2::Instance" not in types:
         return found.note(f"the {where}", "it is not for AWS::EC2::Instance")
-    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in _CONFIG_SCOPE)
+    names = ("ComplianceResourceId", "TagKey", "TagValue")
+    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in names)
     if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
         return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
     when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
@@ -8747,9 +8715,6 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
             flags = frozenset(() if values else {"allow_empty"})
             found.add(StarterRule(name, where, when=when, flags=flags), values)
     return None
-
-
-_CONFIG_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
 
 
 def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
@@ -8803,9 +8768,7 @@ def make_starter(
     people = [instance for instance in instances if not instance.managed_by]
     uses, more = survey_tags(people)
     pairs = [fleet_rule(use, len(people)) for use in uses]
-    placeholders: Counter[str] = Counter()
-    for _, empty in pairs:
-        placeholders.update(empty)
+    placeholders = sum((Counter(empty) for _, empty in pairs), Counter[str]())
     rules = [rule for rule, _ in pairs] or [StarterRule("Owner", "only an example")]
     return Starter(name, rules, found, placeholders, services, [*notes, *more])
 
