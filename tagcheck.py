@@ -663,9 +663,7 @@ def _botocore_regions() -> frozenset[str]:
         partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
     except (ModuleNotFoundError, OSError):
         return frozenset()
-    return frozenset(
-        name for partition in json.loads(partitions)["partitions"] for name in partition["regions"]
-    )
+    return frozenset[str]().union(*(each["regions"] for each in json.loads(partitions)["partitions"]))
 
 
 # The processor time that a pattern may take on one value, and how long to wait for it on a busy machine.
@@ -898,9 +896,8 @@ def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", rea
 
     `read` turns the value, or each item of a list, into that of the field: a function, or a record's class.
     """
-    return field(
-        default=default, metadata={"name": name, "schema": schema | {"description": about}, "read": read}
-    )
+    metadata = {"name": name, "schema": schema | {"description": about}, "read": read}
+    return field(default=default, metadata=metadata)
 
 
 def _keys(record: Any) -> dict[str, Any]:
@@ -927,6 +924,8 @@ _INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
 _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
+_OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
+_PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
 _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
@@ -990,9 +989,7 @@ class Match:
     regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
     instance_types: tuple[str, ...] = _key("Their types; * and ? as in tags.", _list(_INSTANCE_TYPE), ())
     managed_by: tuple[str, ...] = _key(
-        'The AWS service that operates them; * and ? as in tags, so "*" is any.',
-        _one_or_more(_string("eks.amazonaws.com")),
-        (),
+        'The AWS service that operates them; * and ? as in tags, so "*" is any.', _OPERATOR, ()
     )
     line: int = 0
     column: int = 0
@@ -1006,10 +1003,7 @@ class Match:
     def mismatches(
         self, target: Target, instance: Instance, placeholders: Container[str] | None = None
     ) -> Iterator[tuple[str, str]]:
-        """Yield each condition that an instance does not meet: what is wanted, and what there is instead.
-
-        With placeholders, a wildcard matches no value that counts as empty. In an exemption it always did.
-        """
+        """Yield each condition that an instance does not meet: what is wanted, and what there is instead."""
         if self.accounts and target.account_id not in self.accounts:
             yield f"account {', '.join(self.accounts)}", f"the account is {target.account_id}"
         if self.organizational_units and not _is_in(self.organizational_units, target.account_paths):
@@ -1028,6 +1022,7 @@ class Match:
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
+            # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
             empty = placeholders is not None and is_empty(value or "", placeholders)
             if value is None or (value not in wanted and (empty or not _is_any(wanted, value))):
                 found = f"{key} is {'missing' if value is None else repr(value)}"
@@ -1046,9 +1041,7 @@ class RequiredTag:
     values: tuple[str, ...] = _key(
         "The allowed values. Case matters, unless ignore_case is true.", _list(_TAG_VALUE), ()
     )
-    pattern: ValuePattern | None = _key(
-        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None
-    )
+    pattern: ValuePattern | None = _key("A Python regular expression for the whole value.", _PATTERN, None)
     default: str | None = _key("What remediate may write if it finds no better value.", _TAG_VALUE, None)
     aliases: tuple[str, ...] = _key(
         "Other keys that meet the rule, too; the first that has a value counts.", _list(_TAG_KEY), ()
@@ -1076,8 +1069,7 @@ class RequiredTag:
     @property
     def is_plain(self) -> bool:
         """Whether every instance must have a value under this very key, from now on."""
-        others = self.aliases or self.when or self.allow_empty or self.optional
-        return not (others or self.effective_from)
+        return not (self.aliases or self.when or self.allow_empty or self.optional or self.effective_from)
 
     def unmet(self, target: Target, instance: Instance, placeholders: Container[str]) -> list[str]:
         """Return why the rule is not for an instance of a target; nothing if it is."""
@@ -1224,7 +1216,7 @@ _SLACK = _schema(Slack, {"webhook_url_env": "SLACK_WEBHOOK_URL"})
 _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
-_NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
+_ON = {"enum": ["new", "any"], "examples": ["new"]}
 _LONG_DURATION = "[0-9]{1,4}[smhdw]"
 _AGE = _form("a duration (a number and s, m, h, d or w)", _LONG_DURATION, "7d")
 _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
@@ -1242,9 +1234,7 @@ def duration(text: str) -> timedelta:
 class Notify:
     """Who is notified of a scan's findings."""
 
-    on: Literal["new", "any"] = _key(
-        "new: each finding once. any: all that is open, each time.", _NEW_OR_ANY, "new"
-    )
+    on: Literal["new", "any"] = _key("new: each finding once. any: all that is open, each time.", _ON, "new")
     slack: Slack | None = _key("An incoming webhook of Slack.", _SLACK, None, read=Slack)
     sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
     email: Email | None = _key("Email, sent by SES.", _EMAIL, None, read=Email)
@@ -2024,16 +2014,14 @@ def _policy(document: YamlDocument, digest: str) -> Policy:
 
 
 def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, **more: Any) -> Any:
-    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field.
-
-    One text stands for a list of it.
-    """
+    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field."""
     given = {"key": value} if isinstance(value, str) else value or {}
     if "line" in kind.__dataclass_fields__:
         more["line"], more["column"] = document.place(path)
     for key, each in _keys(kind).items():
         if key in given:
             found = given[key]
+            # One text stands for a list of it.
             found = [found] if isinstance(found, str) and isinstance(each.default, tuple) else found
             more[each.name] = _read_field(each, found, document, (*path, key))
     if "pattern" in more:
@@ -8334,9 +8322,7 @@ def _shown(text: str) -> str:
 
 def _listed(counts: Iterable[tuple[str, object]]) -> str:
     """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
-    shown = [
-        f"{_shown(text)} ({f'{known:,}' if isinstance(known, int) else known})" for text, known in counts
-    ]
+    shown = [f"{_shown(text)} ({f'{note:,}' if isinstance(note, int) else note})" for text, note in counts]
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
 
 
@@ -8391,13 +8377,10 @@ class TagUse(NamedTuple):
 
 
 def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
-    """Return the tags that at least half of the instances have, and notes on those that are left out.
-
-    Keys that differ only in case, spaces, `_` or `-` are one tag.
-    """
+    """Return the tags that at least half of the instances have, and notes on those that are left out."""
     counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
     spelled: dict[str, Counter[str]] = {}
-    for key, number in counts.items():
+    for key, number in counts.items():  # keys that differ only in case, spaces, `_` or `-` are one tag
         if not _tool_of(key):
             spelled.setdefault(bare_key(key) or key, Counter())[key] = number
     half = (len(instances) + 1) // 2
