@@ -952,19 +952,20 @@ def is_empty(value: str, placeholders: Container[str]) -> bool:
     return not text or text.casefold() in placeholders
 
 
-def _is_any(texts: Sequence[str], value: str) -> bool:
-    """Return whether a value is one of these texts, in which `*` matches any text and `?` one character."""
-    return any(fnmatch.fnmatchcase(value, text.replace("[", "[[]")) for text in texts)
+@functools.cache
+def _any_of(texts: tuple[str, ...]) -> Callable[[str], object]:
+    """Return what matches any of these texts, in which `*` matches any text and `?` one character."""
+    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in texts)
+    return re.compile("|".join(patterns) or "(?!)").match
 
 
 @functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
 def _is_in(units: tuple[str, ...], paths: str) -> bool:
     """Return whether one of an account's places is one of these units, or is below one given by its id."""
-    ids = [unit for unit in units if "/" not in unit]
-    whole = [unit if unit[-1] == "*" else f"{unit.rstrip('/')}/" for unit in units if "/" in unit]
-    return any(
-        _is_any(whole, path) or any(_is_any(ids, step) for step in path.split("/")) for path in paths.split()
-    )
+    is_id = _any_of(tuple(unit for unit in units if "/" not in unit))
+    whole = (unit if unit[-1] == "*" else f"{unit.rstrip('/')}/" for unit in units if "/" in unit)
+    is_path = _any_of(tuple(whole))
+    return any(is_path(path) or any(map(is_id, path.split("/"))) for path in paths.split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1013,18 +1014,18 @@ class Match:
             yield f"region {', '.join(self.regions)}", f"the region is {target.region}"
         if self.instances and instance.instance_id not in self.instances:
             yield ", ".join(self.instances), f"the instance is {instance.instance_id}"
-        if self.instance_types and not _is_any(self.instance_types, instance.instance_type):
+        if self.instance_types and not _any_of(self.instance_types)(instance.instance_type):
             found = f"the instance type is {instance.instance_type or 'not known'}"
             yield f"instance types {', '.join(self.instance_types)}", found
         operator = instance.managed_by
-        if self.managed_by and not (operator and _is_any(self.managed_by, operator)):
+        if self.managed_by and not (operator and _any_of(self.managed_by)(operator)):
             found = f"this one is managed by {operator or 'no AWS service'}"
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
             # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
             empty = placeholders is not None and is_empty(value or "", placeholders)
-            if value is None or (value not in wanted and (empty or not _is_any(wanted, value))):
+            if value is None or (value not in wanted and (empty or not _any_of(wanted)(value))):
                 found = f"{key} is {'missing' if value is None else repr(value)}"
                 yield f"{key}={' or '.join(wanted)}", found
 
