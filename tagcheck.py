@@ -2422,6 +2422,7 @@ class Agreement(NamedTuple):
 
 MIN_MEMBERS = 3  # fewer say nothing about a group
 MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees
+Siblings = Iterable[tuple[Group, Mapping[str, Agreement]]]  # of an instance, by the groups that it is in
 
 
 class Reliability:
@@ -2462,7 +2463,7 @@ def suggest(
     violation: Violation,
     rule: RequiredTag,
     placeholders: frozenset[str],
-    siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
+    siblings: Siblings,
     reliability: Reliability,
     *,
     normalize_aliases: bool = False,
@@ -2486,9 +2487,7 @@ def suggest(
     return replace(own, confidence=confidence, evidence=f"{own.evidence}; {best.evidence}")
 
 
-def _sibling_value(
-    tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
-) -> Suggestion | None:
+def _sibling_value(tag_key: str, siblings: Siblings, reliability: Reliability) -> Suggestion | None:
     """Return the value of the most specific group that is confident enough, else of the most confident."""
     suggestions: list[Suggestion] = []
     ceiling = MOST_CONFIDENCE
