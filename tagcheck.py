@@ -8588,9 +8588,8 @@ class AwsRules:
             rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
         else:
             rule = replace(rule, values=tuple((value, "") for value in values))
-        known, why = self.rules.get(rule.key.casefold()), ""
-        if known:
-            rule, why = _joined(known, rule)
+        known = self.rules.get(rule.key.casefold())
+        rule, why = _joined(known, rule) if known else (rule, "")
         self.rules[rule.key.casefold()] = rule
         return self.note(what, why) if why else None
 
