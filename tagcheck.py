@@ -104,8 +104,7 @@ class ExitCode(IntEnum):
 
     def __new__(cls, code: int, meaning: str) -> Self:  # noqa: D102
         member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning = meaning
+        member._value_, member.meaning = code, meaning
         return member
 
     COMPLIANT = 0, "every target was read and no finding counts under --fail-on"
@@ -664,9 +663,7 @@ def _botocore_regions() -> frozenset[str]:
         partitions = importlib.resources.files("botocore").joinpath("data/partitions.json").read_text("utf-8")
     except (ModuleNotFoundError, OSError):
         return frozenset()
-    return frozenset(
-        name for partition in json.loads(partitions)["partitions"] for name in partition["regions"]
-    )
+    return frozenset[str]().union(*(each["regions"] for each in json.loads(partitions)["partitions"]))
 
 
 # The processor time that a pattern may take on one value, and how long to wait for it on a busy machine.
@@ -899,9 +896,8 @@ def _key(about: str, schema: Any, default: Any = MISSING, *, name: str = "", rea
 
     `read` turns the value, or each item of a list, into that of the field: a function, or a record's class.
     """
-    return field(
-        default=default, metadata={"name": name, "schema": schema | {"description": about}, "read": read}
-    )
+    metadata = {"name": name, "schema": schema | {"description": about}, "read": read}
+    return field(default=default, metadata=metadata)
 
 
 def _keys(record: Any) -> dict[str, Any]:
@@ -922,16 +918,21 @@ _TRUE, _FALSE = ({"type": "boolean", "examples": [example]} for example in (True
 _TAG_KEY, _TAG_VALUE = _string("Owner", maxLength=MAX_KEY_LENGTH), _string("prod", maxLength=MAX_VALUE_LENGTH)
 _REGION = _string("eu-west-1")
 _ACCOUNT = _form("an account id (12 digits)", ACCOUNT_ID, "012345678901") | {"type": ["string", "number"]}
+_IS_ACCOUNT = {"pattern": f"^{ACCOUNT_ID}$", "patternErrorMessage": _ACCOUNT["patternErrorMessage"]}
+_ACCOUNT_NAME = _string("production", maxLength=MAX_ACCOUNT_NAME)
 _INSTANCE_TEXT = _form("an instance id", INSTANCE_ID, "i-0123456789abcdef0")
 _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagcheck-read")
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
+_OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
+_PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
 _ADDRESS = _form("an email address", EMAIL_ADDRESS, "ops@example.com")
 _MEMBER_OR_ADDRESS = "an email address or the id of a Slack member"
 _RECIPIENT = _form(_MEMBER_OR_ADDRESS, f"{EMAIL_ADDRESS}|{SLACK_MEMBER}", "U012ABCDEF")
 _HOST = _form("a host (with :port if that is not 443)", "[a-z0-9.-]+(:[0-9]{1,5})?", "slack.example.com")
+_HOSTS = _list(_HOST)
 _SECRET = "the name of an environment variable (keep secrets out of the policy)"
 _VARIABLE = _form(_SECRET, "[A-Za-z_][A-Za-z0-9_]*", "SLACK_WEBHOOK_URL")
 _ARN = f"arn:[a-z-]+:sns:[a-z0-9-]+:{ACCOUNT_ID}:[A-Za-z0-9_-]{{1,256}}"
@@ -952,24 +953,19 @@ def is_empty(value: str, placeholders: Container[str]) -> bool:
 
 
 @functools.cache
-def _glob(text: str) -> re.Pattern[str]:
-    """Return the pattern of a text with the wildcards `*` and `?`."""
-    return re.compile(fnmatch.translate(text.replace("[", "[[]")))
-
-
-def _is_any(texts: Sequence[str], value: str) -> bool:
-    """Return whether a value is one of these texts, in which `*` matches any text and `?` one character."""
-    return any(_glob(text).match(value) for text in texts)
+def _any_of(texts: tuple[str, ...]) -> Callable[[str], object]:
+    """Return what matches any of these texts, in which `*` matches any text and `?` one character."""
+    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in texts)
+    return re.compile("|".join(patterns) or "(?!)").match
 
 
 @functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
 def _is_in(units: tuple[str, ...], paths: str) -> bool:
     """Return whether one of an account's places is one of these units, or is below one given by its id."""
-    ids = [unit for unit in units if "/" not in unit]
-    whole = [unit if unit[-1] == "*" else f"{unit.rstrip('/')}/" for unit in units if "/" in unit]
-    return any(
-        _is_any(whole, path) or any(_is_any(ids, step) for step in path.split("/")) for path in paths.split()
-    )
+    is_id = _any_of(tuple(unit for unit in units if "/" not in unit))
+    whole = (unit if unit[-1] == "*" else f"{unit.rstrip('/')}/" for unit in units if "/" in unit)
+    is_path = _any_of(tuple(whole))
+    return any(is_path(path) or any(map(is_id, path.split("/"))) for path in paths.split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -994,9 +990,7 @@ class Match:
     regions: tuple[str, ...] = _key("Their regions.", _list(_REGION), ())
     instance_types: tuple[str, ...] = _key("Their types; * and ? as in tags.", _list(_INSTANCE_TYPE), ())
     managed_by: tuple[str, ...] = _key(
-        'The AWS service that operates them; * and ? as in tags, so "*" is any.',
-        _one_or_more(_string("eks.amazonaws.com")),
-        (),
+        'The AWS service that operates them; * and ? as in tags, so "*" is any.', _OPERATOR, ()
     )
     line: int = 0
     column: int = 0
@@ -1008,7 +1002,7 @@ class Match:
         return [wanted for wanted, _ in self.mismatches(Target("", ""), nothing)]
 
     def mismatches(
-        self, target: Target, instance: Instance, placeholders: Container[str] = ()
+        self, target: Target, instance: Instance, placeholders: Container[str] | None = None
     ) -> Iterator[tuple[str, str]]:
         """Yield each condition that an instance does not meet: what is wanted, and what there is instead."""
         if self.accounts and target.account_id not in self.accounts:
@@ -1020,22 +1014,20 @@ class Match:
             yield f"region {', '.join(self.regions)}", f"the region is {target.region}"
         if self.instances and instance.instance_id not in self.instances:
             yield ", ".join(self.instances), f"the instance is {instance.instance_id}"
-        if self.instance_types and not _is_any(self.instance_types, instance.instance_type):
+        if self.instance_types and not _any_of(self.instance_types)(instance.instance_type):
             found = f"the instance type is {instance.instance_type or 'not known'}"
             yield f"instance types {', '.join(self.instance_types)}", found
         operator = instance.managed_by
-        if self.managed_by and not (operator and _is_any(self.managed_by, operator)):
+        if self.managed_by and not (operator and _any_of(self.managed_by)(operator)):
             found = f"this one is managed by {operator or 'no AWS service'}"
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
-            if value is None or not self._has(wanted, value, placeholders):
+            # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
+            empty = placeholders is not None and is_empty(value or "", placeholders)
+            if value is None or (value not in wanted and (empty or not _any_of(wanted)(value))):
                 found = f"{key} is {'missing' if value is None else repr(value)}"
                 yield f"{key}={' or '.join(wanted)}", found
-
-    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
-        """Return whether a tag value is wanted; a pattern matches no value that counts as empty."""
-        return value in wanted or (not is_empty(value, placeholders) and _is_any(wanted, value))
 
 
 _CONDITIONS = [{"required": [key]} for key in _keys(Match)]
@@ -1050,9 +1042,7 @@ class RequiredTag:
     values: tuple[str, ...] = _key(
         "The allowed values. Case matters, unless ignore_case is true.", _list(_TAG_VALUE), ()
     )
-    pattern: ValuePattern | None = _key(
-        "A Python regular expression for the whole value.", _string("CC-[0-9]{4}"), None
-    )
+    pattern: ValuePattern | None = _key("A Python regular expression for the whole value.", _PATTERN, None)
     default: str | None = _key("What remediate may write if it finds no better value.", _TAG_VALUE, None)
     aliases: tuple[str, ...] = _key(
         "Other keys that meet the rule, too; the first that has a value counts.", _list(_TAG_KEY), ()
@@ -1080,8 +1070,7 @@ class RequiredTag:
     @property
     def is_plain(self) -> bool:
         """Whether every instance must have a value under this very key, from now on."""
-        others = self.aliases or self.when or self.allow_empty or self.optional
-        return not (others or self.effective_from)
+        return not (self.aliases or self.when or self.allow_empty or self.optional or self.effective_from)
 
     def unmet(self, target: Target, instance: Instance, placeholders: Container[str]) -> list[str]:
         """Return why the rule is not for an instance of a target; nothing if it is."""
@@ -1094,11 +1083,8 @@ class RequiredTag:
 
     def judge(self, value: str) -> Verdict:
         """Return the verdict on a value that is not empty."""
-        if (
-            self.values
-            and value not in self.values
-            and not (self.ignore_case and value.casefold() in _folded(self.values))
-        ):
+        listed = not self.values or value in self.values
+        if not listed and not (self.ignore_case and value.casefold() in _folded(self.values)):
             return Verdict.REFUSED
         return self.pattern.judge(value) if self.pattern else Verdict.ALLOWED
 
@@ -1148,10 +1134,6 @@ class Exemption(Match):
         """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
 
-    def _has(self, wanted: Sequence[str], value: str, placeholders: Container[str]) -> bool:
-        """Return whether a tag value is wanted; in an exemption "*" has always matched an empty one, too."""
-        return _is_any(wanted, value)
-
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
@@ -1164,14 +1146,7 @@ class Accounts:
     external_id: str | None = _key("The external id that the role requires.", _string("tagcheck"), None)
     names: tuple[tuple[str, str], ...] = _key(
         "What reports call accounts. Default: their names in the organization.",
-        _mapping(
-            _string("production", maxLength=MAX_ACCOUNT_NAME),
-            {"012345678901": "production"},
-            propertyNames={
-                "pattern": f"^{ACCOUNT_ID}$",
-                "patternErrorMessage": _ACCOUNT["patternErrorMessage"],
-            },
-        ),
+        _mapping(_ACCOUNT_NAME, {"012345678901": "production"}, propertyNames=_IS_ACCOUNT),
         (),
         read=lambda names: tuple(names.items()),
     )
@@ -1186,7 +1161,7 @@ class Slack:
     """An incoming webhook; its URL is a secret, and stays in the environment."""
 
     webhook_url_env: str = _key("The environment variable that holds the webhook's URL.", _VARIABLE)
-    allow_hosts: tuple[str, ...] = _key("Hosts that the URL may have besides Slack's.", _list(_HOST), ())
+    allow_hosts: tuple[str, ...] = _key("Hosts that the URL may have besides Slack's.", _HOSTS, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -1217,10 +1192,7 @@ class Owners:
         read=lambda mapping: tuple((stripped(name).casefold(), to) for name, to in mapping.items()),
     )
     domains: tuple[str, ...] = _key(
-        "Email domains: owners and creators with such an address get email.",
-        _list(_HOST),
-        (),
-        read=str.casefold,
+        "Email domains: owners and creators with such an address get email.", _HOSTS, (), read=str.casefold
     )
     default: str | None = _key("Who gets the rest. Default: nobody.", _RECIPIENT, None)
 
@@ -1245,7 +1217,7 @@ _SLACK = _schema(Slack, {"webhook_url_env": "SLACK_WEBHOOK_URL"})
 _SNS = _schema(Sns, {"topic_arn": "arn:aws:sns:eu-west-1:012345678901:tags"})
 _EMAIL = _schema(Email, {"from": "tags@example.com", "to": ["ops@example.com"]})
 _OWNERS = _schema(Owners, {"domains": ["example.com"]})
-_NEW_OR_ANY = {"enum": ["new", "any"], "examples": ["new"]}
+_ON = {"enum": ["new", "any"], "examples": ["new"]}
 _LONG_DURATION = "[0-9]{1,4}[smhdw]"
 _AGE = _form("a duration (a number and s, m, h, d or w)", _LONG_DURATION, "7d")
 _AGES = _list(_AGE, maxItems=5, examples=[["7d", "30d"]])  # each is a section of a digest
@@ -1255,18 +1227,15 @@ def duration(text: str) -> timedelta:
     """Return the duration that 90s, 30m, 2h, 1d or 1w mean; raises ValueError."""
     if not re.fullmatch(_LONG_DURATION, text):
         raise ValueError(text)
-    return timedelta(
-        seconds=int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604_800}[text[-1]]
-    )
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    return timedelta(seconds=int(text[:-1]) * seconds[text[-1]])
 
 
 @dataclass(frozen=True, slots=True)
 class Notify:
     """Who is notified of a scan's findings."""
 
-    on: Literal["new", "any"] = _key(
-        "new: each finding once. any: all that is open, each time.", _NEW_OR_ANY, "new"
-    )
+    on: Literal["new", "any"] = _key("new: each finding once. any: all that is open, each time.", _ON, "new")
     slack: Slack | None = _key("An incoming webhook of Slack.", _SLACK, None, read=Slack)
     sns: Sns | None = _key("An SNS topic.", _SNS, None, read=Sns)
     email: Email | None = _key("Email, sent by SES.", _EMAIL, None, read=Email)
@@ -1279,10 +1248,8 @@ class Notify:
     @property
     def channels(self) -> list[str]:
         """The channels; each is sent every finding, and remembers what it was sent."""
-        channels = (self.slack, self.sns, self.email and self.email.to, self.owners)
-        return [
-            name for name, given in zip(("slack", "sns", "email", "owners"), channels, strict=True) if given
-        ]
+        channels = to_record(self, ("slack", "sns", "email", "owners"))
+        return [name for name, given in (channels | {"email": self.email and self.email.to}).items() if given]
 
 
 _ACCOUNTS = _schema(
@@ -1303,6 +1270,7 @@ _REGIONS = _mapping(
     _schema(Region, None, type=["object", "null"], description="Its rules, if not the policy's alone."),
     {"us-east-1": {}, "eu-west-1": {"required_tags": ["DataResidency"]}},
 )
+_NOTIFY = _schema(Notify, {"slack": _SLACK["examples"][0]})
 _VERSION = {"enum": [1, "1"], "examples": [1]}
 _STATES = _list({"enum": list(STATES), "examples": ["running", "stopped"]})
 
@@ -1345,12 +1313,7 @@ class Policy:
     exemptions: tuple[Exemption, ...] = _key(
         "Instances that may lack some tags, each with a reason.", _list(_EXEMPTION), (), read=Exemption
     )
-    notify: Notify | None = _key(
-        "Who is notified of a scan's findings.",
-        _schema(Notify, {"slack": _SLACK["examples"][0]}),
-        None,
-        read=Notify,
-    )
+    notify: Notify | None = _key("Who is notified of a scan's findings.", _NOTIFY, None, read=Notify)
     warnings: tuple[Problem, ...] = ()
 
     def covers(self, region: str) -> bool:
@@ -1428,6 +1391,7 @@ class YamlDocument:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
+        self.pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
         self._nodes = 0
         self._key_marks: dict[KeyPath, Any] = {}
         self._value_marks: dict[KeyPath, Any] = {}
@@ -1482,9 +1446,8 @@ class YamlDocument:
         self._value_marks[path] = node.start_mark
         if node.tag.rpartition(":")[2] not in _YAML_TAGS:
             self.add(path, f"{node.tag} has no meaning in a policy; remove it")
-        value: Any
         if node.id == "mapping":
-            value = self._build_mapping(node, path)
+            value: Any = self._build_mapping(node, path)
         elif node.id == "sequence":
             value = [self._build(item, (*path, index)) for index, item in enumerate(node.value)]
         else:
@@ -1545,10 +1508,7 @@ _ODD = (
         rf"[\u2028\u2029]|(?![\ufe00-\ufe0f]){INVISIBLE.pattern}",
         "found an invisible character (U+{:04X}): type the text again",
     ),
-    (
-        "^[\u201c\u201d\u201e\u2018\u2019\u201a]",
-        "found a typographic quote: type a straight one, or none",
-    ),
+    ("^[\u201c\u201d\u201e\u2018\u2019\u201a]", "found a typographic quote: type a straight one, or none"),
     ("['\"]$", "{text} ends with a quote that nothing opens: remove it, or write both"),
 )
 
@@ -1633,10 +1593,6 @@ def check_policy(content: bytes, file: str) -> Policy:
     _check_rules(document)
     if not document.problems:
         policy = _policy(document, hashlib.sha256(content).hexdigest())
-        # Only when nothing else is wrong, as that may be the cause.
-        for region in (region for region, rules in policy.regions.items() if not rules):
-            message = f"{region} requires no tags: add one, or remove the region"
-            document.add(("regions", region), message, at_key=True)
         if not document.problems:
             return policy
     raise PolicyError([*dict.fromkeys(document.problems)])
@@ -1654,13 +1610,11 @@ def _decode(content: bytes, file: str) -> str:
 
 
 def _check_schema(document: YamlDocument) -> None:
-    """Check a document against POLICY_SCHEMA, with our own messages.
-
-    jsonschema's messages hold a dump of the whole value: with aliases that can be gigabytes.
-    """
+    """Check a document against POLICY_SCHEMA, with our own messages."""
     check_packages("jsonschema")
     import jsonschema
 
+    # Its messages hold a dump of the whole value: with aliases that can be gigabytes.
     for error in jsonschema.Draft7Validator(POLICY_SCHEMA).iter_errors(document.value):
         path, found, wanted = tuple(error.absolute_path), error.instance, error.validator_value
         is_key = "propertyNames" in error.absolute_schema_path
@@ -1707,21 +1661,23 @@ _SCHEMA_MESSAGES = {
 
 def _add_unknown_key(document: YamlDocument, path: KeyPath, known: tuple[str, ...], *, colon: bool) -> None:
     """Add a key that the schema does not know, with what was probably meant."""
-    key, hint, near = str(path[-1]), "", True
+    key, hint = str(path[-1]), ""
+    near: Any = ()
     if colon:
-        hint, near = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}", False
+        hint = f": remove the colon (- {key[:40]}), or write - key: {key[:40]}"
     elif len(path) == 1 and is_region(key):
-        hint, near = ": it is a region; indent it by two spaces, under regions:", False
+        hint = ": it is a region; indent it by two spaces, under regions:"
     elif key == "when" and path[0] == "exemptions":
-        hint, near = ": write its conditions directly in the exemption", False
+        hint = ": write its conditions directly in the exemption"
     elif key in _BELONGS:
-        hint, near = f": it belongs to {_BELONGS[key]}", False
+        hint = f": it belongs to {_BELONGS[key]}"
     elif path[-2:-1] == ("when",) and not did_you_mean(key, known):
-        hint, near = f": if it is a tag, write tags: {{{key[:40]}: …}}", False
-    elif path[-2:-1] == ("slack",):
-        hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
-    message = f"unknown key {shown_value(key)}{hint}"
-    document.add(path, message, at_key=True, near=(key, known) if near else ())
+        hint = f": if it is a tag, write tags: {{{key[:40]}: …}}"
+    else:
+        near = key, known
+        if path[-2:-1] == ("slack",):
+            hint = ": keep secrets out of the policy; name the variable that holds it in webhook_url_env"
+    document.add(path, f"unknown key {shown_value(key)}{hint}", at_key=True, near=near)
 
 
 # Where keys belong that people write elsewhere.
@@ -1736,22 +1692,9 @@ _BELONGS = {
 }
 
 
-def _keys_of_type(kind: str) -> frozenset[str]:
-    """Return the keys of a policy whose values are of a type of JSON Schema."""
-    found: set[str] = set()
-    waiting: list[Any] = [POLICY_SCHEMA]
-    while waiting:
-        schema = waiting.pop()
-        for key, value in schema.get("properties", {}).items():
-            found |= {key} if value.get("type") == kind else set()
-            waiting.append(value)
-        waiting += [
-            schema[key] for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)
-        ]
-    return frozenset(found)
-
-
-_LISTS, _SWITCHES = _keys_of_type("array"), _keys_of_type("boolean")
+_RECORDS = (Policy, Region, RequiredTag, Exemption, Accounts, Notify, Slack, Sns, Email, Owners)
+_KEYS = [(key, each.metadata["schema"].get("type")) for kind in _RECORDS for key, each in _keys(kind).items()]
+_LISTS, _SWITCHES = ({key for key, kind in _KEYS if kind == wanted} for wanted in ("array", "boolean"))
 
 
 def _type_hint(path: KeyPath, found: Any) -> str:
@@ -1781,11 +1724,9 @@ def _type_hint(path: KeyPath, found: Any) -> str:
             return "; write a date, such as 2027-01-31"
         case (*_, "tags") if "when" in path or "exemptions" in path:
             key, _, value = text.partition("=")
-            return (
-                f"; write {{{key}: {value}}}"
-                if value
-                else "; write each tag with its value: {Environment: prod}"
-            )
+            if value:
+                return f"; write {{{key}: {value}}}"
+            return "; write each tag with its value: {Environment: prod}"
         case (*_, "when"):
             return "; write the tag that instances must have: {tags: {Environment: prod}}"
         case (*_, "tags", _) if found is None:
@@ -1861,14 +1802,15 @@ def _texts(mapping: Any, key: str) -> dict[int, str]:
 def _check_rules(document: YamlDocument) -> None:
     """Check what a schema cannot express, and skip what the schema refuses."""
     value = document.value
-    pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
-    asked = _check_tags(document, (), value, pattern_error)
+    rules = _check_tags(document, (), value)
     for region, entry in _given(value, "regions", dict).items():
         if region != "*":
             _check_region(document, ("regions", region), region, at_key=True)
-        asked |= _check_tags(document, ("regions", region), entry, pattern_error)
+        rules |= _check_tags(document, ("regions", region), entry)
+    asked = {key for rule in rules.values() if (key := _given(rule, "key", str))}
     known = tuple(sorted(asked))
-    _check_aliases(document, asked)
+    for path, rule in rules.items():
+        _check_aliases(document, path, rule, asked)
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
         _check_match(document, path, entry)
@@ -1900,32 +1842,21 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         document.add((*path, "organizational_units"), message, at_key=True)
 
 
-def _rules_of(document: YamlDocument) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield every rule of a policy that is a mapping, with its path."""
-    regions = _given(document.value, "regions", dict)
-    places: dict[KeyPath, Any] = {(): document.value} | {("regions", name): regions[name] for name in regions}
-    for path, entry in places.items():
-        for index, rule in enumerate(_given(entry, "required_tags", list)):
-            if isinstance(rule, dict):
-                yield (*path, "required_tags", index), rule
-
-
-def _check_aliases(document: YamlDocument, asked: Container[str]) -> None:
+def _check_aliases(document: YamlDocument, path: KeyPath, rule: Any, asked: Container[str]) -> None:
     """Add a problem for each alias that cannot be one: `asked` are the keys of all rules."""
-    for path, rule in _rules_of(document):
-        seen = {_given(rule, "key", str)}
-        for index, alias in _texts(rule, "aliases").items():
-            place, shown = (*path, "aliases", index), shown_value(alias)
-            if alias in seen:
-                which = "the rule's own key" if alias == rule.get("key") else "in the list twice"
-                document.add(place, f"{shown} is {which}: remove it")
-            elif alias in asked:
-                document.add(
-                    place, f"{shown} is required by a rule of its own: remove it here, or remove that rule"
-                )
-            elif alias != alias.strip():
-                document.add(place, f"{shown} begins or ends with a space: remove it")
-            seen.add(alias)
+    seen = {_given(rule, "key", str)}
+    for index, alias in _texts(rule, "aliases").items():
+        problem = ""
+        if alias in seen:
+            which = "the rule's own key" if alias == rule.get("key") else "in the list twice"
+            problem = f"is {which}: remove it"
+        elif alias in asked:
+            problem = "is required by a rule of its own: remove it here, or remove that rule"
+        elif alias != alias.strip():
+            problem = "begins or ends with a space: remove it"
+        if problem:
+            document.add((*path, "aliases", index), f"{shown_value(alias)} {problem}")
+        seen.add(alias)
 
 
 # What gives access by itself: S3's presigned URLs, SAS, tokens.
@@ -1978,9 +1909,6 @@ def _check_combination(document: YamlDocument, path: KeyPath, rule: Any) -> None
     _check_match(document, (*path, "when"), _given(rule, "when", dict))
 
 
-_PatternError = Callable[[str], str]  # why a policy cannot use a pattern, or ""
-
-
 def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key: bool = False) -> None:
     """Add a problem if AWS has no such region."""
     if not is_region(region):
@@ -1988,12 +1916,14 @@ def _check_region(document: YamlDocument, path: KeyPath, region: str, *, at_key:
         document.add(path, f"AWS has no region {shown_value(region)}", at_key=at_key, near=near)
 
 
-def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error: _PatternError) -> set[str]:
-    """Check the rules of one required_tags list; returns the keys that it requires."""
+def _check_tags(document: YamlDocument, path: KeyPath, entry: Any) -> dict[KeyPath, Any]:
+    """Check the rules of one required_tags list; returns them, as mappings, by their paths."""
     seen: set[str] = set()
+    rules: dict[KeyPath, Any] = {}
     for index, tag in enumerate(_given(entry, "required_tags", list)):
         rule_path = (*path, "required_tags", index)
         rule, key_path = ({"key": tag}, rule_path) if isinstance(tag, str) else (tag, (*rule_path, "key"))
+        rules[rule_path] = rule
         if not (key := _given(rule, "key", str)):
             continue
         shown = shown_value(key)
@@ -2006,27 +1936,25 @@ def _check_tags(document: YamlDocument, path: KeyPath, entry: Any, pattern_error
         if "*" in key:
             document.warn(key_path, f"{shown}: * is literal here; no key but this one is meant")
         seen.add(key)
-        _check_values(document, rule_path, rule, pattern_error)
+        _check_values(document, rule_path, rule)
         _check_combination(document, rule_path, rule)
-    return seen
+    return rules
 
 
-def _check_values(document: YamlDocument, path: KeyPath, rule: Any, pattern_error: _PatternError) -> None:
+def _check_values(document: YamlDocument, path: KeyPath, rule: Any) -> None:
     """Check the values, the pattern and the default of a rule."""
     values: set[str] = set()
-    ignore_case = isinstance(rule, dict) and rule.get("ignore_case") is True
+    ignore_case = rule.get("ignore_case") is True
     for number, text in _texts(rule, "values").items():
         place, compared = (*path, "values", number), text.casefold() if ignore_case else text
         if compared in values:
             document.add(place, f"{shown_value(text)} is in the list twice")
         elif "*" in text:
-            pattern = ".*".join(map(escaped, text.split("*"))).replace("'", "''")
-            document.warn(
-                place, f"{shown_value(text)}: * is literal here; use pattern: '{cut_text(pattern, 100)}'"
-            )
+            pattern = cut_text(".*".join(map(escaped, text.split("*"))).replace("'", "''"), 100)
+            document.warn(place, f"{shown_value(text)}: * is literal here; use pattern: '{pattern}'")
         values.add(compared)
     pattern, default = _given(rule, "pattern", str), _given(rule, "default", str)
-    if pattern and (why := pattern_error(any_case(pattern) if ignore_case else pattern)):
+    if pattern and (why := document.pattern_error(any_case(pattern) if ignore_case else pattern)):
         document.add((*path, "pattern"), f"{shown_value(pattern)} {why}")
     elif default:
         texts = tuple(_texts(rule, "values").values())
@@ -2073,27 +2001,28 @@ def _not_a_pattern(error: str) -> str:
 
 
 def _policy(document: YamlDocument, digest: str) -> Policy:
-    """Return the Policy of a document in which no problem was found."""
+    """Return the Policy of a document without problems; adds one for each region that requires nothing."""
     policy: Policy = _read_record(Policy, document.value, document, (), file=document.file, digest=digest)
     regions = {}
     for name, entry in policy.regions.items():
         region: Region = _read_record(Region, entry, document, ("regions", name))
         inherited = policy.required_tags if region.inherit else ()
         regions[name] = tuple({rule.key: rule for rule in (*inherited, *region.required_tags)}.values())
+        if not regions[name]:
+            message = f"{name} requires no tags: add one, or remove the region"
+            document.add(("regions", name), message, at_key=True)
     return replace(policy, regions=regions, warnings=tuple(document.warnings))
 
 
 def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, **more: Any) -> Any:
-    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field.
-
-    One text stands for a list of it.
-    """
+    """Return the record of a mapping, of a tag key alone, or of nothing: each key fills its field."""
     given = {"key": value} if isinstance(value, str) else value or {}
     if "line" in kind.__dataclass_fields__:
         more["line"], more["column"] = document.place(path)
     for key, each in _keys(kind).items():
         if key in given:
             found = given[key]
+            # One text stands for a list of it.
             found = [found] if isinstance(found, str) and isinstance(each.default, tuple) else found
             more[each.name] = _read_field(each, found, document, (*path, key))
     if "pattern" in more:
@@ -2191,13 +2120,9 @@ class ExemptedInstance:
 
 def exempted_record(exempted: Exempted) -> dict[str, str | None]:
     """Return an exempted violation as a JSON object."""
-    exemption = exempted.exemption
-    return to_record(exempted.violation) | {
-        "reason": exemption.reason,
-        "expires": str(exemption.expires) if exemption.expires else None,
-        "approved_by": exemption.approved_by,
-        "ticket": exemption.ticket,
-    }
+    why = to_record(exempted.exemption, ("reason", "expires", "approved_by", "ticket"))
+    why["expires"] = str(why["expires"]) if why["expires"] else None
+    return to_record(exempted.violation) | why
 
 
 @dataclass(frozen=True, slots=True)
@@ -2497,6 +2422,7 @@ class Agreement(NamedTuple):
 
 MIN_MEMBERS = 3  # fewer say nothing about a group
 MAX_VALUES = 1000  # of a tag in one group; with more of them nobody agrees
+Siblings = Iterable[tuple[Group, Mapping[str, Agreement]]]  # of an instance, by the groups that it is in
 
 
 class Reliability:
@@ -2537,7 +2463,7 @@ def suggest(
     violation: Violation,
     rule: RequiredTag,
     placeholders: frozenset[str],
-    siblings: Iterable[tuple[Group, Mapping[str, Agreement]]],
+    siblings: Siblings,
     reliability: Reliability,
     *,
     normalize_aliases: bool = False,
@@ -2561,9 +2487,7 @@ def suggest(
     return replace(own, confidence=confidence, evidence=f"{own.evidence}; {best.evidence}")
 
 
-def _sibling_value(
-    tag_key: str, siblings: Iterable[tuple[Group, Mapping[str, Agreement]]], reliability: Reliability
-) -> Suggestion | None:
+def _sibling_value(tag_key: str, siblings: Siblings, reliability: Reliability) -> Suggestion | None:
     """Return the value of the most specific group that is confident enough, else of the most confident."""
     suggestions: list[Suggestion] = []
     ceiling = MOST_CONFIDENCE
@@ -8336,9 +8260,7 @@ def _shown(text: str) -> str:
 
 def _listed(counts: Iterable[tuple[str, object]]) -> str:
     """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
-    shown = [
-        f"{_shown(text)} ({f'{known:,}' if isinstance(known, int) else known})" for text, known in counts
-    ]
+    shown = [f"{_shown(text)} ({f'{note:,}' if isinstance(note, int) else note})" for text, note in counts]
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
 
 
@@ -8393,13 +8315,10 @@ class TagUse(NamedTuple):
 
 
 def survey_tags(instances: Sequence[Instance]) -> tuple[list[TagUse], list[str]]:
-    """Return the tags that at least half of the instances have, and notes on those that are left out.
-
-    Keys that differ only in case, spaces, `_` or `-` are one tag.
-    """
+    """Return the tags that at least half of the instances have, and notes on those that are left out."""
     counts = Counter(itertools.chain.from_iterable(instance.tags for instance in instances))
     spelled: dict[str, Counter[str]] = {}
-    for key, number in counts.items():
+    for key, number in counts.items():  # keys that differ only in case, spaces, `_` or `-` are one tag
         if not _tool_of(key):
             spelled.setdefault(bare_key(key) or key, Counter())[key] = number
     half = (len(instances) + 1) // 2
@@ -8441,11 +8360,10 @@ def fleet_rule(use: TagUse, total: int) -> tuple[StarterRule, Mapping[str, int]]
     used: Counter[str] = Counter()
     empty: Counter[str] = Counter()
     for value, number in use.values.items():
-        text = stripped(value).casefold()
-        if text and text not in _PLACEHOLDERS:
-            used[value] = number
+        if is_empty(value, _PLACEHOLDERS):
+            empty[stripped(value).casefold()] += number
         else:
-            empty[text] += number
+            used[value] = number
     evidence += f", {empty.total():,} of them empty or a placeholder" if empty else ""
     also = f"also spelled {_listed(others)}: a scan reports this, and suggests the value"
     rule = StarterRule(key, evidence, (also,) if others else ())
@@ -8550,11 +8468,8 @@ def _shape(found: Mapping[str, int]) -> str:
             for many in ("]+", "]{1,20}"):
                 pattern = "".join(part.replace("]+", many) for part in parts)
                 matching = filter(re.compile(pattern).fullmatch, found)
-                if (
-                    is_quick(pattern)
-                    and is_printable(pattern)
-                    and sum(map(found.__getitem__, matching)) >= enough
-                ):
+                usable = is_quick(pattern) and is_printable(pattern)
+                if usable and sum(map(found.__getitem__, matching)) >= enough:
                     return pattern
     return ""
 
@@ -8611,9 +8526,8 @@ class AwsRules:
             rule = replace(rule, pattern=pattern, pattern_evidence=", ".join(map(_shown, values)))
         else:
             rule = replace(rule, values=tuple((value, "") for value in values))
-        known, why = self.rules.get(rule.key.casefold()), ""
-        if known:
-            rule, why = _joined(known, rule)
+        known = self.rules.get(rule.key.casefold())
+        rule, why = _joined(known, rule) if known else (rule, "")
         self.rules[rule.key.casefold()] = rule
         return self.note(what, why) if why else None
 
@@ -8662,17 +8576,18 @@ def _read_aws_answer(answer: Any, found: AwsRules) -> None:
 def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     """Add the rule of a tag policy for one key; raises TypeError or ValueError."""
     where = f"tag policy {_shown(name)}"
+    known = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
     given: dict[str, Any] = {}
     for part, value in entry.items():
         assigned = value if isinstance(value, dict) else {"@@assign": value}
         given[part] = assigned.get("@@assign", assigned.get("@@append"))
-        if part not in _TAG_POLICY_KEYS:
+        if part not in known:
             found.note(f"{_shown(part)} of the {where}", "left out")
         elif "@@append" in assigned:
             found.note(f"@@append of the {where}", "it adds to a parent's values: give the effective policy")
         elif other := [name for name in assigned if name != "@@assign"]:
             found.note(f"{', '.join(map(_shown, other))} of the {where}", "left out")
-    lists = {part: json_at(given, list, part) for part in _TAG_POLICY_KEYS[1:] if given.get(part) is not None}
+    lists = {part: json_at(given, list, part) for part in known[1:] if given.get(part) is not None}
     values = [json_at({"value": value}, str, "value") for value in lists.get("tag_value", ())]
     required = lists.get("report_required_tag_for", ())
     is_required = any(str(each).lower() in _OF_INSTANCES for each in required)
@@ -8691,9 +8606,6 @@ def _read_tag_rule(name: str, entry: dict[str, Any], found: AwsRules) -> None:
     found.add(rule, () if "*" in values else filter(None, values), wildcards=True)
 
 
-_TAG_POLICY_KEYS = ("tag_key", "tag_value", "enforced_for", "report_required_tag_for")
-
-
 def _read_config_rule(rule: Any, found: AwsRules) -> None:
     """Add the rules of one required-tags rule of AWS Config; raises KeyError, TypeError or ValueError."""
     where = f"Config rule {_shown(json_at(rule, str, 'ConfigRuleName'))}"
@@ -8704,7 +8616,8 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
     types = json_at(scope, list, "ComplianceResourceTypes") if scope.get("ComplianceResourceTypes") else ()
     if types and "AWS::EC2::Instance" not in types:
         return found.note(f"the {where}", "it is not for AWS::EC2::Instance")
-    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in _CONFIG_SCOPE)
+    names = ("ComplianceResourceId", "TagKey", "TagValue")
+    one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in names)
     if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
         return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
     when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
@@ -8722,9 +8635,6 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
             flags = frozenset(() if values else {"allow_empty"})
             found.add(StarterRule(name, where, when=when, flags=flags), values)
     return None
-
-
-_CONFIG_SCOPE = ("ComplianceResourceId", "TagKey", "TagValue")
 
 
 def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
@@ -8778,9 +8688,7 @@ def make_starter(
     people = [instance for instance in instances if not instance.managed_by]
     uses, more = survey_tags(people)
     pairs = [fleet_rule(use, len(people)) for use in uses]
-    placeholders: Counter[str] = Counter()
-    for _, empty in pairs:
-        placeholders.update(empty)
+    placeholders = sum((Counter(empty) for _, empty in pairs), Counter[str]())
     rules = [rule for rule, _ in pairs] or [StarterRule("Owner", "only an example")]
     return Starter(name, rules, found, placeholders, services, [*notes, *more])
 
