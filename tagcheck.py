@@ -2545,10 +2545,14 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
     alike: dict[tuple[str, str], list[Cause]] = {}
     for cause in causes:
         alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
-    for (kind, tag_key), group in alike.items():
-        more = f" and {len(group) - CAUSES_NAMED:,} more" if len(group) > CAUSES_NAMED else ""
-        names = ", ".join(cause.group.name for cause in group[:CAUSES_NAMED]) + more
-        instances = sum(cause.instances for cause in group)
+    numbers = {key: sum(cause.instances for cause in group) for key, group in alike.items()}
+    for (kind, tag_key), instances in sorted(numbers.items(), key=lambda item: -item[1]):
+        group = alike[kind, tag_key]
+        targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
+        named = [*targets.items()][:CAUSES_NAMED]
+        names = ", ".join(f"{name} (in {n:,} targets)" if n > 1 else name for name, n in named)
+        if len(targets) > CAUSES_NAMED:
+            names += f" and {len(targets) - CAUSES_NAMED:,} more"
         lack = "instance lacks" if instances == 1 else "instances lack"
         remedy = GROUP_KINDS[kind].remedy.format(names=names)
         yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
@@ -3785,7 +3789,7 @@ SIGHTINGS = """
     -- What belongs in digests, as in DigestLine.
     CREATE TABLE digest_line (
         channel TEXT NOT NULL, recipient TEXT NOT NULL, subject TEXT, line TEXT, age INTEGER NOT NULL,
-        owner TEXT NOT NULL
+        owner TEXT NOT NULL, cause TEXT, tag_keys TEXT NOT NULL
     );
     CREATE INDEX digest_of ON digest_line (channel, recipient, age)
 """
@@ -5252,23 +5256,31 @@ class DigestLine(NamedTuple):
     line: str | None = None
     age: int = 0  # of a reminder, in days
     owner: str = ""
+    cause: str | None = None  # for owners, as JSON: the target's two ids, and the group's kind and name
+    tag_keys: str = "[]"
 
 
-Listed = tuple[
-    int, int, list[tuple[str, str]]
-]  # an age, how many findings, and their first lines with owners
+# An age, how many findings, and their first lines with owners.
+Listed = tuple[int, int, list[tuple[str, str]]]
+
+
+class Recipient(NamedTuple):
+    """Whom a channel tells: findings, their owner if all have the same one, and for owners the causes."""
+
+    to: str
+    owner: str | None
+    found: Sequence[Listed]
+    causes: Sequence[Cause]
 
 
 def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
     """Keep what belongs in digests until they are sent."""
     db.execute("DELETE FROM digest_line")
-    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?, ?)", lines)
+    db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?, ?, ?, ?)", lines)
 
 
-def fetch_digests(
-    db: sqlite3.Connection, channel: str, limit: int
-) -> Iterator[tuple[str, str | None, list[Listed]]]:
-    """Yield each recipient of a channel, the owner of all its findings if they have one, and the findings."""
+def fetch_recipients(db: sqlite3.Connection, channel: str, limit: int) -> Iterator[Recipient]:
+    """Yield the recipients of a channel, with so many lines at most of each list of findings."""
     lists = """
         SELECT recipient, age, count(line), min(owner), max(owner) FROM digest_line WHERE channel = ?
         GROUP BY 1, 2 ORDER BY 1, 2
@@ -5277,6 +5289,11 @@ def fetch_digests(
         SELECT line, owner FROM digest_line
         WHERE (channel, recipient, age) = (?, ?, ?) AND line <> '' ORDER BY rowid LIMIT ?
     """
+    grouped = f"""
+        SELECT cause, tag_key.value, count(*) FROM digest_line CROSS JOIN json_each(tag_keys) AS tag_key
+        WHERE (channel, recipient) = (?, ?) AND cause IS NOT NULL GROUP BY 1, 2 HAVING count(*) > 1
+        ORDER BY 3 DESC, 1, 2 LIMIT {MAX_CAUSES}
+    """
     for to, found in itertools.groupby(db.execute(lists, (channel,)), operator.itemgetter(0)):
         rows = [*found]
         owners = {owner for *_, first, last in rows for owner in (first, last)}
@@ -5284,7 +5301,11 @@ def fetch_digests(
             (age, number, db.execute(lines, (channel, to, age, limit)).fetchall())
             for _, age, number, *_ in rows
         ]
-        yield to, owners.pop() if len(owners) == 1 else None, listed
+        causes: list[Cause] = []
+        for cause, tag_key, instances in db.execute(grouped, (channel, to)):
+            account_id, region, kind, name = json.loads(cause)
+            causes.append(Cause(Target(account_id, region), Group(kind, name), tag_key, instances))
+        yield Recipient(to, owners.pop() if len(owners) == 1 else None, listed, causes)
 
 
 def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
@@ -6338,6 +6359,7 @@ class Dashboard:
     css: str = ""  # the file that has the style; empty where the page has it
 
 
+# Chromium 156 does break inside of .together with break-inside: avoid, but never inside of an inline block.
 HTML_STYLE = """
 :root{color-scheme:light dark;--paper:#faf8f3;--card:#fff;--ink:#1d1b18;--soft:#625d54;--rule:#ddd6c9;
 --bad:#a33b1a;--good:#176b5b;--warn:#7a4b00;--note:#fff3d3;--h0:#e1efeb;--h1:#fbe9de;--h2:#f6cfb8;
@@ -6349,7 +6371,7 @@ HTML_STYLE = """
 background:var(--paper);color:var(--ink);overflow-wrap:anywhere;font:1rem/1.5 system-ui,-apple-system,
 "Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
 h1,h2,.verdict{font:600 1.375rem/1.2 "Iowan Old Style",Charter,Palatino,Georgia,"Liberation Serif",serif;
-margin:0}h1{font-size:2.25rem}.verdict{font-size:1.625rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}
+margin:0}h1{font-size:2.25rem}.verdict{font-size:1.375rem}h2+.verdict{margin-top:.375rem}p{margin:.375rem 0 0}
 a{color:inherit}.eyebrow,.card h2{font:600 .8125rem/1.4 system-ui,sans-serif;letter-spacing:.06em;
 text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-size:.875rem}
 .warn,.banner b{color:var(--warn)}header{border-top:3px solid var(--ink);padding-top:.75rem}
@@ -6359,7 +6381,7 @@ text-transform:uppercase;color:var(--soft)}.soft,footer{color:var(--soft);font-s
 .owner{margin-top:1rem;border-top-style:dotted;padding-top:.75rem}h3{font-size:1rem;margin:0}
 :target{background:var(--note)}.owner svg{margin-top:.375rem}.owner ul,.lines{padding-left:1.125rem}
 .owner ul{margin:.5rem 0 0}.owner details{margin-top:.375rem}code{font-size:.875em}.rest{display:none}
-.list small{display:block;white-space:normal}
+.list small{display:block;width:0;min-width:100%;white-space:normal}
 @media (min-width:40.01rem){.cards,.pair{grid-template-columns:1fr 1fr}
 .pair>:last-child:nth-child(odd),.cards>:last-child{grid-column:1/-1}.lines{columns:2;column-gap:3rem}
 .owner{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,1fr);gap:0 3rem}
@@ -6392,8 +6414,9 @@ left:0;background:var(--paper);font-weight:400;white-space:nowrap;padding-left:0
 .h2{background:var(--h2)}.h3{background:var(--h3)}.h4,.h5{background:var(--h4);color:var(--on)}
 .h5{background:var(--h5)}summary{cursor:pointer}.unread{background:repeating-linear-gradient(135deg,
 var(--rule) 0 2px,transparent 2px 7px),var(--note);color:var(--warn);font-weight:600;line-height:1.15}
-@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.wide,.list thead{display:none}
-.rest{display:block}.five:has(+.rest:not([open])) :is(tbody>tr,li,.owner):not(:target):nth-child(n+6){
+@media (max-width:40rem){body{padding-top:1.25rem}h1{font-size:1.75rem}.verdict{font-size:1.25rem}
+.wide,.list thead{display:none}.rest{display:block}
+.five:has(+.rest:not([open])) :is(tbody>tr,li,.owner):not(:target):nth-child(n+6){
 display:none}
 .list tr,.list td{display:block}.list{font-size:.875rem}
 .list tr{padding:.625rem 0;border-bottom:1px solid var(--rule)}
@@ -6404,11 +6427,11 @@ color:var(--soft)}.list td:empty{display:none}}
 details:not([open]),summary{display:none}body{padding:0;max-width:none;font-size:10pt;orphans:3;widows:3}
 body,.bars th{overflow-wrap:break-word}section{margin-top:1.25rem}
 .card,tr,svg,li,p,.owner>div,.owner:not(:has([open])){break-inside:avoid}
-h2,h3,h2+.soft,thead,.legend,.owner>div,.owner>svg{break-after:avoid}
+h2,h3,h2+.soft,thead,.owner>div,.owner>svg{break-after:avoid}
 .cards{grid-template-columns:repeat(3,1fr);gap:.75rem}.cards>:last-child{grid-column:auto}.bars{font-size:8pt}
 .verdict{font-size:1.25rem}.scroll{overflow:visible}
-.list{font-size:7.5pt}.list td{padding-right:.375rem}.together,.pair>section{break-inside:avoid}
-.list [data-label=Lacks]{overflow-wrap:anywhere}
+.list{font-size:7.5pt}.list td{padding-right:.375rem}.pair>section{break-inside:avoid}
+.together{display:inline-block;width:100%}.list [data-label=Lacks]{overflow-wrap:anywhere}
 .heat thead th,.heat th,.heat td{font-size:6.5pt;padding:.125rem 0;border-width:1px;min-width:0;
 overflow-wrap:anywhere}}
 """
@@ -6858,7 +6881,9 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
-        details.append(_node("ul", *(_node("li", _brief(str(cause), 160)) for cause in owner.causes)))
+        details.append(
+            _node("ul", *(_node("li", _brief(f"{cause}, in {cause.target}", 200)) for cause in owner.causes))
+        )
     rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
     details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
     rest = owner.total - sum(alike.number for alike in owner.oldest)
@@ -7185,13 +7210,15 @@ def digest_lines(
             age = due if subject else 0
             names = _known_names(finding, owners.tag, policy.placeholder_values)
             recipient, owner = "" if channel != "owners" else owners.recipient(names.values()), ""
+            cause, keys = None, [violation.tag_key for violation in finding.violations]
             if channel == "owners":
                 owner = names.pop("owner", "")  # it is in the title, or added to each line
+                cause = finding.cause and to_json((finding.account_id, finding.region, *finding.cause))
             if recipient is not None:
                 numbers[channel, age] += 1
                 is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
                 line = _finding_line(finding, names, opened if age else "") if is_listed else ""
-                yield DigestLine(channel, recipient, subject, line, age, owner)
+                yield DigestLine(channel, recipient, subject, line, age, owner, cause, to_json(keys))
     unread = [f"unread {t.target.account_id} {t.target.region}" for t in report.unread]
     for other in (*unread, *ending_subjects(policy, report.scan.started_at.date())):
         for channel, subject in channels_for(other):
@@ -7199,16 +7226,15 @@ def digest_lines(
                 yield DigestLine(channel, "", subject)
 
 
-def write_digests(
-    report: ScanReport, channel: str, recipients: Iterable[tuple[str, str | None, Sequence[Listed]]]
-) -> Iterator[Digest]:
-    """Yield a digest for each recipient: who it is, the owner of all its findings, and the findings."""
+def write_digests(report: ScanReport, channel: str, recipients: Iterable[Recipient]) -> Iterator[Digest]:
+    """Yield a digest for each recipient of a channel."""
     policy, today = report.scan.policy, report.scan.started_at.date()
     notify = policy.notify or Notify()
     word = "new" if notify.on == "new" else "open"
-    for to, owner, found in recipients:
+    for to, owner, found, causes in recipients:
         counts: list[str] = []
-        sections: list[Section] = []
+        remedies = map(printable, cause_lines(causes if to else report.causes))
+        sections = [_section("Fix many at once:", remedies, most=SUMMARY_CAUSES)]
         link = notify.dashboard_url or ""
         for age, number, lines in found:
             days, fresh = f"still open after {counted(age, 'day')}", f"{word} finding"
@@ -7221,7 +7247,9 @@ def write_digests(
             link += f"#{owner_anchor(owner)}" if link else ""
         elif to:
             is_default = notify.owners and to == notify.owners.default
-            counts[-1] += " (owner not known)" if is_default else " (by owner tag or creator)"
+            counts[-1] += (
+                " (owner not known or without an address)" if is_default else " (by owner tag or creator)"
+            )
         else:
             exemptions = _ending(policy, today)
             over = sum(not exemption.holds(today) for exemption in exemptions)
@@ -7231,10 +7259,8 @@ def write_digests(
             counts += [counted(over, "exemption has ended", "exemptions have ended")] if over else []
             unread = (_entry(f"{t.target}:", f"{t.error_code}: {t.error_message}") for t in report.unread)
             endings = (_entry(f"{each.where}:", each.message) for each in check_expiry(policy, today))
-            causes = map(printable, cause_lines(report.causes))
             sections = [
                 _section("", count_lines(report.totals)),
-                _section("Fix many at once:", causes, most=SUMMARY_CAUSES),
                 *sections,
                 _section("Could not be read (their findings are unchanged):", unread, most=DIGEST_LINES),
                 _section("Exemptions:", endings, most=DIGEST_LINES),
@@ -9114,7 +9140,7 @@ def _send(senders: Senders, db: sqlite3.Connection, state: State, report: ScanRe
     """
     policy, down = report.scan.policy, set[str]()
     for channel in policy.notify.channels if policy.notify else ():
-        for digest in write_digests(report, channel, fetch_digests(db, channel, OWNER_LINES)):
+        for digest in write_digests(report, channel, fetch_recipients(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
