@@ -10396,85 +10396,62 @@ def build_parser() -> Parser:
     """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
     width = max(MIN_WIDTH, shutil.get_terminal_size().columns) - 2
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
-    lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
-    exit_codes = "\n".join(["exit codes:", *lines])
+    exit_codes = ["exit codes:", *(textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes)]
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     what = "Find the EC2 instances that lack their required tags."
-    parser = Parser(prog="tagcheck.py", description=what, epilog=exit_codes, **shape)
+    parser = Parser(prog="tagcheck.py", description=what, epilog="\n".join(exit_codes), **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
-        shown = [
-            part
-            for each in EXAMPLES.get(name, ())
-            for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)
-        ]
-        shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
+        examples = [f"  tagcheck.py {name} {example}".rstrip() for example in EXAMPLES.get(name, ())]
+        shown = ["examples:", *(part for example in examples for part in fitted(example, width))]
+        shape["epilog"] = "\n".join([*shown, *(["", *exit_codes] if name == "scan" else [])])
         about = textwrap.fill(options.__doc__ or "", width)
         command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
-        hints = get_type_hints(options, include_extras=True)
+        hints, environment = get_type_hints(options, include_extras=True), dict[str, Any]()
         for each in fields(options):
-            _add_option(command, each, hints[each.name])
+            _add_option(command, each, hints[each.name], environment)
+        command.set_defaults(environment=environment)
     parser.commands = commands.choices
     return parser
 
 
-def _option_name(name: str) -> str:
-    """Return the option that fills a field; `from` is a word of Python, so that field ends in _."""
-    return f"--{name.rstrip('_').replace('_', '-')}"
-
-
-def _variable(name: str, option: Option) -> str:
-    """Return the environment variable that can give an option: those of files, the state and the profile."""
-    can = not option.positional and (option.metavar == "FILE" or name == "profile")
-    return f"TAGCHECK_{name.rstrip('_').upper()}" if can else ""
-
-
-def _described(hint: Any) -> tuple[Any, Option]:
-    """Return the type and the description of an option, from the annotation of its field."""
+def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dict[str, Any]) -> None:
+    """Add the option that fills a field; `environment` gets what is set there for it, and how to say that."""
     [option] = hint.__metadata__
-    return get_origin(hint.__origin__) or hint.__origin__, option
-
-
-def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
-    """Add the option that fills a field; one without a default is required."""
-    kind, option = _described(hint)
-    name, variable = _option_name(filled.name), _variable(filled.name, option)
-    given = os.environ.get(variable)
+    kind = get_origin(hint.__origin__) or hint.__origin__
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
         return
-    more["dest"] = filled.name
+    name = filled.name.rstrip("_")  # `from` is a word of Python, so that field ends in _
+    flag, variable = f"--{name.replace('_', '-')}", f"TAGCHECK_{name.upper()}"
     if kind is bool:
-        short = [name[1:3]] if name in ("--quiet", "--verbose") else []
-        command.add_argument(*short, name, help=option.help, action="store_true")
-    else:
-        if kind is list:
-            more |= {"help": f"{option.help} (repeatable)", "action": "append"}
-        if kind is Literal:
-            more |= {"metavar": None, "choices": get_args(hint.__origin__)}
-        if given:
-            more["help"] += f" ({variable}: {printable(given)})".replace("%", "%%")
-        elif filled.default and isinstance(filled.default, (str, int, float)):
-            more["help"] += f" (default: {filled.default})"
-        required = filled.default is MISSING and kind is not list and not given
-        command.add_argument(name, required=required, **more)
+        short = [flag[1:3]] if name in ("quiet", "verbose") else []
+        command.add_argument(*short, flag, help=option.help, action="store_true")
+        return
+    more |= {"dest": filled.name, "default": filled.default}
+    if kind is list:
+        more |= {"help": f"{option.help} (repeatable)", "action": "append", "default": []}
+    if kind is Literal:
+        more |= {"metavar": None, "choices": get_args(hint.__origin__)}
+    if (option.metavar == "FILE" or name == "profile") and (text := os.environ.get(variable)):
+        source = f"{flag} {text} (from {variable})"
+        environment[filled.name] = source, [text] if kind is list else text
+        more["help"] += f" ({variable}: {printable(text)})".replace("%", "%%")
+        more["default"] = None
+    elif more["default"] and isinstance(more["default"], (str, int, float)):
+        more["help"] += f" (default: {more['default']})"
+    command.add_argument(flag, required=more["default"] is MISSING, **more)
 
 
 def read_options(options: type[Any], given: argparse.Namespace) -> Any:
     """Return the record of a command's options: as given, else as the environment says, else the default."""
-    values = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
-        kind, option = _described(hint)
-        variable, value = _variable(name, option), getattr(given, name)
-        if value is None and (text := os.environ.get(variable)):
-            value = [text] if kind is list else text
-            LOG.debug("%s", printable(f"{_option_name(name)} {text} (from {variable})"))
-        if value is None and kind is list:
-            value = []
-        if value is not None:
+    values = {each.name: getattr(given, each.name) for each in fields(options)}
+    for name, (source, value) in given.environment.items():
+        if values[name] is None:
+            LOG.debug("%s", printable(source))
             values[name] = value
     return options(**values)
 
