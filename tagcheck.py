@@ -9186,7 +9186,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
+        scope = functools.partial(_accounts_in_scope, args, policy, notices)
+        readings = read_live(args, policy, aws, scope) if aws else read_saved(args, policy)
         with sighting_errors():
             notices += _collect(args, db, scan, readings, prices)
             if aws and args.creators:
@@ -9489,14 +9490,19 @@ MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 Reading = tuple[Target, list[Instance] | TargetError | None]
 
 
-def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
+def read_live(
+    args: ScanOptions | InitOptions,
+    policy: Policy,
+    aws: Aws,
+    scope: Callable[[Aws, Caller], dict[str, Account]],
+) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
     Consecutive targets are of different accounts, so that a slow account does not keep all workers.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
-    home, caller, partition, _ = _identify(aws, policy, named)
-    accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
+    caller = _identify(aws, policy, named)
+    accounts = scope(aws, caller)
     places, asks_for_units = named_accounts(policy, accounts), policy.asks_for_units
 
     def enter(account_id: str) -> Iterator[list[str]]:
@@ -9506,14 +9512,11 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
             raise CallError("UnknownAccountState", message, "organizations:ListAccounts")
         if asks_for_units and not account.paths:
             raise CallError("UnknownAccountPath", "", "organizations:ListAccounts")
-        if policy.accounts is None or account_id == caller:
-            aws.enter_own(account_id)
-        else:
-            aws.assume_role(account_id, policy.accounts, home, partition)
+        _enter(aws, policy.accounts, caller, account_id)
         yield named
         if "*" in policy.regions and not args.region:
             with aws.account(account_id):
-                yield sorted(set(describe_regions(aws.client("ec2", home))) - set(named))
+                yield sorted(set(describe_regions(aws.client("ec2", caller.home))) - set(named))
 
     targets: list[Target] = []
     for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
@@ -9539,48 +9542,67 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     yield from read_in_parallel(targets, describe, args.workers)
 
 
-def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, str, str, str]:
-    """Return the home region, and the caller's account, partition and ARN; raises CredentialsError."""
+class Caller(NamedTuple):
+    """Whose credentials are used, and the region that is asked what belongs to no region."""
+
+    account_id: str
+    partition: str
+    arn: str
+    home: str
+
+
+def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> Caller:
+    """Return whose credentials these are; raises CredentialsError if the policy expects another's."""
     home = aws.session.region_name or home_region(regions)
-    caller, partition, arn = describe_caller(aws.client("sts", home))
-    if (expected := policy.expected_account) not in (None, caller):
-        raise CredentialsError(f"these are the credentials of {caller}; the policy expects {expected}")
-    return home, caller, partition, arn
+    caller = Caller(*describe_caller(aws.client("sts", home)), home)
+    if (expected := policy.expected_account) not in (None, caller.account_id):
+        message = f"these are the credentials of {caller.account_id}; the policy expects {expected}"
+        raise CredentialsError(message)
+    return caller
+
+
+def _enter(aws: Aws, accounts: Accounts | None, caller: Caller, account_id: str) -> None:
+    """Enter an account by the role of the policy, or one's own as it is; raises TargetError."""
+    if accounts is None or account_id == caller.account_id:
+        aws.enter_own(account_id)
+    else:
+        aws.assume_role(account_id, accounts, caller.home, caller.partition)
 
 
 def _accounts_in_scope(
-    args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
+    args: ScanOptions, policy: Policy, notices: list[str], aws: Aws, caller: Caller
 ) -> dict[str, Account]:
     """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
-    accounts = _accounts_of(policy, aws, caller, home)
+    accounts = _accounts_of(policy, aws, caller)
     args = with_account_ids(args, named_accounts(policy, accounts))
     in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
     for account_id in args.account:
-        if account_id not in in_scope or in_scope[account_id].state in INACTIVE:
-            state = f"not in the policy's scope (the credentials are of {caller})"
-            state = in_scope[account_id].state if account_id in in_scope else state
+        if account_id not in in_scope:
+            credentials = f"the credentials are of {caller.account_id}"
+            raise UsageError(f"--account {account_id}: it is not in the policy's scope ({credentials})")
+        if (state := in_scope[account_id].state) in INACTIVE:
             raise UsageError(f"--account {account_id}: it is {state}")
     chosen = {account_id: account for account_id, account in in_scope.items() if args.chooses(account_id)}
     active = {account_id: account for account_id, account in chosen.items() if account.state not in INACTIVE}
-    for account_id, account in sorted(chosen.items(), key=operator.itemgetter(0)):
-        if account_id not in active:
-            name = f" ({account.name})" if account.name else ""
-            notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
+    for account_id in sorted(chosen.keys() - active):
+        account = chosen[account_id]
+        name = f" ({account.name})" if account.name else ""
+        notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
     if not active and args.shard == ALL_ACCOUNTS:
         all_are = ", ".join(sorted({account.state for account in chosen.values()}))
         raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
     return active
 
 
-def _accounts_of(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, Account]:
+def _accounts_of(policy: Policy, aws: Aws, caller: Caller) -> dict[str, Account]:
     """Return the accounts that the policy names, by id; raises CredentialsError."""
     if policy.accounts is None:
-        return {caller: Account()}
+        return {caller.account_id: Account()}
     if policy.accounts.organization:
-        return describe_accounts(aws.client("organizations", home))
+        return describe_accounts(aws.client("organizations", caller.home))
     return dict.fromkeys(policy.accounts.ids, Account())
 
 
@@ -9678,33 +9700,25 @@ def _collect(
 ) -> Iterator[str]:
     """Judge and keep every instance that is read; yields notices about states, exemptions and patterns."""
     policy = scan.policy
-    progress = Progress(quiet=args.quiet)
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
     states: set[str] = set()
-    for target, reading in readings:
+    for target, reading in with_progress(readings, policy.includes, quiet=args.quiet):
         if target not in numbers:
             numbers[target] = add_target(db, target)
-        if not isinstance(reading, list):
-            if reading:
-                fail_target(db, numbers[target], reading)
-            progress.end(target, reading)
+        if isinstance(reading, TargetError):
+            fail_target(db, numbers[target], reading)
+        if not reading or isinstance(reading, TargetError):
             continue
-        if not reading:  # that of a target which is yet to be read, or has no instances
-            progress.page(target, 0)
-            continue
-        included = [instance for instance in reading if policy.includes(instance.state)]
-        seen = [judge(target, instance, policy, scan.started_at) for instance in included]
+        seen = [judge(target, instance, policy, scan.started_at) for instance in reading]
         if len(states) < MAX_NEW_STATES:
-            states.update(filter(is_new_state, {instance.state for instance in included}))
+            states.update(filter(is_new_state, {instance.state for instance in reading}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)
         if policy.normalize_aliases:
             add_aliased(db, numbers[target], seen, rules, policy.placeholder_values)
-        progress.page(target, len(seen))
-    progress.close()
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
     today = scan.started_at.date()
@@ -9774,16 +9788,13 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
         read, cut = load_fleet(args.instances)
         unread = {cut: TargetError("Truncated", f"it {TRUNCATED}")} if cut else {}
     else:
-        progress = Progress(quiet=args.quiet)
-        for target, reading in read_live(_live_scope(args), policy, Aws(args.profile, args.workers), []):
+        aws = Aws(args.profile, args.workers)
+        readings = read_live(args, policy, aws, functools.partial(_accounts_of, policy))
+        for target, reading in with_progress(readings, bool, quiet=args.quiet):
             if isinstance(reading, list):
                 read.setdefault(target, []).extend(reading)
-                progress.page(target, len(reading))
-                continue
-            if reading:
+            elif reading:
                 unread[str(target)] = reading
-            progress.end(target, reading)
-        progress.close()
     fleet: dict[Target, list[Instance]] = {}
     for target in sorted(read):
         judged = [instance for instance in read[target] if policy.includes(instance.state)]
@@ -9799,13 +9810,6 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
         )
         raise UsageError(f"{what}: {advice} --profile")
     return fleet, dict(sorted(unread.items()))
-
-
-def _live_scope(args: InitOptions) -> ScanOptions:
-    """Return what a scan would be given to read the same from AWS."""
-    off = ("include_managed_resources", "creators", "require_state", "dry_run", "verbose")
-    given: dict[str, Any] = dict.fromkeys(off, False) | {"account": [], "instances": []}
-    return ScanOptions(region=args.region, workers=args.workers, quiet=args.quiet, **given)
 
 
 def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
@@ -10017,14 +10021,15 @@ def _describe_instance(
     named = sorted(policy.regions.keys() - {"*"})
     regions = args.region or sorted({target.region for target in known}) or named
     aws = Aws(args.profile, workers=1)
-    home, account_id, *_ = _identify(aws, policy, regions)
+    caller = _identify(aws, policy, regions)
+    account_id = caller.account_id
     if args.account and account_id not in args.account:
         only = f"--live looks only into the account of the credentials, {account_id}"
         raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
     if "*" in policy.regions and regions == named:
         with aws.account(account_id):
-            regions = [*named, *sorted({*describe_regions(aws.client("ec2", home))} - {*named})]
+            regions = [*named, *sorted({*describe_regions(aws.client("ec2", caller.home))} - {*named})]
     for region in regions:
         try:
             with aws.account(account_id):
@@ -10208,69 +10213,54 @@ def _apply(
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     regions = sorted({row.region for row in rows if row.writes})
-    home, caller, partition, who = _identify(aws, policy, regions)
-    check_accounts(rows, policy, _accounts_of(policy, aws, caller, home))
-
-    def enter(account_id: str) -> None:
-        if policy.accounts is None or account_id == caller:
-            aws.enter_own(account_id)
-        else:
-            role = replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
-            aws.assume_role(account_id, role, home, partition)
+    caller = _identify(aws, policy, regions)
+    check_accounts(rows, policy, _accounts_of(policy, aws, caller))
+    accounts = policy.accounts and replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
 
     def describe(row: PlanRow) -> Change:
         at = now + timedelta(seconds=time.monotonic() - begun)
-        return change_of(row, run, policy.name, who, utc_text(at))
+        return change_of(row, run, policy.name, caller.arn, utc_text(at))
 
-    apply_plan(rows, aws, enter, undo, state, describe)
+    apply_plan(rows, aws, functools.partial(_enter, aws, accounts, caller), undo, state, describe)
 
 
-class Progress:
-    """Shows how far a scan is on stderr: one line that changes on a terminal, else lines for some targets."""
+def with_progress(
+    readings: Iterable[Reading], includes: Callable[[str], bool], *, quiet: bool
+) -> Iterator[Reading]:
+    """Yield what is read of instances in the states that count, and show on stderr how far that is.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
-        self.waiting: dict[Target, int] = {}  # the instances of targets that have not ended
-        self.instances, self.ended, self.empty = 0, 0, 0
-        self.begun, self.shown_at = time.monotonic(), 0.0
-
-    def page(self, target: Target, instances: int) -> None:
-        """Count a page of a target; one without instances says that the target will be read."""
-        self.waiting[target] = self.waiting.get(target, 0) + instances
-        self.instances += instances
-        self._show()
-
-    def end(self, target: Target, error: TargetError | None) -> None:
-        """Count a target that was read, or say why it was not."""
-        number = self.waiting.pop(target, 0)
-        self.ended += 1
-        self.empty += not (number or error)
-        if self.live:
-            self._show()
-        elif error or (number and not self.quiet):
-            how = f"not read: {error}" if error else counted(number, "instance")
-            emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
-
-    def close(self) -> None:
-        """Clear the line, or count the targets that had none."""
-        if self.live:
-            emit("\r\x1b[K", sys.stderr)
-        elif self.empty and not self.quiet:
-            emit(f"{counted(self.empty, 'target')} without instances\n", sys.stderr)
-
-    def _show(self) -> None:
-        """Change the line, at most ten times a second."""
-        now = time.monotonic()
-        if not self.live or now - self.shown_at < 0.1:
-            return
-        self.shown_at = now
-        minutes, seconds = divmod(int(now - self.begun), 60)
-        regions = ", ".join(sorted({target.region for target in self.waiting}))
-        waiting = f" · waiting: {regions}" if regions else ""
-        targets = f"{self.ended:,}/{counted(self.ended + len(self.waiting), 'target')}"
-        instances = counted(self.instances, "instance")
-        line = f"{targets} · {instances} · {minutes}:{seconds:02}{waiting}"
-        emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
+    On a terminal it is one line that changes, else a line for each target with instances or an error.
+    """
+    live = not quiet and sys.stderr.isatty()
+    waiting: dict[Target, int] = {}  # the instances of targets that have not ended
+    instances = ended = empty = 0
+    begun, shown_at = time.monotonic(), 0.0
+    for target, reading in readings:
+        if isinstance(reading, list):
+            included = [instance for instance in reading if includes(instance.state)]
+            yield target, included
+            waiting[target] = waiting.get(target, 0) + len(included)
+            instances += len(included)
+        else:
+            yield target, reading
+            number = waiting.pop(target, 0)
+            ended += 1
+            empty += not (number or reading)
+            if not live and (reading or (number and not quiet)):
+                how = f"not read: {reading}" if reading else counted(number, "instance")
+                emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
+        if live and (now := time.monotonic()) - shown_at >= 0.1:
+            shown_at = now
+            minutes, seconds = divmod(int(now - begun), 60)
+            regions = ", ".join(sorted({target.region for target in waiting}))
+            targets = f"{ended:,}/{counted(ended + len(waiting), 'target')}"
+            line = f"{targets} · {counted(instances, 'instance')} · {minutes}:{seconds:02}"
+            line += f" · waiting: {regions}" if regions else ""
+            emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
+    if live:
+        emit("\r\x1b[K", sys.stderr)
+    elif empty and not quiet:
+        emit(f"{counted(empty, 'target')} without instances\n", sys.stderr)
 
 
 class Signals:
