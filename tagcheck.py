@@ -8996,16 +8996,10 @@ class StateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyOptions(StateOptions):
-    """Which policy and state are used."""
+class ScopeOptions(StateOptions):
+    """Which policy is used, and for which regions and accounts; an empty list restricts nothing."""
 
     policy: PolicyPath = str(DEFAULT_POLICY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScopeOptions(PolicyOptions):
-    """Which regions and accounts are chosen; an empty list restricts nothing."""
-
     region: RegionNames
     account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
 
@@ -9098,7 +9092,7 @@ class HistoryOptions(ScopeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportOptions(PolicyOptions):
+class ReportOptions(StateOptions):
     """Write the dashboard: trends as one HTML page."""
 
     policy: KnownPolicy = ""
@@ -9160,10 +9154,9 @@ class IamPolicyOptions:
 def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     """Read every target, record what was found, and write the outputs."""
     begun = time.monotonic()
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     if args.instances or not (policy.accounts and policy.accounts.organization):
-        args = with_account_ids(args, named_accounts(policy, {}))
+        args = replace(args, account=account_ids(args.account, named_accounts(policy, {})))
     if args.creators and args.instances:
         raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
@@ -9351,8 +9344,9 @@ def _look_up_creators(
         yield f"Who created {who} was not looked up within {limit}: the next scan continues"
 
 
-def _check_scope(args: ScopeOptions, policy: Policy) -> None:
-    """Raise UsageError for a --region that the policy does not cover, or a number that is no account id."""
+def _load_policy(args: ScopeOptions) -> Policy:
+    """Return the policy; raises UsageError, also for a --region or --account that cannot be its."""
+    policy = load_policy(args.policy)
     for region in args.region:
         if not policy.covers(region) or not is_region(region):
             covered = ", ".join(sorted(policy.regions))
@@ -9360,15 +9354,13 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
     for account_id in args.account:
         if account_id.isdecimal() and not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {account_id}: an account id has 12 digits")
+    return policy
 
 
 def _check_instance(text: str | None) -> None:
     """Raise UsageError for a text that is given as an instance id, and is none."""
     if text is not None and not re.fullmatch("i-[0-9a-f]+", text):
         raise UsageError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
-
-
-Scope = TypeVar("Scope", bound=ScopeOptions)
 
 
 def named_accounts(policy: Policy, known: Mapping[str, Account]) -> dict[str, Account]:
@@ -9378,22 +9370,20 @@ def named_accounts(policy: Policy, known: Mapping[str, Account]) -> dict[str, Ac
     return {**known, **named}
 
 
-def with_account_ids(args: Scope, accounts: Mapping[str, Account]) -> Scope:
-    """Return options whose accounts are ids, given the accounts that are known by id; raises UsageError."""
-    names = {account_id: account.name for account_id, account in accounts.items()}
-    ids = []
-    for text in args.account:
+def account_ids(texts: Iterable[str], accounts: Mapping[str, Account]) -> list[str]:
+    """Return the ids of accounts that are given by id or name, as they are known; raises UsageError."""
+    ids: list[str] = []
+    for text in texts:
+        alike = sorted(account_id for account_id, account in accounts.items() if account.name == text)
         if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
-            ids.append(text)
-            continue
-        alike = sorted(account_id for account_id, name in names.items() if name == text)
+            alike = [text]
         if len(alike) != 1:
-            which = f"{', '.join(alike)} have this name; give an id"
-            unknown = "no account of this name is known here; an account id has 12 digits"
-            message = which if alike else unknown + did_you_mean(text, [*names.values()])
-            raise UsageError(f"--account {printable(text)}: {message}")
+            hint = did_you_mean(text, [account.name for account in accounts.values()])
+            unknown = f"no account of this name is known here; an account id has 12 digits{hint}"
+            which = f"{', '.join(alike)} have this name; give an id" if alike else unknown
+            raise UsageError(f"--account {printable(text)}: {which}")
         ids += alike
-    return replace(args, account=ids)
+    return ids
 
 
 def _placed(target: Target, accounts: Mapping[str, Account]) -> Target:
@@ -9429,6 +9419,15 @@ def _outputs(args: object, formats: Iterable[str], *, new: bool = False) -> list
     for output in outputs:
         check_output(output)
     return outputs
+
+
+def _given_again(args: object, *names: str) -> Iterator[str]:
+    """Yield the options that have another value than the default, as words of the next command."""
+    for name in names:
+        value = getattr(args, name)
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, DEFAULT_STATE, str(DEFAULT_POLICY)):
+                yield from (f"--{name}", each)
 
 
 def _message_stream(outputs: Sequence[Output]) -> IO[str]:
@@ -9476,7 +9475,7 @@ def _policy_of_state(name: str, file: str) -> Policy:
 
 
 @contextlib.contextmanager
-def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
+def _reading(args: StateOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
@@ -9575,7 +9574,7 @@ def _accounts_in_scope(
     """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
     accounts = _accounts_of(policy, aws, caller)
-    args = with_account_ids(args, named_accounts(policy, accounts))
+    args = replace(args, account=account_ids(args.account, named_accounts(policy, accounts)))
     in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
@@ -9817,19 +9816,12 @@ def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> It
     rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
     yield f"Wrote {args.output}: {rules} for {regions}"
     yield from found
-    words = ["tagcheck.py", "scan", "--policy", args.output]
-    words += ["--profile", args.profile] if args.profile else []
-    for name in ("region", "instances"):
-        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-    yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
+    same = _given_again(args, "profile", "region", "instances")
+    command = ["tagcheck.py", "scan", "--policy", args.output, *same, "--dry-run"]
+    yield f"Read it, and change what is wrong. Next: {shlex.join(command)}"
 
 
-def _write_text(file: TextIOBase, text: str) -> None:
-    """Write a text that is ready."""
-    file.write(text)
-
-
-INIT_WRITERS: Writers[str] = {"output": _write_text}
+INIT_WRITERS: Writers[str] = {"output": lambda file, text: file.writelines([text])}
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -9903,7 +9895,7 @@ def run_notify(args: NotifyOptions, now: datetime) -> ExitCode:
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the minimal IAM policies by who needs them; `remediate` is for a separate role that writes."""
-    accounts, notify = policy.accounts, policy.notify
+    accounts, notify = policy.accounts, policy.notify or Notify()
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
         reading.append(allow_statement(CREATOR_ACTIONS, "*"))
@@ -9929,9 +9921,9 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         # Without it S3 answers 403 for a state that does not exist yet, as for one that may not be read.
         prefix = {"StringLike": {"s3:prefix": key}}
         scan.append(allow_statement(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition=prefix))
-    if notify and notify.sns:
+    if notify.sns:
         scan.append(allow_statement(["sns:Publish"], notify.sns.topic_arn))
-    if notify and notify.email:
+    if notify.email:
         sender = {"StringEquals": {"ses:FromAddress": notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
     writing = allow_statement(
@@ -9953,12 +9945,11 @@ def run_iam_policy(args: IamPolicyOptions, now: datetime) -> ExitCode:
 def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
     _check_instance(args.instance)
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     lines: list[str] = []
     if args.instance:
         known, changes, accounts = _known_history(args, policy, args.instance)
-        args = with_account_ids(args, accounts)
+        args = replace(args, account=account_ids(args.account, accounts))
         for target, instance in _find_instance(args, policy, known):
             placed = _placed(target, accounts)
             lines += explain(policy, placed, instance, known.get(target), changes, now)
@@ -10002,9 +9993,9 @@ def _find_instance(
     cases = []
     for target, case in known.items():
         if args.includes(target) and policy.covers(target.region):
-            launched, type_ = datetime.fromisoformat(case.launch_time), case.instance_type or ""
-            instance = Instance(case.instance_id, case.state, launched, case.tags, type_)
-            cases.append((target, replace(instance, managed_by=case.managed_by or "")))
+            more = {"instance_type": case.instance_type or "", "managed_by": case.managed_by or ""}
+            launched = datetime.fromisoformat(case.launch_time)
+            cases.append((target, Instance(case.instance_id, case.state, launched, case.tags, **more)))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
@@ -10051,8 +10042,8 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
     with _reading_known(args) as (db, rules):
-        known = named_accounts(rules, fetch_accounts(db))
-        policy, accounts = rules.name, with_account_ids(args, known).account
+        policy = rules.name
+        accounts = account_ids(args.account, named_accounts(rules, fetch_accounts(db)))
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
@@ -10081,8 +10072,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
         open_, today = fetch_open(db, policy.name, policy.owner_key, now), now.date()
         upcoming, spend = fetch_upcoming(db, policy.name, today), fetch_spend(db, policy.name)
-    command = ["tagcheck.py", "remediate", "--policy", policy.file]
-    command += [] if args.state == DEFAULT_STATE else ["--state", args.state]
+    command = ["tagcheck.py", "remediate", "--policy", policy.file, *_given_again(args, "state")]
     page = (policy, now, trend, standings, open_, check_expiry(policy, today), upcoming)
     dashboard = Dashboard(*page, spend, command, Path(args.css or "").name)
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
@@ -10109,8 +10099,7 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
 
 def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     if args.plan and args.undo:
         raise UsageError("--plan and --undo: give one of them")
     if args.owner and (args.plan or args.undo):
@@ -10150,11 +10139,13 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
 
 def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
+    rows: Iterable[PlanRow] = ()
     if args.plan:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
     with _reading(args, None if args.plan or args.undo else policy.name) as db:
-        args = with_account_ids(args, named_accounts(policy, fetch_accounts(db)))
+        known = named_accounts(policy, fetch_accounts(db))
+        args = replace(args, account=account_ids(args.account, known))
         if args.undo:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
@@ -10163,9 +10154,8 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             is_open = replace(is_open, owner_tag=policy.owner_key, owners=args.owner)
             planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
-            aliased = plan_aliased(every, policy, args.min_confidence)
-            return PlanRows(itertools.chain(planned, (row for row in aliased if args.includes(row.target))))
-    return PlanRows(row for row in rows if args.includes(row.target))
+            rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))
+        return PlanRows(row for row in rows if args.includes(row.target))
 
 
 @contextlib.contextmanager
@@ -10185,14 +10175,10 @@ def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Itera
 
 def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
     """Return the command that writes what was planned, or reverts what was written, for a shell."""
-    words = ["tagcheck.py", "remediate"]
-    for name in ("policy", "state", "profile", "role"):
-        if (value := getattr(args, name)) not in (None, DEFAULT_STATE, str(DEFAULT_POLICY)):
-            words += [f"--{name}", value]
+    words = ["tagcheck.py", "remediate", *_given_again(args, "policy", "state", "profile", "role")]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
     if "--undo" not in more:
-        for name in ("region", "account"):  # a plan that was given may have rows of others
-            words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+        words += _given_again(args, "region", "account")  # a plan that was given may have rows of others
         if (path := args.undo or args.plan or args.csv or "-") != "-":
             words += ["--undo" if args.undo else "--plan", path]
         else:
