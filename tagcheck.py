@@ -8868,16 +8868,10 @@ class StateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyOptions(StateOptions):
-    """Which policy and state are used."""
+class ScopeOptions(StateOptions):
+    """Which policy is used, and for which regions and accounts; an empty list restricts nothing."""
 
     policy: PolicyPath = str(DEFAULT_POLICY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScopeOptions(PolicyOptions):
-    """Which regions and accounts are chosen; an empty list restricts nothing."""
-
     region: RegionNames
     account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
 
@@ -8970,7 +8964,7 @@ class HistoryOptions(ScopeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportOptions(PolicyOptions):
+class ReportOptions(StateOptions):
     """Write the dashboard: trends as one HTML page."""
 
     policy: KnownPolicy = ""
@@ -9032,10 +9026,9 @@ class IamPolicyOptions:
 def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     """Read every target, record what was found, and write the outputs."""
     begun = time.monotonic()
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     if args.instances or not (policy.accounts and policy.accounts.organization):
-        args = with_account_ids(args, named_accounts(policy, {}))
+        args = replace(args, account=account_ids(args.account, named_accounts(policy, {})))
     if args.creators and args.instances:
         raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
@@ -9058,7 +9051,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         staged = stack.enter_context(staged_outputs(outputs))
         db = stack.enter_context(contextlib.closing(open_sightings()))
         notices: list[str] = []
-        readings = read_live(args, policy, aws, notices) if aws else read_saved(args, policy)
+        scope = functools.partial(_accounts_in_scope, args, policy, notices)
+        readings = read_live(args, policy, aws, scope) if aws else read_saved(args, policy)
         with sighting_errors():
             notices += _collect(args, db, scan, readings, prices)
             if aws and args.creators:
@@ -9222,8 +9216,9 @@ def _look_up_creators(
         yield f"Who created {who} was not looked up within {limit}: the next scan continues"
 
 
-def _check_scope(args: ScopeOptions, policy: Policy) -> None:
-    """Raise UsageError for a --region that the policy does not cover, or a number that is no account id."""
+def _load_policy(args: ScopeOptions) -> Policy:
+    """Return the policy; raises UsageError, also for a --region or --account that cannot be its."""
+    policy = load_policy(args.policy)
     for region in args.region:
         if not policy.covers(region) or not is_region(region):
             covered = ", ".join(sorted(policy.regions))
@@ -9231,15 +9226,13 @@ def _check_scope(args: ScopeOptions, policy: Policy) -> None:
     for account_id in args.account:
         if account_id.isdecimal() and not re.fullmatch(ACCOUNT_ID, account_id):
             raise UsageError(f"--account {account_id}: an account id has 12 digits")
+    return policy
 
 
 def _check_instance(text: str | None) -> None:
     """Raise UsageError for a text that is given as an instance id, and is none."""
     if text is not None and not re.fullmatch("i-[0-9a-f]+", text):
         raise UsageError(f"{printable(text)} is not an instance id, such as i-0123456789abcdef0")
-
-
-Scope = TypeVar("Scope", bound=ScopeOptions)
 
 
 def named_accounts(policy: Policy, known: Mapping[str, Account]) -> dict[str, Account]:
@@ -9249,22 +9242,20 @@ def named_accounts(policy: Policy, known: Mapping[str, Account]) -> dict[str, Ac
     return {**known, **named}
 
 
-def with_account_ids(args: Scope, accounts: Mapping[str, Account]) -> Scope:
-    """Return options whose accounts are ids, given the accounts that are known by id; raises UsageError."""
-    names = {account_id: account.name for account_id, account in accounts.items()}
-    ids = []
-    for text in args.account:
+def account_ids(texts: Iterable[str], accounts: Mapping[str, Account]) -> list[str]:
+    """Return the ids of accounts that are given by id or name, as they are known; raises UsageError."""
+    ids: list[str] = []
+    for text in texts:
+        alike = sorted(account_id for account_id, account in accounts.items() if account.name == text)
         if re.fullmatch(ACCOUNT_ID, text):  # whatever another account is called
-            ids.append(text)
-            continue
-        alike = sorted(account_id for account_id, name in names.items() if name == text)
+            alike = [text]
         if len(alike) != 1:
-            which = f"{', '.join(alike)} have this name; give an id"
-            unknown = "no account of this name is known here; an account id has 12 digits"
-            message = which if alike else unknown + did_you_mean(text, [*names.values()])
-            raise UsageError(f"--account {printable(text)}: {message}")
+            hint = did_you_mean(text, [account.name for account in accounts.values()])
+            unknown = f"no account of this name is known here; an account id has 12 digits{hint}"
+            which = f"{', '.join(alike)} have this name; give an id" if alike else unknown
+            raise UsageError(f"--account {printable(text)}: {which}")
         ids += alike
-    return replace(args, account=ids)
+    return ids
 
 
 def _placed(target: Target, accounts: Mapping[str, Account]) -> Target:
@@ -9300,6 +9291,15 @@ def _outputs(args: object, formats: Iterable[str], *, new: bool = False) -> list
     for output in outputs:
         check_output(output)
     return outputs
+
+
+def _given_again(args: object, *names: str) -> Iterator[str]:
+    """Yield the options that have another value than the default, as words of the next command."""
+    for name in names:
+        value = getattr(args, name)
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, DEFAULT_STATE, str(DEFAULT_POLICY)):
+                yield from (f"--{name}", each)
 
 
 def _message_stream(outputs: Sequence[Output]) -> IO[str]:
@@ -9347,7 +9347,7 @@ def _policy_of_state(name: str, file: str) -> Policy:
 
 
 @contextlib.contextmanager
-def _reading(args: PolicyOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
+def _reading(args: StateOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
@@ -9361,14 +9361,19 @@ MAX_SILENT = 2  # targets that a dead endpoint may cost their time-outs
 Reading = tuple[Target, list[Instance] | TargetError | None]
 
 
-def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -> Iterator[Reading]:
+def read_live(
+    args: ScanOptions | InitOptions,
+    policy: Policy,
+    aws: Aws,
+    scope: Callable[[Aws, Caller], dict[str, Account]],
+) -> Iterator[Reading]:
     """Yield what AWS answers for every target in scope, many targets at a time.
 
     Consecutive targets are of different accounts, so that a slow account does not keep all workers.
     """
     named = sorted(args.region or policy.regions.keys() - {"*"})
-    home, caller, partition, _ = _identify(aws, policy, named)
-    accounts = _accounts_in_scope(args, policy, aws, caller, home, notices)
+    caller = _identify(aws, policy, named)
+    accounts = scope(aws, caller)
     places, asks_for_units = named_accounts(policy, accounts), policy.asks_for_units
 
     def enter(account_id: str) -> Iterator[list[str]]:
@@ -9378,14 +9383,11 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
             raise CallError("UnknownAccountState", message, "organizations:ListAccounts")
         if asks_for_units and not account.paths:
             raise CallError("UnknownAccountPath", "", "organizations:ListAccounts")
-        if policy.accounts is None or account_id == caller:
-            aws.enter_own(account_id)
-        else:
-            aws.assume_role(account_id, policy.accounts, home, partition)
+        _enter(aws, policy.accounts, caller, account_id)
         yield named
         if "*" in policy.regions and not args.region:
             with aws.account(account_id):
-                yield sorted(set(describe_regions(aws.client("ec2", home))) - set(named))
+                yield sorted(set(describe_regions(aws.client("ec2", caller.home))) - set(named))
 
     targets: list[Target] = []
     for account_id, regions in read_in_parallel(sorted(accounts), enter, args.workers):
@@ -9411,48 +9413,67 @@ def read_live(args: ScanOptions, policy: Policy, aws: Aws, notices: list[str]) -
     yield from read_in_parallel(targets, describe, args.workers)
 
 
-def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> tuple[str, str, str, str]:
-    """Return the home region, and the caller's account, partition and ARN; raises CredentialsError."""
+class Caller(NamedTuple):
+    """Whose credentials are used, and the region that is asked what belongs to no region."""
+
+    account_id: str
+    partition: str
+    arn: str
+    home: str
+
+
+def _identify(aws: Aws, policy: Policy, regions: Iterable[str]) -> Caller:
+    """Return whose credentials these are; raises CredentialsError if the policy expects another's."""
     home = aws.session.region_name or home_region(regions)
-    caller, partition, arn = describe_caller(aws.client("sts", home))
-    if (expected := policy.expected_account) not in (None, caller):
-        raise CredentialsError(f"these are the credentials of {caller}; the policy expects {expected}")
-    return home, caller, partition, arn
+    caller = Caller(*describe_caller(aws.client("sts", home)), home)
+    if (expected := policy.expected_account) not in (None, caller.account_id):
+        message = f"these are the credentials of {caller.account_id}; the policy expects {expected}"
+        raise CredentialsError(message)
+    return caller
+
+
+def _enter(aws: Aws, accounts: Accounts | None, caller: Caller, account_id: str) -> None:
+    """Enter an account by the role of the policy, or one's own as it is; raises TargetError."""
+    if accounts is None or account_id == caller.account_id:
+        aws.enter_own(account_id)
+    else:
+        aws.assume_role(account_id, accounts, caller.home, caller.partition)
 
 
 def _accounts_in_scope(
-    args: ScanOptions, policy: Policy, aws: Aws, caller: str, home: str, notices: list[str]
+    args: ScanOptions, policy: Policy, notices: list[str], aws: Aws, caller: Caller
 ) -> dict[str, Account]:
     """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
     covers = policy.accounts.covers if policy.accounts else bool
-    accounts = _accounts_of(policy, aws, caller, home)
-    args = with_account_ids(args, named_accounts(policy, accounts))
+    accounts = _accounts_of(policy, aws, caller)
+    args = replace(args, account=account_ids(args.account, named_accounts(policy, accounts)))
     in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
     for account_id in args.account:
-        if account_id not in in_scope or in_scope[account_id].state in INACTIVE:
-            state = f"not in the policy's scope (the credentials are of {caller})"
-            state = in_scope[account_id].state if account_id in in_scope else state
+        if account_id not in in_scope:
+            credentials = f"the credentials are of {caller.account_id}"
+            raise UsageError(f"--account {account_id}: it is not in the policy's scope ({credentials})")
+        if (state := in_scope[account_id].state) in INACTIVE:
             raise UsageError(f"--account {account_id}: it is {state}")
     chosen = {account_id: account for account_id, account in in_scope.items() if args.chooses(account_id)}
     active = {account_id: account for account_id, account in chosen.items() if account.state not in INACTIVE}
-    for account_id, account in sorted(chosen.items(), key=operator.itemgetter(0)):
-        if account_id not in active:
-            name = f" ({account.name})" if account.name else ""
-            notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
+    for account_id in sorted(chosen.keys() - active):
+        account = chosen[account_id]
+        name = f" ({account.name})" if account.name else ""
+        notices.append(f"Account {account_id} is {account.state}: not scanned{name}")
     if not active and args.shard == ALL_ACCOUNTS:
         all_are = ", ".join(sorted({account.state for account in chosen.values()}))
         raise TagcheckError(f"no account to scan: all in scope are {all_are}; check the policy's accounts")
     return active
 
 
-def _accounts_of(policy: Policy, aws: Aws, caller: str, home: str) -> dict[str, Account]:
+def _accounts_of(policy: Policy, aws: Aws, caller: Caller) -> dict[str, Account]:
     """Return the accounts that the policy names, by id; raises CredentialsError."""
     if policy.accounts is None:
-        return {caller: Account()}
+        return {caller.account_id: Account()}
     if policy.accounts.organization:
-        return describe_accounts(aws.client("organizations", home))
+        return describe_accounts(aws.client("organizations", caller.home))
     return dict.fromkeys(policy.accounts.ids, Account())
 
 
@@ -9550,33 +9571,25 @@ def _collect(
 ) -> Iterator[str]:
     """Judge and keep every instance that is read; yields notices about states, exemptions and patterns."""
     policy = scan.policy
-    progress = Progress(quiet=args.quiet)
     numbers: dict[Target, int] = {}
     used: set[Exemption] = set()
     states: set[str] = set()
-    for target, reading in readings:
+    for target, reading in with_progress(readings, policy.includes, quiet=args.quiet):
         if target not in numbers:
             numbers[target] = add_target(db, target)
-        if not isinstance(reading, list):
-            if reading:
-                fail_target(db, numbers[target], reading)
-            progress.end(target, reading)
+        if isinstance(reading, TargetError):
+            fail_target(db, numbers[target], reading)
+        if not reading or isinstance(reading, TargetError):
             continue
-        if not reading:  # that of a target which is yet to be read, or has no instances
-            progress.page(target, 0)
-            continue
-        included = [instance for instance in reading if policy.includes(instance.state)]
-        seen = [judge(target, instance, policy, scan.started_at) for instance in included]
+        seen = [judge(target, instance, policy, scan.started_at) for instance in reading]
         if len(states) < MAX_NEW_STATES:
-            states.update(filter(is_new_state, {instance.state for instance in included}))
+            states.update(filter(is_new_state, {instance.state for instance in reading}))
         used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)
         if policy.normalize_aliases:
             add_aliased(db, numbers[target], seen, rules, policy.placeholder_values)
-        progress.page(target, len(seen))
-    progress.close()
     add_suggestions(db, policy)
     yield from map(new_state_notice, sorted(states)[:MAX_NEW_STATES])
     today = scan.started_at.date()
@@ -9646,16 +9659,13 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
         read, cut = load_fleet(args.instances)
         unread = {cut: TargetError("Truncated", f"it {TRUNCATED}")} if cut else {}
     else:
-        progress = Progress(quiet=args.quiet)
-        for target, reading in read_live(_live_scope(args), policy, Aws(args.profile, args.workers), []):
+        aws = Aws(args.profile, args.workers)
+        readings = read_live(args, policy, aws, functools.partial(_accounts_of, policy))
+        for target, reading in with_progress(readings, bool, quiet=args.quiet):
             if isinstance(reading, list):
                 read.setdefault(target, []).extend(reading)
-                progress.page(target, len(reading))
-                continue
-            if reading:
+            elif reading:
                 unread[str(target)] = reading
-            progress.end(target, reading)
-        progress.close()
     fleet: dict[Target, list[Instance]] = {}
     for target in sorted(read):
         judged = [instance for instance in read[target] if policy.includes(instance.state)]
@@ -9673,31 +9683,17 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
     return fleet, dict(sorted(unread.items()))
 
 
-def _live_scope(args: InitOptions) -> ScanOptions:
-    """Return what a scan would be given to read the same from AWS."""
-    off = ("include_managed_resources", "creators", "require_state", "dry_run", "verbose")
-    given: dict[str, Any] = dict.fromkeys(off, False) | {"account": [], "instances": []}
-    return ScanOptions(region=args.region, workers=args.workers, quiet=args.quiet, **given)
-
-
 def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
     """Yield what was written, and the command that comes next."""
     rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
     yield f"Wrote {args.output}: {rules} for {regions}"
     yield from found
-    words = ["tagcheck.py", "scan", "--policy", args.output]
-    words += ["--profile", args.profile] if args.profile else []
-    for name in ("region", "instances"):
-        words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
-    yield f"Read it, and change what is wrong. Next: {shlex.join([*words, '--dry-run'])}"
+    same = _given_again(args, "profile", "region", "instances")
+    command = ["tagcheck.py", "scan", "--policy", args.output, *same, "--dry-run"]
+    yield f"Read it, and change what is wrong. Next: {shlex.join(command)}"
 
 
-def _write_text(file: TextIOBase, text: str) -> None:
-    """Write a text that is ready."""
-    file.write(text)
-
-
-INIT_WRITERS: Writers[str] = {"output": _write_text}
+INIT_WRITERS: Writers[str] = {"output": lambda file, text: file.writelines([text])}
 
 
 def run_validate(args: ValidateOptions, now: datetime) -> ExitCode:
@@ -9771,7 +9767,7 @@ def run_notify(args: NotifyOptions, now: datetime) -> ExitCode:
 
 def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, dict[str, Any]]:
     """Return the minimal IAM policies by who needs them; `remediate` is for a separate role that writes."""
-    accounts, notify = policy.accounts, policy.notify
+    accounts, notify = policy.accounts, policy.notify or Notify()
     reading = [allow_statement(READ_ACTIONS if "*" in policy.regions else READ_ACTIONS[:1], "*")]
     if creators:
         reading.append(allow_statement(CREATOR_ACTIONS, "*"))
@@ -9797,9 +9793,9 @@ def iam_documents(policy: Policy, state: str, *, creators: bool) -> dict[str, di
         # Without it S3 answers 403 for a state that does not exist yet, as for one that may not be read.
         prefix = {"StringLike": {"s3:prefix": key}}
         scan.append(allow_statement(["s3:ListBucket"], f"arn:*:s3:::{bucket}", Condition=prefix))
-    if notify and notify.sns:
+    if notify.sns:
         scan.append(allow_statement(["sns:Publish"], notify.sns.topic_arn))
-    if notify and notify.email:
+    if notify.email:
         sender = {"StringEquals": {"ses:FromAddress": notify.email.sender}}
         scan.append(allow_statement(["ses:SendEmail"], "*", Condition=sender))
     writing = allow_statement(
@@ -9821,12 +9817,11 @@ def run_iam_policy(args: IamPolicyOptions, now: datetime) -> ExitCode:
 def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     """Print the rules in force in a region, or why an instance passes or fails."""
     _check_instance(args.instance)
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     lines: list[str] = []
     if args.instance:
         known, changes, accounts = _known_history(args, policy, args.instance)
-        args = with_account_ids(args, accounts)
+        args = replace(args, account=account_ids(args.account, accounts))
         for target, instance in _find_instance(args, policy, known):
             placed = _placed(target, accounts)
             lines += explain(policy, placed, instance, known.get(target), changes, now)
@@ -9870,9 +9865,9 @@ def _find_instance(
     cases = []
     for target, case in known.items():
         if args.includes(target) and policy.covers(target.region):
-            launched, type_ = datetime.fromisoformat(case.launch_time), case.instance_type or ""
-            instance = Instance(case.instance_id, case.state, launched, case.tags, type_)
-            cases.append((target, replace(instance, managed_by=case.managed_by or "")))
+            more = {"instance_type": case.instance_type or "", "managed_by": case.managed_by or ""}
+            launched = datetime.fromisoformat(case.launch_time)
+            cases.append((target, Instance(case.instance_id, case.state, launched, case.tags, **more)))
     if not cases:
         known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
         why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
@@ -9889,14 +9884,15 @@ def _describe_instance(
     named = sorted(policy.regions.keys() - {"*"})
     regions = args.region or sorted({target.region for target in known}) or named
     aws = Aws(args.profile, workers=1)
-    home, account_id, *_ = _identify(aws, policy, regions)
+    caller = _identify(aws, policy, regions)
+    account_id = caller.account_id
     if args.account and account_id not in args.account:
         only = f"--live looks only into the account of the credentials, {account_id}"
         raise UsageError(f"{only}: leave out --account, or choose others with --profile")
     aws.enter_own(account_id)
     if "*" in policy.regions and regions == named:
         with aws.account(account_id):
-            regions = [*named, *sorted({*describe_regions(aws.client("ec2", home))} - {*named})]
+            regions = [*named, *sorted({*describe_regions(aws.client("ec2", caller.home))} - {*named})]
     for region in regions:
         try:
             with aws.account(account_id):
@@ -9918,8 +9914,8 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     statuses = [*itertools.chain(*args.status)]
     before = now - args.older_than if args.older_than else None
     with _reading_known(args) as (db, rules):
-        known = named_accounts(rules, fetch_accounts(db))
-        policy, accounts = rules.name, with_account_ids(args, known).account
+        policy = rules.name
+        accounts = account_ids(args.account, named_accounts(rules, fetch_accounts(db)))
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
             policy,
@@ -9948,8 +9944,7 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
         open_, today = fetch_open(db, policy.name, policy.owner_key, now), now.date()
         upcoming, spend = fetch_upcoming(db, policy.name, today), fetch_spend(db, policy.name)
-    command = ["tagcheck.py", "remediate", "--policy", policy.file]
-    command += [] if args.state == DEFAULT_STATE else ["--state", args.state]
+    command = ["tagcheck.py", "remediate", "--policy", policy.file, *_given_again(args, "state")]
     page = (policy, now, trend, standings, open_, check_expiry(policy, today), upcoming)
     dashboard = Dashboard(*page, spend, command, Path(args.css or "").name)
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
@@ -9976,8 +9971,7 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
 
 def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
-    policy = load_policy(args.policy)
-    _check_scope(args, policy)
+    policy = _load_policy(args)
     if args.plan and args.undo:
         raise UsageError("--plan and --undo: give one of them")
     if args.owner and (args.plan or args.undo):
@@ -10017,11 +10011,13 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
 
 def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
+    rows: Iterable[PlanRow] = ()
     if args.plan:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
     with _reading(args, None if args.plan or args.undo else policy.name) as db:
-        args = with_account_ids(args, named_accounts(policy, fetch_accounts(db)))
+        known = named_accounts(policy, fetch_accounts(db))
+        args = replace(args, account=account_ids(args.account, known))
         if args.undo:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
@@ -10030,9 +10026,8 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             is_open = replace(is_open, owner_tag=policy.owner_key, owners=args.owner)
             planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
-            aliased = plan_aliased(every, policy, args.min_confidence)
-            return PlanRows(itertools.chain(planned, (row for row in aliased if args.includes(row.target))))
-    return PlanRows(row for row in rows if args.includes(row.target))
+            rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))
+        return PlanRows(row for row in rows if args.includes(row.target))
 
 
 @contextlib.contextmanager
@@ -10052,14 +10047,10 @@ def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Itera
 
 def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
     """Return the command that writes what was planned, or reverts what was written, for a shell."""
-    words = ["tagcheck.py", "remediate"]
-    for name in ("policy", "state", "profile", "role"):
-        if (value := getattr(args, name)) not in (None, DEFAULT_STATE, str(DEFAULT_POLICY)):
-            words += [f"--{name}", value]
+    words = ["tagcheck.py", "remediate", *_given_again(args, "policy", "state", "profile", "role")]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
     if "--undo" not in more:
-        for name in ("region", "account"):  # a plan that was given may have rows of others
-            words += [word for value in getattr(args, name) for word in (f"--{name}", value)]
+        words += _given_again(args, "region", "account")  # a plan that was given may have rows of others
         if (path := args.undo or args.plan or args.csv or "-") != "-":
             words += ["--undo" if args.undo else "--plan", path]
         else:
@@ -10080,69 +10071,54 @@ def _apply(
     state.check()
     aws = Aws(args.profile, 1, WRITE_ACTIONS, CALL_INTERVAL)
     regions = sorted({row.region for row in rows if row.writes})
-    home, caller, partition, who = _identify(aws, policy, regions)
-    check_accounts(rows, policy, _accounts_of(policy, aws, caller, home))
-
-    def enter(account_id: str) -> None:
-        if policy.accounts is None or account_id == caller:
-            aws.enter_own(account_id)
-        else:
-            role = replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
-            aws.assume_role(account_id, role, home, partition)
+    caller = _identify(aws, policy, regions)
+    check_accounts(rows, policy, _accounts_of(policy, aws, caller))
+    accounts = policy.accounts and replace(policy.accounts, role_name=args.role or policy.accounts.role_name)
 
     def describe(row: PlanRow) -> Change:
         at = now + timedelta(seconds=time.monotonic() - begun)
-        return change_of(row, run, policy.name, who, utc_text(at))
+        return change_of(row, run, policy.name, caller.arn, utc_text(at))
 
-    apply_plan(rows, aws, enter, undo, state, describe)
+    apply_plan(rows, aws, functools.partial(_enter, aws, accounts, caller), undo, state, describe)
 
 
-class Progress:
-    """Shows how far a scan is on stderr: one line that changes on a terminal, else lines for some targets."""
+def with_progress(
+    readings: Iterable[Reading], includes: Callable[[str], bool], *, quiet: bool
+) -> Iterator[Reading]:
+    """Yield what is read of instances in the states that count, and show on stderr how far that is.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet, self.live = quiet, not quiet and sys.stderr.isatty()
-        self.waiting: dict[Target, int] = {}  # the instances of targets that have not ended
-        self.instances, self.ended, self.empty = 0, 0, 0
-        self.begun, self.shown_at = time.monotonic(), 0.0
-
-    def page(self, target: Target, instances: int) -> None:
-        """Count a page of a target; one without instances says that the target will be read."""
-        self.waiting[target] = self.waiting.get(target, 0) + instances
-        self.instances += instances
-        self._show()
-
-    def end(self, target: Target, error: TargetError | None) -> None:
-        """Count a target that was read, or say why it was not."""
-        number = self.waiting.pop(target, 0)
-        self.ended += 1
-        self.empty += not (number or error)
-        if self.live:
-            self._show()
-        elif error or (number and not self.quiet):
-            how = f"not read: {error}" if error else counted(number, "instance")
-            emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
-
-    def close(self) -> None:
-        """Clear the line, or count the targets that had none."""
-        if self.live:
-            emit("\r\x1b[K", sys.stderr)
-        elif self.empty and not self.quiet:
-            emit(f"{counted(self.empty, 'target')} without instances\n", sys.stderr)
-
-    def _show(self) -> None:
-        """Change the line, at most ten times a second."""
-        now = time.monotonic()
-        if not self.live or now - self.shown_at < 0.1:
-            return
-        self.shown_at = now
-        minutes, seconds = divmod(int(now - self.begun), 60)
-        regions = ", ".join(sorted({target.region for target in self.waiting}))
-        waiting = f" · waiting: {regions}" if regions else ""
-        targets = f"{self.ended:,}/{counted(self.ended + len(self.waiting), 'target')}"
-        instances = counted(self.instances, "instance")
-        line = f"{targets} · {instances} · {minutes}:{seconds:02}{waiting}"
-        emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
+    On a terminal it is one line that changes, else a line for each target with instances or an error.
+    """
+    live = not quiet and sys.stderr.isatty()
+    waiting: dict[Target, int] = {}  # the instances of targets that have not ended
+    instances = ended = empty = 0
+    begun, shown_at = time.monotonic(), 0.0
+    for target, reading in readings:
+        if isinstance(reading, list):
+            included = [instance for instance in reading if includes(instance.state)]
+            yield target, included
+            waiting[target] = waiting.get(target, 0) + len(included)
+            instances += len(included)
+        else:
+            yield target, reading
+            number = waiting.pop(target, 0)
+            ended += 1
+            empty += not (number or reading)
+            if not live and (reading or (number and not quiet)):
+                how = f"not read: {reading}" if reading else counted(number, "instance")
+                emit(printable(f"{target.account_id} {target.region}: {how}") + "\n", sys.stderr)
+        if live and (now := time.monotonic()) - shown_at >= 0.1:
+            shown_at = now
+            minutes, seconds = divmod(int(now - begun), 60)
+            regions = ", ".join(sorted({target.region for target in waiting}))
+            targets = f"{ended:,}/{counted(ended + len(waiting), 'target')}"
+            line = f"{targets} · {counted(instances, 'instance')} · {minutes}:{seconds:02}"
+            line += f" · waiting: {regions}" if regions else ""
+            emit(f"\r\x1b[K{cut_text(printable(line), shutil.get_terminal_size().columns - 1)}", sys.stderr)
+    if live:
+        emit("\r\x1b[K", sys.stderr)
+    elif empty and not quiet:
+        emit(f"{counted(empty, 'target')} without instances\n", sys.stderr)
 
 
 class Signals:
@@ -10268,85 +10244,62 @@ def build_parser() -> Parser:
     """Return the parser of COMMANDS, whose help is the docstring and the annotations of their options."""
     width = max(MIN_WIDTH, shutil.get_terminal_size().columns) - 2
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
-    lines = [textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes]
-    exit_codes = "\n".join(["exit codes:", *lines])
+    exit_codes = ["exit codes:", *(textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes)]
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     what = "Find the EC2 instances that lack their required tags."
-    parser = Parser(prog="tagcheck.py", description=what, epilog=exit_codes, **shape)
+    parser = Parser(prog="tagcheck.py", description=what, epilog="\n".join(exit_codes), **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
-        shown = [
-            part
-            for each in EXAMPLES.get(name, ())
-            for part in fitted(f"  tagcheck.py {name} {each}".rstrip(), width)
-        ]
-        shape["epilog"] = "\n".join(["examples:", *shown, *(["", exit_codes] if name == "scan" else [])])
+        examples = [f"  tagcheck.py {name} {example}".rstrip() for example in EXAMPLES.get(name, ())]
+        shown = ["examples:", *(part for example in examples for part in fitted(example, width))]
+        shape["epilog"] = "\n".join([*shown, *(["", *exit_codes] if name == "scan" else [])])
         about = textwrap.fill(options.__doc__ or "", width)
         command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
-        hints = get_type_hints(options, include_extras=True)
+        hints, environment = get_type_hints(options, include_extras=True), dict[str, Any]()
         for each in fields(options):
-            _add_option(command, each, hints[each.name])
+            _add_option(command, each, hints[each.name], environment)
+        command.set_defaults(environment=environment)
     parser.commands = commands.choices
     return parser
 
 
-def _option_name(name: str) -> str:
-    """Return the option that fills a field; `from` is a word of Python, so that field ends in _."""
-    return f"--{name.rstrip('_').replace('_', '-')}"
-
-
-def _variable(name: str, option: Option) -> str:
-    """Return the environment variable that can give an option: those of files, the state and the profile."""
-    can = not option.positional and (option.metavar == "FILE" or name == "profile")
-    return f"TAGCHECK_{name.rstrip('_').upper()}" if can else ""
-
-
-def _described(hint: Any) -> tuple[Any, Option]:
-    """Return the type and the description of an option, from the annotation of its field."""
+def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dict[str, Any]) -> None:
+    """Add the option that fills a field; `environment` gets what is set there for it, and how to say that."""
     [option] = hint.__metadata__
-    return get_origin(hint.__origin__) or hint.__origin__, option
-
-
-def _add_option(command: Parser, filled: Field[Any], hint: Any) -> None:
-    """Add the option that fills a field; one without a default is required."""
-    kind, option = _described(hint)
-    name, variable = _option_name(filled.name), _variable(filled.name, option)
-    given = os.environ.get(variable)
+    kind = get_origin(hint.__origin__) or hint.__origin__
     more: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "type": option.type}
     if option.positional:
         command.add_argument(filled.name, nargs="+" if kind is list else "?", **more)
         return
-    more["dest"] = filled.name
+    name = filled.name.rstrip("_")  # `from` is a word of Python, so that field ends in _
+    flag, variable = f"--{name.replace('_', '-')}", f"TAGCHECK_{name.upper()}"
     if kind is bool:
-        short = [name[1:3]] if name in ("--quiet", "--verbose") else []
-        command.add_argument(*short, name, help=option.help, action="store_true")
-    else:
-        if kind is list:
-            more |= {"help": f"{option.help} (repeatable)", "action": "append"}
-        if kind is Literal:
-            more |= {"metavar": None, "choices": get_args(hint.__origin__)}
-        if given:
-            more["help"] += f" ({variable}: {printable(given)})".replace("%", "%%")
-        elif filled.default and isinstance(filled.default, (str, int, float)):
-            more["help"] += f" (default: {filled.default})"
-        required = filled.default is MISSING and kind is not list and not given
-        command.add_argument(name, required=required, **more)
+        short = [flag[1:3]] if name in ("quiet", "verbose") else []
+        command.add_argument(*short, flag, help=option.help, action="store_true")
+        return
+    more |= {"dest": filled.name, "default": filled.default}
+    if kind is list:
+        more |= {"help": f"{option.help} (repeatable)", "action": "append", "default": []}
+    if kind is Literal:
+        more |= {"metavar": None, "choices": get_args(hint.__origin__)}
+    if (option.metavar == "FILE" or name == "profile") and (text := os.environ.get(variable)):
+        source = f"{flag} {text} (from {variable})"
+        environment[filled.name] = source, [text] if kind is list else text
+        more["help"] += f" ({variable}: {printable(text)})".replace("%", "%%")
+        more["default"] = None
+    elif more["default"] and isinstance(more["default"], (str, int, float)):
+        more["help"] += f" (default: {more['default']})"
+    command.add_argument(flag, required=more["default"] is MISSING, **more)
 
 
 def read_options(options: type[Any], given: argparse.Namespace) -> Any:
     """Return the record of a command's options: as given, else as the environment says, else the default."""
-    values = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
-        kind, option = _described(hint)
-        variable, value = _variable(name, option), getattr(given, name)
-        if value is None and (text := os.environ.get(variable)):
-            value = [text] if kind is list else text
-            LOG.debug("%s", printable(f"{_option_name(name)} {text} (from {variable})"))
-        if value is None and kind is list:
-            value = []
-        if value is not None:
+    values = {each.name: getattr(given, each.name) for each in fields(options)}
+    for name, (source, value) in given.environment.items():
+        if values[name] is None:
+            LOG.debug("%s", printable(source))
             values[name] = value
     return options(**values)
 
