@@ -9043,8 +9043,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     actions = (*READ_ACTIONS, *(CREATOR_ACTIONS if args.creators else ()))
     aws = None if args.instances else Aws(args.profile, args.workers, actions)
     with contextlib.ExitStack() as stack:
-        create = not args.require_state
-        state = stack.enter_context(open_state(args, copied=args.dry_run, create=create))
+        state = stack.enter_context(open_state(args, copied=args.dry_run, create=not args.require_state))
         state.check()
         if args.require_state:
             require_scans(state.path, state.name)
@@ -9165,8 +9164,7 @@ def _report(
     coverage = fetch_coverage(db, scan)
     first = fetch_notice(db, scan, args.state, coverage, dry_run=args.dry_run)
     unseen = _unseen_notices(args, scan, fetch_unseen(db, scan), coverage)
-    shard = "/".join(map(str, args.shard))
-    empty = [] if coverage else [f"--shard {shard} has no accounts: nothing was scanned"]
+    empty = "--shard {}/{} has no accounts: nothing was scanned".format(*args.shard)
     costs, unpriced = fetch_costs(db, scan)
     return ScanReport(
         *(scan, finished_at, args.dry_run, decide_exit_code(coverage, args.fail_on), coverage),
@@ -9181,7 +9179,7 @@ def _report(
         operators=fetch_operators(db, scan),
         upcoming=fetch_upcoming(db, scan.policy.name, scan.started_at.date(), of_scan=True),
         exemptions=fetch_exemptions(db),
-        notices=[*filter(None, [first]), *notices, *unseen, *empty],
+        notices=[*filter(None, [first]), *notices, *unseen, *([] if coverage else [empty])],
     )
 
 
@@ -9527,11 +9525,9 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     A region without an instance in the files counts as unread, unless --region says that they cover it.
     """
     instances, cut = load_fleet(args.instances)
-    accounts = policy.accounts
-    listed = accounts.ids if accounts and not args.account else ()
-    in_scope = {*args.account, *listed, *(target.account_id for target in instances)}
-    if accounts:
-        in_scope = set(filter(accounts.covers, in_scope))
+    listed = policy.accounts.ids if policy.accounts and not args.account else ()
+    found = {*args.account, *listed, *(target.account_id for target in instances)}
+    in_scope = set(filter(policy.accounts.covers if policy.accounts else bool, found))
     chosen = set(filter(args.chooses, in_scope))
     named = args.region or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in chosen for region in named}
@@ -10178,9 +10174,8 @@ MIN_WIDTH = 40  # columns; in fewer nothing is readable
 
 def screen_width(stream: IO[str]) -> int | None:
     """Return how wide the terminal is that shows a stream; None for a file or a pipe."""
-    if not (stream.isatty() or os.environ.get("COLUMNS")):
-        return None
-    return max(MIN_WIDTH, shutil.get_terminal_size().columns)
+    is_known = stream.isatty() or os.environ.get("COLUMNS")
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns) if is_known else None
 
 
 def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
