@@ -362,6 +362,7 @@ class Finding:
     created_by_reason: str | None = None
     account_name: str = ""
     account_paths: str = ""
+    owner: str = ""  # by its tags, or likely by those of its siblings; "" where nobody is known
 
     @property
     def target(self) -> Target:
@@ -2102,6 +2103,7 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
     upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
+    owner: str = ""  # who its tags say owns it, where it has violations
 
 
 @dataclass(frozen=True, slots=True)
@@ -2164,7 +2166,17 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         violations = tuple(violation for violation in failing if violation.tag_key not in later)
         exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming)
+    owner = _tagged_owner(instance.tags, policy, target.region) if violations else ""
+    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming, owner)
+
+
+def _tagged_owner(tags: Mapping[str, str], policy: Policy, region: str) -> str:
+    """Return who tags say is the owner, if need be under an alias or a key that is near; "" for nobody."""
+    key = policy.owner_key
+    rule = policy.rules_by_key(region).get(key)
+    keys = [*(rule.keys if rule else (key,)), near_miss(tags.keys() - {key}, key) or key]
+    values = (stripped(tags.get(each, "")) for each in keys)
+    return next((value for value in values if not is_empty(value, policy.placeholder_values)), "")
 
 
 def aliases_used(
@@ -3747,6 +3759,11 @@ MIGRATIONS = (
         currency TEXT NOT NULL, PRIMARY KEY (policy, account_id, region)
     ) WITHOUT ROWID
     """,
+    """
+    -- Whose a finding is. The next scan that finds it knows better than the tag that is the default.
+    ALTER TABLE findings ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    UPDATE findings SET owner = coalesce(trim(json_extract(tags, '$.Owner')), '') WHERE json_valid(tags)
+    """,
 )
 
 # What one scan saw, in a private database on disk: memory does not grow with the fleet, and recording can be
@@ -3763,7 +3780,7 @@ SIGHTINGS = """
         target INTEGER NOT NULL, instance_id TEXT NOT NULL, state TEXT NOT NULL, launch_time TEXT NOT NULL,
         tags TEXT NOT NULL, managed_by TEXT, too_young INTEGER NOT NULL, upcoming TEXT,
         exempted TEXT, violations TEXT, tag_keys TEXT, instance_type TEXT, monthly_cost REAL, groups TEXT,
-        cause_kind TEXT, cause TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
+        cause_kind TEXT, cause TEXT, owner TEXT, suggestions TEXT, created_by TEXT, created_by_reason TEXT,
         PRIMARY KEY (target, instance_id)
     );
     CREATE VIEW seen AS
@@ -3805,8 +3822,8 @@ class _BadRowError(sqlite3.DatabaseError):
 
 @functools.lru_cache(10_000)  # the findings of a scan have few different times
 def _is_moment(text: str) -> bool:
-    """Return whether a text is a time as utc_text() writes it; raises ValueError."""
-    return text.endswith("Z") and utc_text(datetime.fromisoformat(text)) == text
+    """Return whether a text is a time as utc_text() writes it, since 1970; raises ValueError."""
+    return text >= "1970" and text.endswith("Z") and utc_text(datetime.fromisoformat(text)) == text
 
 
 # What a value of each type must be. A state is data that anyone may have changed: no row is used unchecked.
@@ -4238,7 +4255,7 @@ def add_sightings(
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
 
 
-SIGHTING_WIDTH = 19  # columns
+SIGHTING_WIDTH = 20  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -4255,7 +4272,7 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
     if not seen.violations:
         return (*row, exempted)
     more = (instance.instance_type, cost, _groups_json(groups), *(cause_of(groups) or (None, None)))
-    return (*row, exempted, *_violations_json(seen.violations), *more)
+    return (*row, exempted, *_violations_json(seen.violations), *more, seen.owner)
 
 
 def add_aliased(
@@ -4326,20 +4343,25 @@ def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
     @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
-    def suggestions(target: int, violations: str, groups: str) -> str | None:
-        members, found = [Group(*group) for group in json.loads(groups)], []
+    def suggestions(target: int, violations: str, groups: str) -> tuple[str | None, str | None]:
+        members, found = [Group(*group) for group in json.loads(groups)], list[Suggestion]()
+        owner = None
         for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
             more = {"normalize_aliases": policy.normalize_aliases}
-            placeholders = policy.placeholder_values
-            found.append(suggest(violation, rule, placeholders, siblings, reliability, **more))
-        return _list_or_null(map(to_record, filter(None, found)))
+            likely = suggest(violation, rule, policy.placeholder_values, siblings, reliability, **more)
+            if likely:
+                found.append(likely)
+                if likely.tag_key == policy.owner_key and likely.confidence >= MIN_CONFIDENCE:
+                    owner = likely.value
+        return _list_or_null(map(to_record, found)), owner
 
     query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
-    rows = ((suggestions(*row), number) for number, *row in db.execute(query))
+    rows = ((*suggestions(*row), number) for number, *row in db.execute(query))
     with transaction(db):
-        db.executemany("UPDATE sighting SET suggestions = ? WHERE rowid = ?", rows)
+        update = "UPDATE sighting SET suggestions = ?, owner = coalesce(?, owner) WHERE rowid = ?"
+        db.executemany(update, rows)
 
 
 # The most frequent value of each rule in a group, or '' where hardly any member has one. The copies of one
@@ -4497,7 +4519,7 @@ _SORTED = f"ORDER BY {_KEY}"
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
 _COPIED = (
     "state launch_time tags violations suggestions instance_type cause_kind cause tag_keys monthly_cost "
-    "managed_by"
+    "managed_by owner"
 ).split()
 _RECORD_FINDINGS = f"""
     INSERT INTO state.events (finding, at, event, before, resolution)
@@ -4584,7 +4606,8 @@ _RECORD_COVERAGE = f"""
 
     INSERT INTO state.accounts SELECT DISTINCT account_id, account_name, account_paths FROM target
     WHERE (account_name, account_paths) <> ('', '')
-    ON CONFLICT DO UPDATE SET name = excluded.name, paths = excluded.paths;
+    ON CONFLICT DO UPDATE SET name = coalesce(nullif(excluded.name, ''), name),
+        paths = coalesce(nullif(excluded.paths, ''), paths);
 
     {_FORGET_READ.format("upcoming")};
 
@@ -4720,18 +4743,24 @@ _FINDING = _columns(Finding, "finding")
 
 
 def fetch_upcoming(
-    db: sqlite3.Connection, policy: str, today: date, *, of_scan: bool = False
+    db: sqlite3.Connection, policy: Policy, today: date, *, of_scan: bool = False
 ) -> list[Upcoming]:
-    """Return how many instances fail each rule that does not count yet, the earliest rule first.
+    """Return how many instances fail each rule of a policy that does not count yet, the earliest rule first.
 
     They are those of all targets, or of those that the scan being recorded has read.
     """
     query = f"""
-        SELECT tag_key, effective_from, sum(instances)
+        SELECT region, tag_key, effective_from, instances
         FROM upcoming {f"JOIN ({_READ}) USING (account_id, region)" if of_scan else ""}
-        WHERE policy = ? AND effective_from > ? GROUP BY 1, 2 ORDER BY 2, 1
+        WHERE policy = ? AND effective_from > ?
     """
-    return [load_record(Upcoming, row) for row in db.execute(query, (policy, str(today)))]
+    rows = db.execute(query, (policy.name, str(today)))
+    failing = Counter[tuple[str, str]]()
+    for region, key, day, number in load_rows(rows, region=str, key=str, day=Day, instances=int):
+        rule = policy.rules_by_key(region).get(key)
+        if rule and str(rule.effective_from) == day:  # as it was then
+            failing[day, key] += number
+    return [Upcoming(key, day, number) for (day, key), number in sorted(failing.items())]
 
 
 def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
@@ -4846,33 +4875,7 @@ class Selection:
     statuses: Sequence[str] = ()
     tag_keys: Sequence[str] = ()
     first_seen_before: datetime | None = None
-    owner_tag: str = ""
     owners: Sequence[str] = ()
-
-
-# Whose a finding is: the value of the owner tag, or its likely value where the finding is about that tag. The
-# first suggestion mostly is about it, and to look at all takes much longer.
-_OWNER = """coalesce(CASE
-    WHEN NOT (instr(tag_keys, :owner_json) OR instr(tag_keys, :owner_text))
-        THEN trim(json_extract(tags, :owner_path))
-    WHEN json_extract(suggestions, '$[0].tag_key') = :owner_tag THEN iif(
-        json_extract(suggestions, '$[0].confidence') >= :sure,
-        trim(json_extract(suggestions, '$[0].value')), NULL
-    )
-    WHEN instr(suggestions, :owner_json) THEN (
-        SELECT trim(json_extract(value, '$.value')) FROM json_each(suggestions)
-        WHERE json_extract(value, '$.tag_key') = :owner_tag
-            AND json_extract(value, '$.confidence') >= :sure
-    )
-END, '')"""
-
-
-def _owner_names(owner_tag: str) -> dict[str, Any]:
-    """Return the values that _OWNER has names for."""
-    quoted = f'"{owner_tag}"'
-    path = None if '"' in owner_tag else f"$.{quoted}"  # SQLite's paths know no escape
-    names = {"owner_tag": owner_tag, "owner_json": to_json(owner_tag), "owner_text": quoted}
-    return names | {"owner_path": path, "sure": MIN_CONFIDENCE}
 
 
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
@@ -4889,9 +4892,9 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
             _list_or_null(selection.tag_keys),
         ),
         "before": ("first_seen < :before", before and utc_text(before)),
-        "owners": (f"{_OWNER} {is_in('owners')}", _list_or_null(selection.owners)),
+        "owners": (f"owner {is_in('owners')}", _list_or_null(selection.owners)),
     }
-    names = {name: value for name, (_, value) in conditions.items()} | _owner_names(selection.owner_tag)
+    names = {name: value for name, (_, value) in conditions.items()}
     chosen = (condition for condition, value in conditions.values() if value is not None)
     # Only what orders them is sorted, not the findings themselves, which are a hundred times as much.
     query = f"""
@@ -4939,8 +4942,9 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
 
 
 def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
-    """Return what was open after each scan of a policy, and what the scan changed."""
-    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
+    """Return what was open after each scan of a policy and what the scan changed, as they were recorded."""
+    # Of two scans at the same time, the one that started first may be recorded last: it is the latest.
+    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY rowid"
     return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
 
 
@@ -5026,8 +5030,11 @@ _OPEN = "FROM temp.open AS finding WHERE resolved IS NULL"
 # is for the trends of owners.
 _COUNT_OPEN = f"""
     CREATE TEMP TABLE open AS
-    SELECT id, account_id, region, first_seen, tag_keys, created_by, cause_kind, cause, monthly_cost,
-        managed_by, substr(resolved_at, 1, 10) AS resolved, {_OWNER} AS owner
+    SELECT id, account_id, region, first_seen, tag_keys, created_by, cause_kind, cause,
+        -- Costs in several currencies have no sum.
+        iif((SELECT count(DISTINCT currency) FROM spend WHERE policy = :policy) > 1, NULL, monthly_cost)
+            AS monthly_cost,
+        managed_by, substr(resolved_at, 1, 10) AS resolved, owner
     FROM findings WHERE policy = :policy AND (resolved_at IS NULL OR resolved_at >= :since);
 
     CREATE INDEX temp.open_of ON open (owner, first_seen, resolved, monthly_cost);
@@ -5054,10 +5061,10 @@ _UNREAD_TARGETS = f"""(account_id, region) IN (
 )"""
 
 
-def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
-    """Count the open findings of a policy; `owner_tag` is the tag that names the owner."""
+def fetch_open(db: sqlite3.Connection, policy: str, now: datetime) -> OpenFindings:
+    """Count the open findings of a policy."""
     days = [str((now - timedelta(days=ago)).date()) for ago in range(OWNER_DAYS, -1, -1)]
-    names = {"policy": policy, "since": days[0]} | _owner_names(owner_tag)
+    names = {"policy": policy, "since": days[0]}
     _run(db, _COUNT_OPEN, names)
     # Texts and blobs sort after numbers: where the least and the greatest cost are amounts, all are.
     query = f"SELECT count(*), count(monthly_cost), min(monthly_cost), max(monthly_cost) {_OPEN}"
@@ -6681,6 +6688,14 @@ def _comparison(dashboard: Dashboard) -> tuple[TrendPoint, str, str] | None:
     return base, f"{days} {'before' if dashboard.made_at - latest > timedelta(days=1) else 'ago'}", at
 
 
+def _share(some: float, others: float) -> str:
+    """Return which share of all some are, never rounded up."""
+    if not some + others:
+        return "–"
+    percent = math.floor(100 * some / (some + others))
+    return f"{percent}%" if percent or not some else "<1%"
+
+
 def _facts(dashboard: Dashboard) -> list[Element]:
     """Draw why the count differs from the latest scan's own, and which share of the spend is allocated."""
     found, facts = dashboard.open, []
@@ -6691,8 +6706,9 @@ def _facts(dashboard: Dashboard) -> list[Element]:
         facts.append(f"{max(found.total - kept, 0):,} + {kept:,} as last read, {where}")
     if len(dashboard.spend) == 1:
         [(currency, cost)] = dashboard.spend
-        percent = 100 * (1 - min(dict(found.cost_by_tag).get(owner, 0) / cost, 1)) if cost else 100
-        facts.append(f"{percent:.0f}% of {_money(cost, currency)} a month is allocated (has {_brief(owner)})")
+        lacking = min(dict(found.cost_by_tag).get(owner, 0.0), cost)
+        share = _share(cost - lacking, lacking)
+        facts.append(f"{share} of {_money(cost, currency)} a month is allocated (has {_brief(owner)})")
     elif dashboard.spend:
         names = ", ".join(currency or "unnamed" for currency, _ in dashboard.spend)
         facts.append(f"the prices are in several currencies: {names}")
@@ -6722,9 +6738,7 @@ def _unread(standings: Iterable[Standing]) -> list[Standing]:
 def _compliance(standings: Sequence[Standing]) -> tuple[int, int, str]:
     """Return how many instances comply, how many do not, and the share that does, never rounded up."""
     compliant, findings = sum(s.compliant for s in standings), sum(s.findings for s in standings)
-    percent = 100 * compliant // max(compliant + findings, 1)
-    text = "–" if not compliant + findings else f"{percent}%" if percent or not compliant else "<1%"
-    return compliant, findings, text
+    return compliant, findings, _share(compliant, findings)
 
 
 def _worst_first(standings: Iterable[Standing], attribute: str) -> dict[str, list[Standing]]:
@@ -7208,12 +7222,16 @@ def digest_lines(
         due, opened = reminder(finding) if is_pending and notify.reminders else (0, "")
         for channel, subject in listed:
             age = due if subject else 0
-            names = _known_names(finding, owners.tag, policy.placeholder_values)
-            recipient, owner = "" if channel != "owners" else owners.recipient(names.values()), ""
-            cause, keys = None, [violation.tag_key for violation in finding.violations]
+            names = {"owner": finding.owner, "created by": finding.created_by or ""}
+            recipient: str | None = ""
+            owner, cause = "", None
+            keys = [violation.tag_key for violation in finding.violations]
             if channel == "owners":
-                owner = names.pop("owner", "")  # it is in the title, or added to each line
+                recipient = owners.recipient(filter(None, names.values()))
+                owner = names.pop("owner")  # it is in the title, or added to each line
                 cause = finding.cause and to_json((finding.account_id, finding.region, *finding.cause))
+            elif policy.owner_key in keys:
+                del names["owner"]  # what it is instead, or its likely value, is told with the tag
             if recipient is not None:
                 numbers[channel, age] += 1
                 is_listed = channel == "owners" or numbers[channel, age] <= DIGEST_LINES
@@ -7293,21 +7311,12 @@ def _fitted(line: str) -> str:
     return "\n".join(cut_text(part, DIGEST_WIDTH) for part in parts)
 
 
-def _known_names(finding: Finding, owner_tag: str, placeholders: Container[str]) -> dict[str, str]:
-    """Return who may know about an instance: its owner, then its creator, where they are known."""
-    key = owner_tag if finding.tags.get(owner_tag) else near_miss(finding.tags, owner_tag) or ""
-    owner = stripped(finding.tags.get(key, ""))
-    owner = "" if owner.casefold() in placeholders else owner
-    names = {"owner": owner, "created by": finding.created_by or ""}
-    return {role: name for role, name in names.items() if name}
-
-
 def _finding_line(finding: Finding, names: Mapping[str, str], opened: str) -> str:
     """Return a finding in one line: where it is, then what it lacks with likely values, and who may know."""
     name = f" ({cut_text(finding.name, 40)})" if finding.name else ""
     status, since = ("", f" since {opened[:10]}") if opened else (f"{finding.status} ", "")
     parts = [", ".join(short_violations(finding, unsure=True))]
-    parts += [f"{role} {_short(who)}" for role, who in names.items()]
+    parts += [f"{role} {_short(who)}" for role, who in names.items() if who]
     where = f"{status}{finding.instance_id}{name} in {finding.target}{since}:"
     return _entry(where, "; ".join(parts))
 
@@ -9177,7 +9186,7 @@ def _report(
         costs=costs,
         unpriced=unpriced,
         operators=fetch_operators(db, scan),
-        upcoming=fetch_upcoming(db, scan.policy.name, scan.started_at.date(), of_scan=True),
+        upcoming=fetch_upcoming(db, scan.policy, scan.started_at.date(), of_scan=True),
         exemptions=fetch_exemptions(db),
         notices=[*filter(None, [first]), *notices, *unseen, *([] if coverage else [empty])],
     )
@@ -9938,8 +9947,8 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
         trend, standings = fetch_trend(db, policy.name), fetch_standings(db, policy.name)
         if not (trend and standings):
             raise StateError(f"the state {args.state} has no counts of the policy {policy.name!r}: {WAY_OUT}")
-        open_, today = fetch_open(db, policy.name, policy.owner_key, now), now.date()
-        upcoming, spend = fetch_upcoming(db, policy.name, today), fetch_spend(db, policy.name)
+        open_, today = fetch_open(db, policy.name, now), now.date()
+        upcoming, spend = fetch_upcoming(db, policy, today), fetch_spend(db, policy.name)
     command = ["tagcheck.py", "remediate", "--policy", policy.file, *_given_again(args, "state")]
     page = (policy, now, trend, standings, open_, check_expiry(policy, today), upcoming)
     dashboard = Dashboard(*page, spend, command, Path(args.css or "").name)
@@ -10018,8 +10027,8 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
-            is_open = Selection(policy.name, None, args.account, args.region, OPEN)
-            is_open = replace(is_open, owner_tag=policy.owner_key, owners=args.owner)
+            owners = [*map(stripped, args.owner)]
+            is_open = Selection(policy.name, None, args.account, args.region, OPEN, owners=owners)
             planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
             rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))

@@ -1110,3 +1110,13 @@ def test_explain_knows_where_an_account_was(organization: AwsServer, scan: Scan,
     for account_id in (MEMBER, OTHER):
         text = run_tagcheck("explain", "--policy", "policy.yaml", ids[account_id], cwd=tmp_path, check=0).out
         assert ("EXEMPTED" in text) == (account_id == OTHER)
+    # A saved file does not say where its account is: what is known of it stays known.
+    save_fleet(tmp_path, instance(1), account=OTHER)
+    write_policy(tmp_path, {"organization": True, "names": {OTHER: "other"}}, REGION, **keys)
+    offline = run_tagcheck(
+        "scan", "--policy", "policy.yaml", "--instances", "fleet.json", cwd=tmp_path, check=4
+    )
+    assert "UnknownAccountPath" in offline.out
+    write_policy(tmp_path, {"organization": True}, REGION, **keys)
+    text = run_tagcheck("explain", "--policy", "policy.yaml", ids[OTHER], cwd=tmp_path, check=0).out
+    assert "EXEMPTED" in text

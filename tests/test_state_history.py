@@ -294,7 +294,7 @@ def test_a_state_of_version_5_keeps_its_trend_and_its_creators(tmp_path):
         db.executescript((DATA / "state_5.sql").read_text())
     shown = json.loads((DATA / "state_5.json").read_text())
     script.check_state(tmp_path / "instance_state.db")
-    assert rows(tmp_path, "pragma_user_version") == [(8,)]
+    assert rows(tmp_path, "pragma_user_version") == [(9,)]
     for policy, of_policy in shown.items():
         with closing(sqlite3.connect(tmp_path / "instance_state.db")) as db:
             trend, of = script.fetch_trend(db, policy), script.fetch_standings(db, policy)
@@ -413,3 +413,30 @@ def test_prices_that_cannot_be_used_are_refused_before_anything_is_read(tmp_path
     result = scan(tmp_path, 0, {REGION: {1: {}}}, "--prices", "prices.csv", check=2)
     assert message in result.err
     assert not (tmp_path / "instance_state.db").exists()
+
+
+def test_of_scans_at_the_same_time_the_latest_is_the_one_recorded_last(tmp_path):
+    here = ("--region", REGION)
+    scan(tmp_path, 0, {REGION: {1: {}, 2: {}}}, *here, check=3)
+    scan(tmp_path, 1.01, {REGION: {1: {}, 2: {}}}, *here, check=3)
+    scan(tmp_path, 1, {REGION: {1: {}, 2: GOOD}}, *here, check=3)  # it began earlier
+    page = command(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert "1 open finding" in page and "latest scan 2026-03-02 06:00" in page
+    assert "as last read, in" not in page and "did not read" not in page
+
+
+def test_rules_that_the_policy_no_longer_has_are_not_upcoming(tmp_path):
+    def page(**keys):
+        rule = {"key": "Team", "effective_from": "2027-01-01"}
+        save_policy(tmp_path, **{"required_tags": ["Owner", rule], "regions": {REGION: {}, OTHER: {}}} | keys)
+        return command(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+
+    rule = {"key": "Team", "effective_from": "2027-01-01"}
+    save(tmp_path, {REGION: {1: {}}, OTHER: {2: {}}})
+    save_policy(tmp_path, required_tags=["Owner", rule], regions={REGION: {}, OTHER: {}})
+    run_tagcheck("scan", *SAVED_FILES, cwd=tmp_path, now=START, check=3)
+    assert "Team from 2027-01-01: 2 instances" in page() or ">2<" in page().split("2027-01-01")[1][:200]
+    assert ">1<" in page(regions={REGION: {}}).split("2027-01-01")[1][:200]
+    later = {"key": "Team", "effective_from": "2027-02-01"}
+    assert "2027-01-01" not in page(required_tags=["Owner", later])
+    assert "2027-01-01" not in page(required_tags=["Owner"])

@@ -15,7 +15,7 @@ import tagcheck as script
 REGION, OTHER = "us-east-1", "eu-west-1"
 START = datetime(2026, 3, 1, 6, tzinfo=UTC)
 GROUP = {"aws:autoscaling:groupName": "web-asg"}
-HOSTILE = "</code><script>alert(1)</script>$(reboot) '\"\u202e"
+HOSTILE = "</code><script>alert(1)</script>\u202e$(reboot) '\""
 
 
 def scan(directory, day, fleet, *args, region=REGION, check=None, **keys):
@@ -38,9 +38,9 @@ def run(directory, *args, day=20, **options):
     return run_tagcheck(*args, cwd=directory, now=START + timedelta(days=day), **options)
 
 
-def found(directory, day=20, owner_tag="Owner"):
+def found(directory, day=20):
     with closing(sqlite3.connect(directory / "instance_state.db")) as db:
-        return script.fetch_open(db, "test", owner_tag, START + timedelta(days=day))
+        return script.fetch_open(db, "test", START + timedelta(days=day))
 
 
 def by_name(directory, **more):
@@ -69,8 +69,30 @@ def test_whose_findings_are_open(state):
         ("bob", 0, 1),
     ]
     assert found(state).owners_total == 5
-    assert [*by_name(state, owner_tag="Project")] == [""]
-    assert [*by_name(state, owner_tag='a"b')] == [""]
+
+
+@pytest.mark.parametrize(
+    ("tags", "owner", "rule"),
+    [
+        ({"Eigentümer": "ann"}, "ann", "Eigentümer"),
+        ({'a"b': "ann"}, "ann", 'a"b'),
+        ({"Owner": "\u200bann \u200b"}, "ann", "Owner"),
+        ({"owner": "ann"}, "ann", "Owner"),
+        ({"Owner": "bob"}, "bob", {"key": "Owner", "values": ["ann", "carol"]}),
+        ({"Team": "ann"}, "ann", {"key": "Owner", "aliases": ["Team"]}),
+        ({"Owner": "TBD"}, "", "Owner"),
+        ({"Owner": "TBD", "owner": "ann"}, "ann", "Owner"),
+        ({"Owner": "TBD"}, "", {"key": "Owner", "effective_from": "2999-01-01"}),
+    ],
+)
+def test_the_owner_is_the_same_for_the_page_and_a_plan(tmp_path, tags, owner, rule):
+    required = [rule, {"key": "Project", "default": "shop"}]
+    scan(tmp_path, 0, {1: tags}, required_tags=required, placeholder_values=["tbd"])
+    assert [*by_name(tmp_path)] == [owner]
+    page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert f'id="{script.owner_anchor(owner)}"' in page
+    plan = ("remediate", "--policy", "policy.yaml", "--csv", "plan.csv", f"--owner={owner}")
+    assert "Project" in [row["Tag"] for row in run(tmp_path, *plan, check=0).csv("plan.csv")]
 
 
 def test_a_likely_owner_is_found_whichever_tag_comes_first(tmp_path):
@@ -185,13 +207,32 @@ def test_the_share_of_spend_that_is_allocated(tmp_path):
     assert result.json("out.json")["currency"] == "EUR"
     assert "73.00 EUR a month without Owner" in result.out
     page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
-    assert "67% of 219 EUR a month is allocated (has Owner)" in page
+    assert "66% of 219 EUR a month is allocated (has Owner)" in page
     result = scan(tmp_path, 1, fleet, *prices(tmp_path, "hourly_price"), **keys)
     assert result.json("out.json")["currency"] is None
     assert "73.00 a month without Owner" in result.out
     scan(tmp_path, 2, fleet, **keys)
     page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
     assert "allocated" not in page and "EUR" not in page
+
+
+def test_a_share_of_spend_is_never_rounded_up(tmp_path):
+    scan(
+        tmp_path, 0, {1: {}} | {n: {"Owner": "ann", "Project": "x"} for n in range(2, 251)}, *prices(tmp_path)
+    )
+    page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert "99% of 18,250 EUR a month is allocated" in page
+
+
+def test_amounts_in_several_currencies_have_no_sum(tmp_path):
+    regions = {REGION: {}, OTHER: {}}
+    scan(tmp_path, 0, {1: {"Owner": "ann"}}, *prices(tmp_path), regions=regions)
+    (tmp_path / "usd.csv").write_text(f"instance_type,region,hourly_price_usd\nm5.large,{OTHER},0.2\n")
+    args = ("--region", OTHER, "--prices", "usd.csv")
+    scan(tmp_path, 1, {2: {"Owner": "ann"}}, *args, regions=regions, region=OTHER)
+    page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
+    assert "the prices are in several currencies: EUR, USD" in page
+    assert "a month" not in page and "Spend that lacks its tag" not in page
 
 
 @pytest.mark.parametrize("head", ["hourly_price,hourly_price_eur", "hourly_price_euro", "hourly_price_"])

@@ -300,6 +300,7 @@ HOSTILE_ROWS = {
     "scans of a blob": "UPDATE scans SET policy = x'ff' WHERE id = 1",
     "no counts": "DELETE FROM coverage",
     "a trend of no time": "INSERT INTO trend VALUES ('test', 'x', 1, 1, 1, 1, 1, 1)",
+    "a trend before there was EC2": "UPDATE trend SET at = '0001-01-03T00:00:00Z'",
     "a trend with more unread targets than targets": (
         "INSERT INTO trend VALUES ('test', '2026-03-09T00:00:00Z', 1, 1, 0, 0, 1, 2)"
     ),
