@@ -3953,10 +3953,10 @@ def _load_row(loaders: Mapping[str, Loader], row: Sequence[Any]) -> list[Any]:
     return values
 
 
-def load_rows(rows: Iterable[Sequence[Any]], **kinds: Any) -> Iterator[list[Any]]:
-    """Yield rows whose columns have these names and types; raises _BadRowError."""
+def load_rows(rows: Iterable[Sequence[Any]], **kinds: Any) -> Iterator[Any]:
+    """Yield rows, as tuples, whose columns have these names and types; raises _BadRowError."""
     loaders = {name: _loader(kind) for name, kind in kinds.items()}
-    return (_load_row(loaders, row) for row in rows)
+    return (tuple(_load_row(loaders, row)) for row in rows)
 
 
 def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
@@ -4083,7 +4083,10 @@ def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[Non
             db.execute("ROLLBACK")
 
 
-def _run(db: sqlite3.Connection, script: str, names: Mapping[str, Any] | None = None) -> None:
+Names = Mapping[str, Any]  # the values of a query's names
+
+
+def _run(db: sqlite3.Connection, script: str, names: Names | None = None) -> None:
     """Run the statements of a script in the open transaction, which executescript() would commit."""
     for statement in script.split(";"):
         db.execute(statement, names or {})
@@ -4460,18 +4463,13 @@ def record_scan(
     a report that cannot be written costs no NEW. Raises StateError.
     """
     with _attached(db, path, name), writing_state(db, name, "state"):
-        db.execute(
-            "INSERT INTO state.scans (scan_id, policy, policy_file, policy_digest, started_at, finished_at) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                *(scan.scan_id, scan.policy.name, scan.policy.file, scan.policy.digest),
-                *(utc_text(scan.started_at), utc_text(finished_at)),
-            ),
-        )
+        policy, times = scan.policy, (utc_text(scan.started_at), utc_text(finished_at))
+        row = (scan.scan_id, policy.name, policy.file, policy.digest, *times)
+        db.execute("INSERT INTO state.scans VALUES (NULL, ?, ?, ?, ?, ?, ?)", row)
         names = _names(db, scan)
         if db.execute("SELECT 1 FROM state.coverage WHERE scan = :scan", names).fetchone():
             raise _BadRowError("it has counts of a scan that was not yet made")
-        _find_resolved(db, names, scan.policy)
+        _find_resolved(db, names, policy)
         _run(db, _RECORD_FINDINGS, names)
         if _has_older_table(db, "state"):
             _run(db, _ADOPT_OLDER, names)
@@ -4484,33 +4482,25 @@ def record_scan(
 def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     """Return the values of a scan that is being recorded by the names that queries have for them."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
-    ages = scan.policy.notify.reminders if scan.policy.notify else ()
-    return {
-        "policy": scan.policy.name,
-        "scan": number,
-        "now": utc_text(scan.started_at),
-        "may_hide": scan.may_hide_managed,
-        "ages": to_json([age.days for age in ages]),
-        "currency": scan.currency,
-    }
+    ages = to_json([age.days for age in (scan.policy.notify or Notify()).reminders])
+    names = {"policy": scan.policy.name, "scan": number, "now": utc_text(scan.started_at), "ages": ages}
+    return names | {"may_hide": scan.may_hide_managed, "currency": scan.currency}
 
 
-def _find_resolved(db: sqlite3.Connection, names: Mapping[str, Any], policy: Policy) -> None:
+def _find_resolved(db: sqlite3.Connection, names: Names, policy: Policy) -> None:
     """Find the open findings that this scan resolves, and why; raises _BadRowError."""
     db.execute("DELETE FROM resolved")
     kinds: dict[str, Any] = {"id": int, "region": str, "violations": tuple[Violation, ...]}
     kinds |= {"before": Mapping[str, str], "tags": Mapping[str, str] | None, "exempted": str | None}
     rules = functools.cache(policy.rules_by_key)
 
-    def ended(
-        finding: int, region: str, violations: Sequence[Violation], *seen: Any
-    ) -> tuple[int, Resolution]:
-        before, tags, exempted = seen
+    def ended(row: Any) -> tuple[int, Resolution]:
+        finding, region, violations, before, tags, exempted = row
         keys = {case["tag_key"] for case in json.loads(exempted or "[]")}
         return finding, resolution(violations, tags, keys, before, rules(region))
 
     rows = load_rows(db.execute(_RESOLVED, names), **kinds)
-    db.executemany("INSERT INTO resolved VALUES (?, ?)", itertools.starmap(ended, rows))
+    db.executemany("INSERT INTO resolved VALUES (?, ?)", map(ended, rows))
 
 
 # Only a target that was read in full resolves anything. Without --include-managed-resources
@@ -4699,7 +4689,7 @@ def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]
         """,
         _names(db, scan),
     )
-    return [(target, number) for target, number in load_rows(rows, target=Target, number=int)]
+    return [*load_rows(rows, target=Target, number=int)]
 
 
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
@@ -4752,7 +4742,7 @@ def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]
         ) GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
         """
     )
-    return [(reason, expires, number) for reason, expires, number in rows]
+    return rows.fetchall()
 
 
 _FINDING = _columns(Finding, "finding")
@@ -4794,17 +4784,14 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
 # Three ways to count findings: of _SEEN, what the scan being recorded found, or of _OPEN, what is open.
 
 
-def _count(
-    db: sqlite3.Connection, source: str, names: Mapping[str, Any], column: str
-) -> list[tuple[str, int]]:
+def _count(db: sqlite3.Connection, source: str, names: Names, column: str) -> list[tuple[str, int]]:
     """Return how many findings have each value of a column; those without one are left out."""
     column = f"finding.{column}"
     query = f"SELECT {column}, count(*) {source} AND {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
-    rows = load_rows(db.execute(query, names), **{column: str}, number=int)
-    return [(value, number) for value, number in rows]
+    return [*load_rows(db.execute(query, names), **{column: str}, number=int)]
 
 
-def _by_tag(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+def _by_tag(db: sqlite3.Connection, source: str, names: Names) -> list[tuple[str, int, float]]:
     """Return how many findings fail each tag, and what they cost per month, the most expensive first."""
     # Each different list of keys is read once.
     query = f"""
@@ -4813,8 +4800,7 @@ def _by_tag(db: sqlite3.Connection, source: str, names: Mapping[str, Any]) -> li
             {source} GROUP BY 1
         ) CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1 ORDER BY 3 DESC, 1
     """
-    rows = load_rows(db.execute(query, names), tag_key=str, number=int, cost=float)
-    return [(key, number, cost) for key, number, cost in rows]
+    return [*load_rows(db.execute(query, names), tag_key=str, number=int, cost=float)]
 
 
 MAX_CAUSES = 100
@@ -4830,9 +4816,7 @@ _GREATEST = """
 """
 
 
-def _causes(
-    db: sqlite3.Connection, grouped: str, names: Mapping[str, Any], most: int = MAX_CAUSES
-) -> list[Cause]:
+def _causes(db: sqlite3.Connection, grouped: str, names: Names, most: int = MAX_CAUSES) -> list[Cause]:
     """Return the causes of findings in the greatest groups; a group of one instance is not a cause."""
     query = f"""
         WITH greatest AS ({_GREATEST.format(grouped=grouped, most=most)}), cause AS (
@@ -5003,7 +4987,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
 def fetch_spend(db: sqlite3.Connection, policy: str) -> list[tuple[str, float]]:
     """Return what the instances that were judged cost in a month, by the currency of the prices."""
     rows = db.execute("SELECT currency, sum(monthly_cost) FROM spend WHERE policy = ? GROUP BY 1", (policy,))
-    return [(currency, cost) for currency, cost in load_rows(rows, currency=str, cost=float)]
+    return [*load_rows(rows, currency=str, cost=float)]
 
 
 # The upper ends of the ages that are counted together, in days.
@@ -5130,12 +5114,12 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
             for place, owner in enumerate(found)
         ],
         owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
-        fixes=[(kind, number) for kind, number in load_rows(fixes, kind=Kind, number=int)],
+        fixes=[*load_rows(fixes, kind=Kind, number=int)],
     )
 
 
 def _of_owner(
-    db: sqlite3.Connection, found: OwnerFindings, names: Mapping[str, Any], days: Sequence[str]
+    db: sqlite3.Connection, found: OwnerFindings, names: Names, days: Sequence[str]
 ) -> OwnerFindings:
     """Return an owner's findings with their trend by day, their causes and the oldest of them."""
     names = {**names, "of": found.owner}
@@ -5152,7 +5136,7 @@ def _of_owner(
     return replace(found, trend=trend, causes=causes, oldest=oldest)
 
 
-def _oldest(db: sqlite3.Connection, where: str, names: Mapping[str, Any], most: int) -> list[Alike]:
+def _oldest(db: sqlite3.Connection, where: str, names: Names, most: int) -> list[Alike]:
     """Return the findings that are open for longest; of those that are alike, one with their number."""
     # The oldest so many groups are of the oldest so many times: only these are grouped.
     some = f"{_OPEN} AND {where}"
@@ -5297,9 +5281,8 @@ class DigestLine(NamedTuple):
     owner: str = ""
 
 
-Listed = tuple[
-    int, int, list[tuple[str, str]]
-]  # an age, how many findings, and their first lines with owners
+# An age, how many findings, and their first lines with owners.
+Listed = tuple[int, int, list[tuple[str, str]]]
 
 
 def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
