@@ -4163,10 +4163,8 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     Raises StateError for another program's database, for a newer version, and for a schema that is not of its
     version: a trigger or a view could change what a scan records or a report shows.
     """
-    application_id, version = (
-        int(db.execute(f"PRAGMA {schema}.{pragma}").fetchone()[0])
-        for pragma in ("application_id", "user_version")
-    )
+    pragmas = (f"PRAGMA {schema}.{what}" for what in ("application_id", "user_version"))
+    application_id, version = (int(db.execute(pragma).fetchone()[0]) for pragma in pragmas)
     found, older = _read_schema(db, schema), _has_older_table(db, schema)
     is_new = (application_id, version) == (0, 0) and (older or not found)
     if application_id != APPLICATION_ID and not is_new:
@@ -4320,10 +4318,7 @@ def add_aliased(
 
 
 # Siblings have the same groups and mostly fail in the same way.
-@functools.lru_cache(1000)
-def _groups_json(groups: Groups) -> str:
-    """Return groups as JSON."""
-    return to_json(groups)
+_groups_json = functools.lru_cache(1000)(to_json)
 
 
 @functools.lru_cache(1000)
@@ -4587,7 +4582,10 @@ _LATEST = """
 """
 _LAST_READ = _LATEST.format("'read'")
 _READ = "SELECT account_id, region FROM target WHERE error_code IS NULL"
-_FORGET_READ = f"DELETE FROM state.{{}} WHERE policy = :policy AND (account_id, region) IN ({_READ})"
+# What was kept of the targets that were read is replaced by what follows this.
+_REPLACE = f"""
+    DELETE FROM state.{{0}} WHERE policy = :policy AND (account_id, region) IN ({_READ});
+    INSERT INTO state.{{0}}"""
 _RECORD_COVERAGE = f"""
     INSERT INTO state.events (finding, at, event)
     SELECT finding.id, :now, 'REOPENED' {_SEEN} AND status = 'REOPENED';
@@ -4615,21 +4613,15 @@ _RECORD_COVERAGE = f"""
     WHERE (account_name, account_paths) <> ('', '')
     ON CONFLICT DO UPDATE SET name = excluded.name, paths = excluded.paths;
 
-    {_FORGET_READ.format("upcoming")};
-
-    INSERT INTO state.upcoming
+    {_REPLACE.format("upcoming")}
     SELECT :policy, account_id, region, rule.key, rule.value, count(*)
     FROM seen CROSS JOIN json_each(upcoming) AS rule WHERE NOT too_young GROUP BY 2, 3, 4;
 
-    {_FORGET_READ.format("aliased")};
-
-    INSERT INTO state.aliased
+    {_REPLACE.format("aliased")}
     SELECT :policy, account_id, region, instance_id, tag_key, name, alias, value, current, cause_kind, cause
     FROM target JOIN aliased ON aliased.target = target.id WHERE error_code IS NULL;
 
-    {_FORGET_READ.format("spend")};
-
-    INSERT INTO state.spend
+    {_REPLACE.format("spend")}
     SELECT :policy, account_id, region, monthly_cost, :currency
     FROM target WHERE error_code IS NULL AND monthly_cost IS NOT NULL;
 
@@ -4680,26 +4672,21 @@ def fetch_notice(
 
 def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
-    rows = db.execute(
-        f"""
+    query = f"""
         SELECT {_target("finding")}, count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
         WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
         GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
-        """,
-        _names(db, scan),
-    )
-    return [*load_rows(rows, target=Target, number=int)]
+    """
+    return [*load_rows(db.execute(query, _names(db, scan)), target=Target, number=int)]
 
 
 def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
     """Yield the instances that were seen and all of whose violations are exempted, sorted."""
-    rows = db.execute(
-        "SELECT account_id, account_name, region, instance_id, state, launch_time, tags, exempted FROM seen "
-        f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
-    )
-    for *columns, tags, exempted in rows:
-        values = (*columns, json.loads(tags), tuple(map(_as_exempted, json.loads(exempted))))
+    columns = ", ".join(ExemptedInstance.__slots__)
+    where = f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
+    for *texts, tags, exempted in db.execute(f"SELECT {columns} FROM seen {where}"):
+        values = (*texts, json.loads(tags), tuple(map(_as_exempted, json.loads(exempted))))
         yield ExemptedInstance(*values)
 
 
@@ -4733,16 +4720,14 @@ def fetch_oldest(db: sqlite3.Connection, scan: Scan, limit: int) -> list[Finding
 
 def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]]:
     """Return the exemptions that cover whole instances: reason, last day, and number of instances."""
-    rows = db.execute(
-        """
+    query = """
         SELECT reason, expires, count(*) FROM (
             SELECT DISTINCT target, instance_id, json_extract(one.value, '$.reason') AS reason,
                 json_extract(one.value, '$.expires') AS expires
             FROM seen CROSS JOIN json_each(exempted) AS one WHERE violations IS NULL
         ) GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
-        """
-    )
-    return rows.fetchall()
+    """
+    return db.execute(query).fetchall()
 
 
 _FINDING = _columns(Finding, "finding")
@@ -4942,8 +4927,7 @@ def fetch_accounts(db: sqlite3.Connection) -> dict[str, Account]:
 def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
     """Return what happened to a finding, from NEW on."""
     # An event keeps the violations before it; those after it stand in the next one, or in the finding.
-    rows = db.execute(
-        """
+    query = """
         WITH finding AS (
             SELECT * FROM findings WHERE (policy, account_id, region, instance_id) = (?, ?, ?, ?)
         ), event AS (
@@ -4955,10 +4939,9 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
         SELECT at, event, iif(
             event = 'RESOLVED', NULL, coalesce(lead(before) OVER (ORDER BY number), violations)
         ), why FROM event CROSS JOIN finding ORDER BY number
-        """,
-        (policy, finding.account_id, finding.region, finding.instance_id),
-    )
-    return [load_record(Event, row) for row in rows]
+    """
+    place = (policy, finding.account_id, finding.region, finding.instance_id)
+    return [load_record(Event, row) for row in db.execute(query, place)]
 
 
 def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
@@ -4969,8 +4952,7 @@ def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
 
 def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
-    rows = db.execute(
-        f"""
+    query = f"""
         SELECT {_target("latest")},
             latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
             coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
@@ -4978,10 +4960,8 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
         FROM ({_LATEST.format("'read', 'unread'")}) AS latest
         LEFT JOIN ({_LAST_READ}) AS read USING (account_id, region)
         LEFT JOIN scans ON scans.id = read.scan ORDER BY account_id, region
-        """,
-        {"policy": policy},
-    )
-    return [load_record(Standing, row) for row in rows]
+    """
+    return [load_record(Standing, row) for row in db.execute(query, {"policy": policy})]
 
 
 def fetch_spend(db: sqlite3.Connection, policy: str) -> list[tuple[str, float]]:
@@ -5093,10 +5073,9 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     seen = db.execute("SELECT at, sum(open) FROM temp.daily WHERE open GROUP BY 1")
     greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
     fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
-    owners = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
-    found = [
-        OwnerFindings(*row) for row in load_rows(owners, owner=str, open=int, resolved=int, cost=float | None)
-    ]
+    rows = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
+    owners = load_rows(rows, owner=str, open=int, resolved=int, cost=float | None)
+    found = [*itertools.starmap(OwnerFindings, owners)]
     return OpenFindings(
         total,
         by_tag=sorted(((key, number) for key, number, _ in tags), key=lambda pair: (-pair[1], pair[0])),
@@ -5126,11 +5105,8 @@ def _of_owner(
     changes = Counter[str]()
     for moment, number in db.execute("SELECT at, number FROM temp.daily WHERE owner = :of", names):
         changes[max(moment[:10], days[0])] += number
-    numbers = itertools.accumulate(changes[day] for day in days)
-    trend = [
-        TrendPoint(f"{day}T00:00:00Z", number, 0, 0, 0, 0, 0)
-        for day, number in zip(days, numbers, strict=True)
-    ]
+    opened = zip(days, itertools.accumulate(changes[day] for day in days), strict=True)
+    trend = [TrendPoint(f"{day}T00:00:00Z", number, 0, 0, 0, 0, 0) for day, number in opened]
     causes = _causes(db, "SELECT * FROM temp.grouped WHERE owner = :of", names, OWNER_CAUSES)
     oldest = _oldest(db, "owner = :of", names, OWNER_OLDEST)
     return replace(found, trend=trend, causes=causes, oldest=oldest)
