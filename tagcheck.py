@@ -2986,11 +2986,9 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
             state = json_at(entry, str, "State" if entry.get("State") else "Status")
             name = printable(stripped(json_at(entry, str, "Name"))) if entry.get("Name") else ""
             # Each path may end with the account itself (Organizations API reference, Account).
-            paths = (
-                _matching(rf"{ACCOUNT_PATH}(?=/([0-9]{{12}}/)?\Z)", path, "a path")
-                for path in entry.get("Paths") or ()
-            )
-            account = Account(cut_text(name, MAX_ACCOUNT_NAME), " ".join(f"{path}/" for path in paths), state)
+            place = rf"{ACCOUNT_PATH}/(?=([0-9]{{12}}/)?\Z)"
+            paths = (_matching(place, path, "a path") for path in entry.get("Paths") or ())
+            account = Account(cut_text(name, MAX_ACCOUNT_NAME), " ".join(paths), state)
             if (known := accounts.setdefault(account_id, account)).state != state:
                 raise ValueError(f"{account_id} is {known.state!r} and {state!r}")
         if not accounts:
@@ -4700,10 +4698,7 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
 def fetch_findings(
     db: sqlite3.Connection, scan: Scan, statuses: Iterable[Status] = (), *, resolved: bool = False
 ) -> Iterator[Finding]:
-    """Yield the findings of the scan that is being recorded, or those that it resolved, sorted.
-
-    Where statuses are given, only findings with one of them.
-    """
+    """Yield the findings (of some statuses) of the scan being recorded, or those that it resolved, sorted."""
     ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
     chosen = f" AND finding.status IN ({', '.join(map(repr, map(str, statuses)))})" if statuses else ""
     query = f"SELECT {_FINDING} {ended if resolved else _SEEN}{chosen} {_SORTED}"
@@ -4736,10 +4731,7 @@ _FINDING = _columns(Finding, "finding")
 def fetch_upcoming(
     db: sqlite3.Connection, policy: str, today: date, *, of_scan: bool = False
 ) -> list[Upcoming]:
-    """Return how many instances fail each rule that does not count yet, the earliest rule first.
-
-    They are those of all targets, or of those that the scan being recorded has read.
-    """
+    """Return how many instances (of all, or of the scan) fail each rule that does not count yet, by day."""
     query = f"""
         SELECT tag_key, effective_from, sum(instances)
         FROM upcoming {f"JOIN ({_READ}) USING (account_id, region)" if of_scan else ""}
@@ -4886,16 +4878,14 @@ def _owner_names(owner_tag: str) -> dict[str, Any]:
 def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
     is_in, before = "IN (SELECT value FROM json_each(:{}))".format, selection.first_seen_before
+    has_key = f"EXISTS (SELECT 1 FROM json_each(tag_keys) WHERE value {is_in('keys')})"
     conditions: dict[str, tuple[str, Any]] = {
         "policy": ("policy = :policy", selection.policy),
         "instance": ("instance_id = :instance", selection.instance_id),
         "accounts": (f"account_id {is_in('accounts')}", _list_or_null(selection.accounts)),
         "regions": (f"region {is_in('regions')}", _list_or_null(selection.regions)),
         "statuses": (f"status {is_in('statuses')}", _list_or_null(selection.statuses)),
-        "keys": (
-            "EXISTS (SELECT value FROM json_each(tag_keys) INTERSECT SELECT value FROM json_each(:keys))",
-            _list_or_null(selection.tag_keys),
-        ),
+        "keys": (has_key, _list_or_null(selection.tag_keys)),
         "before": ("first_seen < :before", before and utc_text(before)),
         "owners": (f"{_OWNER} {is_in('owners')}", _list_or_null(selection.owners)),
     }
