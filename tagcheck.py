@@ -68,6 +68,7 @@ from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum, unique
 from io import StringIO, TextIOBase, TextIOWrapper
 from pathlib import Path
+from sqlite3 import Connection
 from types import SimpleNamespace
 from typing import (
     IO,
@@ -2649,9 +2650,7 @@ NO_CONNECTION = frozenset(
     "EndpointConnectionError ConnectTimeoutError ConnectionClosedError ProxyConnectionError ReadTimeoutError "
     "CallTimeout".split()
 )
-_CUT_SHORT = frozenset(
-    "IncompleteReadError ResponseStreamingError FlexibleChecksumError ResponseParserError".split()
-)
+_CUT_SHORT = "IncompleteReadError ResponseStreamingError FlexibleChecksumError ResponseParserError".split()
 # Advice by service and code, by code, or by service.
 _CALL_ADVICE = ADVICE | {
     "sts AccessDenied": "the role does not exist, or does not trust the caller (tagcheck.py iam-policy)",
@@ -2994,10 +2993,9 @@ def describe_accounts(organizations: Any) -> dict[str, Account]:
         if not accounts:
             raise KeyError("account")
     except (TargetError, KeyError, TypeError, ValueError) as error:
-        raise CredentialsError(
-            f"cannot list the accounts of the organization: {json_error(error)} (this takes the management "
-            "account, or a delegated administrator)"
-        ) from error
+        takes = "this takes the management account, or a delegated administrator"
+        message = f"cannot list the accounts of the organization: {json_error(error)} ({takes})"
+        raise CredentialsError(message) from error
     return accounts
 
 
@@ -3212,9 +3210,7 @@ class _AnswerParser:
 
 
 # To botocore, 20260224 is a second of August 1970, not a day as Python reads it.
-_LAUNCH_TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})"
-)
+_LAUNCH_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def _instance_of_texts(texts: Sequence[str | None], tags: dict[str, str]) -> Instance:
@@ -3424,11 +3420,11 @@ CLOUDTRAIL_DAYS = 90  # for which CloudTrail keeps events
 LAST_LAUNCH = datetime(9999, 1, 1, tzinfo=UTC)  # to look up: Python knows no later year
 LOOKUP_PAUSE = 0.5  # CloudTrail takes two lookups a second in an account and region (its API reference)
 MAX_EVENT_PAGES = 10
+Launch = tuple[str, datetime]  # an instance's id, and when it was launched
+Created = tuple[str, Creator]  # an instance's id, and who launched it
 
 
-def describe_creators(
-    client: Any, launches: Iterable[tuple[str, datetime]], deadline: float
-) -> Iterator[list[tuple[str, Creator]]]:
+def describe_creators(client: Any, launches: Iterable[Launch], deadline: float) -> Iterator[list[Created]]:
     """Yield who created instances, given by id and launch time, until a time of the monotonic clock.
 
     One RunInstances may create many of them, and answers for all. Raises TargetError.
@@ -3447,9 +3443,7 @@ def describe_creators(
             yield [(instance_id, Creator(None, "CloudTrail has no RunInstances event for it"))]
 
 
-def _look_up_creator(
-    client: Any, instance_id: str, launched: datetime, deadline: float
-) -> list[tuple[str, Creator]]:
+def _look_up_creator(client: Any, instance_id: str, launched: datetime, deadline: float) -> list[Created]:
     """Return what creators_of finds in the first page of events that has any creator; raises TargetError."""
     by_id = [{"AttributeKey": "ResourceName", "AttributeValue": instance_id}]
     around = {"StartTime": launched - timedelta(minutes=10), "EndTime": launched + timedelta(minutes=10)}
@@ -3462,7 +3456,7 @@ def _look_up_creator(
     return []
 
 
-def creators_of(event: Any) -> list[tuple[str, Creator]]:
+def creators_of(event: Any) -> list[Created]:
     """Return each instance that a CloudTrail event created, and who created it; the event may be any JSON."""
     if text_at(event, "EventName") != "RunInstances":
         return []
@@ -4021,7 +4015,7 @@ def _state_errors(name: Path | str) -> Iterator[None]:
         raise StateError(f"the state {name} {advice.get(code, unusable)}") from error
 
 
-def _connect(path: Path | None = None) -> sqlite3.Connection:
+def _connect(path: Path | None = None) -> Connection:
     """Open a file that exists, or a private database, which SQLite deletes when it is closed, or killed."""
     uri = f"{path.absolute().as_uri()}?mode=rw" if path else ""
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None)
@@ -4031,7 +4025,7 @@ def _connect(path: Path | None = None) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
+def opened_state(path: Path, name: Path | str) -> Iterator[Connection]:
     """Yield a connection to a state whose schema is ours; raises StateError, which says `name`."""
     try:
         status = path.stat()
@@ -4057,7 +4051,7 @@ def opened_state(path: Path, name: Path | str) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[None]:
+def _attached(db: Connection, path: Path, name: Path | str) -> Iterator[None]:
     """Attach a state whose schema is ours to the sightings; raises StateError."""
     with _state_errors(name):
         db.execute("ATTACH DATABASE ? AS state", (f"{path.absolute().as_uri()}?mode=rw",))
@@ -4069,7 +4063,7 @@ def _attached(db: sqlite3.Connection, path: Path, name: Path | str) -> Iterator[
 
 
 @contextlib.contextmanager
-def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
+def transaction(db: Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
     """Run the body in one transaction, which an exception undoes."""
     db.execute(f"BEGIN {mode}")
     try:
@@ -4084,14 +4078,14 @@ def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[Non
 Names = Mapping[str, Any]  # the values of a query's names
 
 
-def _run(db: sqlite3.Connection, script: str, names: Names | None = None) -> None:
+def _run(db: Connection, script: str, names: Names | None = None) -> None:
     """Run the statements of a script in the open transaction, which executescript() would commit."""
     for statement in script.split(";"):
         db.execute(statement, names or {})
 
 
 @contextlib.contextmanager
-def writing_state(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
+def writing_state(db: Connection, name: Path | str, schema: str = "main") -> Iterator[None]:
     """Write to a state of the present version in one transaction, which an exception undoes."""
     # In other words than before ATTACH: sqlite3 keeps that statement, which would not lock the state.
     with transaction(db, f"IMMEDIATE /* {schema} */"):
@@ -4117,7 +4111,7 @@ def check_state(path: Path, name: Path | str | None = None, *, create: bool = Tr
         check_state(path, name, create=False)
 
 
-def _migrate(db: sqlite3.Connection, name: Path | str) -> None:
+def _migrate(db: Connection, name: Path | str) -> None:
     """Bring a state that is not damaged to the present version in one transaction; raises StateError."""
     # quick_check would not notice flipped bits in an index.
     damage = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
@@ -4155,7 +4149,7 @@ _OLDER_OBJECT = re.compile(
 )
 
 
-def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main") -> int:
+def _state_version(db: Connection, name: Path | str, schema: str = "main") -> int:
     """Return the version of a state: 0 for a new file and for the older tool's.
 
     Raises StateError for another program's database, for a newer version, and for a schema that is not of its
@@ -4168,9 +4162,8 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     if application_id != APPLICATION_ID and not is_new:
         raise StateError(f"the state {name} is another program's database: name another file with --state")
     if version > len(MIGRATIONS):
-        raise StateError(
-            f"the state {name} was written by a newer tagcheck (version {version}): use that one"
-        )
+        newer = f"was written by a newer tagcheck (version {version}): use that one"
+        raise StateError(f"the state {name} {newer}")
     expected = _expected_schema(max(version, 0))
     why = [f"its version is {version}"] if version < 0 else []
     for kind, item, table, sql in sorted(found - expected, key=repr):
@@ -4184,7 +4177,7 @@ def _state_version(db: sqlite3.Connection, name: Path | str, schema: str = "main
     return version
 
 
-def _read_schema(db: sqlite3.Connection, schema: str = "main") -> Counter[tuple[str, ...]]:
+def _read_schema(db: Connection, schema: str = "main") -> Counter[tuple[str, ...]]:
     """Return the objects of a database: type, name, table and SQL with its white space made alike."""
     try:
         rows = db.execute(f"SELECT type, name, tbl_name, sql FROM {schema}.sqlite_master").fetchall()
@@ -4210,7 +4203,7 @@ def _is_of_older_tool(kind: str, name: str, table: str, sql: str) -> bool:
     return table == OLDER_TABLE and (is_index or _OLDER_OBJECT.match(sql) is not None)
 
 
-def _has_older_table(db: sqlite3.Connection, schema: str) -> bool:
+def _has_older_table(db: Connection, schema: str) -> bool:
     """Return whether a database has the older tool's table."""
     return {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
 
@@ -4218,7 +4211,7 @@ def _has_older_table(db: sqlite3.Connection, schema: str) -> bool:
 # ---- What a scan saw ---------------------------------------------------------------------------------
 
 
-def open_sightings() -> sqlite3.Connection:
+def open_sightings() -> Connection:
     """Return a private database for what a scan sees."""
     db = _connect()
     _run(db, SIGHTINGS)
@@ -4230,14 +4223,14 @@ def sighting_errors() -> contextlib.AbstractContextManager[None]:
     return _state_errors(Path(tempfile.gettempdir()) / "(of this scan)")
 
 
-def add_target(db: sqlite3.Connection, target: Target) -> int:
+def add_target(db: Connection, target: Target) -> int:
     """Add a target that is being read, and return its number among the sightings."""
     columns = ", ".join(target.__slots__)
     row = db.execute(f"INSERT INTO target ({columns}) VALUES (?, ?, ?, ?)", astuple(target))
     return row.lastrowid or 0
 
 
-def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None:
+def fail_target(db: Connection, target: int, error: TargetError) -> None:
     """Record why a target could not be read in full; what was seen of it no longer counts."""
     failure = (error.code, error.message, target)
     db.execute("UPDATE target SET error_code = ?, error_message = ? WHERE id = ?", failure)
@@ -4245,7 +4238,7 @@ def fail_target(db: sqlite3.Connection, target: int, error: TargetError) -> None
 
 
 def add_sightings(
-    db: sqlite3.Connection,
+    db: Connection,
     target: int,
     sightings: Sequence[tuple[Sighting, float | None]],
     rules: Sequence[RequiredTag] = (),
@@ -4261,11 +4254,10 @@ def add_sightings(
         for entry in _usage_of(groups, values):
             usage[entry] += number
     counts = ((target, *entry, to_json(values), number) for (*entry, values), number in usage.items())
-    priced = [
-        cost
-        for seen, cost in sightings
-        if cost is not None and not seen.too_young and (seen.violations or not seen.exempted)
-    ]
+    judged = (
+        cost for seen, cost in sightings if not seen.too_young and (seen.violations or not seen.exempted)
+    )
+    priced = [cost for cost in judged if cost is not None]
     with transaction(db):
         if priced:
             spend = "UPDATE target SET monthly_cost = coalesce(monthly_cost, 0) + ? WHERE id = ?"
@@ -4297,7 +4289,7 @@ def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | Non
 
 
 def add_aliased(
-    db: sqlite3.Connection,
+    db: Connection,
     target: int,
     sightings: Iterable[Sighting],
     rules: Iterable[RequiredTag],
@@ -4342,7 +4334,7 @@ def _usage_of(groups: Groups, values: Values) -> Iterator[tuple[str, str, str, V
             yield kind, name, "" if can_tag else cause, values
 
 
-def add_suggestions(db: sqlite3.Connection, policy: Policy) -> None:
+def add_suggestions(db: Connection, policy: Policy) -> None:
     """Add the likely values of the tags that violate the policy, from all that was seen."""
     reliability = Reliability()
     targets = db.execute("SELECT id, region FROM target WHERE error_code IS NULL AND region <> '*'")
@@ -4404,9 +4396,7 @@ _AGREEMENTS = f"""
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
 
 
-def fetch_uncreated(
-    db: sqlite3.Connection, path: Path, scan: Scan, since: datetime
-) -> dict[Target, list[tuple[str, datetime]]]:
+def fetch_uncreated(db: Connection, path: Path, scan: Scan, since: datetime) -> dict[Target, list[Launch]]:
     """Return by target the findings launched since a time that have no known creator, the youngest first."""
     query = f"""
         SELECT account_id, region, instance_id, seen.launch_time
@@ -4426,18 +4416,16 @@ def fetch_uncreated(
         }
 
 
-def add_unknown_creators(db: sqlite3.Connection, before: datetime, reason: str) -> None:
+def add_unknown_creators(db: Connection, before: datetime, reason: str) -> None:
     """Add why the creators of what was launched before a time cannot be known any more."""
     query = "UPDATE sighting SET created_by_reason = ? WHERE violations IS NOT NULL AND launch_time < ?"
     db.execute(query, (reason, utc_text(before)))
 
 
-def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tuple[str, Creator]]) -> None:
+def add_creators(db: Connection, target: Target, creators: Iterable[Created]) -> None:
     """Add who launched instances of a target, or why that is not known."""
-    query = (
-        "UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? "
-        "AND target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
-    )
+    place = "target = (SELECT id FROM target WHERE (account_id, region) = (?, ?))"
+    query = f"UPDATE sighting SET created_by = ?, created_by_reason = ? WHERE instance_id = ? AND {place}"
     for id_, creator in creators:
         name = creator.name and printable(creator.name)
         db.execute(query, (name, creator.reason, id_, target.account_id, target.region))
@@ -4447,9 +4435,7 @@ def add_creators(db: sqlite3.Connection, target: Target, creators: Iterable[tupl
 
 
 @contextlib.contextmanager
-def record_scan(
-    db: sqlite3.Connection, path: Path, scan: Scan, finished_at: datetime, name: str
-) -> Iterator[None]:
+def record_scan(db: Connection, path: Path, scan: Scan, finished_at: datetime, name: str) -> Iterator[None]:
     """Record what was seen into the state, in one transaction that ends after the body of the `with`.
 
     In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
@@ -4472,7 +4458,7 @@ def record_scan(
         yield
 
 
-def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
+def _names(db: Connection, scan: Scan) -> dict[str, Any]:
     """Return the values of a scan that is being recorded by the names that queries have for them."""
     number = db.execute("SELECT id FROM state.scans WHERE scan_id = ?", (scan.scan_id,)).fetchone()[0]
     ages = to_json([age.days for age in (scan.policy.notify or Notify()).reminders])
@@ -4480,7 +4466,7 @@ def _names(db: sqlite3.Connection, scan: Scan) -> dict[str, Any]:
     return names | {"may_hide": scan.may_hide_managed, "currency": scan.currency}
 
 
-def _find_resolved(db: sqlite3.Connection, names: Names, policy: Policy) -> None:
+def _find_resolved(db: Connection, names: Names, policy: Policy) -> None:
     """Find the open findings that this scan resolves, and why; raises _BadRowError."""
     db.execute("DELETE FROM resolved")
     kinds: dict[str, Any] = {"id": int, "region": str, "violations": tuple[Violation, ...]}
@@ -4646,7 +4632,7 @@ _DIFFERING = """
 # ---- What the scan being recorded has found ----------------------------------------------------------
 
 
-def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
+def fetch_coverage(db: Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
     query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
     rows = db.execute(f"{query} ORDER BY account_id, region", _names(db, scan))
@@ -4654,7 +4640,7 @@ def fetch_coverage(db: sqlite3.Connection, scan: Scan) -> list[Coverage]:
 
 
 def fetch_notice(
-    db: sqlite3.Connection, scan: Scan, name: str, coverage: Iterable[Coverage], *, dry_run: bool
+    db: Connection, scan: Scan, name: str, coverage: Iterable[Coverage], *, dry_run: bool
 ) -> str:
     """Return why every finding of the scan being recorded is NEW; nothing where earlier ones are known."""
     rows = db.execute("SELECT DISTINCT policy FROM state.scans WHERE scan_id <> ?", (scan.scan_id,))
@@ -4668,7 +4654,7 @@ def fetch_notice(
     return would if dry_run else f"New state {name}: every finding is NEW"
 
 
-def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]:
+def fetch_unseen(db: Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     query = f"""
         SELECT {_target("finding")}, count(*) FROM state.findings AS finding
@@ -4679,7 +4665,7 @@ def fetch_unseen(db: sqlite3.Connection, scan: Scan) -> list[tuple[Target, int]]
     return [*load_rows(db.execute(query, _names(db, scan)), target=Target, number=int)]
 
 
-def fetch_exempted(db: sqlite3.Connection) -> Iterator[ExemptedInstance]:
+def fetch_exempted(db: Connection) -> Iterator[ExemptedInstance]:
     """Yield the instances that were seen and all of whose violations are exempted, sorted."""
     columns = ", ".join(ExemptedInstance.__slots__)
     where = f"WHERE violations IS NULL AND exempted IS NOT NULL {_SORTED}"
@@ -4696,7 +4682,7 @@ def _as_exempted(record: Mapping[str, Any]) -> Exempted:
 
 
 def fetch_findings(
-    db: sqlite3.Connection, scan: Scan, statuses: Iterable[Status] = (), *, resolved: bool = False
+    db: Connection, scan: Scan, statuses: Iterable[Status] = (), *, resolved: bool = False
 ) -> Iterator[Finding]:
     """Yield the findings (of some statuses) of the scan being recorded, or those that it resolved, sorted."""
     ended = "FROM state.findings AS finding WHERE id IN (SELECT finding FROM resolved)"
@@ -4705,7 +4691,7 @@ def fetch_findings(
     return (load_record(Finding, row) for row in db.execute(query, _names(db, scan)))
 
 
-def fetch_oldest(db: sqlite3.Connection, scan: Scan, limit: int) -> list[Finding]:
+def fetch_oldest(db: Connection, scan: Scan, limit: int) -> list[Finding]:
     """Return the REPEAT findings of the scan that is being recorded that were first seen first."""
     oldest = f"SELECT finding.id {_SEEN} AND status = 'REPEAT' ORDER BY first_seen, {_KEY} LIMIT {limit}"
     query = f"SELECT {_FINDING} FROM state.findings AS finding WHERE id IN ({oldest})"
@@ -4713,7 +4699,7 @@ def fetch_oldest(db: sqlite3.Connection, scan: Scan, limit: int) -> list[Finding
     return [load_record(Finding, row) for row in rows]
 
 
-def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]]:
+def fetch_exemptions(db: Connection) -> list[tuple[str, str | None, int]]:
     """Return the exemptions that cover whole instances: reason, last day, and number of instances."""
     query = """
         SELECT reason, expires, count(*) FROM (
@@ -4728,9 +4714,7 @@ def fetch_exemptions(db: sqlite3.Connection) -> list[tuple[str, str | None, int]
 _FINDING = _columns(Finding, "finding")
 
 
-def fetch_upcoming(
-    db: sqlite3.Connection, policy: str, today: date, *, of_scan: bool = False
-) -> list[Upcoming]:
+def fetch_upcoming(db: Connection, policy: str, today: date, *, of_scan: bool = False) -> list[Upcoming]:
     """Return how many instances (of all, or of the scan) fail each rule that does not count yet, by day."""
     query = f"""
         SELECT tag_key, effective_from, sum(instances)
@@ -4740,17 +4724,17 @@ def fetch_upcoming(
     return [load_record(Upcoming, row) for row in db.execute(query, (policy, str(today)))]
 
 
-def fetch_causes(db: sqlite3.Connection, scan: Scan) -> list[Cause]:
+def fetch_causes(db: Connection, scan: Scan) -> list[Cause]:
     """Return what the findings of the scan that is being recorded have in common, the greatest first."""
     return _causes(db, _GROUPED.format(owner="''", source=_SEEN), _names(db, scan))
 
 
-def fetch_operators(db: sqlite3.Connection, scan: Scan) -> list[tuple[str, int]]:
+def fetch_operators(db: Connection, scan: Scan) -> list[tuple[str, int]]:
     """Return which AWS services operate instances with findings, and how many, in the scan being recorded."""
     return _count(db, _SEEN, _names(db, scan), "managed_by")
 
 
-def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
+def fetch_costs(db: Connection, scan: Scan) -> tuple[list[tuple[str, float]], int]:
     """Return what the scan's findings that lack each tag cost per month, and how many have no price."""
     names = _names(db, scan)
     query = f"SELECT count(finding.monthly_cost), count(*) - count(finding.monthly_cost) {_SEEN}"
@@ -4761,14 +4745,14 @@ def fetch_costs(db: sqlite3.Connection, scan: Scan) -> tuple[list[tuple[str, flo
 # Three ways to count findings: of _SEEN, what the scan being recorded found, or of _OPEN, what is open.
 
 
-def _count(db: sqlite3.Connection, source: str, names: Names, column: str) -> list[tuple[str, int]]:
+def _count(db: Connection, source: str, names: Names, column: str) -> list[tuple[str, int]]:
     """Return how many findings have each value of a column; those without one are left out."""
     column = f"finding.{column}"
     query = f"SELECT {column}, count(*) {source} AND {column} <> '' GROUP BY 1 ORDER BY 2 DESC, 1"
     return [*load_rows(db.execute(query, names), **{column: str}, number=int)]
 
 
-def _by_tag(db: sqlite3.Connection, source: str, names: Names) -> list[tuple[str, int, float]]:
+def _by_tag(db: Connection, source: str, names: Names) -> list[tuple[str, int, float]]:
     """Return how many findings fail each tag, and what they cost per month, the most expensive first."""
     # Each different list of keys is read once.
     query = f"""
@@ -4793,7 +4777,7 @@ _GREATEST = """
 """
 
 
-def _causes(db: sqlite3.Connection, grouped: str, names: Names, most: int = MAX_CAUSES) -> list[Cause]:
+def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) -> list[Cause]:
     """Return the causes of findings in the greatest groups; a group of one instance is not a cause."""
     query = f"""
         WITH greatest AS ({_GREATEST.format(grouped=grouped, most=most)}), cause AS (
@@ -4820,7 +4804,7 @@ def require_scans(path: Path, name: str) -> None:
             raise StateError(f"the state {name} has no scan yet, and --require-state is given: {advice}")
 
 
-def fetch_policies(db: sqlite3.Connection) -> dict[str, str]:
+def fetch_policies(db: Connection) -> dict[str, str]:
     """Return the names of the policies of which a state has scans, each with the file it last had."""
     rows = db.execute("SELECT policy, policy_file, max(id) FROM scans GROUP BY policy ORDER BY policy")
     return {policy: file for policy, file, _ in load_rows(rows, policy=str, policy_file=str, id=int)}
@@ -4875,7 +4859,7 @@ def _owner_names(owner_tag: str) -> dict[str, Any]:
     return names | {"owner_path": path, "sure": MIN_CONFIDENCE}
 
 
-def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Finding]:
+def fetch_history(db: Connection, selection: Selection) -> Iterator[Finding]:
     """Yield the findings that a state keeps, the open ones first and of these the oldest."""
     is_in, before = "IN (SELECT value FROM json_each(:{}))".format, selection.first_seen_before
     has_key = f"EXISTS (SELECT 1 FROM json_each(tag_keys) WHERE value {is_in('keys')})"
@@ -4901,20 +4885,20 @@ def fetch_history(db: sqlite3.Connection, selection: Selection) -> Iterator[Find
         yield load_record(Finding, finding.fetchone())
 
 
-def fetch_aliased(db: sqlite3.Connection, policy: str) -> Iterator[Aliased]:
+def fetch_aliased(db: Connection, policy: str) -> Iterator[Aliased]:
     """Yield the tags that a policy wants under their rules' own keys, as they were last seen."""
     query = f"SELECT {_columns(Aliased, 'aliased')} FROM aliased WHERE policy = ?"
     return (load_record(Aliased, row) for row in db.execute(query, (policy,)))
 
 
-def fetch_accounts(db: sqlite3.Connection) -> dict[str, Account]:
+def fetch_accounts(db: Connection) -> dict[str, Account]:
     """Return what is known of each account that was scanned, by its id."""
     rows = db.execute("SELECT account_id, name, paths FROM accounts")
     known = load_rows(rows, account_id=str, name=str, paths=str)
     return {account_id: Account(name, paths) for account_id, name, paths in known}
 
 
-def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[Event]:
+def fetch_events(db: Connection, policy: str, finding: Finding) -> list[Event]:
     """Return what happened to a finding, from NEW on."""
     # An event keeps the violations before it; those after it stand in the next one, or in the finding.
     query = """
@@ -4934,13 +4918,13 @@ def fetch_events(db: sqlite3.Connection, policy: str, finding: Finding) -> list[
     return [load_record(Event, row) for row in db.execute(query, place)]
 
 
-def fetch_trend(db: sqlite3.Connection, policy: str) -> list[TrendPoint]:
+def fetch_trend(db: Connection, policy: str) -> list[TrendPoint]:
     """Return what was open after each scan of a policy, and what the scan changed."""
     query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
     return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
 
 
-def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
+def fetch_standings(db: Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     query = f"""
         SELECT {_target("latest")},
@@ -4954,7 +4938,7 @@ def fetch_standings(db: sqlite3.Connection, policy: str) -> list[Standing]:
     return [load_record(Standing, row) for row in db.execute(query, {"policy": policy})]
 
 
-def fetch_spend(db: sqlite3.Connection, policy: str) -> list[tuple[str, float]]:
+def fetch_spend(db: Connection, policy: str) -> list[tuple[str, float]]:
     """Return what the instances that were judged cost in a month, by the currency of the prices."""
     rows = db.execute("SELECT currency, sum(monthly_cost) FROM spend WHERE policy = ? GROUP BY 1", (policy,))
     return [*load_rows(rows, currency=str, cost=float)]
@@ -5047,7 +5031,7 @@ _UNREAD_TARGETS = f"""(account_id, region) IN (
 )"""
 
 
-def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
+def fetch_open(db: Connection, policy: str, owner_tag: str, now: datetime) -> OpenFindings:
     """Count the open findings of a policy; `owner_tag` is the tag that names the owner."""
     days = [str((now - timedelta(days=ago)).date()) for ago in range(OWNER_DAYS, -1, -1)]
     names = {"policy": policy, "since": days[0]} | _owner_names(owner_tag)
@@ -5087,9 +5071,7 @@ def fetch_open(db: sqlite3.Connection, policy: str, owner_tag: str, now: datetim
     )
 
 
-def _of_owner(
-    db: sqlite3.Connection, found: OwnerFindings, names: Names, days: Sequence[str]
-) -> OwnerFindings:
+def _of_owner(db: Connection, found: OwnerFindings, names: Names, days: Sequence[str]) -> OwnerFindings:
     """Return an owner's findings with their trend by day, their causes and the oldest of them."""
     names = {**names, "of": found.owner}
     changes = Counter[str]()
@@ -5102,7 +5084,7 @@ def _of_owner(
     return replace(found, trend=trend, causes=causes, oldest=oldest)
 
 
-def _oldest(db: sqlite3.Connection, where: str, names: Names, most: int) -> list[Alike]:
+def _oldest(db: Connection, where: str, names: Names, most: int) -> list[Alike]:
     """Return the findings that are open for longest; of those that are alike, one with their number."""
     # The oldest so many groups are of the oldest so many times: only these are grouped.
     some = f"{_OPEN} AND {where}"
@@ -5169,7 +5151,7 @@ _PRUNE = """
 # ---- What is sent about a scan -----------------------------------------------------------------------
 
 
-def queue_notifications(db: sqlite3.Connection, scan: Scan, endings: Sequence[str]) -> None:
+def queue_notifications(db: Connection, scan: Scan, endings: Sequence[str]) -> None:
     """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
 
     That is a finding when it opens, and again where it was sent last before it reached an age of `reminders`;
@@ -5220,13 +5202,13 @@ _QUEUE_NOTIFICATIONS = f"""
 """
 
 
-def fetch_pending(db: sqlite3.Connection, policy: str, subject: str) -> set[str]:
+def fetch_pending(db: Connection, policy: str, subject: str) -> set[str]:
     """Return the channels that a subject is pending for."""
     query = "SELECT channel FROM state.notifications WHERE policy = ? AND subject = ? AND told_at IS NULL"
     return {channel for (channel,) in db.execute(query, (policy, subject))}
 
 
-def fetch_reminder(db: sqlite3.Connection, scan: Scan, finding: Finding) -> tuple[int, str]:
+def fetch_reminder(db: Connection, scan: Scan, finding: Finding) -> tuple[int, str]:
     """Return the age in days that a pending finding is a reminder of, else 0, and since when it is open."""
     if finding.status is not Status.REPEAT:
         return 0, ""
@@ -5251,15 +5233,13 @@ class DigestLine(NamedTuple):
 Listed = tuple[int, int, list[tuple[str, str]]]
 
 
-def add_digest_lines(db: sqlite3.Connection, lines: Iterable[DigestLine]) -> None:
+def add_digest_lines(db: Connection, lines: Iterable[DigestLine]) -> None:
     """Keep what belongs in digests until they are sent."""
     db.execute("DELETE FROM digest_line")
     db.executemany("INSERT INTO digest_line VALUES (?, ?, ?, ?, ?, ?)", lines)
 
 
-def fetch_digests(
-    db: sqlite3.Connection, channel: str, limit: int
-) -> Iterator[tuple[str, str | None, list[Listed]]]:
+def fetch_digests(db: Connection, channel: str, limit: int) -> Iterator[tuple[str, str | None, list[Listed]]]:
     """Yield each recipient of a channel, the owner of all its findings if they have one, and the findings."""
     lists = """
         SELECT recipient, age, count(line), min(owner), max(owner) FROM digest_line WHERE channel = ?
@@ -5279,12 +5259,12 @@ def fetch_digests(
         yield to, owners.pop() if len(owners) == 1 else None, listed
 
 
-def drop_digest(db: sqlite3.Connection, channel: str, recipient: str) -> None:
+def drop_digest(db: Connection, channel: str, recipient: str) -> None:
     """Forget what could not be sent, so that it stays pending."""
     db.execute("DELETE FROM digest_line WHERE (channel, recipient) = (?, ?)", (channel, recipient))
 
 
-def record_sent(db: sqlite3.Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
+def record_sent(db: Connection, state: State, policy: str, channel: str, sent_at: datetime) -> None:
     """Record in the state that a channel was sent what `digest_line` still has; raises StateError."""
     sent = "SELECT ?, ?, channel, subject FROM digest_line WHERE channel = ? AND subject IS NOT NULL"
     values = (utc_text(sent_at), policy, channel)
@@ -5391,10 +5371,11 @@ class S3State:
                 if tries[error.kind] >= S3_LIMITS.get(error.kind, S3_TRIES):
                     if error.kind == "damaged" and not recorded:
                         raise
-                    raise UploadError(
-                        f"the state {self.name}: given up after {counted(number, 'try', 'tries')}, the last "
-                        f"of which ended in {error}; the scan is not recorded, run again"
-                    ) from error
+                    given_up = f"given up after {counted(number, 'try', 'tries')}, the last of which ended in"
+                    message = (
+                        f"the state {self.name}: {given_up} {error}; the scan is not recorded, run again"
+                    )
+                    raise UploadError(message) from error
                 LOG.debug("%s: %s; trying again", self.name, error)
                 time.sleep(random.uniform(0, min(S3_PAUSE, 0.1 * 2**number)))
 
@@ -5477,7 +5458,7 @@ State = LocalState | S3State
 
 
 @contextlib.contextmanager
-def reading_state(state: State) -> Iterator[sqlite3.Connection]:
+def reading_state(state: State) -> Iterator[Connection]:
     """Yield a connection on which a state stays as it is now, for reading; raises StateError.
 
     One of an older version is brought up to date in a private copy: reading writes nothing.
