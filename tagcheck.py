@@ -1341,8 +1341,8 @@ class Policy:
         """The tag that names the owner: that of `notify`, or the required tag Owner, or the first one."""
         if self.notify and self.notify.owners:
             return self.notify.owners.tag
-        keys = self.keys
-        return next((key for key in keys if key.casefold() == "owner"), next(iter(keys), "Owner"))
+        keys = [rule.key for rule in itertools.chain.from_iterable(self.regions.values())]
+        return next((key for key in keys if key.casefold() == "owner"), keys[0] if keys else "Owner")
 
     @property
     def asks_for_units(self) -> bool:
@@ -2174,10 +2174,12 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
 def _tagged_owner(tags: Mapping[str, str], policy: Policy, region: str) -> str:
     """Return who tags say is the owner, if need be under an alias or a key that is near; "" for nobody."""
     key = policy.owner_key
-    rule = policy.rules_by_key(region).get(key)
-    keys = [*(rule.keys if rule else (key,)), near_miss(tags.keys() - {key}, key) or key]
-    values = (stripped(tags.get(each, "")) for each in keys)
-    return next((value for value in values if not is_empty(value, policy.placeholder_values)), "")
+    rule = next((rule for rule in policy.rules(region) if rule.key == key), None)
+    for each in rule.keys if rule else (key,):
+        if not is_empty(owner := tags.get(each, ""), policy.placeholder_values):
+            return stripped(owner)
+    owner = tags[near] if (near := near_miss(tags.keys() - {key}, key)) else ""
+    return "" if is_empty(owner, policy.placeholder_values) else stripped(owner)
 
 
 def aliases_used(
@@ -3214,12 +3216,12 @@ def _members_pattern(start: str, known: Mapping[str, _Element], end: str) -> tup
                 content = f"(/>|>{_SPACE}(?:{tags})*</{name}>)"
             choices.append(f"{name}(?({number})(?!)){content}")  # only if it was not there before
         choices.append(unread(0 if path else _UNREAD_DEPTH, known))
-        return f"{_SPACE}(?:<(?:{'|'.join(choices)}){_SPACE})*"
+        return f"{_SPACE}(?>(?:<(?:{'|'.join(choices)}){_SPACE})*)"
 
     def unread(depth: int, known: Iterable[str] = ()) -> str:
         number, read = next(numbers), "|".join(sorted(_ONLY_IN_PLACE.union(known)))
         close = rf"</\{number}>"
-        inner = f"|(?:<{unread(depth - 1)}{_TEXT})+{close}" if depth else ""
+        inner = f"|(?>(?:<{unread(depth - 1)}{_TEXT})+){close}" if depth else ""
         return rf"(?!(?:{read})[/>])([A-Za-z]\w*+)(?:/>|>{_TEXT}(?:{close}{inner}))"
 
     return f"{start}{members(known)}{end}{_SPACE}", groups
@@ -5880,9 +5882,10 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     are = "is on an instance" if managed == 1 else "are on instances"
     services = ", ".join(f"{service} ({number:,})" for service, number in report.operators)
     yield [f"{counted(managed, 'finding')} {are} that an AWS service operates: {services}"] if managed else []
-    unpriced = f" ({counted(report.unpriced, 'finding')} without a price left out)" if report.unpriced else ""
     money = f" {report.scan.currency}".rstrip()
-    yield [f"{cost:,.2f}{money} a month without {tag_key}{unpriced}" for tag_key, cost in report.costs]
+    costs = [f"{cost:,.2f}{money} a month without {tag_key}" for tag_key, cost in report.costs]
+    left_out = f"left out: {counted(report.unpriced, 'finding')} without a price"
+    yield [*costs, left_out] if report.costs and report.unpriced else costs
     for change, numbers in _preview(report).items() if report.dry_run else ():
         title = "RESOLVED as policy_changed" if change == "policy_changed" else "NEW"
         lines = [f"  {number:>9,}  {tag_key}" for tag_key, number in numbers.items()]
@@ -6821,7 +6824,7 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     if is_printable(owner.owner):
         of = [f"--owner={owner.owner}"] if owner.owner else ["--owner", ""]
         command = shlex.join([*dashboard.remediate, *of])
-        details.append(_node("p", "Plan the likely tags: ", _node("code", command)))
+        details.append(_node("p", "Plan the tags that are likely enough: ", _node("code", command)))
     if is_open:
         details.set("open", "")
     shown = picture if len(numbers) > 1 else ""

@@ -383,7 +383,7 @@ def test_findings_carry_what_they_cost(tmp_path):
     assert report["monthly_cost_without"] == {"Owner": pytest.approx(73), "Project": pytest.approx(146)}
     files = ("--policy", "policy.yaml", "--instances", "fleet.json", "--prices", "prices.csv")
     summary = command(tmp_path, "scan", *files, check=3).out
-    assert "73.00 a month without Owner (1 finding without a price left out)" in summary
+    assert "73.00 a month without Owner\nleft out: 1 finding without a price\n" in summary
     assert "146.00 a month without Project" in summary
     page = command(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
     assert "Spend" in page
