@@ -576,9 +576,20 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or f'{word}s'}"
 
 
+def display_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: some characters are wide (Unicode, UAX 11)."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def cut_text(text: str, width: int) -> str:
     """Return text of at most this width, with … in place of what was cut off."""
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    if len(text) <= width // 2 or display_width(text) <= width:
+        return text
+    ends = itertools.accumulate(map(display_width, text))
+    return f"{text[: sum(end < width for end in itertools.islice(ends, width))]}…"
 
 
 def owner_anchor(owner: str) -> str:
@@ -5757,10 +5768,13 @@ def in_columns(rows: Rows) -> Iterator[str]:
     rows = iter(rows)
     former: list[list[str]] = []
     while block := [[*map(printable, row)] for row in itertools.islice(rows, 1000)]:
-        widths = [max(map(len, column)) for column in zip(*former, *block, strict=True)]
+        widths = [max(map(display_width, column)) for column in zip(*former, *block, strict=True)]
         former = [[" " * width for width in widths]]  # the next block is at least as wide
         for row in block:
-            yield "  ".join(map(str.ljust, row, widths)).rstrip()
+            padded = (
+                cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)
+            )
+            yield "  ".join(padded).rstrip()
 
 
 WIDE = 120  # columns from which on a table also holds what an instance lacks
@@ -5808,7 +5822,7 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     least = [column for column in short if column not in place]
     for columns in ([every] if width >= WIDE else []) + [short, least]:
         lines = [*in_columns([row[column] for column in columns] for row in (head, *block))]
-        if max(map(len, lines)) <= width:
+        if max(map(display_width, lines)) <= width:
             break
     below = [column for column in every if column not in columns]
     for line, row in zip(lines, (None, *block), strict=True):

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from aws_server import AwsServer
+from builders import instance, reservation, save_fleet, save_policy
 from builders import instance_id as ident
-from builders import reservation, save_fleet, save_policy
 from conftest import TAGCHECK, Result, clean_environment, run_tagcheck
 
 import tagcheck as script
@@ -341,3 +341,16 @@ def test_owners_are_compared_with_the_first_scan_where_it_is_younger_than_30_day
     page = run_in(fleet, "report", "--html", "-").out
     assert "open finding" in page
     assert "30 days ago" not in page
+
+
+def test_columns_of_wide_characters_are_aligned(tmp_path):
+    names = {1: "web", 2: "\u6771\u4eac\u306e\u7d50\u679c" * 5, 3: "e\u0301te\u0301"}
+    save_policy(tmp_path)
+    save_fleet(tmp_path, *(instance(number, {"Name": name}) for number, name in names.items()))
+    lines = run_in(tmp_path, *COMMANDS["scan"], columns=200).out.splitlines()
+    places = {
+        script.display_width(line[: line.index("Owner missing")]) for line in lines if "Owner missing" in line
+    }
+    assert len(places) == 1
+    assert all(script.display_width(script.cut_text(name, 7)) <= 7 for name in names.values())
+    assert script.cut_text(names[2], 7) == "\u6771\u4eac\u306e\u2026"
