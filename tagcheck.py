@@ -2740,11 +2740,10 @@ T = TypeVar("T")
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
-
-    A socket's time-out starts again with each byte, so it does not end an answer that trickles. The function
-    runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a run alive.
-    """
+    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer."""
+    # A socket's time-out starts again with each byte, so it does not end an answer that trickles. The
+    # function runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a
+    # run alive.
     if seconds <= 0:
         raise TimeoutError
     future: Future[T] = Future()
@@ -2778,12 +2777,10 @@ def allow_statement(actions: Sequence[str], resource: str | list[str], **more: A
 _ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
 
 
+# A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
+# caller's, and a request is signed for the account that its thread has entered.
 class Aws:
-    """AWS as one scan calls it: one client for each service and region, shared by all accounts and threads.
-
-    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
-    caller's, and a request is signed for the account that its thread has entered.
-    """
+    """AWS as one scan calls it: a client for each service and region, shared by all accounts and threads."""
 
     def __init__(
         self, profile: str | None, workers: int, actions: Sequence[str] = READ_ACTIONS, interval: float = 0
@@ -2898,15 +2895,13 @@ def _role_credentials(answer: Mapping[str, Any], account_id: str) -> dict[str, s
 
 
 def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
-    """Call an operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
-
-    The SDK retries what AWS asks to be retried; broken networks and cut answers are retried here. A call ends
-    with CallTimeout at a deadline of the monotonic clock.
-    """
+    """Call an operation by its API name (`DescribeInstances`); raises TargetError or CredentialsError."""
     import botocore
 
     method = getattr(client, botocore.xform_name(operation))
     name = f"{client.meta.service_model.service_name}:{operation}"
+    # The SDK retries what AWS asks to be retried; broken networks and cut answers are retried here. A call
+    # ends with CallTimeout at a deadline of the monotonic clock.
     for pause in (*NETWORK_PAUSES, math.inf):
         try:
             return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
@@ -2922,13 +2917,10 @@ def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **argum
 def read_pages(
     client: Any, operation: str, key: str, deadline: float = math.inf, /, **arguments: Any
 ) -> Iterator[Any]:
-    """Yield the list that each page has under a key, following NextToken; raises as call_aws.
-
-    A page may be empty and yet not the last (Organizations API reference, ListAccounts).
-    """
+    """Yield the list that each page has under a key, following NextToken; raises as call_aws."""
     name = f"{client.meta.service_model.service_name}:{operation}"
     tokens: set[str] = set()
-    empty_pages = 0
+    empty_pages = 0  # a page may be empty and yet not the last (Organizations API reference, ListAccounts)
     for _ in range(MAX_PAGES):
         page = call_aws(client, operation, deadline, **arguments)
         token = page.get("NextToken", "")
@@ -2947,10 +2939,8 @@ def read_pages(
 
 
 def home_region(regions: Iterable[str]) -> str:
-    """Return the region for what belongs to no region: one that every account of the partition has.
-
-    STS in a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
-    """
+    """Return the region for what belongs to no region: one that every account of the partition has."""
+    # STS in a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
     first = next(iter(regions), "")
     homes = {"cn-": "cn-north-1", "us-gov-": "us-gov-west-1", "eusc-": "eusc-de-east-1"}
     homes |= {"us-iso": first, "eu-iso": first}
@@ -3018,11 +3008,9 @@ PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger r
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region, or those in scope; raises TargetError.
-
-    An account can hide the instances that AWS services operate from answers that do not ask for them, though
-    it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
-    """
+    """Yield every instance of the client's account and region, or those in scope; raises TargetError."""
+    # An account can hide the instances that AWS services operate from answers that do not ask for them,
+    # though it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
@@ -3042,11 +3030,9 @@ WRITTEN = "tagcheck.written"
 def _read_answer(
     operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
-    """Read instances, and whether tags were written, at botocore's public event `before-parse`.
-
-    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
-    reads the other. It still reads answers that are errors.
-    """
+    """Read instances, and whether tags were written, at botocore's public event `before-parse`."""
+    # botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
+    # reads the other. It still reads answers that are errors.
     import botocore.parsers
 
     operation, body = operation_model.name, response_dict["body"]
@@ -3100,14 +3086,12 @@ MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 class _AnswerParser:
-    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer.
-
-    `found` holds what was read of the open element, by name; that of a list of tags holds the tags.
-    """
+    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer."""
 
     def __init__(self, operation: str, root: _Element, account_id: str = "") -> None:
         self.operation, self.account_id = operation, account_id
         self.instances: dict[str, Instance] = {}
+        # The open element, and what was read of it, by name; for a list of tags these are the tags.
         self.element, self.found = _Element("closed", {f"{operation}Response": root}), dict[str, Any]()
         self.outer: list[tuple[str, _Element, dict[str, Any]]] = []
         self.unread = 0  # how many elements are open that are not read
@@ -3246,10 +3230,8 @@ _CONTROLS = bytes({*range(32)} - {*b"\t\n"})  # not allowed in XML, but for CR, 
 
 @functools.cache
 def _page_patterns() -> tuple[list[re.Pattern[bytes]], list[int], re.Pattern[str]]:
-    """Return the patterns of a page's parts, the groups of an instance's texts and tags, and a tag's pattern.
-
-    They take 10 milliseconds to compile.
-    """
+    """Return the patterns of a page's parts, an instance's groups of texts and tags, and a tag's pattern."""
+    # They take 10 milliseconds to compile.
     reservation, _ = _members_pattern("<item>", _OWNER_ID, "<instancesSet>")
     instance, numbers = _members_pattern("<item>", _INSTANCE.members, "</item>")
     end, _ = _members_pattern("</instancesSet>", _OWNER_ID, "</item>")
@@ -3360,10 +3342,8 @@ def read_plain_page(page: bytes | bytearray, account_id: str) -> tuple[list[Inst
 
 
 def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
-    """Return the instances of an answer of DescribeInstances, which comes in pieces, and its token.
-
-    A page of 1,000 is 5 to 8 MB and held once; a tree of it would take 60. Raises ExpatError, TargetError.
-    """
+    """Return the instances and the token of an answer in pieces; raises ExpatError or TargetError."""
+    # A page of 1,000 is 5 to 8 MB and held once; a tree of it would take 60.
     pieces, page = iter(body), bytearray()
     for piece in pieces:
         page += piece
@@ -3425,10 +3405,8 @@ Created = tuple[str, Creator]  # an instance's id, and who launched it
 
 
 def describe_creators(client: Any, launches: Iterable[Launch], deadline: float) -> Iterator[list[Created]]:
-    """Yield who created instances, given by id and launch time, until a time of the monotonic clock.
-
-    One RunInstances may create many of them, and answers for all. Raises TargetError.
-    """
+    """Yield who created instances, until a time of the monotonic clock; raises TargetError."""
+    # One RunInstances may create many of them, and answers for all.
     waiting = dict(launches)
     while waiting and time.monotonic() + LOOKUP_PAUSE < deadline:  # a lookup waits for its turn
         instance_id, launched = next(iter(waiting.items()))
@@ -3504,10 +3482,7 @@ def text_at(value: Any, *path: str) -> str:
 
 
 def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
-    """Read what `aws ec2 describe-instances` printed, and whether it is complete; `-` is standard input.
-
-    The account is the OwnerId, the region comes from the zone. Raises UsageError.
-    """
+    """Read what `aws ec2 describe-instances` printed, and whether it is complete; raises UsageError."""
     shown = "standard input" if path == "-" else path
     place = " is not what `aws ec2 describe-instances --output json` prints"
     targets: dict[Target, list[Instance]] = {}
@@ -3633,10 +3608,8 @@ def cost_of_month(prices: Prices, instance: Instance, region: str) -> float | No
 
 
 def load_prices(path: str) -> Prices:
-    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError.
-
-    The column of prices may name their currency: hourly_price_eur.
-    """
+    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
+    # The column of prices may name their currency: hourly_price_eur.
     prices: dict[tuple[str, str], float] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
@@ -4096,10 +4069,8 @@ def writing_state(db: Connection, name: Path | str, schema: str = "main") -> Ite
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
-    """Check a state and bring it to the present version, or create it where there is none.
-
-    Raises StateError for what is not ours or damaged: starting over silently would lose every first_seen.
-    """
+    """Check a state and bring it to the present version, or create a missing one; raises StateError."""
+    # What is not ours or damaged is refused: starting over silently would lose every first_seen.
     name = name or path
     try:
         with opened_state(path, name) as db:
@@ -4150,11 +4121,9 @@ _OLDER_OBJECT = re.compile(
 
 
 def _state_version(db: Connection, name: Path | str, schema: str = "main") -> int:
-    """Return the version of a state: 0 for a new file and for the older tool's.
-
-    Raises StateError for another program's database, for a newer version, and for a schema that is not of its
-    version: a trigger or a view could change what a scan records or a report shows.
-    """
+    """Return the version of a state: 0 for a new file and for the older tool's; raises StateError."""
+    # A schema that is not of its version is refused: a trigger or a view could change what a scan records or
+    # a report shows.
     pragmas = (f"PRAGMA {schema}.{what}" for what in ("application_id", "user_version"))
     application_id, version = (int(db.execute(pragma).fetchone()[0]) for pragma in pragmas)
     found, older = _read_schema(db, schema), _has_older_table(db, schema)
@@ -4436,11 +4405,9 @@ def add_creators(db: Connection, target: Target, creators: Iterable[Created]) ->
 
 @contextlib.contextmanager
 def record_scan(db: Connection, path: Path, scan: Scan, finished_at: datetime, name: str) -> Iterator[None]:
-    """Record what was seen into the state, in one transaction that ends after the body of the `with`.
-
-    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
-    a report that cannot be written costs no NEW. Raises StateError.
-    """
+    """Record what was seen, in one transaction that ends after the body of the `with`; raises StateError."""
+    # In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes
+    # everything: a report that cannot be written costs no NEW.
     with _attached(db, path, name), writing_state(db, name, "state"):
         policy, times = scan.policy, (utc_text(scan.started_at), utc_text(finished_at))
         row = (scan.scan_id, policy.name, policy.file, policy.digest, *times)
@@ -5152,11 +5119,9 @@ _PRUNE = """
 
 
 def queue_notifications(db: Connection, scan: Scan, endings: Sequence[str]) -> None:
-    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
-
-    That is a finding when it opens, and again where it was sent last before it reached an age of `reminders`;
-    an unread target once until it is read; the end of an exemption once.
-    """
+    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until then."""
+    # That is a finding when it opens, and again where it was sent last before it reached an age of
+    # `reminders`; an unread target once until it is read; the end of an exemption once.
     notify = scan.policy.notify or Notify()
     names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
     _run(db, _QUEUE_NOTIFICATIONS, names)
@@ -5348,11 +5313,9 @@ class S3State:
         return LocalState(self.path, self.name)
 
     def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield a fresh copy to record into, until one takes the state's place; raises StateError.
-
-        The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the scan's
-        id in the state tells that it was not another scan's.
-        """
+        """Yield a fresh copy to record into, until one takes the state's place; raises StateError."""
+        # The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the
+        # scan's id in the state tells that it was not another scan's.
         tries: Counter[str] = Counter()
         recorded = False
         while True:
@@ -5421,11 +5384,9 @@ class S3State:
             raise _RetryError(str(error), "damaged") from error
 
     def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
-        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
-
-        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
-        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
-        """
+        """Return the ETag in an answer of S3, None if there is no state; raises _RetryError or StateError."""
+        # 412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
+        # user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
         try:
             answer = within(S3_SECONDS, call)
         except Exception as cause:
@@ -5459,16 +5420,14 @@ State = LocalState | S3State
 
 @contextlib.contextmanager
 def reading_state(state: State) -> Iterator[Connection]:
-    """Yield a connection on which a state stays as it is now, for reading; raises StateError.
-
-    One of an older version is brought up to date in a private copy: reading writes nothing.
-    """
+    """Yield a connection on which a state stays as it is now, for reading; raises StateError."""
     if isinstance(state, S3State):
         state.check()
     with opened_state(state.path, state.name) as db, transaction(db, "DEFERRED"):
         if _state_version(db, state.name) == len(MIGRATIONS):
             yield db
             return
+        # It is brought up to date in a private copy: reading writes nothing.
         with contextlib.closing(_connect()) as copy:
             db.backup(copy)
             _migrate(copy, state.name)
