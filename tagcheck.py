@@ -2635,6 +2635,8 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
 # 5 AWS: Aws, call_aws, read_pages, describe_instances, describe_creators, load_fleet, load_prices
 ########################################################################################################
 
+T = TypeVar("T")
+PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 MAX_PAGES = 10_000
 MAX_EMPTY_PAGES = 100  # in a row; pages without instances are normal, but not without end
 SDK_ATTEMPTS = 5
@@ -2734,9 +2736,6 @@ def public_text(error: Exception) -> str:
     if isinstance(error, botocore.exceptions.CredentialRetrievalError):
         return f"{error.kwargs.get('provider')} did not return any: run it by hand to see why"
     return re.sub(r"//[^/\s]*@", "//", str(error))
-
-
-T = TypeVar("T")
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
@@ -3002,9 +3001,6 @@ def describe_regions(client: Any) -> list[str]:
         problem = f"a region {wrong[0]!r}" if wrong else "no regions"
         raise CallError("ForeignAnswer", problem, "ec2:DescribeRegions")
     return enabled
-
-
-PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 
 
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
@@ -3276,7 +3272,6 @@ def _unescaped(text: str) -> str:
 
 
 def _plain_text(raw: bytes | None) -> str | None:
-    """Return the text of an element."""
     return None if raw is None else _unescaped(raw.decode())
 
 
@@ -3810,6 +3805,7 @@ SIGHTINGS = """
     );
     CREATE INDEX digest_of ON digest_line (channel, recipient, age)
 """
+SIGHTING_WIDTH = 19  # columns of `sighting`
 
 # ---- Rows of a state, checked by the types of their records ------------------------------------------
 
@@ -3850,6 +3846,7 @@ _AGREES: dict[Any, Callable[[Any], bool]] = {
 }
 Loader = Callable[[Any], Any]
 Record = TypeVar("Record")
+Names = Mapping[str, Any]  # the values of a query's names
 
 
 def _loader(kind: Any) -> Loader:
@@ -4048,9 +4045,6 @@ def transaction(db: Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
-Names = Mapping[str, Any]  # the values of a query's names
-
-
 def _run(db: Connection, script: str, names: Names | None = None) -> None:
     """Run the statements of a script in the open transaction, which executescript() would commit."""
     for statement in script.split(";"):
@@ -4173,7 +4167,6 @@ def _is_of_older_tool(kind: str, name: str, table: str, sql: str) -> bool:
 
 
 def _has_older_table(db: Connection, schema: str) -> bool:
-    """Return whether a database has the older tool's table."""
     return {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
 
 
@@ -4235,9 +4228,6 @@ def add_sightings(
         for width, short in itertools.groupby(rows, key=len):
             columns = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
-
-
-SIGHTING_WIDTH = 19  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -4468,6 +4458,7 @@ _KNOWN = """
 _SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
 _KEY = "account_id, region, instance_id"
 _SORTED = f"ORDER BY {_KEY}"
+_FINDING = _columns(Finding, "finding")
 
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
 _COPIED = (
@@ -4676,9 +4667,6 @@ def fetch_exemptions(db: Connection) -> list[tuple[str, str | None, int]]:
         ) GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
     """
     return db.execute(query).fetchall()
-
-
-_FINDING = _columns(Finding, "finding")
 
 
 def fetch_upcoming(db: Connection, policy: str, today: date, *, of_scan: bool = False) -> list[Upcoming]:
@@ -5280,6 +5268,7 @@ S3_TRIES = 40
 S3_LIMITS = {"damaged": 3, "timed out": 2}
 S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents do not meet again
+Release = Callable[[], None]  # lets signals come again that were held
 
 
 class _RetryError(StateError):
@@ -5288,9 +5277,6 @@ class _RetryError(StateError):
     def __init__(self, message: str, kind: Literal["busy", "damaged", "timed out"] = "busy") -> None:
         super().__init__(message)
         self.kind = kind
-
-
-Release = Callable[[], None]  # lets signals come again that were held
 
 
 class S3State:
