@@ -4311,15 +4311,15 @@ def add_suggestions(db: Connection, policy: Policy) -> None:
         rows = db.execute(query, (target, kind, name))
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
+    likely = functools.partial(suggest, reliability=reliability, normalize_aliases=policy.normalize_aliases)
+
     @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
     def suggestions(target: int, violations: str, groups: str) -> str | None:
         members, found = [Group(*group) for group in json.loads(groups)], []
         for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
-            more = {"normalize_aliases": policy.normalize_aliases}
-            placeholders = policy.placeholder_values
-            found.append(suggest(violation, rule, placeholders, siblings, reliability, **more))
+            found.append(likely(violation, rule, policy.placeholder_values, siblings))
         return _list_or_null(map(to_record, filter(None, found)))
 
     query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
