@@ -3929,28 +3929,19 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return record
 
 
-def _of_account(column: str, table: str) -> str:
-    """Return what is known of the account in a row of a table or query."""
-    return f"coalesce((SELECT {column} FROM accounts WHERE account_id = {table}.account_id), '')"
-
-
-def _target(table: str) -> str:
-    """Return the target of a row of a table or query, as JSON."""
-    known = ", ".join(_of_account(column, table) for column in ("name", "paths"))
-    return f"json_array({table}.account_id, {table}.region, {known})"
-
-
-def _columns(kind: type, table: str) -> str:
-    """Return the columns of a table or query that hold the fields of a record, in their order."""
+def _columns(names: Iterable[str], table: str) -> str:
+    """Return the columns of a table or query that hold these fields of a record."""
+    known = "coalesce((SELECT {} FROM accounts WHERE account_id = {}.account_id), '')"
+    name, paths = (known.format(column, table) for column in ("name", "paths"))
     group = f"json_array({table}.cause_kind, {table}.cause)"
-    lists = {
-        "target": _target(table),
-        "account_name": _of_account("name", table),
-        "account_paths": _of_account("paths", table),
+    others = {
+        "target": f"json_array({table}.account_id, {table}.region, {name}, {paths})",
+        "account_name": name,
+        "account_paths": paths,
         "group": group,
         "cause": f"nullif({group}, '[null,null]')",
     }
-    return ", ".join(lists.get(field, f"{table}.{field}") for field in _loaders(kind))
+    return ", ".join(others.get(field, f"{table}.{field}") for field in names)
 
 
 # ---- Opening and writing a state ---------------------------------------------------------------------
@@ -4458,7 +4449,7 @@ _KNOWN = """
 _SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
 _KEY = "account_id, region, instance_id"
 _SORTED = f"ORDER BY {_KEY}"
-_FINDING = _columns(Finding, "finding")
+_FINDING = _columns(Finding.__slots__, "finding")
 
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
 _COPIED = (
@@ -4592,7 +4583,7 @@ _DIFFERING = """
 
 def fetch_coverage(db: Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
-    query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
+    query = f"SELECT {_columns(Coverage.__slots__, 'coverage')} FROM state.coverage WHERE scan = :scan"
     rows = db.execute(f"{query} ORDER BY account_id, region", _names(db, scan))
     return [load_record(Coverage, row) for row in rows]
 
@@ -4615,7 +4606,7 @@ def fetch_notice(
 def fetch_unseen(db: Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     query = f"""
-        SELECT {_target("finding")}, count(*) FROM state.findings AS finding
+        SELECT {_columns(["target"], "finding")}, count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
         WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
         GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
@@ -4742,7 +4733,7 @@ def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) 
                 IN (SELECT account_id, region, cause_kind, cause FROM greatest)
             GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
         )
-        SELECT {_columns(Cause, "cause")} FROM cause
+        SELECT {_columns(Cause.__slots__, "cause")} FROM cause
         ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {most}
     """
     return [load_record(Cause, row) for row in db.execute(query, names)]
@@ -4842,7 +4833,7 @@ def fetch_history(db: Connection, selection: Selection) -> Iterator[Finding]:
 
 def fetch_aliased(db: Connection, policy: str) -> Iterator[Aliased]:
     """Yield the tags that a policy wants under their rules' own keys, as they were last seen."""
-    query = f"SELECT {_columns(Aliased, 'aliased')} FROM aliased WHERE policy = ?"
+    query = f"SELECT {_columns(Aliased.__slots__, 'aliased')} FROM aliased WHERE policy = ?"
     return (load_record(Aliased, row) for row in db.execute(query, (policy,)))
 
 
@@ -4875,14 +4866,14 @@ def fetch_events(db: Connection, policy: str, finding: Finding) -> list[Event]:
 
 def fetch_trend(db: Connection, policy: str) -> list[TrendPoint]:
     """Return what was open after each scan of a policy, and what the scan changed."""
-    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
+    query = f"SELECT {_columns(TrendPoint.__slots__, 'trend')} FROM trend WHERE policy = ? ORDER BY at, rowid"
     return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
 
 
 def fetch_standings(db: Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     query = f"""
-        SELECT {_target("latest")},
+        SELECT {_columns(["target"], "latest")},
             latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
             coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
             coalesce(read.exempted, 0)
