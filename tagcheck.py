@@ -3264,7 +3264,7 @@ def _members_pattern(start: str, known: Mapping[str, _Element], end: str) -> tup
 
 
 def _unescaped(text: str) -> str:
-    """Return a text with its references replaced; html.unescape() takes five times as long."""
+    """Return a text with its references replaced; html.unescape() takes up to five times as long."""
     if "&" in text:
         for reference, character in _REFERENCES.items():
             text = text.replace(reference, character)
