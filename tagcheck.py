@@ -2588,6 +2588,8 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
 # 5 AWS: Aws, call_aws, read_pages, describe_instances, describe_creators, load_fleet, load_prices
 ########################################################################################################
 
+T = TypeVar("T")
+PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
 MAX_PAGES = 10_000
 MAX_EMPTY_PAGES = 100  # in a row; pages without instances are normal, but not without end
 SDK_ATTEMPTS = 5
@@ -2689,15 +2691,11 @@ def public_text(error: Exception) -> str:
     return re.sub(r"//[^/\s]*@", "//", str(error))
 
 
-T = TypeVar("T")
-
-
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer.
-
-    A socket's time-out starts again with each byte, so it does not end an answer that trickles. The function
-    runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a run alive.
-    """
+    """Return what a function returns, and raise what it raises; raises TimeoutError when it takes longer."""
+    # A socket's time-out starts again with each byte, so it does not end an answer that trickles. The
+    # function runs in a daemon thread and is abandoned then: Python cannot stop it, and it must not keep a
+    # run alive.
     if seconds <= 0:
         raise TimeoutError
     future: Future[T] = Future()
@@ -2731,12 +2729,10 @@ def allow_statement(actions: Sequence[str], resource: str | list[str], **more: A
 _ENTERED: contextvars.ContextVar[tuple[str, Any]] = contextvars.ContextVar("entered", default=("", None))
 
 
+# A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
+# caller's, and a request is signed for the account that its thread has entered.
 class Aws:
-    """AWS as one scan calls it: one client for each service and region, shared by all accounts and threads.
-
-    A client costs 10 ms and a session 20 MB: too much for each of 500 accounts. So the clients are the
-    caller's, and a request is signed for the account that its thread has entered.
-    """
+    """AWS as one scan calls it: a client for each service and region, shared by all accounts and threads."""
 
     def __init__(
         self, profile: str | None, workers: int, actions: Sequence[str] = READ_ACTIONS, interval: float = 0
@@ -2851,15 +2847,13 @@ def _role_credentials(answer: Mapping[str, Any], account_id: str) -> dict[str, s
 
 
 def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **arguments: Any) -> Any:
-    """Call an operation by its name in the API (`DescribeInstances`); raises TargetError, CredentialsError.
-
-    The SDK retries what AWS asks to be retried; broken networks and cut answers are retried here. A call ends
-    with CallTimeout at a deadline of the monotonic clock.
-    """
+    """Call an operation by its API name (`DescribeInstances`); raises TargetError or CredentialsError."""
     import botocore
 
     method = getattr(client, botocore.xform_name(operation))
     name = f"{client.meta.service_model.service_name}:{operation}"
+    # The SDK retries what AWS asks to be retried; broken networks and cut answers are retried here. A call
+    # ends with CallTimeout at a deadline of the monotonic clock.
     for pause in (*NETWORK_PAUSES, math.inf):
         try:
             return within(min(CALL_SECONDS, deadline - time.monotonic()), lambda: method(**arguments))
@@ -2875,13 +2869,10 @@ def call_aws(client: Any, operation: str, deadline: float = math.inf, /, **argum
 def read_pages(
     client: Any, operation: str, key: str, deadline: float = math.inf, /, **arguments: Any
 ) -> Iterator[Any]:
-    """Yield the list that each page has under a key, following NextToken; raises as call_aws.
-
-    A page may be empty and yet not the last (Organizations API reference, ListAccounts).
-    """
+    """Yield the list that each page has under a key, following NextToken; raises as call_aws."""
     name = f"{client.meta.service_model.service_name}:{operation}"
     tokens: set[str] = set()
-    empty_pages = 0
+    empty_pages = 0  # a page may be empty and yet not the last (Organizations API reference, ListAccounts)
     for _ in range(MAX_PAGES):
         page = call_aws(client, operation, deadline, **arguments)
         token = page.get("NextToken", "")
@@ -2900,10 +2891,8 @@ def read_pages(
 
 
 def home_region(regions: Iterable[str]) -> str:
-    """Return the region for what belongs to no region: one that every account of the partition has.
-
-    STS in a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
-    """
+    """Return the region for what belongs to no region: one that every account of the partition has."""
+    # STS in a region that is not enabled refuses every caller (IAM user guide, STS in AWS regions).
     first = next(iter(regions), "")
     homes = {"cn-": "cn-north-1", "us-gov-": "us-gov-west-1", "eusc-": "eusc-de-east-1"}
     homes |= {"us-iso": first, "eu-iso": first}
@@ -2967,15 +2956,10 @@ def describe_regions(client: Any) -> list[str]:
     return enabled
 
 
-PAGE_SIZE = 1000  # EC2's largest page; a page size also draws from the larger request bucket
-
-
 def describe_instances(client: Any, **scope: Any) -> Iterator[list[Instance]]:
-    """Yield every instance of the client's account and region, or those in scope; raises TargetError.
-
-    An account can hide the instances that AWS services operate from answers that do not ask for them, though
-    it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
-    """
+    """Yield every instance of the client's account and region, or those in scope; raises TargetError."""
+    # An account can hide the instances that AWS services operate from answers that do not ask for them,
+    # though it pays for them (EC2 API reference, DescribeInstances and ModifyManagedResourceVisibility).
     scope["IncludeManagedResources"] = True
     if "InstanceIds" not in scope:
         scope["MaxResults"] = PAGE_SIZE
@@ -2995,11 +2979,9 @@ WRITTEN = "tagcheck.written"
 def _read_answer(
     operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
 ) -> None:
-    """Read instances, and whether tags were written, at botocore's public event `before-parse`.
-
-    botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
-    reads the other. It still reads answers that are errors.
-    """
+    """Read instances, and whether tags were written, at botocore's public event `before-parse`."""
+    # botocore spends a millisecond on each instance, nearly all of it on members that nobody reads, and never
+    # reads the other. It still reads answers that are errors.
     import botocore.parsers
 
     operation, body = operation_model.name, response_dict["body"]
@@ -3053,14 +3035,12 @@ MAX_DEPTH = 100  # of elements that are not read; EC2's have up to 6
 
 
 class _AnswerParser:
-    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer.
-
-    `found` holds what was read of the open element, by name; that of a list of tags holds the tags.
-    """
+    """Reads an answer of EC2; raises TargetError where it cannot be EC2's whole answer."""
 
     def __init__(self, operation: str, root: _Element, account_id: str = "") -> None:
         self.operation, self.account_id = operation, account_id
         self.instances: dict[str, Instance] = {}
+        # The open element, and what was read of it, by name; for a list of tags these are the tags.
         self.element, self.found = _Element("closed", {f"{operation}Response": root}), dict[str, Any]()
         self.outer: list[tuple[str, _Element, dict[str, Any]]] = []
         self.unread = 0  # how many elements are open that are not read
@@ -3199,10 +3179,8 @@ _CONTROLS = bytes({*range(32)} - {*b"\t\n"})  # not allowed in XML, but for CR, 
 
 @functools.cache
 def _page_patterns() -> tuple[list[re.Pattern[bytes]], list[int], re.Pattern[str]]:
-    """Return the patterns of a page's parts, the groups of an instance's texts and tags, and a tag's pattern.
-
-    They take 10 milliseconds to compile.
-    """
+    """Return the patterns of a page's parts, an instance's groups of texts and tags, and a tag's pattern."""
+    # They take 10 milliseconds to compile.
     reservation, _ = _members_pattern("<item>", _OWNER_ID, "<instancesSet>")
     instance, numbers = _members_pattern("<item>", _INSTANCE.members, "</item>")
     end, _ = _members_pattern("</instancesSet>", _OWNER_ID, "</item>")
@@ -3239,7 +3217,7 @@ def _members_pattern(start: str, known: Mapping[str, _Element], end: str) -> tup
 
 
 def _unescaped(text: str) -> str:
-    """Return a text with its references replaced; html.unescape() takes five times as long."""
+    """Return a text with its references replaced; html.unescape() takes up to five times as long."""
     if "&" in text:
         for reference, character in _REFERENCES.items():
             text = text.replace(reference, character)
@@ -3247,7 +3225,6 @@ def _unescaped(text: str) -> str:
 
 
 def _plain_text(raw: bytes | None) -> str | None:
-    """Return the text of an element."""
     return None if raw is None else _unescaped(raw.decode())
 
 
@@ -3313,10 +3290,8 @@ def read_plain_page(page: bytes | bytearray, account_id: str) -> tuple[list[Inst
 
 
 def parse_instances(body: Iterable[bytes], account_id: str = "") -> tuple[list[Instance], str]:
-    """Return the instances of an answer of DescribeInstances, which comes in pieces, and its token.
-
-    A page of 1,000 is 5 to 8 MB and held once; a tree of it would take 60. Raises ExpatError, TargetError.
-    """
+    """Return the instances and the token of an answer in pieces; raises ExpatError or TargetError."""
+    # A page of 1,000 is 5 to 8 MB and held once; a tree of it would take 60.
     pieces, page = iter(body), bytearray()
     for piece in pieces:
         page += piece
@@ -3378,10 +3353,8 @@ Created = tuple[str, Creator]  # an instance's id, and who launched it
 
 
 def describe_creators(client: Any, launches: Iterable[Launch], deadline: float) -> Iterator[list[Created]]:
-    """Yield who created instances, given by id and launch time, until a time of the monotonic clock.
-
-    One RunInstances may create many of them, and answers for all. Raises TargetError.
-    """
+    """Yield who created instances, until a time of the monotonic clock; raises TargetError."""
+    # One RunInstances may create many of them, and answers for all.
     waiting = dict(launches)
     while waiting and time.monotonic() + LOOKUP_PAUSE < deadline:  # a lookup waits for its turn
         instance_id, launched = next(iter(waiting.items()))
@@ -3457,10 +3430,7 @@ def text_at(value: Any, *path: str) -> str:
 
 
 def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
-    """Read what `aws ec2 describe-instances` printed, and whether it is complete; `-` is standard input.
-
-    The account is the OwnerId, the region comes from the zone. Raises UsageError.
-    """
+    """Read what `aws ec2 describe-instances` printed, and whether it is complete; raises UsageError."""
     shown = "standard input" if path == "-" else path
     place = " is not what `aws ec2 describe-instances --output json` prints"
     targets: dict[Target, list[Instance]] = {}
@@ -3586,10 +3556,8 @@ def cost_of_month(prices: Prices, instance: Instance, region: str) -> float | No
 
 
 def load_prices(path: str) -> Prices:
-    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError.
-
-    The column of prices may name their currency: hourly_price_eur.
-    """
+    """Read a CSV of instance type, region and hourly price, with a line of names; raises UsageError."""
+    # The column of prices may name their currency: hourly_price_eur.
     prices: dict[tuple[str, str], float] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
@@ -3795,6 +3763,7 @@ SIGHTINGS = """
     );
     CREATE INDEX digest_of ON digest_line (channel, recipient, age)
 """
+SIGHTING_WIDTH = 20  # columns of `sighting`
 
 # ---- Rows of a state, checked by the types of their records ------------------------------------------
 
@@ -3834,6 +3803,7 @@ _AGREES: dict[Any, Callable[[Any], bool]] = {
 }
 Loader = Callable[[Any], Any]
 Record = TypeVar("Record")
+Names = Mapping[str, Any]  # the values of a query's names
 
 
 def _loader(kind: Any) -> Loader:
@@ -3930,28 +3900,19 @@ def load_record(kind: Callable[..., Record], row: Sequence[Any]) -> Record:
     return record
 
 
-def _of_account(column: str, table: str) -> str:
-    """Return what is known of the account in a row of a table or query."""
-    return f"coalesce((SELECT {column} FROM accounts WHERE account_id = {table}.account_id), '')"
-
-
-def _target(table: str) -> str:
-    """Return the target of a row of a table or query, as JSON."""
-    known = ", ".join(_of_account(column, table) for column in ("name", "paths"))
-    return f"json_array({table}.account_id, {table}.region, {known})"
-
-
-def _columns(kind: type, table: str) -> str:
-    """Return the columns of a table or query that hold the fields of a record, in their order."""
+def _columns(names: Iterable[str], table: str) -> str:
+    """Return the columns of a table or query that hold these fields of a record."""
+    known = "coalesce((SELECT {} FROM accounts WHERE account_id = {}.account_id), '')"
+    name, paths = (known.format(column, table) for column in ("name", "paths"))
     group = f"json_array({table}.cause_kind, {table}.cause)"
-    lists = {
-        "target": _target(table),
-        "account_name": _of_account("name", table),
-        "account_paths": _of_account("paths", table),
+    others = {
+        "target": f"json_array({table}.account_id, {table}.region, {name}, {paths})",
+        "account_name": name,
+        "account_paths": paths,
         "group": group,
         "cause": f"nullif({group}, '[null,null]')",
     }
-    return ", ".join(lists.get(field, f"{table}.{field}") for field in _loaders(kind))
+    return ", ".join(others.get(field, f"{table}.{field}") for field in names)
 
 
 # ---- Opening and writing a state ---------------------------------------------------------------------
@@ -4046,9 +4007,6 @@ def transaction(db: Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
-Names = Mapping[str, Any]  # the values of a query's names
-
-
 def _run(db: Connection, script: str, names: Names | None = None) -> None:
     """Run the statements of a script in the open transaction, which executescript() would commit."""
     for statement in script.split(";"):
@@ -4067,10 +4025,8 @@ def writing_state(db: Connection, name: Path | str, schema: str = "main") -> Ite
 
 
 def check_state(path: Path, name: Path | str | None = None, *, create: bool = True) -> None:
-    """Check a state and bring it to the present version, or create it where there is none.
-
-    Raises StateError for what is not ours or damaged: starting over silently would lose every first_seen.
-    """
+    """Check a state and bring it to the present version, or create a missing one; raises StateError."""
+    # What is not ours or damaged is refused: starting over silently would lose every first_seen.
     name = name or path
     try:
         with opened_state(path, name) as db:
@@ -4121,11 +4077,9 @@ _OLDER_OBJECT = re.compile(
 
 
 def _state_version(db: Connection, name: Path | str, schema: str = "main") -> int:
-    """Return the version of a state: 0 for a new file and for the older tool's.
-
-    Raises StateError for another program's database, for a newer version, and for a schema that is not of its
-    version: a trigger or a view could change what a scan records or a report shows.
-    """
+    """Return the version of a state: 0 for a new file and for the older tool's; raises StateError."""
+    # A schema that is not of its version is refused: a trigger or a view could change what a scan records or
+    # a report shows.
     pragmas = (f"PRAGMA {schema}.{what}" for what in ("application_id", "user_version"))
     application_id, version = (int(db.execute(pragma).fetchone()[0]) for pragma in pragmas)
     found, older = _read_schema(db, schema), _has_older_table(db, schema)
@@ -4175,7 +4129,6 @@ def _is_of_older_tool(kind: str, name: str, table: str, sql: str) -> bool:
 
 
 def _has_older_table(db: Connection, schema: str) -> bool:
-    """Return whether a database has the older tool's table."""
     return {row[1] for row in db.execute(f"PRAGMA {schema}.table_info({OLDER_TABLE})")} >= OLDER_COLUMNS
 
 
@@ -4237,9 +4190,6 @@ def add_sightings(
         for width, short in itertools.groupby(rows, key=len):
             columns = ", ".join(["?"] * width + ["NULL"] * (SIGHTING_WIDTH - width))
             db.executemany(f"INSERT OR REPLACE INTO sighting VALUES ({columns})", short)
-
-
-SIGHTING_WIDTH = 20  # columns
 
 
 def _sighting_row(target: int, seen: Sighting, groups: Groups, cost: float | None) -> tuple[object, ...]:
@@ -4323,6 +4273,8 @@ def add_suggestions(db: Connection, policy: Policy) -> None:
         rows = db.execute(query, (target, kind, name))
         return {keys[target][rule]: Agreement(*found) for rule, *found in rows}
 
+    likely = functools.partial(suggest, reliability=reliability, normalize_aliases=policy.normalize_aliases)
+
     @functools.lru_cache(1000)  # siblings that fail in the same way have the same suggestions
     def suggestions(target: int, violations: str, groups: str) -> tuple[str | None, str | None]:
         members, found = [Group(*group) for group in json.loads(groups)], list[Suggestion]()
@@ -4330,12 +4282,10 @@ def add_suggestions(db: Connection, policy: Policy) -> None:
         for violation in _load_list(Violation, violations):
             siblings = ((group, agreements_of(target, *group)) for group in members)
             rule = rules[target][violation.tag_key]
-            more = {"normalize_aliases": policy.normalize_aliases}
-            likely = suggest(violation, rule, policy.placeholder_values, siblings, reliability, **more)
-            if likely:
-                found.append(likely)
-                if likely.tag_key == policy.owner_key and likely.confidence >= MIN_CONFIDENCE:
-                    owner = likely.value
+            if value := likely(violation, rule, policy.placeholder_values, siblings):
+                found.append(value)
+                if value.tag_key == policy.owner_key and value.confidence >= MIN_CONFIDENCE:
+                    owner = value.value
         return _list_or_null(map(to_record, found)), owner
 
     query = "SELECT rowid, target, violations, groups FROM sighting WHERE violations IS NOT NULL"
@@ -4412,11 +4362,9 @@ def add_creators(db: Connection, target: Target, creators: Iterable[Created]) ->
 
 @contextlib.contextmanager
 def record_scan(db: Connection, path: Path, scan: Scan, finished_at: datetime, name: str) -> Iterator[None]:
-    """Record what was seen into the state, in one transaction that ends after the body of the `with`.
-
-    In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes everything:
-    a report that cannot be written costs no NEW. Raises StateError.
-    """
+    """Record what was seen, in one transaction that ends after the body of the `with`; raises StateError."""
+    # In the body, fetch_coverage and fetch_findings answer for this scan. An exception there undoes
+    # everything: a report that cannot be written costs no NEW.
     with _attached(db, path, name), writing_state(db, name, "state"):
         policy, times = scan.policy, (utc_text(scan.started_at), utc_text(finished_at))
         row = (scan.scan_id, policy.name, policy.file, policy.digest, *times)
@@ -4477,6 +4425,7 @@ _KNOWN = """
 _SEEN = f"{_KNOWN} AND finding.last_scan = :scan"
 _KEY = "account_id, region, instance_id"
 _SORTED = f"ORDER BY {_KEY}"
+_FINDING = _columns(Finding.__slots__, "finding")
 
 # A stopped instance that is started again has a new launch time: what is open stays open, however young.
 _COPIED = (
@@ -4611,7 +4560,7 @@ _DIFFERING = """
 
 def fetch_coverage(db: Connection, scan: Scan) -> list[Coverage]:
     """Return the coverage of the scan that is being recorded, sorted by account and region."""
-    query = f"SELECT {_columns(Coverage, 'coverage')} FROM state.coverage WHERE scan = :scan"
+    query = f"SELECT {_columns(Coverage.__slots__, 'coverage')} FROM state.coverage WHERE scan = :scan"
     rows = db.execute(f"{query} ORDER BY account_id, region", _names(db, scan))
     return [load_record(Coverage, row) for row in rows]
 
@@ -4634,7 +4583,7 @@ def fetch_notice(
 def fetch_unseen(db: Connection, scan: Scan) -> list[tuple[Target, int]]:
     """Return how many open findings of each target that is not unread the scan neither saw nor resolved."""
     query = f"""
-        SELECT {_target("finding")}, count(*) FROM state.findings AS finding
+        SELECT {_columns(["target"], "finding")}, count(*) FROM state.findings AS finding
         LEFT JOIN target ON target.account_id = finding.account_id AND target.region IN (finding.region, '*')
         WHERE policy = :policy AND resolved_at IS NULL AND last_scan <> :scan AND error_code IS NULL
         GROUP BY finding.account_id, finding.region ORDER BY finding.account_id, finding.region
@@ -4688,14 +4637,8 @@ def fetch_exemptions(db: Connection) -> list[tuple[str, str | None, int]]:
     return db.execute(query).fetchall()
 
 
-_FINDING = _columns(Finding, "finding")
-
-
 def fetch_upcoming(db: Connection, policy: Policy, today: date, *, of_scan: bool = False) -> list[Upcoming]:
-    """Return how many instances fail each rule of a policy that does not count yet, the earliest rule first.
-
-    They are those of all targets, or of those that the scan being recorded has read.
-    """
+    """Return how many instances (of all, or of the scan) fail each rule that does not count yet, by day."""
     query = f"""
         SELECT region, tag_key, effective_from, instances
         FROM upcoming {f"JOIN ({_READ}) USING (account_id, region)" if of_scan else ""}
@@ -4773,7 +4716,7 @@ def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) 
                 IN (SELECT account_id, region, cause_kind, cause FROM greatest)
             GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
         )
-        SELECT {_columns(Cause, "cause")} FROM cause
+        SELECT {_columns(Cause.__slots__, "cause")} FROM cause
         ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {most}
     """
     return [load_record(Cause, row) for row in db.execute(query, names)]
@@ -4847,7 +4790,7 @@ def fetch_history(db: Connection, selection: Selection) -> Iterator[Finding]:
 
 def fetch_aliased(db: Connection, policy: str) -> Iterator[Aliased]:
     """Yield the tags that a policy wants under their rules' own keys, as they were last seen."""
-    query = f"SELECT {_columns(Aliased, 'aliased')} FROM aliased WHERE policy = ?"
+    query = f"SELECT {_columns(Aliased.__slots__, 'aliased')} FROM aliased WHERE policy = ?"
     return (load_record(Aliased, row) for row in db.execute(query, (policy,)))
 
 
@@ -4881,14 +4824,14 @@ def fetch_events(db: Connection, policy: str, finding: Finding) -> list[Event]:
 def fetch_trend(db: Connection, policy: str) -> list[TrendPoint]:
     """Return what was open after each scan of a policy and what the scan changed, as they were recorded."""
     # Of two scans at the same time, the one that started first may be recorded last: it is the latest.
-    query = f"SELECT {_columns(TrendPoint, 'trend')} FROM trend WHERE policy = ? ORDER BY rowid"
+    query = f"SELECT {_columns(TrendPoint.__slots__, 'trend')} FROM trend WHERE policy = ? ORDER BY rowid"
     return [load_record(TrendPoint, row) for row in db.execute(query, (policy,))]
 
 
 def fetch_standings(db: Connection, policy: str) -> list[Standing]:
     """Return how the latest scan of each target ended, and its counts from when it was last read in full."""
     query = f"""
-        SELECT {_target("latest")},
+        SELECT {_columns(["target"], "latest")},
             latest.error_code || ': ' || coalesce(latest.error_message, ''), scans.started_at,
             coalesce(read.instances, 0), coalesce(read.compliant, 0), coalesce(read.findings, 0),
             coalesce(read.exempted, 0)
@@ -5116,11 +5059,9 @@ _PRUNE = """
 
 
 def queue_notifications(db: Connection, scan: Scan, endings: Sequence[str]) -> None:
-    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until it is sent.
-
-    That is a finding when it opens, and again where it was sent last before it reached an age of `reminders`;
-    an unread target once until it is read; the end of an exemption once.
-    """
+    """Record, in the transaction of a scan, what each channel has to be sent: it is pending until then."""
+    # That is a finding when it opens, and again where it was sent last before it reached an age of
+    # `reminders`; an unread target once until it is read; the end of an exemption once.
     notify = scan.policy.notify or Notify()
     names = _names(db, scan) | {"channels": to_json(notify.channels), "endings": to_json(endings)}
     _run(db, _QUEUE_NOTIFICATIONS, names)
@@ -5299,6 +5240,7 @@ S3_TRIES = 40
 S3_LIMITS = {"damaged": 3, "timed out": 2}
 S3_SECONDS = 1800.0  # for one transfer: a state of a gigabyte over a slow line
 S3_PAUSE = 3.0  # seconds at most between two tries; the pauses are random, so that agents do not meet again
+Release = Callable[[], None]  # lets signals come again that were held
 
 
 class _RetryError(StateError):
@@ -5307,9 +5249,6 @@ class _RetryError(StateError):
     def __init__(self, message: str, kind: Literal["busy", "damaged", "timed out"] = "busy") -> None:
         super().__init__(message)
         self.kind = kind
-
-
-Release = Callable[[], None]  # lets signals come again that were held
 
 
 class S3State:
@@ -5332,11 +5271,9 @@ class S3State:
         return LocalState(self.path, self.name)
 
     def attempts(self, scan_id: str | None = None) -> Iterator[Path]:
-        """Yield a fresh copy to record into, until one takes the state's place; raises StateError.
-
-        The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the scan's
-        id in the state tells that it was not another scan's.
-        """
+        """Yield a fresh copy to record into, until one takes the state's place; raises StateError."""
+        # The SDK repeats a put whose answer was lost, and S3 then refuses it because of itself: only the
+        # scan's id in the state tells that it was not another scan's.
         tries: Counter[str] = Counter()
         recorded = False
         while True:
@@ -5405,11 +5342,9 @@ class S3State:
             raise _RetryError(str(error), "damaged") from error
 
     def _call(self, operation: str, call: Callable[[], Mapping[str, Any]]) -> str | None:
-        """Return the ETag of an answer of S3, None where there is no state; raises _RetryError or StateError.
-
-        412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
-        user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
-        """
+        """Return the ETag in an answer of S3, None if there is no state; raises _RetryError or StateError."""
+        # 412 is for a state that another scan was faster to replace, 409 for one that is being replaced (S3
+        # user guide, conditional writes): it takes a fresh copy to try again, so botocore never does.
         try:
             answer = within(S3_SECONDS, call)
         except Exception as cause:
@@ -5443,16 +5378,14 @@ State = LocalState | S3State
 
 @contextlib.contextmanager
 def reading_state(state: State) -> Iterator[Connection]:
-    """Yield a connection on which a state stays as it is now, for reading; raises StateError.
-
-    One of an older version is brought up to date in a private copy: reading writes nothing.
-    """
+    """Yield a connection on which a state stays as it is now, for reading; raises StateError."""
     if isinstance(state, S3State):
         state.check()
     with opened_state(state.path, state.name) as db, transaction(db, "DEFERRED"):
         if _state_version(db, state.name) == len(MIGRATIONS):
             yield db
             return
+        # It is brought up to date in a private copy: reading writes nothing.
         with contextlib.closing(_connect()) as copy:
             db.backup(copy)
             _migrate(copy, state.name)
