@@ -9340,7 +9340,7 @@ def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[sqlit
 def _policy_of_state(name: str, file: str) -> Policy:
     """Return the policy whose name and file a state knows, without rules where the file is another now."""
     try:
-        policy = load_policy(file) if Path(file).is_file() else None
+        policy = load_policy(file) if os.path.isfile(file) else None
     except UsageError:
         policy = None
     return policy if policy and policy.name == name else Policy(file, "", "1", name, {})

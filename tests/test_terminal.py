@@ -5,12 +5,14 @@ import os
 import pty
 import re
 import select
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,10 @@ def test_only_policy_of_a_state_needs_no_option(fleet: Path) -> None:
     assert "open findings" in run_in(fleet, "report", "--html", "-").out
     os.mkfifo(fleet / "policy.yaml")  # to read it would take forever
     assert ident(1) in run_in(fleet, "history").out
+    with closing(sqlite3.connect(fleet / "instance_state.db")) as db, db:
+        db.execute("UPDATE scans SET policy_file = ?", ["x" * 5000])  # the system cannot even look for it
+    assert ident(1) in run_in(fleet, "history").out
+    assert "open findings" in run_in(fleet, "report", "--html", "-").out
 
 
 def test_two_policies_of_a_state_need_the_option(fleet: Path) -> None:
