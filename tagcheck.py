@@ -5841,21 +5841,38 @@ def in_columns(rows: Rows) -> Iterator[str]:
 WIDE = 120  # columns from which on a table also holds what an instance lacks
 
 
-def fitted(line: str, width: int | None) -> list[str]:
-    """Return a line in parts that fit a terminal; a command in it still works when it is copied."""
-    if width is None or len(line) <= width:
-        return [line]
-    before, found, command = line.partition(": tagcheck.py ")
-    if found:
-        return [*fitted(f"{before}:", width), *fitted(f"  tagcheck.py {command}", width)]
-    is_command = line.lstrip().startswith("tagcheck.py ")
-    if is_command and "'" in line:
-        return [line]
-    indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
-    wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
+class Command(NamedTuple):
+    """A line that ends in a command for a shell; no text of strangers is taken for one."""
+
+    before: str
+    words: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{self.before} {shlex.join(self.words)}"
+
+
+def command_lines(words: Iterable[str], width: int) -> list[str]:
+    """Return a command, whose words are quoted, in lines that fit and still work when they are copied."""
+    lines = [" "]
+    for word in words:
+        if lines[-1].strip() and len(f"{lines[-1]} {word} \\") > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return lines
+
+
+def fitted(line: str | Command, width: int | None) -> list[str]:
+    """Return a line in printable parts that fit a terminal."""
+    text = printable(str(line))
+    if width is None or len(text) <= width:
+        return [text]
+    if isinstance(line, Command):
+        return [line.before, *command_lines(map(shlex.quote, map(printable, line.words)), width)]
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
-    *parts, last = wrapper.wrap(line) or [line]
-    return [*(part + end for part in parts), last]
+    return wrapper.wrap(text) or [text]
 
 
 def table(head: Sequence[str], rows: Rows, width: int | None, details: int = 1) -> Iterator[str]:
@@ -5877,7 +5894,7 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     shared = [column for column in place if len({row[column] for row in block}) == 1]
     if shared:
         words = ", ".join(block[0][column] for column in shared)
-        yield from fitted(printable(f"{head[shared[0]].capitalize()} {words}"), width)
+        yield from fitted(f"{head[shared[0]].capitalize()} {words}", width)
     every = [column for column in range(len(head)) if column not in shared]
     short = every[:-details]
     least = [column for column in short if column not in place]
@@ -5924,7 +5941,7 @@ def write_summary(
 ) -> None:
     """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
     paragraphs = [
-        "\n".join(part for line in lines for part in fitted(printable(line), width))
+        "\n".join(part for line in lines for part in fitted(line, width))
         for lines in _summary(report, csv_path, state, width)
         if lines
     ]
@@ -8197,8 +8214,8 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 
 
 def remediation_lines(
-    done: Remediation, csv_path: str, command: Callable[..., str], width: int | None
-) -> Iterator[str]:
+    done: Remediation, csv_path: str, command: Callable[..., list[str]], width: int | None
+) -> Iterator[str | Command]:
     """Yield a plan or its results, for people, and what to do next."""
 
     def cells(row: PlanRow) -> tuple[str, ...]:
@@ -8232,9 +8249,9 @@ def remediation_lines(
     if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
-        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
+        yield Command("Undo it with:", command("--undo", undo_file, "--apply"))
     elif undo_file is None:
-        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
+        yield Command("Plan only. Apply it with:", command("--apply")) if actions else "Nothing to write"
 
 
 ########################################################################################################
@@ -9683,14 +9700,14 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
     return fleet, dict(sorted(unread.items()))
 
 
-def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
+def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str | Command]:
     """Yield what was written, and the command that comes next."""
     rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
     yield f"Wrote {args.output}: {rules} for {regions}"
     yield from found
     same = _given_again(args, "profile", "region", "instances")
     command = ["tagcheck.py", "scan", "--policy", args.output, *same, "--dry-run"]
-    yield f"Read it, and change what is wrong. Next: {shlex.join(command)}"
+    yield Command("Read it, and change what is wrong. Next:", command)
 
 
 INIT_WRITERS: Writers[str] = {"output": lambda file, text: file.writelines([text])}
@@ -10031,22 +10048,21 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
 
 
 @contextlib.contextmanager
-def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
+def _printing_undo_command(undo: UndoFile, command: Callable[..., list[str]]) -> Iterator[None]:
     """Print the command that reverts a run on stderr if the run fails before it prints its results."""
     try:
         yield
     except BaseException as error:  # a bug, too, must not leave tags written without a way back
         if undo.rows:
-            line = f"Undo it with: {command('--undo', str(undo.path), '--apply')}"
-            emit(f"{printable(line)}\n", sys.stderr)
+            emit_lines([Command("Undo it with:", command("--undo", str(undo.path), "--apply"))], sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             done = "what was written is recorded, and the same command continues from there"
             raise KeyboardInterrupt(done if undo.rows else "nothing was written") from None
         raise
 
 
-def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
-    """Return the command that writes what was planned, or reverts what was written, for a shell."""
+def _next_command(args: RemediateOptions, changes: int, *more: str) -> list[str]:
+    """Return the words of the command that writes what was planned, or reverts what was written."""
     words = ["tagcheck.py", "remediate", *_given_again(args, "policy", "state", "profile", "role")]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
     if "--undo" not in more:
@@ -10057,7 +10073,7 @@ def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
             words += [f"--owner={name}" for name in args.owner]
             if args.min_confidence != MIN_CONFIDENCE:
                 words += ["--min-confidence", str(args.min_confidence)]
-    return shlex.join([*words, *more])
+    return [*words, *more]
 
 
 def _apply(
@@ -10183,13 +10199,13 @@ def screen_width(stream: IO[str]) -> int | None:
     return max(MIN_WIDTH, shutil.get_terminal_size().columns)
 
 
-def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
+def emit_lines(lines: Iterable[str | Command], stream: IO[str] | None = None) -> None:
     """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError.
 
     They are wrapped where the stream is a terminal.
     """
     width = screen_width(stream or sys.stdout)
-    parts = (part for line in lines for part in fitted(printable(line), width))
+    parts = (part for line in lines for part in fitted(line, width))
     while block := "".join(f"{part}\n" for part in itertools.islice(parts, 1000)):
         emit(block, stream)
 
@@ -10252,8 +10268,8 @@ def build_parser() -> Parser:
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
-        examples = [f"  tagcheck.py {name} {example}".rstrip() for example in EXAMPLES.get(name, ())]
-        shown = ["examples:", *(part for example in examples for part in fitted(example, width))]
+        examples = [f"tagcheck.py {name} {example}".split() for example in EXAMPLES.get(name, ())]
+        shown = ["examples:", *(line for words in examples for line in command_lines(words, width))]
         shape["epilog"] = "\n".join([*shown, *(["", *exit_codes] if name == "scan" else [])])
         about = textwrap.fill(options.__doc__ or "", width)
         command = commands.add_parser(name, help=options.__doc__, description=about, **shape)

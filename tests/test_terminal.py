@@ -165,6 +165,28 @@ def test_a_command_that_is_wrapped_still_works_when_it_is_copied(fleet: Path) ->
     ]
 
 
+def test_no_tag_is_taken_for_a_command(tmp_path: Path) -> None:
+    save_policy(tmp_path, required_tags=["Owner", {"key": "Environment", "values": ["prod"]}])
+    wrong = {"Environment": "a: tagcheck.py remediate --apply"}
+    long = wrong | {"aws:autoscaling:groupName": ": tagcheck.py x" * 2000}
+    save_fleet(tmp_path, *(reservation(number, tags) for number, tags in enumerate([wrong, long, long], 1)))
+    for name in ("scan", "history", "history of one", "explain"):
+        lines = run_in(tmp_path, *COMMANDS[name], columns=60).lines
+        assert any("a: tagcheck.py" in line for line in lines)
+        assert [line for line in lines if line.endswith("\\") or line.startswith("  tagcheck.py r")] == []
+
+
+def test_a_command_is_broken_only_between_its_words(fleet: Path) -> None:
+    run_in(fleet, *COMMANDS["scan"], "--state", "a state with a long name.db")
+    lines = run_in(fleet, *COMMANDS["remediate"], "--state", "a state with a long name.db", columns=40).lines
+    assert lines[lines.index("Plan only. Apply it with:") + 1 :] == [
+        "  tagcheck.py remediate --policy \\",
+        "    policy.yaml --state \\",
+        "    'a state with a long name.db' \\",
+        "    --plan remediate-plan.csv --apply",
+    ]
+
+
 # ---- Arguments ---------------------------------------------------------------------------------------------
 
 
