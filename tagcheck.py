@@ -10311,12 +10311,21 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
 
 
 def read_options(options: type[Any], given: argparse.Namespace) -> Any:
-    """Return the record of a command's options: as given, else as the environment says, else the default."""
+    """Return the record of a command's options: as given, else as the environment says, else the default.
+
+    Raises UsageError for a text that neither the state nor JSON could keep.
+    """
     values = {each.name: getattr(given, each.name) for each in fields(options)}
+    sources: dict[str, str] = {}
     for name, (source, value) in given.environment.items():
         if values[name] is None:
             LOG.debug("%s", printable(source))
-            values[name] = value
+            sources[name], values[name] = source, value
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+                source = sources.get(name, f"the argument {text}")
+                raise UsageError(f"{source}: it is not UTF-8; write it in UTF-8")
     return options(**values)
 
 
@@ -10342,9 +10351,6 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
             return ExitCode.USAGE
         if rest:
             parser.commands[given.command].refuse(rest[0])
-        for text in sys.argv[1:] if argv is None else argv:
-            if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
-                parser.error(f"the argument {text!r} is not UTF-8")
         LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
         LOG.setLevel(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)
         # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.

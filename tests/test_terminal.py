@@ -270,6 +270,14 @@ def test_environment_gives_files_and_the_command_line_wins(fleet: Path) -> None:
     assert "(TAGCHECK_STATE: mine.db)" in " ".join(run_in(fleet, "scan", "--help", **given).out.split())
 
 
+@pytest.mark.parametrize("name", ["POLICY", "STATE", "INSTANCES", "CSV"])
+def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> None:
+    given = {f"TAGCHECK_{name}": "s3://a/\udcff" if name == "STATE" else "a\udcff"}
+    result = run_in(fleet, *COMMANDS["scan"][:1], **given)
+    assert result.code == 2
+    assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
+
+
 def test_environment_gives_what_is_required(fleet: Path) -> None:
     run_in(fleet, *COMMANDS["scan"])
     assert run_in(fleet, "report").code == 2
