@@ -9046,8 +9046,6 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     policy = _load_policy(args)
     if args.instances or not (policy.accounts and policy.accounts.organization):
         args = replace(args, account=account_ids(args.account, named_accounts(policy, {})))
-    if args.creators and args.instances:
-        raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
         raise UsageError("--include-managed-resources describes saved files: give it with --instances")
     if args.csv is None:
@@ -9989,10 +9987,6 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
 def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
     policy = _load_policy(args)
-    if args.plan and args.undo:
-        raise UsageError("--plan and --undo: give one of them")
-    if args.owner and (args.plan or args.undo):
-        raise UsageError("--owner makes a plan from the state: leave out --plan and --undo, or --owner")
     if args.role and not policy.accounts:
         raise UsageError(f"--role {printable(args.role)}: {policy.file} has no accounts to assume it in")
     new_plan = not (args.plan or args.undo or args.apply)
@@ -10310,17 +10304,28 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
     command.add_argument(flag, required=more["default"] is MISSING, **more)
 
 
+# The options of which a command takes one: what to judge, and what to write.
+ALTERNATIVES = ({"instances", "live", "creators"}, {"owner", "plan", "undo"})
+
+
 def read_options(options: type[Any], given: argparse.Namespace) -> Any:
     """Return the record of a command's options: as given, else as the environment says, else the default.
 
-    Raises UsageError for a text that neither the state nor JSON could keep.
+    Raises UsageError for options that exclude each other, and for a text that neither the state nor JSON
+    could keep. What is given on the command line excludes what the environment says.
     """
     values = {each.name: getattr(given, each.name) for each in fields(options)}
+    chosen = {name for name, value in values.items() if value}
     sources: dict[str, str] = {}
     for name, (source, value) in given.environment.items():
-        if values[name] is None:
+        if any(name in group and chosen & group - {name} for group in ALTERNATIVES):
+            values[name] = values[name] or type(value)()
+        elif values[name] is None:
             LOG.debug("%s", printable(source))
             sources[name], values[name] = source, value
+    for group in ALTERNATIVES:
+        if len(both := [f"--{name}" for name in values if name in group and values[name]]) > 1:
+            raise UsageError(f"{' and '.join(both)}: give one of them")
     for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and re.search("[\ud800-\udfff]", text):

@@ -278,6 +278,39 @@ def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> Non
     assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
 
 
+@pytest.mark.parametrize(
+    ("args", "given", "says"),
+    [
+        (("explain", ident(1), "--live"), "INSTANCES", "credentials"),
+        (("scan", "--creators"), "INSTANCES", "credentials"),
+        (("remediate", "--plan", "p.csv"), "UNDO", "p.csv cannot be read"),
+        (("remediate", "--undo", "u.csv"), "PLAN", "no state"),
+        (("remediate", "--owner", "ann"), "PLAN", "no state"),
+    ],
+)
+def test_environment_gives_nothing_that_an_option_excludes(
+    fleet: Path, args: tuple[str, ...], given: str, says: str
+) -> None:
+    result = run_in(fleet, *args, "--policy", "policy.yaml", **{f"TAGCHECK_{given}": "fleet.json"})
+    assert says in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "says"),
+    [
+        (("explain", ident(1), "--live", "--instances", "fleet.json"), (), "--instances and --live"),
+        (("scan", "--creators", "--instances", "fleet.json"), (), "--instances and --creators"),
+        (("remediate", "--owner", "ann", "--undo", "u.csv"), (), "--owner and --undo"),
+        (("remediate",), ("PLAN", "UNDO"), "--plan and --undo"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    tmp_path: Path, args: tuple[str, ...], given: tuple[str, ...], says: str
+) -> None:
+    result = run_in(tmp_path, *args, **{f"TAGCHECK_{name}": "x" for name in given})
+    assert (result.code, result.err) == (2, f"tagcheck: {says}: give one of them\n")
+
+
 def test_environment_gives_what_is_required(fleet: Path) -> None:
     run_in(fleet, *COMMANDS["scan"])
     assert run_in(fleet, "report").code == 2
