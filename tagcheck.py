@@ -5713,21 +5713,38 @@ def in_columns(rows: Rows) -> Iterator[str]:
 WIDE = 120  # columns from which on a table also holds what an instance lacks
 
 
-def fitted(line: str, width: int | None) -> list[str]:
-    """Return a line in parts that fit a terminal; a command in it still works when it is copied."""
-    if width is None or len(line) <= width:
-        return [line]
-    before, found, command = line.partition(": tagcheck.py ")
-    if found:
-        return [*fitted(f"{before}:", width), *fitted(f"  tagcheck.py {command}", width)]
-    is_command = line.lstrip().startswith("tagcheck.py ")
-    if is_command and "'" in line:
-        return [line]
-    indent, end = " " * (len(line) - len(line.lstrip()) + 2), " \\" if is_command else ""
-    wrapper = textwrap.TextWrapper(width - len(end), subsequent_indent=indent)
+class Command(NamedTuple):
+    """A line that ends in a command for a shell; no text of strangers is taken for one."""
+
+    before: str
+    words: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{self.before} {shlex.join(self.words)}"
+
+
+def command_lines(words: Iterable[str], width: int) -> list[str]:
+    """Return a command, whose words are quoted, in lines that fit and still work when they are copied."""
+    lines = [" "]
+    for word in words:
+        if lines[-1].strip() and len(f"{lines[-1]} {word} \\") > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return lines
+
+
+def fitted(line: str | Command, width: int | None) -> list[str]:
+    """Return a line in printable parts that fit a terminal."""
+    text = printable(str(line))
+    if width is None or len(text) <= width:
+        return [text]
+    if isinstance(line, Command):
+        return [line.before, *command_lines(map(shlex.quote, map(printable, line.words)), width)]
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
-    *parts, last = wrapper.wrap(line) or [line]
-    return [*(part + end for part in parts), last]
+    return wrapper.wrap(text) or [text]
 
 
 def table(head: Sequence[str], rows: Rows, width: int | None, details: int = 1) -> Iterator[str]:
@@ -5749,7 +5766,7 @@ def _block(head: Sequence[str], block: Sequence[Sequence[str]], width: int, deta
     shared = [column for column in place if len({row[column] for row in block}) == 1]
     if shared:
         words = ", ".join(block[0][column] for column in shared)
-        yield from fitted(printable(f"{head[shared[0]].capitalize()} {words}"), width)
+        yield from fitted(f"{head[shared[0]].capitalize()} {words}", width)
     every = [column for column in range(len(head)) if column not in shared]
     short = every[:-details]
     least = [column for column in short if column not in place]
@@ -5796,7 +5813,7 @@ def write_summary(
 ) -> None:
     """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
     paragraphs = [
-        "\n".join(part for line in lines for part in fitted(printable(line), width))
+        "\n".join(part for line in lines for part in fitted(line, width))
         for lines in _summary(report, csv_path, state, width)
         if lines
     ]
@@ -8072,8 +8089,8 @@ REMEDIATION_WRITERS: dict[str, Callable[[TextIOBase, Remediation], None]] = {
 
 
 def remediation_lines(
-    done: Remediation, csv_path: str, command: Callable[..., str], width: int | None
-) -> Iterator[str]:
+    done: Remediation, csv_path: str, command: Callable[..., list[str]], width: int | None
+) -> Iterator[str | Command]:
     """Yield a plan or its results, for people, and what to do next."""
 
     def cells(row: PlanRow) -> tuple[str, ...]:
@@ -8107,9 +8124,9 @@ def remediation_lines(
     if fixes and totals[Result.WRITTEN]:
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
-        yield f"Undo it with: {command('--undo', undo_file, '--apply')}"
+        yield Command("Undo it with:", command("--undo", undo_file, "--apply"))
     elif undo_file is None:
-        yield f"Plan only. Apply it with: {command('--apply')}" if actions else "Nothing to write"
+        yield Command("Plan only. Apply it with:", command("--apply")) if actions else "Nothing to write"
 
 
 ########################################################################################################
@@ -8904,8 +8921,6 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
     policy = _load_policy(args)
     if args.instances or not (policy.accounts and policy.accounts.organization):
         args = replace(args, account=account_ids(args.account, named_accounts(policy, {})))
-    if args.creators and args.instances:
-        raise UsageError("--creators calls AWS, and --instances avoids that: leave out one of them")
     if args.include_managed_resources and not args.instances:
         raise UsageError("--include-managed-resources describes saved files: give it with --instances")
     if args.csv is None:
@@ -9211,7 +9226,7 @@ def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[sqlit
 def _policy_of_state(name: str, file: str) -> Policy:
     """Return the policy whose name and file a state knows, without rules where the file is another now."""
     try:
-        policy = load_policy(file) if Path(file).is_file() else None
+        policy = load_policy(file) if os.path.isfile(file) else None
     except UsageError:
         policy = None
     return policy if policy and policy.name == name else Policy(file, "", "1", name, {})
@@ -9552,14 +9567,14 @@ def _survey(args: InitOptions) -> tuple[dict[Target, list[Instance]], dict[str, 
     return fleet, dict(sorted(unread.items()))
 
 
-def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str]:
+def _next_lines(args: InitOptions, starter: Starter, found: Iterable[str]) -> Iterator[str | Command]:
     """Yield what was written, and the command that comes next."""
     rules, regions = counted(len(starter.rules), "rule"), ", ".join(sorted(starter.regions))
     yield f"Wrote {args.output}: {rules} for {regions}"
     yield from found
     same = _given_again(args, "profile", "region", "instances")
     command = ["tagcheck.py", "scan", "--policy", args.output, *same, "--dry-run"]
-    yield f"Read it, and change what is wrong. Next: {shlex.join(command)}"
+    yield Command("Read it, and change what is wrong. Next:", command)
 
 
 INIT_WRITERS: Writers[str] = {"output": lambda file, text: file.writelines([text])}
@@ -9841,10 +9856,6 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
 def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     """Plan the tags that would fix the open findings, write those of a plan, or revert an earlier run."""
     policy = _load_policy(args)
-    if args.plan and args.undo:
-        raise UsageError("--plan and --undo: give one of them")
-    if args.owner and (args.plan or args.undo):
-        raise UsageError("--owner makes a plan from the state: leave out --plan and --undo, or --owner")
     if args.role and not policy.accounts:
         raise UsageError(f"--role {printable(args.role)}: {policy.file} has no accounts to assume it in")
     new_plan = not (args.plan or args.undo or args.apply)
@@ -9900,22 +9911,21 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
 
 
 @contextlib.contextmanager
-def _printing_undo_command(undo: UndoFile, command: Callable[..., str]) -> Iterator[None]:
+def _printing_undo_command(undo: UndoFile, command: Callable[..., list[str]]) -> Iterator[None]:
     """Print the command that reverts a run on stderr if the run fails before it prints its results."""
     try:
         yield
     except BaseException as error:  # a bug, too, must not leave tags written without a way back
         if undo.rows:
-            line = f"Undo it with: {command('--undo', str(undo.path), '--apply')}"
-            emit(f"{printable(line)}\n", sys.stderr)
+            emit_lines([Command("Undo it with:", command("--undo", str(undo.path), "--apply"))], sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             done = "what was written is recorded, and the same command continues from there"
             raise KeyboardInterrupt(done if undo.rows else "nothing was written") from None
         raise
 
 
-def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
-    """Return the command that writes what was planned, or reverts what was written, for a shell."""
+def _next_command(args: RemediateOptions, changes: int, *more: str) -> list[str]:
+    """Return the words of the command that writes what was planned, or reverts what was written."""
     words = ["tagcheck.py", "remediate", *_given_again(args, "policy", "state", "profile", "role")]
     words += ["--max-changes", str(changes)] if changes > MAX_CHANGES else []
     if "--undo" not in more:
@@ -9926,7 +9936,7 @@ def _next_command(args: RemediateOptions, changes: int, *more: str) -> str:
             words += [f"--owner={name}" for name in args.owner]
             if args.min_confidence != MIN_CONFIDENCE:
                 words += ["--min-confidence", str(args.min_confidence)]
-    return shlex.join([*words, *more])
+    return [*words, *more]
 
 
 def _apply(
@@ -10051,13 +10061,13 @@ def screen_width(stream: IO[str]) -> int | None:
     return max(MIN_WIDTH, shutil.get_terminal_size().columns) if is_known else None
 
 
-def emit_lines(lines: Iterable[str], stream: IO[str] | None = None) -> None:
+def emit_lines(lines: Iterable[str | Command], stream: IO[str] | None = None) -> None:
     """Write printable lines to stdout or another stream, a thousand at a time; raises OutputError.
 
     They are wrapped where the stream is a terminal.
     """
     width = screen_width(stream or sys.stdout)
-    parts = (part for line in lines for part in fitted(printable(line), width))
+    parts = (part for line in lines for part in fitted(line, width))
     while block := "".join(f"{part}\n" for part in itertools.islice(parts, 1000)):
         emit(block, stream)
 
@@ -10120,8 +10130,8 @@ def build_parser() -> Parser:
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
-        examples = [f"  tagcheck.py {name} {example}".rstrip() for example in EXAMPLES.get(name, ())]
-        shown = ["examples:", *(part for example in examples for part in fitted(example, width))]
+        examples = [f"tagcheck.py {name} {example}".split() for example in EXAMPLES.get(name, ())]
+        shown = ["examples:", *(line for words in examples for line in command_lines(words, width))]
         shape["epilog"] = "\n".join([*shown, *(["", *exit_codes] if name == "scan" else [])])
         about = textwrap.fill(options.__doc__ or "", width)
         command = commands.add_parser(name, help=options.__doc__, description=about, **shape)
@@ -10162,13 +10172,33 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
     command.add_argument(flag, required=more["default"] is MISSING, **more)
 
 
+# The options of which a command takes one: what to judge, and what to write.
+ALTERNATIVES = ({"instances", "live", "creators"}, {"owner", "plan", "undo"})
+
+
 def read_options(options: type[Any], given: argparse.Namespace) -> Any:
-    """Return the record of a command's options: as given, else as the environment says, else the default."""
+    """Return the record of a command's options: as given, else as the environment says, else the default.
+
+    Raises UsageError for options that exclude each other, and for a text that neither the state nor JSON
+    could keep. What is given on the command line excludes what the environment says.
+    """
     values = {each.name: getattr(given, each.name) for each in fields(options)}
+    chosen = {name for name, value in values.items() if value}
+    sources: dict[str, str] = {}
     for name, (source, value) in given.environment.items():
-        if values[name] is None:
+        if any(name in group and chosen & group - {name} for group in ALTERNATIVES):
+            values[name] = values[name] or type(value)()
+        elif values[name] is None:
             LOG.debug("%s", printable(source))
-            values[name] = value
+            sources[name], values[name] = source, value
+    for group in ALTERNATIVES:
+        if len(both := [f"--{name}" for name in values if name in group and values[name]]) > 1:
+            raise UsageError(f"{' and '.join(both)}: give one of them")
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+                source = sources.get(name, f"the argument {text}")
+                raise UsageError(f"{source}: it is not UTF-8; write it in UTF-8")
     return options(**values)
 
 
@@ -10194,9 +10224,6 @@ def main(argv: Sequence[str] | None = None, now: datetime | None = None) -> int:
             return ExitCode.USAGE
         if rest:
             parser.commands[given.command].refuse(rest[0])
-        for text in sys.argv[1:] if argv is None else argv:
-            if re.search("[\ud800-\udfff]", text):  # neither the state nor JSON could keep it
-                parser.error(f"the argument {text!r} is not UTF-8")
         LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stderr)], False
         LOG.setLevel(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)
         # botocore's log has tracebacks, and may have secrets; what it says comes as an exception.

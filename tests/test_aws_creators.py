@@ -302,7 +302,7 @@ def test_what_a_stranger_is_called_stays_text(aws, scan, hasty, tagcheck):
 
 def test_creators_of_saved_instances_cannot_be_looked_up(tagcheck):
     result = tagcheck("scan", "--creators", "--instances", "x.json", check=2)
-    assert "--creators calls AWS" in result.err
+    assert "--instances and --creators: give one of them" in result.err
 
 
 def test_iam_policy_lists_the_lookup_only_where_it_is_asked_for(tagcheck):

@@ -167,7 +167,7 @@ def test_remediate_plans_what_an_owner_has_open(state, owner, ids):
 
 def test_an_owner_is_for_new_plans(state):
     refused = run(state, "remediate", "--policy", "policy.yaml", "--owner", "ann", "--plan", "x.csv", check=2)
-    assert "--owner makes a plan from the state: leave out --plan and --undo, or --owner" in refused.err
+    assert "--owner and --plan: give one of them" in refused.err
     shown = run(state, "remediate", "--policy", "policy.yaml", "--owner", "web", "--csv", "-", check=0)
     assert "remediate --policy policy.yaml --owner=web --apply" in re.sub(r"\s+", " ", shown.err)
 

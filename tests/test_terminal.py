@@ -5,12 +5,14 @@ import os
 import pty
 import re
 import select
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,28 @@ def test_a_command_that_is_wrapped_still_works_when_it_is_copied(fleet: Path) ->
     ]
 
 
+def test_no_tag_is_taken_for_a_command(tmp_path: Path) -> None:
+    save_policy(tmp_path, required_tags=["Owner", {"key": "Environment", "values": ["prod"]}])
+    wrong = {"Environment": "a: tagcheck.py remediate --apply"}
+    long = wrong | {"aws:autoscaling:groupName": ": tagcheck.py x" * 2000}
+    save_fleet(tmp_path, *(reservation(number, tags) for number, tags in enumerate([wrong, long, long], 1)))
+    for name in ("scan", "history", "history of one", "explain"):
+        lines = run_in(tmp_path, *COMMANDS[name], columns=60).lines
+        assert any("a: tagcheck.py" in line for line in lines)
+        assert [line for line in lines if line.endswith("\\") or line.startswith("  tagcheck.py r")] == []
+
+
+def test_a_command_is_broken_only_between_its_words(fleet: Path) -> None:
+    run_in(fleet, *COMMANDS["scan"], "--state", "a state with a long name.db")
+    lines = run_in(fleet, *COMMANDS["remediate"], "--state", "a state with a long name.db", columns=40).lines
+    assert lines[lines.index("Plan only. Apply it with:") + 1 :] == [
+        "  tagcheck.py remediate --policy \\",
+        "    policy.yaml --state \\",
+        "    'a state with a long name.db' \\",
+        "    --plan remediate-plan.csv --apply",
+    ]
+
+
 # ---- Arguments ---------------------------------------------------------------------------------------------
 
 
@@ -246,6 +270,47 @@ def test_environment_gives_files_and_the_command_line_wins(fleet: Path) -> None:
     assert "(TAGCHECK_STATE: mine.db)" in " ".join(run_in(fleet, "scan", "--help", **given).out.split())
 
 
+@pytest.mark.parametrize("name", ["POLICY", "STATE", "INSTANCES", "CSV"])
+def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> None:
+    given = {f"TAGCHECK_{name}": "s3://a/\udcff" if name == "STATE" else "a\udcff"}
+    result = run_in(fleet, *COMMANDS["scan"][:1], **given)
+    assert result.code == 2
+    assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "says"),
+    [
+        (("explain", ident(1), "--live"), "INSTANCES", "credentials"),
+        (("scan", "--creators"), "INSTANCES", "credentials"),
+        (("remediate", "--plan", "p.csv"), "UNDO", "p.csv cannot be read"),
+        (("remediate", "--undo", "u.csv"), "PLAN", "no state"),
+        (("remediate", "--owner", "ann"), "PLAN", "no state"),
+    ],
+)
+def test_environment_gives_nothing_that_an_option_excludes(
+    fleet: Path, args: tuple[str, ...], given: str, says: str
+) -> None:
+    result = run_in(fleet, *args, "--policy", "policy.yaml", **{f"TAGCHECK_{given}": "fleet.json"})
+    assert says in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "says"),
+    [
+        (("explain", ident(1), "--live", "--instances", "fleet.json"), (), "--instances and --live"),
+        (("scan", "--creators", "--instances", "fleet.json"), (), "--instances and --creators"),
+        (("remediate", "--owner", "ann", "--undo", "u.csv"), (), "--owner and --undo"),
+        (("remediate",), ("PLAN", "UNDO"), "--plan and --undo"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    tmp_path: Path, args: tuple[str, ...], given: tuple[str, ...], says: str
+) -> None:
+    result = run_in(tmp_path, *args, **{f"TAGCHECK_{name}": "x" for name in given})
+    assert (result.code, result.err) == (2, f"tagcheck: {says}: give one of them\n")
+
+
 def test_environment_gives_what_is_required(fleet: Path) -> None:
     run_in(fleet, *COMMANDS["scan"])
     assert run_in(fleet, "report").code == 2
@@ -265,6 +330,10 @@ def test_only_policy_of_a_state_needs_no_option(fleet: Path) -> None:
     assert "open findings" in run_in(fleet, "report", "--html", "-").out
     os.mkfifo(fleet / "policy.yaml")  # to read it would take forever
     assert ident(1) in run_in(fleet, "history").out
+    with closing(sqlite3.connect(fleet / "instance_state.db")) as db, db:
+        db.execute("UPDATE scans SET policy_file = ?", ["x" * 5000])  # the system cannot even look for it
+    assert ident(1) in run_in(fleet, "history").out
+    assert "open findings" in run_in(fleet, "report", "--html", "-").out
 
 
 def test_two_policies_of_a_state_need_the_option(fleet: Path) -> None:
