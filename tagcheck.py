@@ -9210,7 +9210,7 @@ def open_state(args: StateOptions, *, copied: bool = False, create: bool = False
 
 
 @contextlib.contextmanager
-def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[sqlite3.Connection, Policy]]:
+def _reading_known(args: HistoryOptions | ReportOptions) -> Iterator[tuple[Connection, Policy]]:
     """Yield a connection for reading the state, and the policy: that given, else the state's only one."""
     policy = load_policy(args.policy) if args.policy else None
     with open_state(args) as state, reading_state(state) as db:
@@ -9233,7 +9233,7 @@ def _policy_of_state(name: str, file: str) -> Policy:
 
 
 @contextlib.contextmanager
-def _reading(args: StateOptions, policy: str | None) -> Iterator[sqlite3.Connection]:
+def _reading(args: StateOptions, policy: str | None) -> Iterator[Connection]:
     """Yield a connection for reading the state; raises StateError, also if it has no scan of the policy."""
     with open_state(args) as state, reading_state(state) as db:
         if policy is not None:
