@@ -2102,6 +2102,7 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
     upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
+    exempted_later: tuple[Exempted, ...] = ()  # what rules that count from a later day on are exempted from
 
 
 @dataclass(frozen=True, slots=True)
@@ -2142,7 +2143,10 @@ def new_state_notice(state: str) -> str:
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
-    """Check an instance of a target against a policy; of several exemptions the first counts."""
+    """Check an instance of a target against a policy; of several exemptions the first counts.
+
+    What fails a rule that counts later is exempted only by an exemption that still holds on that day.
+    """
     rules, placeholders, today = policy.rules(target.region), policy.placeholder_values, now.date()
     violations = tuple(
         violation
@@ -2150,21 +2154,27 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         if (violation := check_tag(instance.tags, rule, placeholders))
         and not rule.unmet(target, instance, placeholders)
     )
-    exempted: dict[str, Exempted] = {}
-    upcoming: tuple[RequiredTag, ...] = ()
-    if violations:
-        in_force = (exemption for exemption in policy.exemptions if exemption.holds(today))
-        covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
-        for violation, exemption in itertools.product(violations, covering):
-            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
-                exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
-        later = {rule.key: rule for rule in rules if rule.effective_from and not rule.counts(today)}
-        failing = [violation for violation in violations if violation.tag_key not in exempted]
-        upcoming = tuple(later[case.tag_key] for case in failing if case.tag_key in later)
-        violations = tuple(violation for violation in failing if violation.tag_key not in later)
-        exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming)
+    if not violations:
+        return Sighting(instance, (), (), too_young)
+    later = {rule.key: day for rule in rules if (day := rule.effective_from) and not rule.counts(today)}
+    exempted: dict[str, Exempted] = {}
+    in_force = (exemption for exemption in policy.exemptions if exemption.holds(today))
+    covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
+    for violation, exemption in itertools.product(violations, covering):
+        key = violation.tag_key
+        covers = not exemption.required_tags or key in exemption.required_tags
+        if covers and exemption.holds(later.get(key, today)):
+            exempted.setdefault(key, Exempted(violation, exemption))
+    failing = {case.tag_key: case for case in violations if case.tag_key not in exempted}
+    return Sighting(
+        instance,
+        tuple(case for key, case in failing.items() if key not in later),
+        tuple(case for key, case in exempted.items() if key not in later),
+        too_young,
+        tuple(rule for rule in rules if rule.key in later and rule.key in failing),
+        tuple(case for key, case in exempted.items() if key in later),
+    )
 
 
 def aliases_used(
@@ -2203,7 +2213,7 @@ def value_reader(rules: Iterable[RequiredTag], placeholders: Container[str]) -> 
         tags = seen.instance.tags
         failing = {violation.tag_key for violation in seen.violations}
         failing.update(rule.key for rule in seen.upcoming)
-        failing.update(exempted.violation.tag_key for exempted in seen.exempted)
+        failing.update(case.violation.tag_key for case in (*seen.exempted, *seen.exempted_later))
         found = (
             None if key in failing else key_that_meets(tags, rule, placeholders) if rule else key
             for key, rule in readers
@@ -6065,7 +6075,7 @@ def explain(
     yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
-    exempted = {case.violation.tag_key: case for case in sighting.exempted}
+    exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
         line, placeholders = _rule_place(policy, rule), policy.placeholder_values
         if rule.key in failing:
@@ -9584,7 +9594,7 @@ def _collect(
         seen = [judge(target, instance, policy, scan.started_at) for instance in reading]
         if len(states) < MAX_NEW_STATES:
             states.update(filter(is_new_state, {instance.state for instance in reading}))
-        used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
+        used.update(case.exemption for one in seen for case in (*one.exempted, *one.exempted_later))
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)

@@ -197,7 +197,7 @@ def test_normalize_aliases_plans_the_rules_own_key(scan: Scan) -> None:
 
 # ---- A rule that is announced ------------------------------------------------------------------------------
 
-TEAM = {"key": "Team", "effective_from": "2026-12-01"}
+TEAM, TEAM_DAY = {"key": "Team", "effective_from": "2026-12-01"}, datetime(2026, 12, 1, tzinfo=UTC)
 
 
 def test_upcoming_rule_is_counted_and_makes_findings_from_its_day_on(scan: Scan) -> None:
@@ -211,7 +211,7 @@ def test_upcoming_rule_is_counted_and_makes_findings_from_its_day_on(scan: Scan)
     page = command("report", "--html", "-").out
     cells = re.sub("<[^>]*>", " ", page.partition("Upcoming rules")[2]).split()
     assert "2026-12-01 Team 2" in " ".join(cells)
-    on_the_day = scan(["Owner", TEAM], *fleet, now=datetime(2026, 12, 1, tzinfo=UTC))
+    on_the_day = scan(["Owner", TEAM], *fleet, now=TEAM_DAY)
     assert {finding["status"] for finding in on_the_day["findings"]} == {"NEW"}
     assert violations(on_the_day) == {1: [("Team", MISSING)], 3: [("Team", EMPTY)]}
     assert on_the_day["upcoming"] == []
@@ -224,6 +224,29 @@ def test_upcoming_rule_counts_neither_the_exempted_nor_the_young(scan: Scan) -> 
     assert [rule["instances"] for rule in report["upcoming"]] == [1]
     assert report["exempted"] == []
     assert report["summary"]["compliant"] == 3
+
+
+def test_exemption_from_an_upcoming_rule_is_told_and_is_not_useless(scan: Scan) -> None:
+    exemption = {"reason": "legacy", "tags": {"Skip": "1"}, "required_tags": ["Team"]}
+    report = scan(["Owner", TEAM], {"Skip": "1", "Owner": "a"}, exemptions=[exemption])
+    assert (report["upcoming"], report["exempted"], report["summary"]["compliant"]) == ([], [], 1)
+    assert not [notice for notice in report["notices"] if "exempted nothing" in notice]
+    explained = command("explain", "--instances", "fleet.json", ident(1)).lines
+    assert explained[2] == "  EXEMPTED  Team is missing: exempted, legacy (policy.yaml:1)"
+    on_the_day = scan(["Owner", TEAM], {"Skip": "1", "Owner": "a"}, now=TEAM_DAY, exemptions=[exemption])
+    assert [entry["violations"][0]["reason"] for entry in on_the_day["exempted"]] == ["legacy"]
+    assert on_the_day["findings"] == []
+
+
+@pytest.mark.parametrize(("expires", "fails"), [("2026-11-30", True), ("2026-12-01", False)])
+def test_exemption_that_ends_before_a_rule_counts_is_none_from_it(
+    scan: Scan, expires: str, fails: bool
+) -> None:
+    report = scan([TEAM], {}, exemptions=[{"reason": "r", "regions": [REGION], "expires": expires}])
+    assert [rule["instances"] for rule in report["upcoming"]] == [1] * fails
+    assert sum("exempted nothing" in notice for notice in report["notices"]) == fails
+    explained = command("explain", "--instances", "fleet.json", ident(1)).out
+    assert ("WILL FAIL Team is missing" in explained) == fails
 
 
 def test_upcoming_counts_are_those_of_the_targets_that_were_read(scan: Scan) -> None:
