@@ -1809,8 +1809,11 @@ def _check_rules(document: YamlDocument) -> None:
         rules |= _check_tags(document, ("regions", region), entry)
     asked = {key for rule in rules.values() if (key := _given(rule, "key", str))}
     known = tuple(sorted(asked))
+    placeholders = {stripped(text).casefold() for text in _texts(value, "placeholder_values").values()}
     for path, rule in rules.items():
         _check_aliases(document, path, rule, asked)
+        if not _given(rule, "allow_empty", bool):
+            _check_empty(document, path, rule, placeholders)
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
         _check_match(document, path, entry)
@@ -1857,6 +1860,16 @@ def _check_aliases(document: YamlDocument, path: KeyPath, rule: Any, asked: Cont
         if problem:
             document.add((*path, "aliases", index), f"{shown_value(alias)} {problem}")
         seen.add(alias)
+
+
+def _check_empty(document: YamlDocument, path: KeyPath, rule: Any, placeholders: Container[str]) -> None:
+    """Add a problem for each value of a rule, and for its default, that would fail it as empty."""
+    texts: dict[KeyPath, str] = {("values", index): text for index, text in _texts(rule, "values").items()}
+    texts["default",] = _given(rule, "default", str)
+    for place, text in texts.items():
+        if text and is_printable(text) and is_empty(text, placeholders):  # what is odd is told already
+            advice = "remove it" if is_blank(text) else "remove it here, or from placeholder_values"
+            document.add((*path, *place), f"{shown_value(text)} counts as empty, and would fail: {advice}")
 
 
 # What gives access by itself: S3's presigned URLs, SAS, tokens.
@@ -8313,7 +8326,7 @@ def _is_key(key: str) -> bool:
 
 def _is_value(value: str) -> bool:
     """Return whether a policy can list a tag value."""
-    return 0 < len(value) <= MAX_VALUE_LENGTH and is_printable(value)
+    return len(value) <= MAX_VALUE_LENGTH and is_printable(value) and not is_blank(value)
 
 
 # ---- From a fleet -------------------------------------------------------------------------------------
