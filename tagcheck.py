@@ -953,10 +953,12 @@ def is_empty(value: str, placeholders: Container[str]) -> bool:
 
 
 @functools.cache
-def _any_of(texts: tuple[str, ...]) -> Callable[[str], object]:
+def _any_of(texts: tuple[str, ...], *, ignore_case: bool = False) -> Callable[[str], object]:
     """Return what matches any of these texts, in which `*` matches any text and `?` one character."""
-    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in texts)
-    return re.compile("|".join(patterns) or "(?!)").match
+    folded = map(str.casefold, texts) if ignore_case else texts
+    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in folded)
+    match = re.compile("|".join(patterns) or "(?!)").match
+    return (lambda value: match(value.casefold())) if ignore_case else match
 
 
 @functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
@@ -973,7 +975,8 @@ class Match:
     """Which instances are meant: those that meet every condition that is given; of a list, one is enough."""
 
     tags: tuple[tuple[str, tuple[str, ...]], ...] = _key(
-        "Tags that they have: a value, or a list of values. * matches any text and ? one character.",
+        "Tags that they have: a value, or a list of values. * matches any text and ? one character. "
+        "Case matters, unless a rule for the tag has ignore_case.",
         _mapping(_one_or_more(_TAG_VALUE | {"minLength": 0}), {"eks:cluster-name": "*"}),
         (),
         read=lambda tags: tuple(
@@ -992,6 +995,7 @@ class Match:
     managed_by: tuple[str, ...] = _key(
         'The AWS service that operates them; * and ? as in tags, so "*" is any.', _OPERATOR, ()
     )
+    any_case: frozenset[str] = frozenset()  # the tags that a rule with ignore_case asks for
     line: int = 0
     column: int = 0
 
@@ -1023,11 +1027,13 @@ class Match:
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
-            # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
-            empty = placeholders is not None and is_empty(value or "", placeholders)
-            if value is None or (value not in wanted and (empty or not _any_of(wanted)(value))):
-                found = f"{key} is {'missing' if value is None else repr(value)}"
-                yield f"{key}={' or '.join(wanted)}", found
+            if value is None:
+                yield f"{key}={' or '.join(wanted)}", f"{key} is missing"
+            elif value not in wanted:
+                # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
+                empty = placeholders is not None and is_empty(value, placeholders)
+                if empty or not _any_of(wanted, ignore_case=key in self.any_case)(value):
+                    yield f"{key}={' or '.join(wanted)}", f"{key} is {value!r}"
 
 
 _CONDITIONS = [{"required": [key]} for key in _keys(Match)]
@@ -1390,6 +1396,7 @@ class YamlDocument:
         self.file = file
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
+        self.any_case: frozenset[str] = frozenset()  # the keys of rules with ignore_case
         self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
         self.pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
         self._nodes = 0
@@ -1807,7 +1814,9 @@ def _check_rules(document: YamlDocument) -> None:
         if region != "*":
             _check_region(document, ("regions", region), region, at_key=True)
         rules |= _check_tags(document, ("regions", region), entry)
-    asked = {key for rule in rules.values() if (key := _given(rule, "key", str))}
+    keyed = [(key, rule) for rule in rules.values() if (key := _given(rule, "key", str))]
+    asked = {key for key, _ in keyed}
+    document.any_case = frozenset(key for key, rule in keyed if _given(rule, "ignore_case", bool))
     known = tuple(sorted(asked))
     placeholders = {stripped(text).casefold() for text in _texts(value, "placeholder_values").values()}
     for path, rule in rules.items():
@@ -2032,6 +2041,8 @@ def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, *
     given = {"key": value} if isinstance(value, str) else value or {}
     if "line" in kind.__dataclass_fields__:
         more["line"], more["column"] = document.place(path)
+    if issubclass(kind, Match):
+        more["any_case"] = document.any_case
     for key, each in _keys(kind).items():
         if key in given:
             found = given[key]

@@ -135,6 +135,30 @@ def test_rule(scan: Scan, rule: dict[str, Any], tags: dict[str, str], expected: 
 
 
 @pytest.mark.parametrize(
+    ("wanted", "fails", "exactly"),
+    [
+        ("prod", {1, 2}, {1}),
+        (["x", "PR*"], {1, 2}, {2}),
+        ("straße", {4}, set()),
+        ("tbd", set(), set()),
+        ("*", {1, 2, 4}, {1, 2, 4}),
+    ],
+)
+def test_case_matters_in_a_condition_as_in_the_rule_for_that_tag(
+    scan: Scan, wanted: str | list[str], fails: set[int], exactly: set[int]
+) -> None:
+    env = {"key": "Env", "values": ["prod", "strasse"], "ignore_case": True, "allow_empty": True}
+    keys = {"placeholder_values": ["tbd"], "regions": {REGION: {"required_tags": [env]}}}
+    fleet = [{"Env": value, "Stage": value} for value in ("prod", "PROD", "TBD", "STRASSE")]
+    for key, expected in (("Env", fails), ("Stage", exactly)):
+        rule = {"key": "A", "when": {"tags": {key: wanted}}}
+        assert set(violations(scan([rule], *fleet, **keys))) == expected
+        exemption = {"reason": "r", "tags": {key: "prod"}, "required_tags": ["A"]}
+        exempted = scan(["A"], *fleet, **keys, exemptions=[exemption])["exempted"]
+        assert len(exempted) == (2 if key == "Env" else 1)
+
+
+@pytest.mark.parametrize(
     ("when", "fails"),
     [
         ({"instance_types": ["t3.*"]}, {1}),
