@@ -966,10 +966,12 @@ def is_empty(value: str, placeholders: Container[str]) -> bool:
 
 
 @functools.cache
-def _any_of(texts: tuple[str, ...]) -> Callable[[str], object]:
+def _any_of(texts: tuple[str, ...], *, ignore_case: bool = False) -> Callable[[str], object]:
     """Return what matches any of these texts, in which `*` matches any text and `?` one character."""
-    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in texts)
-    return re.compile("|".join(patterns) or "(?!)").match
+    folded = map(str.casefold, texts) if ignore_case else texts
+    patterns = (fnmatch.translate(text.replace("[", "[[]")) for text in folded)
+    match = re.compile("|".join(patterns) or "(?!)").match
+    return (lambda value: match(value.casefold())) if ignore_case else match
 
 
 @functools.lru_cache(10_000)  # asked of each instance, and the same for all of an account
@@ -986,7 +988,8 @@ class Match:
     """Which instances are meant: those that meet every condition that is given; of a list, one is enough."""
 
     tags: tuple[tuple[str, tuple[str, ...]], ...] = _key(
-        "Tags that they have: a value, or a list of values. * matches any text and ? one character.",
+        "Tags that they have: a value, or a list of values. * matches any text and ? one character. "
+        "Case matters, unless a rule for the tag has ignore_case.",
         _mapping(_one_or_more(_TAG_VALUE | {"minLength": 0}), {"eks:cluster-name": "*"}),
         (),
         read=lambda tags: tuple(
@@ -1005,6 +1008,7 @@ class Match:
     managed_by: tuple[str, ...] = _key(
         'The AWS service that operates them; * and ? as in tags, so "*" is any.', _OPERATOR, ()
     )
+    any_case: frozenset[str] = frozenset()  # the tags that a rule with ignore_case asks for
     line: int = 0
     column: int = 0
 
@@ -1036,11 +1040,13 @@ class Match:
             yield f"instances managed by {', '.join(self.managed_by)}", found
         for key, wanted in self.tags:
             value = instance.tags.get(key)
-            # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
-            empty = placeholders is not None and is_empty(value or "", placeholders)
-            if value is None or (value not in wanted and (empty or not _any_of(wanted)(value))):
-                found = f"{key} is {'missing' if value is None else repr(value)}"
-                yield f"{key}={' or '.join(wanted)}", found
+            if value is None:
+                yield f"{key}={' or '.join(wanted)}", f"{key} is missing"
+            elif value not in wanted:
+                # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
+                empty = placeholders is not None and is_empty(value, placeholders)
+                if empty or not _any_of(wanted, ignore_case=key in self.any_case)(value):
+                    yield f"{key}={' or '.join(wanted)}", f"{key} is {value!r}"
 
 
 _CONDITIONS = [{"required": [key]} for key in _keys(Match)]
@@ -1403,6 +1409,7 @@ class YamlDocument:
         self.file = file
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
+        self.any_case: frozenset[str] = frozenset()  # the keys of rules with ignore_case
         self.pattern = functools.cache(ValuePattern)  # rules with the same pattern share its limits
         self.pattern_error = functools.cache(functools.partial(_pattern_error, _MATCHER.seconds))
         self._nodes = 0
@@ -1820,10 +1827,15 @@ def _check_rules(document: YamlDocument) -> None:
         if region != "*":
             _check_region(document, ("regions", region), region, at_key=True)
         rules |= _check_tags(document, ("regions", region), entry)
-    asked = {key for rule in rules.values() if (key := _given(rule, "key", str))}
+    keyed = [(key, rule) for rule in rules.values() if (key := _given(rule, "key", str))]
+    asked = {key for key, _ in keyed}
+    document.any_case = frozenset(key for key, rule in keyed if _given(rule, "ignore_case", bool))
     known = tuple(sorted(asked))
+    placeholders = {stripped(text).casefold() for text in _texts(value, "placeholder_values").values()}
     for path, rule in rules.items():
         _check_aliases(document, path, rule, asked)
+        if not _given(rule, "allow_empty", bool):
+            _check_empty(document, path, rule, placeholders)
     for number, entry in enumerate(_given(value, "exemptions", list)):
         path = ("exemptions", number)
         _check_match(document, path, entry)
@@ -1870,6 +1882,16 @@ def _check_aliases(document: YamlDocument, path: KeyPath, rule: Any, asked: Cont
         if problem:
             document.add((*path, "aliases", index), f"{shown_value(alias)} {problem}")
         seen.add(alias)
+
+
+def _check_empty(document: YamlDocument, path: KeyPath, rule: Any, placeholders: Container[str]) -> None:
+    """Add a problem for each value of a rule, and for its default, that would fail it as empty."""
+    texts: dict[KeyPath, str] = {("values", index): text for index, text in _texts(rule, "values").items()}
+    texts["default",] = _given(rule, "default", str)
+    for place, text in texts.items():
+        if text and is_printable(text) and is_empty(text, placeholders):  # what is odd is told already
+            advice = "remove it" if is_blank(text) else "remove it here, or from placeholder_values"
+            document.add((*path, *place), f"{shown_value(text)} counts as empty, and would fail: {advice}")
 
 
 # What gives access by itself: S3's presigned URLs, SAS, tokens.
@@ -2032,6 +2054,8 @@ def _read_record(kind: Any, value: Any, document: YamlDocument, path: KeyPath, *
     given = {"key": value} if isinstance(value, str) else value or {}
     if "line" in kind.__dataclass_fields__:
         more["line"], more["column"] = document.place(path)
+    if issubclass(kind, Match):
+        more["any_case"] = document.any_case
     for key, each in _keys(kind).items():
         if key in given:
             found = given[key]
@@ -2115,6 +2139,7 @@ class Sighting:
     exempted: tuple[Exempted, ...]
     too_young: bool
     upcoming: tuple[RequiredTag, ...] = ()  # the rules that it will fail from a later day on
+    exempted_later: tuple[Exempted, ...] = ()  # what rules that count from a later day on are exempted from
     owner: str = ""  # who its tags say owns it, where it has violations
 
 
@@ -2156,7 +2181,10 @@ def new_state_notice(state: str) -> str:
 
 
 def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> Sighting:
-    """Check an instance of a target against a policy; of several exemptions the first counts."""
+    """Check an instance of a target against a policy; of several exemptions the first counts.
+
+    What fails a rule that counts later is exempted only by an exemption that still holds on that day.
+    """
     rules, placeholders, today = policy.rules(target.region), policy.placeholder_values, now.date()
     violations = tuple(
         violation
@@ -2164,22 +2192,28 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         if (violation := check_tag(instance.tags, rule, placeholders))
         and not rule.unmet(target, instance, placeholders)
     )
-    exempted: dict[str, Exempted] = {}
-    upcoming: tuple[RequiredTag, ...] = ()
-    if violations:
-        in_force = (exemption for exemption in policy.exemptions if exemption.holds(today))
-        covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
-        for violation, exemption in itertools.product(violations, covering):
-            if not exemption.required_tags or violation.tag_key in exemption.required_tags:
-                exempted.setdefault(violation.tag_key, Exempted(violation, exemption))
-        later = {rule.key: rule for rule in rules if rule.effective_from and not rule.counts(today)}
-        failing = [violation for violation in violations if violation.tag_key not in exempted]
-        upcoming = tuple(later[case.tag_key] for case in failing if case.tag_key in later)
-        violations = tuple(violation for violation in failing if violation.tag_key not in later)
-        exempted = {key: case for key, case in exempted.items() if key not in later}
     too_young = is_too_young(instance, policy.grace_period, now)
-    owner = _tagged_owner(instance.tags, policy, target.region) if violations else ""
-    return Sighting(instance, violations, tuple(exempted.values()), too_young, upcoming, owner)
+    if not violations:
+        return Sighting(instance, (), (), too_young)
+    later = {rule.key: day for rule in rules if (day := rule.effective_from) and not rule.counts(today)}
+    exempted: dict[str, Exempted] = {}
+    in_force = (exemption for exemption in policy.exemptions if exemption.holds(today))
+    covering = [exemption for exemption in in_force if not any(exemption.mismatches(target, instance))]
+    for violation, exemption in itertools.product(violations, covering):
+        key = violation.tag_key
+        covers = not exemption.required_tags or key in exemption.required_tags
+        if covers and exemption.holds(later.get(key, today)):
+            exempted.setdefault(key, Exempted(violation, exemption))
+    failing = {case.tag_key: case for case in violations if case.tag_key not in exempted}
+    return Sighting(
+        instance,
+        tuple(case for key, case in failing.items() if key not in later),
+        tuple(case for key, case in exempted.items() if key not in later),
+        too_young,
+        tuple(rule for rule in rules if rule.key in later and rule.key in failing),
+        tuple(case for key, case in exempted.items() if key in later),
+        _tagged_owner(instance.tags, policy, target.region),
+    )
 
 
 def _tagged_owner(tags: Mapping[str, str], policy: Policy, region: str) -> str:
@@ -2229,7 +2263,7 @@ def value_reader(rules: Iterable[RequiredTag], placeholders: Container[str]) -> 
         tags = seen.instance.tags
         failing = {violation.tag_key for violation in seen.violations}
         failing.update(rule.key for rule in seen.upcoming)
-        failing.update(exempted.violation.tag_key for exempted in seen.exempted)
+        failing.update(case.violation.tag_key for case in (*seen.exempted, *seen.exempted_later))
         found = (
             None if key in failing else key_that_meets(tags, rule, placeholders) if rule else key
             for key, rule in readers
@@ -5955,7 +5989,7 @@ def explain(
     yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
-    exempted = {case.violation.tag_key: case for case in sighting.exempted}
+    exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
         line, placeholders = _rule_place(policy, rule), policy.placeholder_values
         if rule.key in failing:
@@ -8195,7 +8229,7 @@ def _is_key(key: str) -> bool:
 
 def _is_value(value: str) -> bool:
     """Return whether a policy can list a tag value."""
-    return 0 < len(value) <= MAX_VALUE_LENGTH and is_printable(value)
+    return len(value) <= MAX_VALUE_LENGTH and is_printable(value) and not is_blank(value)
 
 
 # ---- From a fleet -------------------------------------------------------------------------------------
@@ -9468,7 +9502,7 @@ def _collect(
         seen = [judge(target, instance, policy, scan.started_at) for instance in reading]
         if len(states) < MAX_NEW_STATES:
             states.update(filter(is_new_state, {instance.state for instance in reading}))
-        used.update(exempted.exemption for sighting in seen for exempted in sighting.exempted)
+        used.update(case.exemption for one in seen for case in (*one.exempted, *one.exempted_later))
         priced = [(sighting, cost_of_month(prices, sighting.instance, target.region)) for sighting in seen]
         rules = policy.rules(target.region)
         add_sightings(db, numbers[target], priced, rules, policy.placeholder_values)

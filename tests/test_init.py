@@ -630,6 +630,11 @@ def test_a_tag_policy_means_the_same(tagcheck: Tagcheck, tmp_path: Path, tags: A
             {"key": "team", "optional": True, "values": ["a"]},
             r"a policy cannot list the value 'b\u200b'",
         ),
+        (
+            {"tag_value": ["a", " "]},
+            {"key": "team", "optional": True, "values": ["a"]},
+            "a policy cannot list the value ' '",
+        ),
     ],
 )
 def test_parts_of_a_tag_policy(

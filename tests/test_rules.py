@@ -135,6 +135,30 @@ def test_rule(scan: Scan, rule: dict[str, Any], tags: dict[str, str], expected: 
 
 
 @pytest.mark.parametrize(
+    ("wanted", "fails", "exactly"),
+    [
+        ("prod", {1, 2}, {1}),
+        (["x", "PR*"], {1, 2}, {2}),
+        ("straße", {4}, set()),
+        ("tbd", set(), set()),
+        ("*", {1, 2, 4}, {1, 2, 4}),
+    ],
+)
+def test_case_matters_in_a_condition_as_in_the_rule_for_that_tag(
+    scan: Scan, wanted: str | list[str], fails: set[int], exactly: set[int]
+) -> None:
+    env = {"key": "Env", "values": ["prod", "strasse"], "ignore_case": True, "allow_empty": True}
+    keys = {"placeholder_values": ["tbd"], "regions": {REGION: {"required_tags": [env]}}}
+    fleet = [{"Env": value, "Stage": value} for value in ("prod", "PROD", "TBD", "STRASSE")]
+    for key, expected in (("Env", fails), ("Stage", exactly)):
+        rule = {"key": "A", "when": {"tags": {key: wanted}}}
+        assert set(violations(scan([rule], *fleet, **keys))) == expected
+        exemption = {"reason": "r", "tags": {key: "prod"}, "required_tags": ["A"]}
+        exempted = scan(["A"], *fleet, **keys, exemptions=[exemption])["exempted"]
+        assert len(exempted) == (2 if key == "Env" else 1)
+
+
+@pytest.mark.parametrize(
     ("when", "fails"),
     [
         ({"instance_types": ["t3.*"]}, {1}),
@@ -197,7 +221,7 @@ def test_normalize_aliases_plans_the_rules_own_key(scan: Scan) -> None:
 
 # ---- A rule that is announced ------------------------------------------------------------------------------
 
-TEAM = {"key": "Team", "effective_from": "2026-12-01"}
+TEAM, TEAM_DAY = {"key": "Team", "effective_from": "2026-12-01"}, datetime(2026, 12, 1, tzinfo=UTC)
 
 
 def test_upcoming_rule_is_counted_and_makes_findings_from_its_day_on(scan: Scan) -> None:
@@ -211,7 +235,7 @@ def test_upcoming_rule_is_counted_and_makes_findings_from_its_day_on(scan: Scan)
     page = command("report", "--html", "-").out
     cells = re.sub("<[^>]*>", " ", page.partition("Upcoming rules")[2]).split()
     assert "2026-12-01 Team 2" in " ".join(cells)
-    on_the_day = scan(["Owner", TEAM], *fleet, now=datetime(2026, 12, 1, tzinfo=UTC))
+    on_the_day = scan(["Owner", TEAM], *fleet, now=TEAM_DAY)
     assert {finding["status"] for finding in on_the_day["findings"]} == {"NEW"}
     assert violations(on_the_day) == {1: [("Team", MISSING)], 3: [("Team", EMPTY)]}
     assert on_the_day["upcoming"] == []
@@ -224,6 +248,29 @@ def test_upcoming_rule_counts_neither_the_exempted_nor_the_young(scan: Scan) -> 
     assert [rule["instances"] for rule in report["upcoming"]] == [1]
     assert report["exempted"] == []
     assert report["summary"]["compliant"] == 3
+
+
+def test_exemption_from_an_upcoming_rule_is_told_and_is_not_useless(scan: Scan) -> None:
+    exemption = {"reason": "legacy", "tags": {"Skip": "1"}, "required_tags": ["Team"]}
+    report = scan(["Owner", TEAM], {"Skip": "1", "Owner": "a"}, exemptions=[exemption])
+    assert (report["upcoming"], report["exempted"], report["summary"]["compliant"]) == ([], [], 1)
+    assert not [notice for notice in report["notices"] if "exempted nothing" in notice]
+    explained = command("explain", "--instances", "fleet.json", ident(1)).lines
+    assert explained[2] == "  EXEMPTED  Team is missing: exempted, legacy (policy.yaml:1)"
+    on_the_day = scan(["Owner", TEAM], {"Skip": "1", "Owner": "a"}, now=TEAM_DAY, exemptions=[exemption])
+    assert [entry["violations"][0]["reason"] for entry in on_the_day["exempted"]] == ["legacy"]
+    assert on_the_day["findings"] == []
+
+
+@pytest.mark.parametrize(("expires", "fails"), [("2026-11-30", True), ("2026-12-01", False)])
+def test_exemption_that_ends_before_a_rule_counts_is_none_from_it(
+    scan: Scan, expires: str, fails: bool
+) -> None:
+    report = scan([TEAM], {}, exemptions=[{"reason": "r", "regions": [REGION], "expires": expires}])
+    assert [rule["instances"] for rule in report["upcoming"]] == [1] * fails
+    assert sum("exempted nothing" in notice for notice in report["notices"]) == fails
+    explained = command("explain", "--instances", "fleet.json", ident(1)).out
+    assert ("WILL FAIL Team is missing" in explained) == fails
 
 
 def test_upcoming_counts_are_those_of_the_targets_that_were_read(scan: Scan) -> None:
