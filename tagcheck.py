@@ -1043,9 +1043,9 @@ class Match:
             if value is None:
                 yield f"{key}={' or '.join(wanted)}", f"{key} is missing"
             elif value not in wanted:
-                # A wildcard matches no value that counts as empty; in an exemption (no placeholders) it does.
+                # Only "" matches what counts as empty; a wildcard does so in an exemption (no placeholders).
                 empty = placeholders is not None and is_empty(value, placeholders)
-                if empty or not _any_of(wanted, ignore_case=key in self.any_case)(value):
+                if not ("" in wanted if empty else _any_of(wanted, ignore_case=key in self.any_case)(value)):
                     yield f"{key}={' or '.join(wanted)}", f"{key} is {value!r}"
 
 
@@ -8572,7 +8572,11 @@ def _read_config_rule(rule: Any, found: AwsRules) -> None:
     one, key, value = (json_at(scope, str, name) if scope.get(name) else "" for name in names)
     if (one and not re.fullmatch(INSTANCE_ID, one)) or not is_printable(key + value):
         return found.note(f"the {where}", f"a policy cannot hold its scope {_shown(one or f'{key}={value}')}")
-    when = f"{{tags: {{{yaml_text(key)}: {yaml_text(value or '*')}}}}}" if key else ""
+    if "*" in value or "?" in value:
+        what = f"the scope {_shown(f'{key}={value}')} of the {where}"
+        found.note(what, "a policy takes * for any text and ? for any character, so more instances match")
+    text = yaml_text(value) if value else '["", "*"]'
+    when = f"{{tags: {{{yaml_text(key)}: {text}}}}}" if key else ""
     when = f"{{instances: [{one}]}}" if one else when
     if isinstance(given := rule.get("InputParameters"), str):
         given = parse_json(given)
@@ -8679,6 +8683,24 @@ def policy_lines(starter: Starter) -> Iterator[str]:
     for service, number in _by_count(starter.services):
         yield _commented("  - reason: an AWS service operates them", counted(number, "instance"))
         yield f"    managed_by: {yaml_text(service)}"
+
+
+def check_starter(starter: Starter, file: str) -> tuple[Starter, str, Policy]:
+    """Return a starter without the rules that a policy cannot hold, its text and its policy."""
+    while True:
+        text = "".join(f"{line}\n" for line in policy_lines(starter))
+        try:
+            return starter, text, check_policy(text.encode(), file)
+        except PolicyError as error:
+            places = [(re.match(r"required_tags\[([0-9]+)\]", each.where), each) for each in error.problems]
+            refused = {int(place[1]): each.message for place, each in reversed(places) if place}
+            gone = [(starter.rules[number], why) for number, why in sorted(refused.items())]
+            notes = [f"No equal for {_shown(rule.key)} of the {rule.evidence}: {why}" for rule, why in gone]
+            if len(notes) in (0, len(starter.rules)):
+                why = "; ".join(notes or [problem.message for problem in error.problems])
+                raise UsageError(f"a policy cannot hold these rules: {why}") from error
+            rules = [rule for number, rule in enumerate(starter.rules) if number not in refused]
+            starter = replace(starter, rules=rules, notes=[*starter.notes, *notes])
 
 
 def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
@@ -9552,8 +9574,7 @@ def run_init(args: InitOptions, now: datetime) -> ExitCode:
     if args.instances or not given:
         fleet, unread = _survey(args)
     starter = make_starter(args.name, fleet, args.region, given)
-    body = "".join(f"{line}\n" for line in policy_lines(starter))
-    policy = check_policy(body.encode(), args.output)
+    starter, body, policy = check_starter(starter, args.output)
     lacking = [
         f"Not read in full, so the policy may lack something: {place}: {unread[place]}" for place in unread
     ]

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 import yaml
 from aws_server import ACCOUNT_ID, AwsServer
-from builders import fleet, instance, reservation, save, save_fleet
+from builders import fleet, instance, instance_id, reservation, save, save_fleet
 from conftest import TAGCHECK, Result, clean_environment
 
 import tagcheck as script
@@ -675,8 +675,13 @@ ARN = f"arn:aws:config:eu-west-1:{ACCOUNT_ID}:config-rule/config-rule-a1b2c3"
         ),
         (
             config({"tag1Key": "Backup"}, {"TagKey": "Env: x"}),
-            [{"key": "Backup", "allow_empty": True, "when": {"tags": {"Env: x": "*"}}}],
+            [{"key": "Backup", "allow_empty": True, "when": {"tags": {"Env: x": ["", "*"]}}}],
             "",
+        ),
+        (
+            config({"tag1Key": "Backup"}, {"TagKey": "Env", "TagValue": "a*?"}),
+            [{"key": "Backup", "allow_empty": True, "when": {"tags": {"Env": "a*?"}}}],
+            "No equal for the scope 'Env=a*?' of the Config rule tags: a policy takes * for any text and ?",
         ),
         (
             config({"tag1Key": "A"}, {"ComplianceResourceId": "i-0123456789abcdef0"}),
@@ -772,6 +777,49 @@ def test_two_rules_for_one_key(
     text, policy = from_aws(tagcheck, tmp_path, {"tags": {"a": tag_policy}}, config(parameters))
     assert policy["required_tags"] == [rule]
     assert comment in text
+
+
+def test_a_scope_is_met_by_the_key_alone(tagcheck: Tagcheck, tmp_path: Path) -> None:
+    save(tmp_path, "rule.json", config({"tag1Key": "A"}, {"TagKey": "Prod"}, arn=ARN))
+    tagcheck("init", "--from", "rule.json", check=0)
+    fleet = [
+        instance(n, tags, region="eu-west-1") for n, tags in enumerate(({"Prod": ""}, {"Prod": " "}, {}))
+    ]
+    save_fleet(tmp_path, *fleet)
+    scan = tagcheck("scan", "--policy", "policy.yaml", *FLEET, "--json", "-", check=3).json("-")
+    assert [finding["instance_id"] for finding in scan["findings"]] == [instance_id(0), instance_id(1)]
+
+
+@pytest.mark.parametrize(
+    ("refused", "comment"),
+    [
+        (
+            config({"tag1Key": "B"}, {"TagKey": "K", "TagValue": "v" * 300}),
+            "has 300 characters; AWS allows 256",
+        ),
+        (
+            {"tags": {"b": {"tag_value": [f"{n:06}*" for n in range(2000)]}}},
+            "has more than 10,000 characters",
+        ),
+        ({"tags": {"b": {"tag_value": ["*a" * 120]}}}, "can run forever on long values"),
+    ],
+)
+def test_what_a_policy_cannot_hold_is_a_comment(
+    tagcheck: Tagcheck, tmp_path: Path, refused: Any, comment: str
+) -> None:
+    text, policy = from_aws(tagcheck, tmp_path, refused, {"tags": {"A": {"tag_key": "A"}}})
+    assert [rule["key"] for rule in policy["required_tags"]] == ["A"]
+    assert comment in next(line for line in text.splitlines() if line.lower().startswith("# no equal for b "))
+    err = tagcheck("init", "--from", "0.json", check=2).err
+    assert err.startswith("tagcheck: a policy cannot hold these rules: No equal for")
+    assert comment in err
+
+
+def test_rules_that_are_too_many_for_a_policy(tagcheck: Tagcheck, tmp_path: Path) -> None:
+    save(tmp_path, "tags.json", {"tags": {f"t{n}": {"tag_key": f"t{n}"} for n in range(20_000)}})
+    err = tagcheck("init", "--from", "tags.json", check=2).err
+    assert err.startswith("tagcheck: a policy cannot hold these rules: ")
+    assert "policy.yaml" not in err
 
 
 def test_rules_of_aws_with_a_fleet(tagcheck: Tagcheck, tmp_path: Path) -> None:
