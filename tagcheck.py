@@ -10155,6 +10155,13 @@ EXAMPLES = {
 }
 
 
+VARIABLES = (
+    "TAGCHECK_POLICY, TAGCHECK_STATE, TAGCHECK_PROFILE and so on set the options that name a file, the "
+    "state or the profile; the command line wins. TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT are for "
+    "scan only."
+)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors say what was probably meant."""
 
@@ -10180,7 +10187,9 @@ def build_parser() -> Parser:
     exit_codes = ["exit codes:", *(textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes)]
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     what = "Find the EC2 instances that lack their required tags."
-    parser = Parser(prog="tagcheck.py", description=what, epilog="\n".join(exit_codes), **shape)
+    variables = textwrap.fill(VARIABLES, width, initial_indent="  ", subsequent_indent="  ")
+    epilog = "\n".join(["environment:", variables, "", *exit_codes])
+    parser = Parser(prog="tagcheck.py", description=what, epilog=epilog, **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -10217,7 +10226,10 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
         more |= {"help": f"{option.help} (repeatable)", "action": "append", "default": []}
     if kind is Literal:
         more |= {"metavar": None, "choices": get_args(hint.__origin__)}
-    if (option.metavar == "FILE" or name == "profile") and (text := os.environ.get(variable)):
+    # A variable that names the CSV of a scan must not make `history` replace it.
+    of_others = name in WRITERS and command.prog != "tagcheck.py scan"
+    has_variable = (option.metavar == "FILE" or name == "profile") and not of_others
+    if has_variable and (text := os.environ.get(variable)):
         source = f"{flag} {text} (from {variable})"
         environment[filled.name] = source, [text] if kind is list else text
         more["help"] += f" ({variable}: {printable(text)})".replace("%", "%%")

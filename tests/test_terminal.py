@@ -278,6 +278,20 @@ def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> Non
     assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
 
 
+def test_environment_names_the_outputs_of_a_scan_only(fleet: Path) -> None:
+    given = {"TAGCHECK_CSV": "mine.csv", "TAGCHECK_JSON": "mine.json"}
+    run_in(fleet, *COMMANDS["scan"], **given)
+    before = [(fleet / name).read_bytes() for name in given.values()]
+    assert ident(1) in run_in(fleet, "history", **given).out
+    assert "valid" in run_in(fleet, "validate", "policy.yaml", **given).out
+    assert run_in(fleet, *COMMANDS["remediate"], **given).code == 0
+    assert (fleet / "remediate-plan.csv").exists()
+    assert [(fleet / name).read_bytes() for name in given.values()] == before
+    assert "TAGCHECK_CSV: mine.csv" in run_in(fleet, "scan", "--help", columns=200, **given).out
+    assert "TAGCHECK" not in run_in(fleet, "history", "--help", columns=200, **given).out
+    assert "TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT" in run_in(fleet, "--help", columns=400).out
+
+
 @pytest.mark.parametrize(
     ("args", "given", "says"),
     [
