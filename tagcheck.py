@@ -3483,7 +3483,8 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
             raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
         complete = answer.get("NextToken") is None or not json_at(answer, str, "NextToken")
     except OSError as error:
-        raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+        advice = "name each file with --instances FILE"
+        raise UsageError(f"cannot read {shown}: {error.strerror}; {advice}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
