@@ -9633,7 +9633,8 @@ def _unseen_notices(
                 "here, too"
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
-            yield f"{where} were not checked, as this scan found no such region or account; they stay open"
+            where += " was" if number == 1 else " were"
+            yield f"{where} not checked and will stay open: this scan found no such region or account"
 
 
 def run_init(args: InitOptions, now: datetime) -> ExitCode:
