@@ -9952,6 +9952,8 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
 
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
+    if args.css == "-":
+        raise UsageError("--css -: the page links to its style: name a file beside it, or leave out --css")
     outputs = _outputs(args, DASHBOARD_WRITERS)
     if args.css and args.html != "-" and Path(args.css).parent.resolve() != Path(args.html).parent.resolve():
         raise UsageError(
