@@ -9986,7 +9986,7 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
     counts = f"{scans} and the counts of {counted(pruned.coverage, 'target')} from before it"
-    emit_lines([f"{done} {findings} resolved before {before.date()}, {counts}; the trend is kept"])
+    emit_lines([f"{done} {findings} resolved before {utc_text(before)}, {counts}; the trend is kept"])
     return ExitCode.COMPLIANT
 
 
