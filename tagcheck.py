@@ -3484,7 +3484,8 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
             raise ValueError(f"the key {shown_value(misspelt[0])} instead of NextToken")
         complete = answer.get("NextToken") is None or not json_at(answer, str, "NextToken")
     except OSError as error:
-        raise UsageError(f"cannot read {shown}: {error.strerror}") from error
+        advice = "name each file with --instances FILE"
+        raise UsageError(f"cannot read {shown}: {error.strerror}; {advice}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
@@ -9557,7 +9558,8 @@ def _unseen_notices(
                 "here, too"
             )
         elif not args.narrowed and policy.covers(target.region) and covers(target.account_id):
-            yield f"{where} were not checked, as this scan found no such region or account; they stay open"
+            where += " was" if number == 1 else " were"
+            yield f"{where} not checked and will stay open: this scan found no such region or account"
 
 
 def run_init(args: InitOptions, now: datetime) -> ExitCode:
@@ -9792,28 +9794,30 @@ def _find_instance(
     args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
 ) -> list[tuple[Target, Instance]]:
     """Return an instance as saved files, AWS or the state have it; raises UsageError where they have none."""
-    if args.instances:
-        for target, instances in load_fleet(args.instances)[0].items():
-            for instance in instances:
-                if instance.instance_id == args.instance and policy.covers(target.region):
-                    return [(target, instance)]
-        files = ", ".join(args.instances)
-        raise UsageError(f"{files}: no {args.instance}, or in a region that {policy.file} does not cover")
     if args.live:
         return [_describe_instance(args, policy, known)]
-    cases = []
-    for target, case in known.items():
-        if args.includes(target) and policy.covers(target.region):
-            more = {"instance_type": case.instance_type or "", "managed_by": case.managed_by or ""}
-            launched = datetime.fromisoformat(case.launch_time)
-            cases.append((target, Instance(case.instance_id, case.state, launched, case.tags, **more)))
-    if not cases:
-        known_in = f" there, only in {', '.join(map(str, known))}" if known else ""
+    if args.instances:
+        fleet = load_fleet(args.instances)[0].items()
+        every = ((target, instance) for target, instances in fleet for instance in instances)
+        cases = [case for case in every if case[1].instance_id == args.instance]
+        none = f"{', '.join(args.instances)} has no {args.instance}"
+        why = f"--account or --region leaves it out, or {policy.file} does not cover it"
+        why = why if cases else "name other files"
+    else:
+        cases = [(target, _instance_of(case)) for target, case in known.items()]
+        none = f"{args.state} has no finding of {args.instance} under the policy {policy.name}"
         why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
-        raise UsageError(
-            f"{args.state} has no finding of {args.instance} under the policy {policy.name}{known_in}: {why}"
-        )
-    return cases
+    if chosen := [case for case in cases if args.includes(case[0]) and policy.covers(case[0].region)]:
+        return chosen
+    elsewhere = f" there, only in {', '.join(str(target) for target, _ in cases)}" if cases else ""
+    raise UsageError(f"{none}{elsewhere}: {why}")
+
+
+def _instance_of(case: Finding) -> Instance:
+    """Return an instance as it was when its finding was last seen."""
+    more = {"instance_type": case.instance_type or "", "managed_by": case.managed_by or ""}
+    launched = datetime.fromisoformat(case.launch_time)
+    return Instance(case.instance_id, case.state, launched, case.tags, **more)
 
 
 def _describe_instance(
@@ -9872,6 +9876,8 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
 
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     """Write the dashboard of a policy's findings."""
+    if args.css == "-":
+        raise UsageError("--css -: the page links to its style: name a file beside it, or leave out --css")
     outputs = _outputs(args, DASHBOARD_WRITERS)
     if args.css and args.html != "-" and Path(args.css).parent.resolve() != Path(args.html).parent.resolve():
         raise UsageError(
@@ -9904,7 +9910,7 @@ def run_prune(args: PruneOptions, now: datetime) -> ExitCode:
     done = "Would delete" if args.dry_run else "Deleted"
     findings, scans = counted(pruned.findings, "finding"), counted(pruned.scans, "scan")
     counts = f"{scans} and the counts of {counted(pruned.coverage, 'target')} from before it"
-    emit_lines([f"{done} {findings} resolved before {before.date()}, {counts}; the trend is kept"])
+    emit_lines([f"{done} {findings} resolved before {utc_text(before)}, {counts}; the trend is kept"])
     return ExitCode.COMPLIANT
 
 

@@ -1523,7 +1523,9 @@ def test_file_that_contradicts_itself_is_refused(scan_saved: ScanSaved) -> None:
 
 @pytest.mark.parametrize("name", ["none.json", "."], ids=["not there", "a directory"])
 def test_file_that_cannot_be_read_is_refused(scan_saved: ScanSaved, name: str) -> None:
-    assert f"cannot read {name}" in scan_saved(args=("--instances", name), check=2).err
+    err = scan_saved(args=("--instances", name), check=2).err
+    assert f"cannot read {name}: " in err
+    assert "; name each file with --instances FILE" in err
 
 
 def test_part_of_an_answer_is_not_the_whole(scan_saved: ScanSaved, tmp_path: Path) -> None:

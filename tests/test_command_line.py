@@ -650,7 +650,7 @@ def test_an_open_finding_in_a_region_that_no_answer_names_is_told(
     tagcheck("scan", "--policy", policy, "--instances", "other.json", check=3)
     save(tmp_path / "fleet.json", ("i-0b", {"Owner": "ann", "CostCenter": "CC-1"}))
     run = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", *JSON_OUTPUT, check=0)
-    notice = f"1 open finding in {ACCOUNT_ID} {OTHER_REGION} were not checked"
+    notice = f"1 open finding in {ACCOUNT_ID} {OTHER_REGION} was not checked and will stay open: "
     assert any(notice in line for line in run.json("out.json")["notices"])
     narrow = tagcheck("scan", "--policy", policy, "--instances", "fleet.json", "--region", REGION, check=0)
     assert "not checked" not in narrow.out

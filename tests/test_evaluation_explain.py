@@ -768,6 +768,16 @@ def test_instance_in_saved_files_of_a_region_that_is_not_covered(org: Desk) -> N
     assert "policy.yaml does not cover" in run.err
 
 
+@pytest.mark.parametrize("scope", [("--account", OTHER_ACCOUNT), ("--region", OTHER_REGION)])
+def test_instance_that_saved_files_have_elsewhere(org: Desk, scope: tuple[str, str]) -> None:
+    org.write_fleet(instance(1))
+    run = org.explain(ident(1), "--instances", "fleet.json", *scope)
+    assert (run.code, run.out) == (2, "")
+    where = f"fleet.json has no {ident(1)} there, only in {ACCOUNT} {REGION}"
+    assert f"{where}: --account or --region leaves it out" in run.err
+    assert ident(1) in org.explain(ident(1), "--instances", "fleet.json", "--account", ACCOUNT).out
+
+
 def test_instance_that_the_state_has_elsewhere(org: Desk) -> None:
     org.scan(instance(1))
     run = org.explain(ident(1), "--region", OTHER_REGION)

@@ -247,7 +247,7 @@ def test_prune_forgets_what_is_old_and_keeps_what_is_known(state):
     untouched = (state / "instance_state.db").read_bytes()
     done = command(state, "prune", "--days", "15", check=0)
     assert dry.out.replace("Would delete", "Deleted") == done.out
-    assert done.out.startswith("Deleted 2 findings resolved before 2026-03-26, 1 scan ")
+    assert done.out.startswith("Deleted 2 findings resolved before 2026-03-26T06:00:00Z, 1 scan ")
     assert (state / "instance_state.db").read_bytes() != untouched
     # What is open stays, and what of a region that is no longer read was known when it was.
     assert ids(history(state)) == ["3", "1"]

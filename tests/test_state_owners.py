@@ -254,4 +254,7 @@ def test_report_writes_the_style_beside_the_page(state):
     refused = run(state, *args, "--css", "tagcheck.css", check=2)
     assert "--css tagcheck.css must be in the directory of --html out/page.html" in refused.err
     assert "are the same file" in run(state, *args, "--css", "out/page.html", check=2).err
+    for html in ("page.html", "-"):
+        stdout = run(state, *args[:3], "--html", html, "--css", "-", check=2)
+        assert stdout.err.startswith("tagcheck: --css -: the page links to its style")
     assert "<style" in run(state, *args[:3], "--html", "-", check=0).out
