@@ -552,8 +552,8 @@ def test_the_summary_says_what_findings_have_in_common(caused):
     assert lines[first : first + 5] == [
         "1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation",
         "1 EKS node group: 7 instances lack Owner; set it in the launch template of prod/ng-1",
-        "1 launch template: 5 instances lack Owner; set it in the instance tags of lt-0a",
         "2 CloudFormation stacks: 6 instances lack Owner; set it on the stack shop, \\x1b[31mcart",
+        "1 launch template: 5 instances lack Owner; set it in the instance tags of lt-0a",
         "",
     ]
 
