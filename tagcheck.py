@@ -10001,7 +10001,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     plans = [output for output in outputs if output.format == "csv"]
     undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:
-        rows = _planned_rows(args, policy)
+        rows = _planned_rows(args, policy, now)
         changes = sum(row.writes for row in rows)
         command = functools.partial(_next_command, args, changes)
         for output in plans:
@@ -10026,7 +10026,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
         return rows.exit_code
 
 
-def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
+def _planned_rows(args: RemediateOptions, policy: Policy, now: datetime) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
     rows: Iterable[PlanRow] = ()
     if args.plan:
@@ -10039,9 +10039,15 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
-            is_open = Selection(policy.name, None, args.account, args.region, OPEN)
-            is_open = replace(is_open, owner_tag=policy.owner_key, owners=args.owner)
-            planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
+            is_open = Selection(policy.name, statuses=OPEN, owner_tag=policy.owner_key)
+            for name in filter(None, args.owner):
+                if next(fetch_history(db, replace(is_open, owners=[name])), None) is None:
+                    owners = fetch_open(db, policy.name, policy.owner_key, now).by_owner
+                    hint = did_you_mean(name, [owner for owner, _ in owners])
+                    none = f"no open finding under the policy {policy.name} has this owner{hint}"
+                    raise UsageError(f"--owner {name}: {none}; report shows whose they are")
+            chosen = replace(is_open, accounts=args.account, regions=args.region, owners=args.owner)
+            planned = plan(fetch_history(db, chosen), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
             rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))
         return PlanRows(row for row in rows if args.includes(row.target))
