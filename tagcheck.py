@@ -9925,7 +9925,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     plans = [output for output in outputs if output.format == "csv"]
     undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:
-        rows = _planned_rows(args, policy)
+        rows = _planned_rows(args, policy, now)
         changes = sum(row.writes for row in rows)
         command = functools.partial(_next_command, args, changes)
         for output in plans:
@@ -9950,7 +9950,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
         return rows.exit_code
 
 
-def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
+def _planned_rows(args: RemediateOptions, policy: Policy, now: datetime) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
     rows: Iterable[PlanRow] = ()
     if args.plan:
@@ -9964,8 +9964,18 @@ def _planned_rows(args: RemediateOptions, policy: Policy) -> PlanRows:
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
             owners = [*map(stripped, args.owner)]
-            is_open = Selection(policy.name, None, args.account, args.region, OPEN, owners=owners)
-            planned = plan(fetch_history(db, is_open), policy, args.min_confidence)
+            for owner in filter(None, owners):
+                if (
+                    next(fetch_history(db, Selection(policy.name, statuses=OPEN, owners=[owner])), None)
+                    is None
+                ):
+                    hint = did_you_mean(
+                        owner, [name for name, _ in fetch_open(db, policy.name, now).by_owner]
+                    )
+                    none = f"no open finding under the policy {policy.name} has this owner{hint}"
+                    raise UsageError(f"--owner {owner}: {none}; report shows whose they are")
+            chosen = Selection(policy.name, None, args.account, args.region, OPEN, owners=owners)
+            planned = plan(fetch_history(db, chosen), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
             rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))
         return PlanRows(row for row in rows if args.includes(row.target))
