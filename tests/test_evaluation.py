@@ -125,6 +125,7 @@ def test_violations_come_in_the_order_of_the_rules():
     policy = SimpleNamespace(
         rules=lambda region: (COST_CENTER, ENVIRONMENT, OWNER),
         placeholder_values=PLACEHOLDERS,
+        owner_key="Owner",
         exemptions=(),
         grace_period=timedelta(0),
     )
