@@ -10244,7 +10244,7 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
         more |= {"metavar": None, "choices": get_args(hint.__origin__)}
     # A variable that names the CSV of a scan must not make `history` replace it.
     of_others = name in WRITERS and command.prog != "tagcheck.py scan"
-    has_variable = (option.metavar == "FILE" or name == "profile") and not of_others
+    has_variable = (more["metavar"] == "FILE" or name == "profile") and not of_others
     if has_variable and (text := os.environ.get(variable)):
         source = f"{flag} {text} (from {variable})"
         environment[filled.name] = source, [text] if kind is list else text

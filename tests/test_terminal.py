@@ -437,3 +437,10 @@ def test_columns_of_wide_characters_are_aligned(tmp_path):
     assert len(places) == 1
     assert all(script.display_width(script.cut_text(name, 7)) <= 7 for name in names.values())
     assert script.cut_text(names[2], 7) == "\u6771\u4eac\u306e\u2026"
+
+
+def test_variables_name_only_files_and_the_profile(tmp_path):
+    save_policy(tmp_path)
+    save_fleet(tmp_path, instance(1))
+    result = run_in(tmp_path, *COMMANDS["scan"], TAGCHECK_FAIL_ON="foo", TAGCHECK_REGION="eu-west-1")
+    assert "1 finding: 1 NEW" in result.out
