@@ -1139,6 +1139,9 @@ class Region:
     )
 
 
+NOTICE_DAYS = 14
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exemption(Match):
     """Instances that may lack some tags."""
@@ -1152,6 +1155,10 @@ class Exemption(Match):
     def holds(self, today: date) -> bool:
         """Return whether it still applies; `expires` is its last day."""
         return self.expires is None or today <= self.expires
+
+    def ends_soon(self, today: date) -> bool:
+        """Return whether it has ended, or ends within NOTICE_DAYS."""
+        return self.expires is not None and (self.expires - today).days <= NOTICE_DAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -2091,9 +2098,6 @@ def check_patterns(policy: Policy) -> Iterator[str]:
             yield printable(f"{policy.file}:{rule.line}: warning: {rule.key}: its pattern {what}: {advice}")
 
 
-NOTICE_DAYS = 14
-
-
 def policy_warnings(policy: Policy, today: date) -> list[Problem]:
     """Return what is probably a mistake in a policy, and the exemptions that end."""
     return [*policy.warnings, *check_expiry(policy, today)]
@@ -2103,8 +2107,9 @@ def check_expiry(policy: Policy, today: date) -> list[Problem]:
     """Return a warning for each exemption that has ended, or ends within NOTICE_DAYS."""
     endings = []
     for index, exemption in enumerate(policy.exemptions):
-        if exemption.expires is None or (days := (exemption.expires - today).days) > NOTICE_DAYS:
+        if exemption.expires is None or not exemption.ends_soon(today):
             continue
+        days = (exemption.expires - today).days
         message = f"ends on {exemption.expires}, {'in ' + counted(days, 'day') if days else 'today'}"
         if days < 0:
             message = f"ended on {exemption.expires} and no longer applies: renew it, or remove it"
@@ -2212,15 +2217,14 @@ def judge(target: Target, instance: Instance, policy: Policy, now: datetime) -> 
         too_young,
         tuple(rule for rule in rules if rule.key in later and rule.key in failing),
         tuple(case for key, case in exempted.items() if key in later),
-        _tagged_owner(instance.tags, policy, target.region),
+        _tagged_owner(instance.tags, policy, rules),
     )
 
 
-def _tagged_owner(tags: Mapping[str, str], policy: Policy, region: str) -> str:
+def _tagged_owner(tags: Mapping[str, str], policy: Policy, rules: Iterable[RequiredTag]) -> str:
     """Return who tags say is the owner, if need be under an alias or a key that is near; "" for nobody."""
     key = policy.owner_key
-    rule = next((rule for rule in policy.rules(region) if rule.key == key), None)
-    for each in rule.keys if rule else (key,):
+    for each in next((rule.keys for rule in rules if rule.key == key), (key,)):
         if not is_empty(owner := tags.get(each, ""), policy.placeholder_values):
             return stripped(owner)
     owner = tags[near] if (near := near_miss(tags.keys() - {key}, key)) else ""
@@ -5176,7 +5180,7 @@ Listed = tuple[int, int, list[tuple[str, str]]]
 
 
 class Recipient(NamedTuple):
-    """Whom a channel tells: findings, their owner if all have the same one, and for owners the causes."""
+    """A recipient of a channel: the owner of all its findings if that is one, and for owners the causes."""
 
     to: str
     owner: str | None
@@ -7105,15 +7109,13 @@ class Digest:
 Senders = Mapping[str, Callable[[Digest], None]]  # by medium
 
 
-def _ending(policy: Policy, today: date) -> list[Exemption]:
-    """Return the exemptions that have ended or end soon, as check_expiry."""
-    soon = today + timedelta(days=NOTICE_DAYS)
-    return [each for each in policy.exemptions if each.expires and each.expires <= soon]
-
-
 def ending_subjects(policy: Policy, today: date) -> list[str]:
     """Return a subject, for the state, for each exemption that has ended or ends soon: one for each date."""
-    return [f"exemption {exemption.expires} {exemption.reason}" for exemption in _ending(policy, today)]
+    return [
+        f"exemption {exemption.expires} {exemption.reason}"
+        for exemption in policy.exemptions
+        if exemption.ends_soon(today)
+    ]
 
 
 def digest_lines(
@@ -7135,6 +7137,7 @@ def digest_lines(
                 yield channel, subject if channel in waiting else None
 
     for finding in report.findings():
+        keys = [violation.tag_key for violation in finding.violations]
         listed = [*channels_for(f"finding {finding.account_id} {finding.region} {finding.instance_id}")]
         is_pending = any(subject for _, subject in listed)
         due, opened = reminder(finding) if is_pending and notify.reminders else (0, "")
@@ -7143,7 +7146,6 @@ def digest_lines(
             names = {"owner": finding.owner, "created by": finding.created_by or ""}
             recipient: str | None = ""
             owner, cause = "", None
-            keys = [violation.tag_key for violation in finding.violations]
             if channel == "owners":
                 recipient = owners.recipient(filter(None, names.values()))
                 owner = names.pop("owner")  # it is in the title, or added to each line
@@ -7187,7 +7189,7 @@ def write_digests(report: ScanReport, channel: str, recipients: Iterable[Recipie
                 " (owner not known or without an address)" if is_default else " (by owner tag or creator)"
             )
         else:
-            exemptions = _ending(policy, today)
+            exemptions = [exemption for exemption in policy.exemptions if exemption.ends_soon(today)]
             over = sum(not exemption.holds(today) for exemption in exemptions)
             soon = len(exemptions) - over
             counts += [f"{counted(len(report.unread), 'target')} not read"] if report.unread else []
@@ -9950,6 +9952,18 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
         return rows.exit_code
 
 
+def _check_owners(db: Connection, policy: Policy, owners: Iterable[str], now: datetime) -> None:
+    """Raise UsageError for an owner of whom nothing is open; '' may always be asked for."""
+    for owner in filter(None, owners):
+        theirs = fetch_history(db, Selection(policy.name, statuses=OPEN, owners=[owner]))
+        if next(theirs, None) is None:
+            known = [name for name, _ in fetch_open(db, policy.name, now).by_owner]
+            none = f"no open finding under the policy {policy.name} has this owner"
+            raise UsageError(
+                f"--owner {owner}: {none}{did_you_mean(owner, known)}; report shows whose they are"
+            )
+
+
 def _planned_rows(args: RemediateOptions, policy: Policy, now: datetime) -> PlanRows:
     """Return the rows of the plan or the undo file that was given, or else of a new plan."""
     rows: Iterable[PlanRow] = ()
@@ -9964,16 +9978,7 @@ def _planned_rows(args: RemediateOptions, policy: Policy, now: datetime) -> Plan
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
         elif not args.plan:
             owners = [*map(stripped, args.owner)]
-            for owner in filter(None, owners):
-                if (
-                    next(fetch_history(db, Selection(policy.name, statuses=OPEN, owners=[owner])), None)
-                    is None
-                ):
-                    hint = did_you_mean(
-                        owner, [name for name, _ in fetch_open(db, policy.name, now).by_owner]
-                    )
-                    none = f"no open finding under the policy {policy.name} has this owner{hint}"
-                    raise UsageError(f"--owner {owner}: {none}; report shows whose they are")
+            _check_owners(db, policy, owners, now)
             chosen = Selection(policy.name, None, args.account, args.region, OPEN, owners=owners)
             planned = plan(fetch_history(db, chosen), policy, args.min_confidence)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
