@@ -2412,9 +2412,11 @@ GROUP_KINDS = {
     "ec2_node_class": GroupKind("Karpenter node class", "set it in spec.tags of the EC2NodeClass {names}"),
     "node_pool": GroupKind("Karpenter node pool", "set it in spec.tags of the EC2NodeClass of {names}"),
     "capacity_provider": GroupKind(
-        "ECS capacity provider", "set it on {names} with propagateTags: CAPACITY_PROVIDER"
+        "ECS capacity provider", "set it on {names} for new instances (propagateTags: CAPACITY_PROVIDER)"
     ),
-    "autoscaling_group": GroupKind("Auto Scaling group", "set it on {names} with propagation"),
+    "autoscaling_group": GroupKind(
+        "Auto Scaling group", "set it on {names} for new instances (PropagateAtLaunch)"
+    ),
     "launch_template": GroupKind(
         "launch template", "set it in the instance tags of {names}", "instances launched later lack the tag"
     ),

@@ -114,7 +114,7 @@ def test_default_is_planned_with_what_contradicts_it():
         pytest.param(
             {"aws:autoscaling:groupName": "web"},
             "Auto Scaling group web: the tag is lost when an instance is replaced; "
-            "set it on web with propagation",
+            "set it on web for new instances (PropagateAtLaunch)",
             id="Auto Scaling",
         ),
         pytest.param(
@@ -622,7 +622,7 @@ def test_what_undoes_a_tag_is_said_once_for_each_source(aws, run, tmp_path):
     run("scan", check=3)
     sentence = (
         "Warning: 3 instances of Auto Scaling group web: the tag is lost when an instance is replaced; "
-        "set it on web with propagation\n"
+        "set it on web for new instances (PropagateAtLaunch)\n"
     )
     general = "Terraform and other infrastructure as code may revert these tags"
     for command in (("--json", "out.json"), ("--plan", "remediate-plan.csv", "--json", "out.json")):

@@ -347,7 +347,7 @@ def test_the_page_after_a_month_says_how_it_goes_where_and_whom_to_ask(month):
     assert "Getting better" in page
     assert "not read" in page
     assert drift.worst_account(6) in page
-    assert "with propagation" in page
+    assert "for new instances (PropagateAtLaunch)" in page
     assert "torn down" in page  # an exemption that ends
     assert "Spend" in page
 

@@ -376,6 +376,8 @@ def test_a_group_that_lacks_the_tag_altogether_makes_nobody_sure():
 
 # ---- What findings have in common --------------------------------------------------------------------------
 
+NEW_ONES = "for new instances (PropagateAtLaunch)"
+
 
 def cause(kind, name, tag_key, instances):
     return Cause(TARGET, Group(kind, name), tag_key, instances)
@@ -387,14 +389,14 @@ def cause(kind, name, tag_key, instances):
         "none": ([], []),
         "one": (
             [cause("autoscaling_group", "web-asg", "Owner", 38)],
-            ["1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation"],
+            [f"1 Auto Scaling group: 38 instances lack Owner; set it on web-asg {NEW_ONES}"],
         ),
         "two groups in one line": (
             [
                 cause("autoscaling_group", "web-asg", "Owner", 1200),
                 cause("autoscaling_group", "api", "Owner", 2),
             ],
-            ["2 Auto Scaling groups: 1,202 instances lack Owner; set it on web-asg, api with propagation"],
+            [f"2 Auto Scaling groups: 1,202 instances lack Owner; set it on web-asg, api {NEW_ONES}"],
         ),
         "each tag has its own": (
             [cause("stack", "shop", "Owner", 3), cause("stack", "shop", "Project", 2)],
@@ -547,10 +549,10 @@ def caused(tmp_path_factory):
 
 def test_the_summary_says_what_findings_have_in_common(caused):
     lines = caused.out.splitlines()
-    first = lines.index("1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation")
+    first = lines.index(f"1 Auto Scaling group: 38 instances lack Owner; set it on web-asg {NEW_ONES}")
     assert lines[first - 1] == ""
     assert lines[first : first + 5] == [
-        "1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation",
+        f"1 Auto Scaling group: 38 instances lack Owner; set it on web-asg {NEW_ONES}",
         "1 EKS node group: 7 instances lack Owner; set it in the launch template of prod/ng-1",
         "2 CloudFormation stacks: 6 instances lack Owner; set it on the stack shop, \\x1b[31mcart",
         "1 launch template: 5 instances lack Owner; set it in the instance tags of lt-0a",
@@ -575,7 +577,7 @@ def test_the_json_has_each_cause_and_each_finding_its_own(caused):
         "name": "web-asg",
         "tag_key": "Owner",
         "instances": 38,
-        "message": "1 Auto Scaling group: 38 instances lack Owner; set it on web-asg with propagation",
+        "message": f"1 Auto Scaling group: 38 instances lack Owner; set it on web-asg {NEW_ONES}",
     }
     causes = Counter(str(finding["cause"] and finding["cause"]["name"]) for finding in report["findings"])
     assert causes["tiny-asg"] == 1, "a group of one is a finding's own cause, and none of several"
