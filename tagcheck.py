@@ -5899,7 +5899,10 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     yield report.notices
     places = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
     places += [] if report.dry_run else [f"State: {state}"]
-    yield [*places, f"Exit code {int(code)} {code.name}: {code.meaning}"]
+    still = f"{counted(fresh, 'new finding')}, {totals['repeat']:,} still open; --fail-on counts none of them"
+    passes = code is ExitCode.COMPLIANT and totals["findings"]
+    end = f": {still}" if passes else f" {code.name}: {code.meaning}"
+    yield [*places, f"Exit code {int(code)}{end}"]
 
 
 def _finding_row(finding: Finding) -> tuple[str, ...]:

@@ -541,6 +541,22 @@ def test_summary_says_all_there_is_to_say(scan, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("fail_on", "more", "end"),
+    [
+        ("new", [], "0: 0 new findings, 1 still open; --fail-on counts none of them"),
+        ("never", [BARE], "0: 1 new finding, 1 still open; --fail-on counts none of them"),
+        ("new", [GOOD], "0: 0 new findings, 1 still open; --fail-on counts none of them"),
+        ("new", [BARE], "3 VIOLATIONS: every target was read, and findings count"),
+    ],
+)
+def test_summary_calls_nothing_compliant_while_findings_are_open(scan, tmp_path, fail_on, more, end):
+    scan(*READ, check=3)
+    save(tmp_path, BARE, *more)
+    run = scan(*READ, "--fail-on", fail_on)
+    assert run.lines[-1] == f"Exit code {end}"
+
+
 # ---- Streams and exit codes --------------------------------------------------------------------------------
 
 SCENES = [
