@@ -3959,6 +3959,7 @@ def _columns(names: Iterable[str], table: str) -> str:
 # ---- Opening and writing a state ---------------------------------------------------------------------
 
 WAY_OUT = "restore it from a backup, or move it away to start over (every finding will be NEW again)"
+NO_STATE = f"name the right one with --state; if it is the right one, {WAY_OUT}"
 # How SQLite's messages about a query that does not fit the tables begin.
 _QUERY_BUG = re.compile("no such column|no such function|near |ambiguous column|wrong number of arguments")
 
@@ -3971,7 +3972,7 @@ def _state_errors(name: Path | str) -> Iterator[None]:
     advice = {
         "SQLITE_BUSY": f"is in use: another scan has been writing to it for {BUSY_TIMEOUT} s; run again",
         "SQLITE_LOCKED": "is in use; run again",
-        "SQLITE_NOTADB": f"is not a SQLite database: {WAY_OUT}",
+        "SQLITE_NOTADB": f"is not a SQLite database: {NO_STATE}",
         "SQLITE_FULL": full,
         "SQLITE_IOERR": "cannot be read or written: check the disk, its space and its quota",
         **dict.fromkeys(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH"), denied),
@@ -4014,7 +4015,7 @@ def opened_state(path: Path, name: Path | str) -> Iterator[Connection]:
         (not stat.S_ISREG(status.st_mode), "is not a regular file: name another file with --state"),
         (size == 0, f"is empty (0 bytes): {WAY_OUT}"),
         # SQLite's smallest page: it treats a smaller file as a new database.
-        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {WAY_OUT}"),
+        (size < 512, f"is not a SQLite database, or cut short ({size} bytes): {NO_STATE}"),
     ):
         if is_so:
             raise StateError(f"the state {name} {what}")
@@ -4126,7 +4127,7 @@ def _state_version(db: Connection, name: Path | str, schema: str = "main") -> in
     found, older = _read_schema(db, schema), _has_older_table(db, schema)
     is_new = (application_id, version) == (0, 0) and (older or not found)
     if application_id != APPLICATION_ID and not is_new:
-        raise StateError(f"the state {name} is another program's database: name another file with --state")
+        raise StateError(f"the state {name} is another program's database: name the right one with --state")
     if version > len(MIGRATIONS):
         newer = f"was written by a newer tagcheck (version {version}): use that one"
         raise StateError(f"the state {name} {newer}")
@@ -4139,7 +4140,7 @@ def _state_version(db: Connection, name: Path | str, schema: str = "main") -> in
     why += (f"it lacks the {kind} {item!r}" for kind, item, *_ in sorted(expected - found, key=repr))
     if why:
         changed = f"is not a tagcheck state, or something else changed it ({why[0]})"
-        raise StateError(f"the state {name} {changed}: {WAY_OUT}")
+        raise StateError(f"the state {name} {changed}: {NO_STATE}")
     return version
 
 

@@ -369,13 +369,17 @@ REFUSALS: dict[str, Refusal] = {
         "ForeignAnswer",
     ),
     "empty": (lambda _: b"", None, "is empty"),
-    "garbage": (lambda _: b"not a database" * 400, None, "is not a SQLite database"),
-    "of another program": (lambda _: OTHER_PROGRAMS, None, "another program's database"),
+    "garbage": (
+        lambda _: b"not a database" * 400,
+        None,
+        "is not a SQLite database: name the right one with --state",
+    ),
+    "of another program": (lambda _: OTHER_PROGRAMS, None, "another program's database: name the right one"),
     "of a newer version": (lambda _: NEWER, None, "written by a newer tagcheck"),
     "with a trigger": (
         lambda recorded: tampered(recorded, "CREATE TRIGGER foo AFTER INSERT ON scans BEGIN SELECT 1; END"),
         None,
-        "it has a trigger 'foo' on 'scans' that tagcheck did not make",
+        "it has a trigger 'foo' on 'scans' that tagcheck did not make): name the right one with --state",
     ),
     "cut short": (lambda recorded: recorded[:-4096], None, "is damaged"),
 }
