@@ -8778,6 +8778,14 @@ def _time(text: str) -> timedelta:
     raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
 
 
+def _days(text: str) -> timedelta:
+    """Return a duration of at least a day, for argparse: by 5m people mean months."""
+    if (age := _time(text)) >= timedelta(days=1):
+        return age
+    why = ", as m is minutes" if text.endswith("m") else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is less than a day{why}: write 90d or 12w")
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Return the share that 3/8 stands for, for argparse."""
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
@@ -8936,7 +8944,7 @@ class PruneOptions(StateOptions):
     """Delete scans, and findings that were resolved, longer ago than a time; the trend is kept."""
 
     days: Annotated[int | None, Option("the same in days, at most 9999", "N", _number(int, 1, 9999))] = None
-    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _time)] = None
+    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _days)] = None
     dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
