@@ -10205,13 +10205,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and what is wrong, and exit with 2."""
         if unknown := re.match("argument COMMAND: invalid choice: '(.*?)' ", message):
-            message = f"unknown command {unknown[1]!r}{did_you_mean(unknown[1], [*COMMANDS])}"
+            hint = did_you_mean(unknown[1], [*COMMANDS])
+            hint = hint or ": --help lists the commands; options come after the command"
+            message = f"unknown command {unknown[1]!r}{hint}"
         super().error(printable(message))
 
     def refuse(self, word: str) -> NoReturn:
         """Print the usage and what is wrong about a word that is no option or argument, and exit with 2."""
         known = [option for action in self._actions for option in action.option_strings]
-        hint = did_you_mean(word.partition("=")[0], known)
+        if (option := word.partition("=")[0]) in known:
+            self.error(f"{word} comes after the command: {self.prog} {word}")
+        hint = did_you_mean(option, known)
         self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{hint}")
 
 

@@ -194,6 +194,15 @@ def test_a_command_is_broken_only_between_its_words(fleet: Path) -> None:
     ("args", "usage", "says"),
     [
         (("scna",), "", "unknown command 'scna' (did you mean 'scan'?)"),
+        (("x",), "", "unknown command 'x': --help lists the commands; options come after the command"),
+        (("--policy", "x", "scan"), "", "unknown command 'x': --help lists the commands; options come after"),
+        (("-v", "scan"), "scan", "-v comes after the command: tagcheck.py scan -v"),
+        (
+            ("--state=x", "history"),
+            "history",
+            "--state=x comes after the command: tagcheck.py history --state=x",
+        ),
+        (("-v", "history"), "history", "unknown option -v"),
         (("scan", "--polcy", "x"), "scan", "unknown option --polcy (did you mean '--policy'?)"),
         (("scan", "--polcy=x"), "scan", "unknown option --polcy=x (did you mean '--policy'?)"),
         (("scan", "us-east-1"), "scan", "unknown argument us-east-1"),
