@@ -8937,6 +8937,7 @@ class ReportOptions(StateOptions):
     css: Annotated[str | None, Option("write the style to this file beside the page, which links to it")] = (
         None
     )
+    quiet: Quiet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9077,31 +9078,37 @@ def _senders(profile: str | None, policy: Policy) -> Senders:
 
 
 def _notify(senders: Senders, db: Connection, state: State, report: ScanReport) -> None:
-    """Send the digests; raises NotificationError if some could not be sent."""
+    """Send the digests, and say how many; raises NotificationError if some could not be sent."""
+    notify = report.scan.policy.notify or Notify()
+    sent = dict.fromkeys(notify.channels, 0)
     with sighting_errors():
-        failures = _send(senders, db, state, report)
+        failures = _send(senders, db, state, report, sent)
         shown = "; ".join(itertools.islice(failures, 5))
         more = sum(1 for _ in failures)
+    LOG.info("Messages sent: %s", ", ".join(f"{channel} {number:,}" for channel, number in sent.items()))
     if shown:
         shown += f"; and {more:,} more" if more else ""
         done = "the scan is recorded and its outputs are written, but not every notification was sent"
         raise NotificationError(f"{done}; the next scan tries again: {shown}")
 
 
-def _send(senders: Senders, db: Connection, state: State, report: ScanReport) -> Iterator[str]:
-    """Send the digests, record in the state what each channel was sent, and yield what failed.
+def _send(
+    senders: Senders, db: Connection, state: State, report: ScanReport, sent: dict[str, int]
+) -> Iterator[str]:
+    """Send the digests, record in the state what each channel was sent, count it, and yield what failed.
 
     A crash between the two makes the next scan send that channel's again: rather twice than never. A signal
     that came since the scan was recorded stops here: it cannot stop the scan, but it can stop messages.
     """
     policy, down = report.scan.policy, set[str]()
-    for channel in policy.notify.channels if policy.notify else ():
+    for channel in sent:
         for digest in write_digests(report, channel, fetch_recipients(db, channel, OWNER_LINES)):
             try:
                 if digest.medium in down:
                     raise NotificationError("not tried")
                 SIGNALS.release()
                 senders[digest.medium](digest)
+                sent[channel] += 1
                 continue
             except (TagcheckError, KeyboardInterrupt) as error:
                 failure = error
@@ -9909,6 +9916,8 @@ def run_report(args: ReportOptions, now: datetime) -> ExitCode:
     page = (policy, now, trend, standings, open_, check_expiry(policy, today), upcoming)
     dashboard = Dashboard(*page, spend, command, Path(args.css or "").name)
     write_report(outputs, DASHBOARD_WRITERS, dashboard, emit)
+    if (path := outputs[0].path) != "-":
+        LOG.info("Wrote %s: %s", printable(path), counted(open_.total, "open finding"))
     return ExitCode.COMPLIANT
 
 

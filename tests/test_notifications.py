@@ -335,9 +335,10 @@ def test_one_channel_that_fails_is_told_later_and_the_other_not_again(scan, aws,
     aws.backstage("sns", REGION).create_topic(Name="tags")
     slack.answers = [(400, {})]
     notify = by_slack(slack, sns={"topic_arn": TOPIC})
-    scan(notify, [{}], env=aws.env | slack.env, check=5)
+    result = scan(notify, [{}], env=aws.env | slack.env, check=5)
+    assert "Messages sent: slack 0, sns 1\ntagcheck: the scan is recorded" in result.err
     assert (len(slack.texts), len(published())) == (0, 1)
-    scan(notify, [{}], env=aws.env | slack.env, check=3)
+    assert scan(notify, [{}], "--quiet", env=aws.env | slack.env, check=3).err == ""
     assert (len(slack.texts), len(published())) == (1, 1)
 
 
@@ -364,7 +365,8 @@ def test_each_owner_gets_what_is_theirs(scan, aws, slack):
         {},
         GOOD,
     ]
-    scan(notify, fleet, env=aws.env | slack.env, check=3)
+    result = scan(notify, fleet, env=aws.env | slack.env, check=3)
+    assert result.err.splitlines()[-1] == "Messages sent: slack 1, email 1, owners 4"
     mails = sent()
     assert set(mails) == {(f"{who}@example.com",) for who in ("ops", "web", "ann", "lost")}
     theirs = {
@@ -377,7 +379,8 @@ def test_each_owner_gets_what_is_theirs(scan, aws, slack):
     assert to_bob.startswith("<@U012ABCDEF> tagcheck test: 1 new finding")
     assert f"i-{2:017x}" in to_bob
     assert f"i-{0:017x}" not in to_bob
-    scan(notify, fleet, env=aws.env | slack.env, check=3)
+    again = scan(notify, fleet, env=aws.env | slack.env, check=3)
+    assert "Messages sent: slack 0, email 0, owners 0\n" in again.err
     assert (len(sent()), len(slack.texts)) == (4, 2)
 
 

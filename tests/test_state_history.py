@@ -352,6 +352,16 @@ def test_the_page_after_a_month_says_how_it_goes_where_and_whom_to_ask(month):
     assert "Spend" in page
 
 
+def test_a_report_says_where_it_is_and_what_is_open(state):
+    args = ("report", "--policy", "policy.yaml", "--html")
+    written = command(state, *args, "page.html", check=0)
+    assert (written.out, written.err) == ("", "Wrote page.html: 2 open findings\n")
+    assert command(state, *args, "page.html", "--quiet", check=0).err == ""
+    page = command(state, *args, "-", check=0)
+    assert page.err == ""
+    assert "2 open findings" in page.out
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one(kept, state):
     (state / "page.html").write_text("old")
     args = ("report", "--policy", "policy.yaml", "--html")
