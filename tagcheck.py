@@ -6064,20 +6064,22 @@ def _past(finding: Finding | None, target: Target, changes: Iterable[Change]) ->
 
 
 def history_lines(report: HistoryReport, width: int | None) -> Iterator[str]:
-    """Yield a table of the findings or, for one instance, its timeline."""
+    """Yield a table of the findings and how many they are or, for one instance, its timeline."""
     if report.events:
         for finding in report.findings():
             yield from _timeline(finding, report.events(finding), report.changes)
         return
-    lines = table((*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1]), map(_history_row, report.findings()), width)
-    yield from itertools.chain([first], lines) if (first := next(lines, "")) else ["No matching findings"]
+    ended = Counter[bool]()
 
+    def row(finding: Finding) -> tuple[str, ...]:
+        at = finding.resolved_at
+        ended[bool(at)] += 1
+        what = f"{finding.resolution} on {at[:10]}" if at else ", ".join(short_violations(finding))
+        return _row(finding.status, finding, finding.first_seen[:10], f"{finding.times_seen:,}", what)
 
-def _history_row(finding: Finding) -> tuple[str, ...]:
-    """Return a finding as a row of `history`, with what it lacks, or how and when it was resolved."""
-    ended = f"{finding.resolution} on {(finding.resolved_at or '')[:10]}" if finding.resolved_at else ""
-    what = ended or ", ".join(short_violations(finding))
-    return _row(finding.status, finding, finding.first_seen[:10], f"{finding.times_seen:,}", what)
+    yield from table((*TABLE_HEAD[:-1], "SEEN", TABLE_HEAD[-1]), map(row, report.findings()), width)
+    counts = f"{counted(ended.total(), 'finding')}: {ended[False]:,} open, {ended[True]:,} resolved"
+    yield from ["", counts] if ended.total() else ["No matching findings"]
 
 
 def _timeline(finding: Finding, events: Iterable[Event], changes: Iterable[Change]) -> Iterator[str]:
@@ -9881,6 +9883,7 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
     before = now - args.older_than if args.older_than else None
     with _reading_known(args) as (db, rules):
         policy = rules.name
+        _check_tag_keys(db, rules, args.tag, now)
         accounts = account_ids(args.account, named_accounts(rules, fetch_accounts(db)))
         selection = Selection(policy, args.instance, accounts, args.region, statuses, args.tag, before)
         report = HistoryReport(
@@ -9895,6 +9898,15 @@ def run_history(args: HistoryOptions, now: datetime) -> ExitCode:
         if not outputs:
             emit_lines(history_lines(report, screen_width(sys.stdout)))
     return ExitCode.COMPLIANT
+
+
+def _check_tag_keys(db: Connection, policy: Policy, tags: Iterable[str], now: datetime) -> None:
+    """Raise UsageError for a tag that neither the policy nor a finding names."""
+    for tag in tags:
+        if tag not in policy.keys and not any(fetch_history(db, Selection(policy.name, tag_keys=[tag]))):
+            known = [*policy.keys, *(key for key, _ in fetch_open(db, policy.name, now).by_tag)]
+            none = f"no finding under the policy {policy.name} lacks this tag"
+            raise UsageError(f"--tag {tag}: {none}{did_you_mean(tag, known)}")
 
 
 def run_report(args: ReportOptions, now: datetime) -> ExitCode:

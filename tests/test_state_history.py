@@ -93,7 +93,7 @@ def state(kept, tmp_path):
 
 
 def ids(result):
-    return [line.split()[3][-1] for line in result.out.splitlines()[1:]]
+    return [line.split()[3][-1] for line in result.out.partition("\n\n")[0].splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,15 @@ def test_findings_are_listed_as_they_are_asked_for(kept, args, expected):
     # Both were first seen on the first day; the region decides.
     order = ["3", "1"]
     assert ids(result) == expected if expected[:2] == order else sorted(ids(result)) == sorted(expected)
-    assert expected or result.out == "No matching findings\n"
+    open_ = len({*expected} & {*order})
+    found = f"{script.counted(len(expected), 'finding')}: {open_} open, {len(expected) - open_} resolved"
+    assert result.lines[-1] == (found if expected else "No matching findings")
+
+
+@pytest.mark.parametrize("tag", ["Owner", "Project"])
+def test_a_tag_that_no_finding_lacks_now_is_no_mistake(tmp_path, tag):
+    scan(tmp_path, 0, {REGION: {1: GOOD}, OTHER: {2: GOOD}}, check=0)
+    assert history(tmp_path, "--tag", tag, check=0).out == "No matching findings\n"
 
 
 def test_an_instance_has_its_story(kept):
@@ -173,6 +181,8 @@ def test_hostile_texts_are_told_as_text(kept):
     [
         (["--status", "fixed"], 2, "--status: fixed: give open, NEW, REPEAT"),
         (["--older-than", "30"], 2, "--older-than"),
+        (["--tag", "Onwer"], 2, "no finding under the policy test lacks this tag (did you mean 'Owner'?)"),
+        (["--tag", "Owner", "--tag", "x"], 2, "--tag x: no finding under the policy test lacks this tag\n"),
         (["i-0123456789abcdef0"], 2, "no such finding of i-0123456789abcdef0"),
         (["--state", "none.db"], 5, "there is no state"),
         (["--csv", "x.csv", "--json", "x.csv"], 2, "the same file"),
