@@ -7391,6 +7391,15 @@ class Result(StrEnum):
     UNKNOWN = "unknown"  # the answer was lost, and the tags could not be read again
 
 
+class LeftOut(StrEnum):
+    """Tags of open findings that a new plan leaves out, and what to do."""
+
+    UNKNOWN = "tags without a likely value; set them by hand, or give them a default in the policy"
+    UNSURE = "tags whose likely value is not sure enough; a lower --min-confidence shows it"
+    NOT_ALLOWED = "tags whose likely value the policy or EC2 does not allow"
+    NOT_REQUIRED = "tags that the policy does not require there"
+
+
 @dataclass(frozen=True, slots=True)
 class PlanRow:
     """One tag to write on one instance, and the result; a file has the fields up to `warning`."""
@@ -7489,16 +7498,31 @@ class PlanRows:
         return [dict(zip(names, row, strict=True)) for row in each]
 
 
-def plan(findings: Iterable[Finding], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
-    """Yield what would fix findings and the policy still allows: sure suggestions, or else its default."""
+def plan(
+    findings: Iterable[Finding], policy: Policy, min_confidence: float, left_out: Counter[LeftOut]
+) -> Iterator[PlanRow]:
+    """Yield what would fix findings and the policy still allows: sure suggestions, or else its default.
+
+    `left_out` gets the number of findings that have such tags.
+    """
+    covers = policy.accounts.covers if policy.accounts else bool
     for finding in findings:
-        failing = {violation.tag_key for violation in finding.violations}
+        reasons = set[LeftOut]()
         suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
-        for rule in policy.rules(finding.region) if policy.covers(finding.region) else ():
-            if rule.key in failing:
-                row = _plan_row(finding, rule, suggestions.get(rule.key), policy, min_confidence)
-                if row and not row_error(row, policy):
-                    yield row
+        in_scope = policy.covers(finding.region) and covers(finding.account_id)
+        rules = policy.rules_by_key(finding.region) if in_scope else {}
+        for key in (violation.tag_key for violation in finding.violations):
+            rule, suggestion = rules.get(key), suggestions.get(key)
+            row = rule and _plan_row(finding, rule, suggestion, policy, min_confidence)
+            if row and not row_error(row, policy):
+                yield row
+            elif row:
+                reasons.add(LeftOut.NOT_ALLOWED)
+            elif rule:
+                reasons.add(LeftOut.UNSURE if suggestion else LeftOut.UNKNOWN)
+            else:
+                reasons.add(LeftOut.NOT_REQUIRED)
+        left_out.update(reasons)
 
 
 def plan_aliased(aliased: Iterable[Aliased], policy: Policy, min_confidence: float) -> Iterator[PlanRow]:
@@ -8096,11 +8120,12 @@ def _result(
 
 @dataclass(frozen=True, slots=True)
 class Remediation:
-    """A plan with its results; `undo_file` is None if it was not applied."""
+    """A plan with its results; `undo_file` is None if it was not applied, `left_out` if it is not new."""
 
     policy: Policy
     rows: PlanRows
     undo_file: str | None
+    left_out: Counter[LeftOut] | None
 
 
 def write_remediation_json(file: TextIOBase, done: Remediation) -> None:
@@ -8161,6 +8186,8 @@ def remediation_lines(
     elif totals:
         head = ("ACTION", "ACCOUNT", "REGION", "INSTANCE", "NAME", "TAG", "VALUE", "WHY")
         yield from ("", *table_lines(map(cells, rows), totals.total(), width, head, csv_path, 3), "")
+    for reason, number in (done.left_out or Counter()).most_common():
+        yield f"Left out on {counted(number, 'instance')}: {reason}"
     yield from (f"Warning: {each['message']}" for each in warnings[:SUMMARY_FINDINGS])
     yield from more_lines(len(warnings) - SUMMARY_FINDINGS)
     fixes = actions[Action.ADD] or actions[Action.REPLACE]
@@ -8170,8 +8197,13 @@ def remediation_lines(
         yield "The findings stay open until the next scan, which resolves them as tagged"
     if undo_file:
         yield Command("Undo it with:", command("--undo", undo_file, "--apply"))
+    elif undo_file is None and actions:
+        yield Command("Plan only. Apply it with:", command("--apply"))
+    elif undo_file is None and totals:
+        yield "Nothing to write: put replace in place of review where the new value is right"
     elif undo_file is None:
-        yield Command("Plan only. Apply it with:", command("--apply")) if actions else "Nothing to write"
+        is_open = done.left_out is None or done.left_out
+        yield f"Nothing to write{'' if is_open else ': no finding to fix is open'}"
 
 
 ########################################################################################################
@@ -9962,7 +9994,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
     plans = [output for output in outputs if output.format == "csv"]
     undo_file = "" if args.apply else None
     with sighting_errors(), contextlib.ExitStack() as stack:
-        rows = _planned_rows(args, policy, now)
+        rows, left_out = _planned_rows(args, policy, now)
         changes = sum(row.writes for row in rows)
         command = functools.partial(_next_command, args, changes)
         for output in plans:
@@ -9976,7 +10008,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
             stack.enter_context(_printing_undo_command(undo, command))
             _apply(args, policy, rows, stack.enter_context(open_state(args)), undo, now)
             undo_file = str(undo.path) if undo.rows else ""
-        done = Remediation(policy, rows, undo_file)
+        done = Remediation(policy, rows, undo_file, left_out)
         stage_report(staged, REMEDIATION_WRITERS, done)
         for output in plans:  # again, as applying takes its time
             check_plan_output(output)
@@ -9999,26 +10031,29 @@ def _check_owners(db: Connection, policy: Policy, owners: Iterable[str], now: da
             )
 
 
-def _planned_rows(args: RemediateOptions, policy: Policy, now: datetime) -> PlanRows:
-    """Return the rows of the plan or the undo file that was given, or else of a new plan."""
+def _planned_rows(
+    args: RemediateOptions, policy: Policy, now: datetime
+) -> tuple[PlanRows, Counter[LeftOut] | None]:
+    """Return the rows of the plan or the undo file that was given, or of a new plan and what it lacks."""
     rows: Iterable[PlanRow] = ()
+    left_out = None if args.plan or args.undo else Counter[LeftOut]()
     if args.plan:
         rows = read_plan(args.plan, policy, PLAN_ACTIONS)
     # A plan that is given comes from a state, too, and what is written is kept there.
-    with _reading(args, None if args.plan or args.undo else policy.name) as db:
+    with _reading(args, None if left_out is None else policy.name) as db:
         known = named_accounts(policy, fetch_accounts(db))
         args = replace(args, account=account_ids(args.account, known))
         if args.undo:
             check = functools.partial(check_undo, db, args.state, policy.name)
             rows = read_plan(args.undo, policy, UNDO_ACTIONS, check)
-        elif not args.plan:
+        elif left_out is not None:
             owners = [*map(stripped, args.owner)]
             _check_owners(db, policy, owners, now)
             chosen = Selection(policy.name, None, args.account, args.region, OPEN, owners=owners)
-            planned = plan(fetch_history(db, chosen), policy, args.min_confidence)
+            planned = plan(fetch_history(db, chosen), policy, args.min_confidence, left_out)
             every = [] if args.owner else fetch_aliased(db, policy.name)  # whose they are is not recorded
             rows = itertools.chain(planned, plan_aliased(every, policy, args.min_confidence))
-        return PlanRows(row for row in rows if args.includes(row.target))
+        return PlanRows(row for row in rows if args.includes(row.target)), left_out
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from aws_server import ACCOUNT_ID, numbered
+from builders import SAVED_FILES, instance, save_fleet, save_policy
 from conftest import TAGCHECK, clean_environment, run_tagcheck, script_with
 
 import tagcheck as script
@@ -55,7 +56,7 @@ def finding(tags, *suggestions, region=REGION, policy=POLICY, cause=None, id_="i
 def planned(*findings, policy=POLICY, min_confidence=0.95):
     return [
         (row.tag_key, row.value, str(row.action), row.current)
-        for row in script.plan(findings, policy, min_confidence)
+        for row in script.plan(findings, policy, min_confidence, Counter())
     ]
 
 
@@ -103,7 +104,7 @@ def test_plan_of_a_tag_with_a_default(tags, confidence, expected):
 
 def test_default_is_planned_with_what_contradicts_it():
     case = finding({"Owner": "ann"}, suggestion("prod", 0.9, "Environment"))
-    [row] = script.plan([case], POLICY, 0.95)
+    [row] = script.plan([case], POLICY, 0.95, Counter())
     assert not row.writes
     assert row.why == "the policy's default (policy.yaml:1); but prod is 9 of 9 in web"
 
@@ -142,7 +143,7 @@ def test_plan_warns_where_the_source_of_an_instance_undoes_a_tag(tags, warning):
     case = finding(
         {"Environment": "dev"}, suggestion("ann", 1), cause=script.cause_of(script.groups_of(instance))
     )
-    [row] = script.plan([case], POLICY, 0.95)
+    [row] = script.plan([case], POLICY, 0.95, Counter())
     assert row.warning == warning
 
 
@@ -152,6 +153,61 @@ def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
     assert planned(case, policy=later) == [("Environment", "qa", "add", "")]
     other = script.check_policy(json.dumps(KEYS | {"regions": {OTHER_REGION: {}}}).encode(), "other.yaml")
     assert planned(case, policy=other) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "reasons"),
+    [
+        pytest.param(finding({}), {}, {"UNKNOWN"}, id="nothing known of one, a default of the other"),
+        pytest.param(finding({"Owner": "tbd"}), {}, {"UNKNOWN"}, id="wrong value, nothing known"),
+        pytest.param(finding({}, suggestion("ann", 0.9)), {}, {"UNSURE"}, id="not sure enough"),
+        pytest.param(finding({}, suggestion("a\u202eb", 1)), {}, {"NOT_ALLOWED"}, id="value not allowed"),
+        pytest.param(
+            finding({}), {"required_tags": ["Environment"]}, {"NOT_REQUIRED", "UNKNOWN"}, id="another policy"
+        ),
+        pytest.param(finding({}), {"regions": {OTHER_REGION: {}}}, {"NOT_REQUIRED"}, id="another region"),
+        pytest.param(
+            finding({}),
+            {"accounts": {"ids": [MEMBER], "role_name": "r"}},
+            {"NOT_REQUIRED"},
+            id="another account",
+        ),
+        pytest.param(finding({}, suggestion("ann", 1)), {}, set(), id="all is planned"),
+    ],
+)
+def test_plan_counts_the_instances_with_tags_that_it_leaves_out(case, keys, reasons):
+    policy, left_out = script.check_policy(json.dumps(KEYS | keys).encode(), "policy.yaml"), Counter()
+    list(script.plan([case, case], policy, 0.95, left_out))
+    assert left_out == {script.LeftOut[reason]: 2 for reason in reasons}
+
+
+def test_plan_says_what_it_leaves_out_and_why_there_is_nothing_to_write(tagcheck, tmp_path):
+    def remediate(*args):
+        lines = tagcheck("remediate", "--policy", "policy.yaml", *args, check=0).lines
+        return [line for line in lines if line.startswith(("Left", "Nothing"))]
+
+    save_policy(tmp_path)
+    save_fleet(tmp_path, *map(instance, (1, 2)), instance(3, {"owner": "ann"}))
+    tagcheck("scan", *SAVED_FILES, check=3)
+    unknown = (
+        "Left out on 2 instances: tags without a likely value; "
+        "set them by hand, or give them a default in the policy"
+    )
+    unsure = (
+        "Left out on 1 instance: tags whose likely value is not sure enough; "
+        "a lower --min-confidence shows it"
+    )
+    assert remediate() == [unknown]
+    assert remediate("--min-confidence", "1") == [unknown, unsure, "Nothing to write"]
+    assert remediate("--min-confidence", "1", "--apply") == [unknown, unsure]
+    empty = save_plan(tmp_path / "empty.csv")
+    assert remediate("--plan", empty) == ["Nothing to write"]
+    skip = save_plan(tmp_path / "skip.csv", row(action="review"))
+    replace = "Nothing to write: put replace in place of review where the new value is right"
+    assert remediate("--plan", skip) == [replace]
+    save_fleet(tmp_path, *(instance(number, {"Owner": "ann"}) for number in (1, 2, 3)))
+    tagcheck("scan", *SAVED_FILES, check=0)
+    assert remediate() == ["Nothing to write: no finding to fix is open"]
 
 
 # ---- What an edited plan may be ----------------------------------------------------------------------------
@@ -559,7 +615,9 @@ def test_a_plan_whose_rows_were_deleted_is_not_replaced(tmp_path):
 def test_a_region_younger_than_the_script_can_be_planned(tmp_path):
     policy = script.check_policy(json.dumps(KEYS | {"regions": {"*": {}}}).encode(), "every.yaml")
     rows = list(
-        script.plan([finding({}, suggestion("ann", 1), region="xx-new-9", policy=policy)], policy, 0.95)
+        script.plan(
+            [finding({}, suggestion("ann", 1), region="xx-new-9", policy=policy)], policy, 0.95, Counter()
+        )
     )
     assert {str(each.target) for each in rows} == {f"{ACCOUNT_ID} xx-new-9"}
 
