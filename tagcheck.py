@@ -6629,8 +6629,9 @@ def _facts(dashboard: Dashboard) -> list[Element]:
     if len(dashboard.spend) == 1:
         [(currency, cost)] = dashboard.spend
         lacking = min(dict(found.cost_by_tag).get(owner, 0.0), cost)
-        share = _share(cost - lacking, lacking)
-        facts.append(f"{share} of {_money(cost, currency)} a month is allocated (has {_brief(owner)})")
+        has, every, lacks = (_money(amount, currency) for amount in (cost - lacking, cost, lacking))
+        share = f"({_share(cost - lacking, lacking)}) is allocated (has {_brief(owner)})"
+        facts.append(f"{has} of {every} a month {share}, {lacks} is not")
     elif dashboard.spend:
         names = ", ".join(currency or "unnamed" for currency, _ in dashboard.spend)
         facts.append(f"the prices are in several currencies: {names}")
