@@ -9503,7 +9503,8 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
             yield target, None
         else:
             what = "account" if target.region == "*" else "region"
-            message = f"no instance of this {what} is in the files; if it has none, say so with --region"
+            none = f"no instance of this {what} is in the files"
+            message = f"{none}; if it has none, repeat --region for each region that the files cover"
             yield target, TargetError("NotInFiles", message)
 
 

@@ -1549,7 +1549,8 @@ def test_region_that_no_file_has_is_not_read(scan_saved: ScanSaved, tmp_path: Pa
     before = remembered(tmp_path, "us-west-2")
     result = scan_saved(saved(item("i-0a")), regions=both, check=4)
     assert errors(result) == {REGION: None, "us-west-2": "NotInFiles"}
-    assert "say so with --region" in coverage(result)["us-west-2"]["error"]["message"]
+    told = coverage(result)["us-west-2"]["error"]["message"]
+    assert told.endswith("if it has none, repeat --region for each region that the files cover")
     assert remembered(tmp_path, "us-west-2") == before
     args = ("--region", REGION, "--region", "us-west-2")
     result = scan_saved(saved(item("i-0a")), regions=both, args=args, check=3)
