@@ -938,6 +938,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
+_OPERATOR_NAME = r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+"  # with a dot, or what a scan calls it
 _PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
@@ -1865,10 +1866,22 @@ def _check_date(document: YamlDocument, path: KeyPath, entry: Any, key: str) -> 
 
 
 def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
-    """Add a problem for regions that AWS does not have, and for units where accounts have none."""
+    """Add a problem for what AWS does not have, and a warning for what nothing in scope can meet."""
     for index, region in _texts(match, "regions").items():
         _check_region(document, (*path, "regions", index), region)
-    accounts = _given(document.value, "accounts", dict)
+    regions, accounts = (_given(document.value, key, dict) for key in ("regions", "accounts"))
+    ids, excluded = ({*_texts(accounts, key).values()} for key in ("ids", "exclude"))
+    no_service = "no AWS service has such a name; they are like eks.amazonaws.com"
+    conditions: tuple[tuple[str, Callable[[str], object], str], ...] = (
+        ("regions", lambda region: regions.keys() & {region, "*"}, "the policy does not cover it"),
+        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), "accounts leaves it out"),
+        ("managed_by", re.compile(_OPERATOR_NAME).fullmatch, no_service),
+    )
+    for key, can_match, why in conditions:
+        texts: dict[KeyPath, str] = {(key, index): text for index, text in _texts(match, key).items()}
+        for place, text in (texts or {(key,): _given(match, key, str)}).items():
+            if text and not can_match(text):
+                document.warn((*path, *place), f"{shown_value(text)} matches nothing: {why}")
     if _given(match, "organizational_units", list) and accounts.get("organization") is not True:
         message = "organizational_units needs accounts.organization: true, as no other accounts are in units"
         document.add((*path, "organizational_units"), message, at_key=True)
