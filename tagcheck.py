@@ -3508,6 +3508,9 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     return targets, complete
 
 
+Fleet = Mapping[Target, Sequence[Instance]]
+
+
 def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
     """Read saved files as one, each instance once, and return the last that is cut; raises UsageError."""
     fleet: dict[Target, dict[str, tuple[Instance, str]]] = {}
@@ -4371,6 +4374,15 @@ _AGREEMENTS = f"""
         iif(members < {MIN_MEMBERS}, 0, votes), iif(members < {MIN_MEMBERS}, size, members)
     FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
 """
+
+
+def fetch_suggestions(db: Connection, target: Target, instance_id: str) -> tuple[Suggestion, ...]:
+    """Return the likely values of an instance's tags that violate the policy."""
+    query = "SELECT suggestions FROM seen WHERE (account_id, region, instance_id) = (?, ?, ?)"
+    rows = db.execute(query, (target.account_id, target.region, instance_id))
+    return next((found for (found,) in load_rows(rows, suggestions=tuple[Suggestion, ...])), ())
+
+
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
 
 
@@ -5996,22 +6008,31 @@ def explain(
     target: Target,
     instance: Instance,
     finding: Finding | None,
+    suggestions: Iterable[Suggestion],
     changes: Iterable[Change],
     now: datetime,
 ) -> Iterator[str]:
-    """Yield, rule by rule, why an instance passes or fails, then its history."""
+    """Yield, rule by rule, why an instance passes or fails, with likely values, then its history."""
     name = f" ({instance.tags['Name']})" if instance.tags.get("Name") else ""
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
     managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
-    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
+    verdict = "not compliant" if failing else "exempted" if sighting.exempted else "compliant"
+    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
+        verdict = f"too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
+    if not policy.includes(instance.state):
+        verdict = f"not checked, as the policy checks what is {', '.join(sorted(policy.states))}"
+    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}: {verdict}"
     exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
         line, placeholders = _rule_place(policy, rule), policy.placeholder_values
         if rule.key in failing:
             yield f"  FAILS     {failing[rule.key].message} {line}"
+            for likely in (each for each in suggestions if each.tag_key == rule.key):
+                sure = "likely" if likely.confidence >= MIN_CONFIDENCE else "maybe"
+                yield f"            {sure} {likely}"
         elif case := exempted.get(rule.key):
             yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
         elif rule in sighting.upcoming:
@@ -6025,10 +6046,6 @@ def explain(
     yield from _near_exemptions(policy, target, instance, failing, now.date())
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
-    if not policy.includes(instance.state):
-        yield f"  Not checked: the policy checks instances that are {', '.join(sorted(policy.states))}"
-    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
-        yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     yield from _past(finding, target, changes)
 
 
@@ -8634,9 +8651,7 @@ def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
 # ---- What a starter policy is made of, as YAML, and what it would find -------------------------------
 
 
-def make_starter(
-    name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
-) -> Starter:
+def make_starter(name: str, fleet: Fleet, regions: Sequence[str], given: AwsRules | None) -> Starter:
     """Return what a policy is made of: the rules that are given or the fleet's own, and its regions."""
     instances = [instance for each in fleet.values() for instance in each]
     counts: Counter[str] = Counter()
@@ -8720,7 +8735,7 @@ def check_starter(starter: Starter, file: str) -> tuple[Starter, str, Policy]:
             starter = replace(starter, rules=rules, notes=[*starter.notes, *notes])
 
 
-def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
+def origin_lines(fleet: Fleet, given: AwsRules | None) -> Iterator[str]:
     """Yield what a starter policy was made from, and what to do with it."""
     regions, accounts = ({getattr(target, name) for target in fleet} for name in ("region", "account_id"))
     places = f"{counted(len(regions), 'region')} of {counted(len(accounts), 'account')}"
@@ -8732,7 +8747,7 @@ def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | N
     yield "Change what is wrong, then check it with validate and scan --dry-run."
 
 
-def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
+def finding_lines(policy: Policy, fleet: Fleet, now: datetime) -> Iterator[str]:
     """Yield what a scan with a policy would find in a fleet."""
     total = exempted = failing = 0
     types: Counter[tuple[str, ViolationType]] = Counter()
@@ -9780,9 +9795,12 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     if args.instance:
         known, changes, accounts = _known_history(args, policy, args.instance)
         args = replace(args, account=account_ids(args.account, accounts))
-        for target, instance in _find_instance(args, policy, known):
-            placed = _placed(target, accounts)
-            lines += explain(policy, placed, instance, known.get(target), changes, now)
+        fleet = load_fleet(args.instances)[0]
+        for target, instance in _find_instance(args, policy, known, fleet):
+            found, placed = known.get(target), _placed(target, accounts)
+            likely = found.suggestions if found else ()
+            likely = _suggested(policy, fleet, target, instance, now) if args.instances else likely
+            lines += explain(policy, placed, instance, found, likely, changes, now)
     else:
         for region in args.region or sorted(policy.regions):
             lines += explain_region(policy, region, now.date())
@@ -9807,15 +9825,28 @@ def _known_history(
         return {}, [], named_accounts(policy, {})
 
 
+def _suggested(
+    policy: Policy, fleet: Fleet, target: Target, instance: Instance, now: datetime
+) -> tuple[Suggestion, ...]:
+    """Return the likely values of an instance's missing tags, as a scan of saved files finds them."""
+    with contextlib.closing(open_sightings()) as db, sighting_errors():
+        for place in (each for each in fleet if policy.covers(each.region)):
+            included = (each for each in fleet[place] if policy.includes(each.state))
+            seen = [(judge(place, each, policy, now), None) for each in included]
+            rules = policy.rules(place.region)
+            add_sightings(db, add_target(db, place), seen, rules, policy.placeholder_values)
+        add_suggestions(db, policy)
+        return fetch_suggestions(db, target, instance.instance_id)
+
+
 def _find_instance(
-    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
+    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding], fleet: Fleet
 ) -> list[tuple[Target, Instance]]:
     """Return an instance as saved files, AWS or the state have it; raises UsageError where they have none."""
     if args.live:
         return [_describe_instance(args, policy, known)]
     if args.instances:
-        fleet = load_fleet(args.instances)[0].items()
-        every = ((target, instance) for target, instances in fleet for instance in instances)
+        every = ((target, instance) for target, instances in fleet.items() for instance in instances)
         cases = [case for case in every if case[1].instance_id == args.instance]
         none = f"{', '.join(args.instances)} has no {args.instance}"
         why = f"--account or --region leaves it out, or {policy.file} does not cover it"
@@ -9823,7 +9854,8 @@ def _find_instance(
     else:
         cases = [(target, _instance_of(case)) for target, case in known.items()]
         none = f"{args.state} has no finding of {args.instance} under the policy {policy.name}"
-        why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
+        why = "it complied, was exempted or too young, or was never scanned; "
+        why += "ask AWS with --live --region R, or saved files with --instances FILE"
     if chosen := [case for case in cases if args.includes(case[0]) and policy.covers(case[0].region)]:
         return chosen
     elsewhere = f" there, only in {', '.join(str(target) for target, _ in cases)}" if cases else ""

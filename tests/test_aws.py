@@ -769,7 +769,7 @@ def test_state_that_aws_added_later_is_judged_with_a_notice(aws: AwsServer, scan
     explained = ("explain", "--policy", "policy.yaml", ids[0], "--live", "--region", REGION)
     said = run_tagcheck(*explained, cwd=result.cwd, env=aws.env, check=0).out
     assert "is new to tagcheck" in said
-    assert "Not checked" not in said
+    assert "not checked" not in said
 
 
 def test_empty_state_is_no_answer_of_ec2(aws: AwsServer, scan: Scan, tmp_path: Path) -> None:
