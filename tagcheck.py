@@ -5873,12 +5873,22 @@ def count_lines(totals: Mapping[str, int]) -> list[str]:
 
 
 def write_summary(
-    file: IO[str], report: ScanReport, csv_path: str, state: str, width: int | None, *, colour: bool
+    file: IO[str],
+    report: ScanReport,
+    csv_path: str,
+    state: str,
+    command: Sequence[str],
+    width: int | None,
+    *,
+    colour: bool,
 ) -> None:
-    """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
+    """Write for people what to do, the most urgent first, then where everything is and how the run ends.
+
+    `command` are the words that explain an instance, but for its id.
+    """
     paragraphs = [
         "\n".join(part for line in lines for part in fitted(line, width))
-        for lines in _summary(report, csv_path, state, width)
+        for lines in _summary(report, csv_path, state, command, width)
         if lines
     ]
     text = "\n\n".join(paragraphs) + "\n"
@@ -5887,7 +5897,9 @@ def write_summary(
     file.write(text)
 
 
-def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -> Iterator[Sequence[str]]:
+def _summary(
+    report: ScanReport, csv_path: str, state: str, command: Sequence[str], width: int | None
+) -> Iterator[Sequence[str | Command]]:
     """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
     policy, totals, code = report.scan.policy, report.totals, report.exit_code
     read, found = count_lines(totals)
@@ -5896,8 +5908,8 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
     yield unread and ["Could not be read (their findings are unchanged):", *unread]
     yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
-    fresh = totals["new"] + totals["reopened"]
-    yield table_lines(map(_finding_row, report.fresh()), fresh, width, TABLE_HEAD, csv_path)
+    fresh, number = [*itertools.islice(report.fresh(), SUMMARY_FINDINGS)], totals["new"] + totals["reopened"]
+    yield table_lines(map(_finding_row, fresh), number, width, TABLE_HEAD, csv_path)
     oldest = table_lines(map(_finding_row, report.oldest), totals["repeat"], width, TABLE_HEAD, csv_path)
     yield oldest and [f"{counted(totals['repeat'], 'finding')} REPEAT, the oldest first:", *oldest]
     resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
@@ -5920,9 +5932,11 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
         yield lines and [f"Findings that would be {title}, by required tag:", *lines]
     yield list(map(str, report.upcoming))
     yield report.notices
-    places = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
-    places += [] if report.dry_run else [f"State: {state}"]
-    yield [*places, f"Exit code {int(code)} {code.name}: {code.meaning}"]
+    ending: list[str | Command] = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
+    ending += [] if report.dry_run else [f"State: {state}"]
+    for finding in [*fresh, *report.oldest][:1] if not report.dry_run else ():
+        ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
+    yield [*ending, f"Exit code {int(code)} {code.name}: {code.meaning}"]
 
 
 def _finding_row(finding: Finding) -> tuple[str, ...]:
@@ -9038,6 +9052,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         stream = _message_stream(outputs)
         width = screen_width(stream)
         colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        command = ["tagcheck.py", "explain", *_given_again(args, "profile", "policy", "state")]
         recorded: list[tuple[ScanReport, str]] = []  # at each attempt
 
         def record(path: Path) -> None:
@@ -9050,7 +9065,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                     add_digest_lines(db, digest_lines(report, pending, reminder))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
-                write_summary(summary, report, args.csv or "", args.state, width, colour=colour)
+                csv_path = args.csv or ""
+                write_summary(summary, report, csv_path, args.state, command, width, colour=colour)
                 recorded.append((report, summary.getvalue()))
                 if isinstance(state, LocalState):
                     SIGNALS.hold()  # the state and the outputs change together
