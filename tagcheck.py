@@ -2603,11 +2603,11 @@ def _own_value(violation: Violation, rule: RequiredTag, placeholders: frozenset[
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A group whose instances lack the same tag, so that it is one thing to fix."""
+    """A group whose instances lack the same tags, so that it is one thing to fix."""
 
     target: Target
     group: Group
-    tag_key: str
+    tags: Mapping[str, int]  # how many of its instances lack each, and how many lack any of them
     instances: int
 
     def __str__(self) -> str:
@@ -2618,13 +2618,16 @@ CAUSES_NAMED = 3
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
-    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all."""
-    alike: dict[tuple[str, str], list[Cause]] = {}
+    """Yield a sentence for each kind of group and its tags: what is missing, and where to set it for all."""
+    alike: dict[tuple[str, frozenset[str]], list[Cause]] = {}
     for cause in causes:
-        alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
+        alike.setdefault((cause.group.kind, frozenset(cause.tags)), []).append(cause)
     numbers = {key: sum(cause.instances for cause in group) for key, group in alike.items()}
-    for (kind, tag_key), instances in sorted(numbers.items(), key=lambda item: -item[1]):
-        group = alike[kind, tag_key]
+    for (kind, keys), instances in sorted(numbers.items(), key=lambda item: -item[1]):
+        group, lacking = alike[kind, keys], Counter[str]()
+        for cause in group:
+            lacking.update(cause.tags)
+        tags = ", ".join(f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common())
         targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
         named = [*targets.items()][:CAUSES_NAMED]
         names = ", ".join(f"{name} (in {n:,} targets)" if n > 1 else name for name, n in named)
@@ -2632,7 +2635,8 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
             names += f" and {len(targets) - CAUSES_NAMED:,} more"
         lack = "instance lacks" if instances == 1 else "instances lack"
         remedy = GROUP_KINDS[kind].remedy.format(names=names)
-        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
+        remedy = remedy if len(keys) == 1 else remedy.replace("set it", "set them", 1)
+        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tags}; {remedy}"
 
 
 ########################################################################################################
@@ -4764,26 +4768,32 @@ _GROUPED = """
         finding.tag_keys, count(*) AS number
     {source} AND finding.cause IS NOT NULL GROUP BY 5, 2, 3, 6, 4, 1
 """
-_GREATEST = """
-    SELECT account_id, region, cause_kind, cause, sum(number) AS instances FROM ({grouped})
-    GROUP BY 4, 1, 2, 3 HAVING instances > 1 ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {most}
-"""
 
 
 def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) -> list[Cause]:
-    """Return the causes of findings in the greatest groups; a group of one instance is not a cause."""
+    """Return the causes of findings in the greatest groups."""
     query = f"""
-        WITH greatest AS ({_GREATEST.format(grouped=grouped, most=most)}), cause AS (
-            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances
-            FROM ({grouped}) CROSS JOIN json_each(tag_keys) AS tag_key
-            WHERE (account_id, region, cause_kind, cause)
-                IN (SELECT account_id, region, cause_kind, cause FROM greatest)
-            GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
+        WITH greatest AS (
+            SELECT account_id, region, cause_kind, cause, sum(number) AS instances FROM ({grouped})
+            GROUP BY 4, 1, 2, 3 HAVING instances > 1 ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {most}
+        ), cause AS (
+            SELECT greatest.*, tag_key.value AS tag_key, sum(number) AS lacking
+            FROM ({grouped}) JOIN greatest USING (account_id, region, cause_kind, cause)
+            CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1, 2, 3, 4, tag_key.value
         )
-        SELECT {_columns(Cause.__slots__, "cause")} FROM cause
-        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {most}
+        SELECT {_columns(["target", "group", "instances", "tag_key", "lacking"], "cause")} FROM cause
+        ORDER BY instances DESC, account_id, region, cause_kind, cause, lacking DESC, tag_key
     """
-    return [load_record(Cause, row) for row in db.execute(query, names)]
+    kinds = {"target": Target, "group": Group, "instances": int, "tag_key": str, "lacking": int}
+    return [*_found_causes(load_rows(db.execute(query, names), **kinds))]
+
+
+def _found_causes(rows: Iterable[tuple[Target, Group, int, str, int]]) -> Iterator[Cause]:
+    """Yield a cause for each group of so many instances of which more than one lack the same tag."""
+    for place, found in itertools.groupby(rows, key=lambda row: row[:3]):
+        tags = {key: lacking for *_, key, lacking in found}
+        if max(tags.values()) > 1:
+            yield Cause(place[0], place[1], tags, place[2])
 
 
 # ---- What a state keeps ------------------------------------------------------------------------------
@@ -4923,7 +4933,7 @@ AGES = {
 }
 OLDEST_FINDINGS = 25
 OWNERS_NAMED, OWNERS_SHOWN = 250, 50  # of all owners, and of these with what they have open
-OWNER_DAYS, OWNER_OLDEST, OWNER_CAUSES, FIXES = 30, 5, 3, 5
+OWNER_DAYS, OWNER_OLDEST, OWNER_CAUSES = 30, 5, 3
 
 
 class Alike(NamedTuple):
@@ -4963,7 +4973,6 @@ class OpenFindings:
     oldest_unread: Sequence[Alike] = ()  # in targets that the latest scan could not read
     owners: Sequence[OwnerFindings] = ()
     owners_total: int = 0
-    fixes: Sequence[tuple[str, int]] = ()  # the kind of a group, and how many of its instances are open
 
 
 _OPEN = "FROM temp.open AS finding WHERE resolved IS NULL"
@@ -5016,8 +5025,6 @@ def fetch_open(db: Connection, policy: str, now: datetime) -> OpenFindings:
     ((first,),) = load_rows(rows, at=Moment | None)
     known = [day for day in days if day >= (first or "")[:10]] or days[-1:]
     seen = db.execute("SELECT at, sum(open) FROM temp.daily WHERE open GROUP BY 1")
-    greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
-    fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
     rows = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
     owners = load_rows(rows, owner=str, open=int, resolved=int, cost=float | None)
     found = [*itertools.starmap(OwnerFindings, owners)]
@@ -5038,7 +5045,6 @@ def fetch_open(db: Connection, policy: str, now: datetime) -> OpenFindings:
             for place, owner in enumerate(found)
         ],
         owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
-        fixes=[*load_rows(fixes, kind=Kind, number=int)],
     )
 
 
@@ -5229,10 +5235,13 @@ def fetch_recipients(db: Connection, channel: str, limit: int) -> Iterator[Recip
         SELECT line, owner FROM digest_line
         WHERE (channel, recipient, age) = (?, ?, ?) AND line <> '' ORDER BY rowid LIMIT ?
     """
-    grouped = f"""
-        SELECT cause, tag_key.value, count(*) FROM digest_line CROSS JOIN json_each(tag_keys) AS tag_key
-        WHERE (channel, recipient) = (?, ?) AND cause IS NOT NULL GROUP BY 1, 2 HAVING count(*) > 1
-        ORDER BY 3 DESC, 1, 2 LIMIT {MAX_CAUSES}
+    grouped = """
+        WITH line AS (
+            SELECT cause, tag_keys, count(*) OVER (PARTITION BY cause) AS instances FROM digest_line
+            WHERE (channel, recipient) = (?, ?) AND cause IS NOT NULL
+        )
+        SELECT cause, instances, tag_key.value, count(*) FROM line CROSS JOIN json_each(tag_keys) AS tag_key
+        GROUP BY 1, 3 ORDER BY 2 DESC, 1, 4 DESC, 3
     """
     for to, found in itertools.groupby(db.execute(lists, (channel,)), operator.itemgetter(0)):
         rows = [*found]
@@ -5241,11 +5250,11 @@ def fetch_recipients(db: Connection, channel: str, limit: int) -> Iterator[Recip
             (age, number, db.execute(lines, (channel, to, age, limit)).fetchall())
             for _, age, number, *_ in rows
         ]
-        causes: list[Cause] = []
-        for cause, tag_key, instances in db.execute(grouped, (channel, to)):
-            account_id, region, kind, name = json.loads(cause)
-            causes.append(Cause(Target(account_id, region), Group(kind, name), tag_key, instances))
-        yield Recipient(to, owners.pop() if len(owners) == 1 else None, listed, causes)
+        lacking = db.execute(grouped, (channel, to))
+        places = ((json.loads(cause), *counts) for cause, *counts in lacking)
+        causes = _found_causes((Target(*at[:2]), Group(*at[2:]), *counts) for at, *counts in places)
+        most = [*itertools.islice(causes, MAX_CAUSES)]
+        yield Recipient(to, owners.pop() if len(owners) == 1 else None, listed, most)
 
 
 def drop_digest(db: Connection, channel: str, recipient: str) -> None:
@@ -5617,7 +5626,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         file,
         head,
         coverage=map(_coverage_record, report.coverage),
-        causes=map(_cause_record, report.causes),
+        causes=itertools.chain.from_iterable(map(_cause_records, report.causes)),
         findings=map(_finding_record, report.findings()),
         resolved=map(_finding_record, report.resolved()),
         exempted=map(_exempted_record, report.exempted()),
@@ -5648,10 +5657,13 @@ def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     return to_record(coverage.target, _TARGET_KEYS) | reading | counts
 
 
-def _cause_record(cause: Cause) -> dict[str, Any]:
-    """Return what findings have in common as a JSON object."""
-    what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
-    return to_record(cause.target, _TARGET_KEYS) | cause.group._asdict() | what
+def _cause_records(cause: Cause) -> Iterator[dict[str, Any]]:
+    """Yield each tag that findings of a group have in common as a JSON object."""
+    for key, number in cause.tags.items():
+        if number > 1:
+            message = str(replace(cause, tags={key: number}, instances=number))
+            what = {"tag_key": key, "instances": number, "message": message}
+            yield to_record(cause.target, _TARGET_KEYS) | cause.group._asdict() | what
 
 
 _FINDING_KEYS = (
@@ -6409,10 +6421,11 @@ h2,h3,h2+.soft,thead,.owner>div,.owner>svg{break-after:avoid}
 overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
+HEADLINE_CAUSES = 5
 NO_OWNER = "No known owner"
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
-COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
+COLUMN_LOOKS = dict.fromkeys("Instances,Closes,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
 # Where each partition's instances are shown; those of other partitions have no link.
 CONSOLES = {
@@ -6625,10 +6638,10 @@ def _headline(dashboard: Dashboard) -> str:
             percent = 100 * abs(change) / base.open
             share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
         text += f", {_compared(change, share)} {when}"
-    if found.fixes:
-        kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
+    if fixes := found.causes[:HEADLINE_CAUSES]:
+        kinds, instances = {each.group.kind for each in fixes}, sum(each.instances for each in fixes)
         word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
-        groups, tagged = counted(len(found.fixes), word), counted(instances, "instance")
+        groups, tagged = counted(len(fixes), word), counted(instances, "instance")
         text += f"; fixing {groups} would tag {tagged}"
     return text
 
@@ -6862,9 +6875,9 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
-        details.append(
-            _node("ul", *(_node("li", _brief(f"{cause}, in {cause.target}", 200)) for cause in owner.causes))
-        )
+        shares = ((_share(each.instances, owner.total - each.instances), each) for each in owner.causes)
+        lines = (_brief(f"{share} of these: {each}, in {each.target}", 200) for share, each in shares)
+        details.append(_node("ul", *(_node("li", each) for each in lines)))
     rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
     details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
     rest = owner.total - sum(alike.number for alike in owner.oldest)
@@ -7054,18 +7067,20 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
-    causes = [
-        (f"{c.instances:,}", c.target.account, c.target.region, _brief(str(c), 240)) for c in found.causes
-    ]
+    causes = []
+    for c in found.causes:
+        closes = f"{c.instances:,} ({_share(c.instances, found.total - c.instances)})"
+        causes.append((closes, c.target.account, c.target.region, _brief(str(c), 240)))
     every = (found.oldest, found.oldest_unread)
     oldest, kept = ([_oldest_row(alike, dashboard) for alike in findings] for findings in every)
     endings = [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]
     upcoming = [(r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming]
-    group, finding = "Instances,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
+    group, finding = "Closes,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
     finding += ",Probably,Created by,A month"
+    closes = "What many instances share, where to fix all of them, and how many open findings that closes."
     as_read = "In targets that the latest scan could not read: they may be tagged by now."
     lists: tuple[tuple[str, str, str, Sequence[Sequence[Element | str]]], ...] = (
-        ("Causes", "What many instances share, and where to fix all of them.", group, causes),
+        ("Causes", closes, group, causes),
         ("Open for longest", "", finding, oldest),
         ("Open for longest, as last read", as_read, finding, kept),
         ("Exemptions that end", "", "When,Exemption", endings),

@@ -126,9 +126,8 @@ def test_the_trend_of_an_owner_is_what_was_open_each_day(state):
 def test_findings_that_are_alike_are_counted_together(state):
     web = by_name(state)["web"]
     assert [(alike.finding.instance_id[-2:], alike.number) for alike in web.oldest] == [("14", 8), ("1e", 2)]
-    assert [(cause.tag_key, cause.instances) for cause in web.causes] == [("Project", 10), ("Owner", 2)]
+    assert [(cause.tags, cause.instances) for cause in web.causes] == [({"Project": 10, "Owner": 2}, 10)]
     assert [alike.number for alike in by_name(state)["ann"].oldest] == [1, 1, 1]
-    assert found(state).fixes == [("autoscaling_group", 10)]
     assert [alike.number for alike in found(state).oldest] == [1, 1, 1, 8, 2, 1, 1]
 
 
