@@ -8859,13 +8859,15 @@ StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 KnownPolicy = Annotated[str, Option("the policy; not needed where the state has only one")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
-FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
+FleetPaths = Annotated[
+    list[str], Option("read a saved `aws ec2 describe-instances` answer, not AWS; - for stdin")
+]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
-RegionNames = Annotated[list[str], Option("only this region", "R")]
-Workers = Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))]
+RegionNames = Annotated[list[str], Option("only this region", "REGION")]
+Workers = Annotated[int, Option("accounts and regions to read at a time", "N", _number(int, 1))]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
-Verbose = Annotated[bool, Option("show each retry")]
+Verbose = Annotated[bool, Option("show each retry, and what the environment sets")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8882,7 +8884,7 @@ class ScopeOptions(StateOptions):
 
     policy: PolicyPath = str(DEFAULT_POLICY)
     region: RegionNames
-    account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
+    account: Annotated[list[str], Option("only this account: its id or name", "ACCOUNT")]
 
     def includes(self, target: Target) -> bool:
         """Return whether a target is chosen."""
@@ -8892,23 +8894,25 @@ class ScopeOptions(StateOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanOptions(ScopeOptions):
-    """Check every instance in scope against the policy; record, report, exit."""
+    """Check all instances against the policy, remember what was found, and report it."""
 
-    shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
+    shard: Annotated[tuple[int, int], Option("only share I of N of the accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
-    include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
+    include_managed_resources: Annotated[bool, Option("the --instances files were saved with this option")]
     workers: Workers = 16
-    csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
+    csv: Annotated[str | None, Option("the findings (default: violators.csv; in a dry run none)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
     prices: Annotated[
-        str | None, Option("costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
+        str | None, Option("for costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
     ] = None
-    creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", _time)] = timedelta(0, 60)
-    fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
-    require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
-    dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
+    creators: Annotated[bool, Option("look up in CloudTrail who launched what was found")]
+    creators_budget: Annotated[
+        timedelta, Option("how long --creators may take (default: 60s)", "TIME", _time)
+    ] = timedelta(0, 60)
+    fail_on: Annotated[FailOn, Option("the findings that cause exit code 3; new: NEW and REOPENED")] = "any"
+    require_state: Annotated[bool, Option("fail if there is no state yet")]
+    dry_run: Annotated[bool, Option("compare with the state without changing it, to preview a policy")]
     quiet: Quiet
     verbose: Verbose
 
@@ -8950,7 +8954,7 @@ class ValidateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions(ScopeOptions):
-    """Print the rules in force in a region; for an instance, why it passes or fails, and its history."""
+    """Say why an instance passes or fails, and its history; without one, print the rules of each region."""
 
     instance: InstanceId = None
     instances: FleetPaths
@@ -8964,7 +8968,7 @@ class HistoryOptions(ScopeOptions):
     policy: KnownPolicy = ""
     instance: InstanceId = None
     status: Annotated[
-        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
+        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "STATUS", _statuses)
     ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
     older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", _time)] = None
@@ -8987,8 +8991,8 @@ class ReportOptions(StateOptions):
 class PruneOptions(StateOptions):
     """Delete scans, and findings that were resolved, longer ago than a time; the trend is kept."""
 
+    older_than: Annotated[timedelta | None, Option("how long ago, such as 90d", "TIME", _time)] = None
     days: Annotated[int | None, Option("the same in days, at most 9999", "N", _number(int, 1, 9999))] = None
-    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _time)] = None
     dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
@@ -8997,13 +9001,17 @@ class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
-    min_confidence: Annotated[float, Option("minimum confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
+    min_confidence: Annotated[
+        float, Option("plan nothing less sure, from 0 to 1", "P", _number(float, 0, 1))
+    ] = MIN_CONFIDENCE
     owner: Annotated[list[str], Option("only this owner's findings; '' is no known owner", "NAME")]
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
     apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
-    max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
+    max_changes: Annotated[int, Option("refuse to write more tags than this", "N", _number(int, 1))] = (
+        MAX_CHANGES
+    )
     undo: Annotated[str | None, Option("an undo file: revert what has not changed since its run")] = None
     quiet: Quiet
     verbose: Verbose
@@ -9015,7 +9023,7 @@ class NotifyOptions:
 
     policy: PolicyPath = str(DEFAULT_POLICY)
     profile: Profile = None
-    test: Annotated[bool, Option("send the sample; required, as `scan` sends what is true")]
+    test: Annotated[bool, Option("send the sample (required)")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10255,9 +10263,8 @@ EXAMPLES = {
 
 
 VARIABLES = (
-    "TAGCHECK_POLICY, TAGCHECK_STATE, TAGCHECK_PROFILE and so on set the options that name a file, the "
-    "state or the profile; the command line wins. TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT are for "
-    "scan only."
+    "TAGCHECK_POLICY is the default of --policy, and so on for every option that takes a FILE, and for "
+    "--profile. TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT are for scan only."
 )
 
 
@@ -10285,13 +10292,14 @@ def build_parser() -> Parser:
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
     exit_codes = ["exit codes:", *(textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes)]
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    what = "Find the EC2 instances that lack their required tags."
+    what = "Find the EC2 instances that lack their required tags. COMMAND --help lists its options."
     variables = textwrap.fill(VARIABLES, width, initial_indent="  ", subsequent_indent="  ")
     epilog = "\n".join(["environment:", variables, "", *exit_codes])
-    parser = Parser(prog="tagcheck.py", description=what, epilog=epilog, **shape)
+    about = textwrap.fill(what, width)
+    parser = Parser("tagcheck.py", "%(prog)s COMMAND [options]", about, epilog, **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", prog=parser.prog, dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
         examples = [f"tagcheck.py {name} {example}".split() for example in EXAMPLES.get(name, ())]
         shown = ["examples:", *(line for words in examples for line in command_lines(words, width))]
@@ -10301,9 +10309,17 @@ def build_parser() -> Parser:
         hints, environment = get_type_hints(options, include_extras=True), dict[str, Any]()
         for each in fields(options):
             _add_option(command, each, hints[each.name], environment)
+        required = [action for action in command._actions if action.required or not action.option_strings]
+        command.usage = " ".join(["%(prog)s [options]", *map(_usage, required)])
         command.set_defaults(environment=environment)
     parser.commands = commands.choices
     return parser
+
+
+def _usage(action: argparse.Action) -> str:
+    """Return how a usage line shows an option or argument that stands there."""
+    words = " ".join([*action.option_strings, f"{action.metavar}"])
+    return f"{words} ..." if action.nargs == "+" else words if action.required else f"[{words}]"
 
 
 def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dict[str, Any]) -> None:
@@ -10331,7 +10347,7 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
     if has_variable and (text := os.environ.get(variable)):
         source = f"{flag} {text} (from {variable})"
         environment[filled.name] = source, [text] if kind is list else text
-        more["help"] += f" ({variable}: {printable(text)})".replace("%", "%%")
+        more["help"] += f" (default from {variable}: {printable(text)})".replace("%", "%%")
         more["default"] = None
     elif more["default"] and isinstance(more["default"], (str, int, float)):
         more["help"] += f" (default: {more['default']})"

@@ -286,7 +286,9 @@ def test_environment_gives_files_and_the_command_line_wins(fleet: Path) -> None:
     (fleet / "fleet.json").rename(fleet / "more.json")
     result = run_in(fleet, "scan", "--instances", "more.json", **given)
     assert "fleet.json" not in result.err
-    assert "(TAGCHECK_STATE: mine.db)" in " ".join(run_in(fleet, "scan", "--help", **given).out.split())
+    assert "(default from TAGCHECK_STATE: mine.db)" in " ".join(
+        run_in(fleet, "scan", "--help", **given).out.split()
+    )
 
 
 @pytest.mark.parametrize("name", ["POLICY", "STATE", "INSTANCES", "CSV"])
@@ -295,6 +297,23 @@ def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> Non
     result = run_in(fleet, *COMMANDS["scan"][:1], **given)
     assert result.code == 2
     assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("", "COMMAND [options]"),
+        ("scan", "[options]"),
+        ("validate", "[options] POLICY ..."),
+        ("explain", "[options] [INSTANCE]"),
+        ("report", "[options] --html FILE"),
+    ],
+)
+def test_usage_names_what_a_command_needs(tmp_path: Path, name: str, usage: str) -> None:
+    words = [*filter(None, [name])]
+    usage = " ".join(["usage: tagcheck.py", *words, usage])
+    assert run_in(tmp_path, *words, "--help", columns=80).lines[0] == usage
+    assert run_in(tmp_path, *words, "--colour", columns=80).err.startswith(f"{usage}\n")
 
 
 def test_environment_names_the_outputs_of_a_scan_only(fleet: Path) -> None:
