@@ -939,6 +939,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
+_OPERATOR_NAME = r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+"  # with a dot, or what a scan calls it
 _PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
@@ -1866,10 +1867,22 @@ def _check_date(document: YamlDocument, path: KeyPath, entry: Any, key: str) -> 
 
 
 def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
-    """Add a problem for regions that AWS does not have, and for units where accounts have none."""
+    """Add a problem for what AWS does not have, and a warning for what nothing in scope can meet."""
     for index, region in _texts(match, "regions").items():
         _check_region(document, (*path, "regions", index), region)
-    accounts = _given(document.value, "accounts", dict)
+    regions, accounts = (_given(document.value, key, dict) for key in ("regions", "accounts"))
+    ids, excluded = ({*_texts(accounts, key).values()} for key in ("ids", "exclude"))
+    no_service = "no AWS service has such a name; they are like eks.amazonaws.com"
+    conditions: tuple[tuple[str, Callable[[str], object], str], ...] = (
+        ("regions", lambda region: regions.keys() & {region, "*"}, "the policy does not cover it"),
+        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), "accounts leaves it out"),
+        ("managed_by", re.compile(_OPERATOR_NAME).fullmatch, no_service),
+    )
+    for key, can_match, why in conditions:
+        texts: dict[KeyPath, str] = {(key, index): text for index, text in _texts(match, key).items()}
+        for place, text in (texts or {(key,): _given(match, key, str)}).items():
+            if text and not can_match(text):
+                document.warn((*path, *place), f"{shown_value(text)} matches nothing: {why}")
     if _given(match, "organizational_units", list) and accounts.get("organization") is not True:
         message = "organizational_units needs accounts.organization: true, as no other accounts are in units"
         document.add((*path, "organizational_units"), message, at_key=True)
@@ -2593,11 +2606,11 @@ def _own_value(violation: Violation, rule: RequiredTag, placeholders: frozenset[
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A group whose instances lack the same tag, so that it is one thing to fix."""
+    """A group whose instances lack the same tags, so that it is one thing to fix."""
 
     target: Target
     group: Group
-    tag_key: str
+    tags: Mapping[str, int]  # how many of its instances lack each, and how many lack any of them
     instances: int
 
     def __str__(self) -> str:
@@ -2608,13 +2621,16 @@ CAUSES_NAMED = 3
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
-    """Yield a sentence for each kind of group and tag: what is missing, and where to set it for all."""
-    alike: dict[tuple[str, str], list[Cause]] = {}
+    """Yield a sentence for each kind of group and its tags: what is missing, and where to set it for all."""
+    alike: dict[tuple[str, frozenset[str]], list[Cause]] = {}
     for cause in causes:
-        alike.setdefault((cause.group.kind, cause.tag_key), []).append(cause)
+        alike.setdefault((cause.group.kind, frozenset(cause.tags)), []).append(cause)
     numbers = {key: sum(cause.instances for cause in group) for key, group in alike.items()}
-    for (kind, tag_key), instances in sorted(numbers.items(), key=lambda item: -item[1]):
-        group = alike[kind, tag_key]
+    for (kind, keys), instances in sorted(numbers.items(), key=lambda item: -item[1]):
+        group, lacking = alike[kind, keys], Counter[str]()
+        for cause in group:
+            lacking.update(cause.tags)
+        tags = ", ".join(f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common())
         targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
         named = [*targets.items()][:CAUSES_NAMED]
         names = ", ".join(f"{name} (in {n:,} targets)" if n > 1 else name for name, n in named)
@@ -2622,7 +2638,8 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
             names += f" and {len(targets) - CAUSES_NAMED:,} more"
         lack = "instance lacks" if instances == 1 else "instances lack"
         remedy = GROUP_KINDS[kind].remedy.format(names=names)
-        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tag_key}; {remedy}"
+        remedy = remedy if len(keys) == 1 else remedy.replace("set it", "set them", 1)
+        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tags}; {remedy}"
 
 
 ########################################################################################################
@@ -2733,7 +2750,7 @@ def public_text(error: Exception) -> str:
 
 
 # Where the threads that have no call to make wait for one: to start a thread took a quarter of a call's time.
-_IDLE: list[queue.SimpleQueue[Callable[[], None]]] = []
+IDLE_THREADS: list[queue.SimpleQueue[Callable[[], None]]] = []
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
@@ -2745,7 +2762,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
         raise TimeoutError
     future: Future[T] = Future()
     try:
-        calls = _IDLE.pop()
+        calls = IDLE_THREADS.pop()
     except IndexError:
         calls = _start_thread()
 
@@ -2753,10 +2770,10 @@ def within(seconds: float, function: Callable[[], T]) -> T:
         try:
             answer = function()
         except BaseException as error:
-            _IDLE.append(calls)
+            IDLE_THREADS.append(calls)
             future.set_exception(error)
         else:
-            _IDLE.append(calls)
+            IDLE_THREADS.append(calls)
             future.set_result(answer)
 
     calls.put(functools.partial(contextvars.copy_context().run, run))
@@ -2767,12 +2784,12 @@ def _start_thread() -> queue.SimpleQueue[Callable[[], None]]:
     """Start a thread that makes calls, and return the queue that it takes them from."""
     calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
-    def work() -> None:
+    def make_calls() -> None:
         while True:
             calls.get()()
 
     try:
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=make_calls, daemon=True).start()
     except RuntimeError as error:
         message = "cannot start a thread: use fewer --workers, or allow more processes (ulimit -u)"
         raise TagcheckError(message) from error
@@ -2836,10 +2853,10 @@ class Aws:
         import botocore.exceptions
         import botocore.session
 
-        core = botocore.session.Session()
-        core.get_component("data_loader").file_loader = _ModelFiles()
+        core = botocore.session.Session(profile=profile)
         try:
-            self.session = boto3.Session(botocore_session=core, profile_name=profile)
+            core.get_component("data_loader").file_loader = _ModelFiles()
+            self.session = boto3.Session(botocore_session=core)
         except botocore.exceptions.BotoCoreError as error:
             raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
         # Everything is set here: botocore's own defaults differ by version.
@@ -3551,6 +3568,9 @@ def load_instances(path: str) -> tuple[dict[Target, list[Instance]], bool]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{shown}{place}: {json_error(error)}") from error
     return targets, complete
+
+
+Fleet = Mapping[Target, Sequence[Instance]]
 
 
 def load_fleet(paths: Iterable[str]) -> tuple[dict[Target, list[Instance]], str]:
@@ -4417,6 +4437,15 @@ _AGREEMENTS = f"""
         iif(members < {MIN_MEMBERS}, 0, votes), iif(members < {MIN_MEMBERS}, size, members)
     FROM ranked WHERE place = 1 AND size >= {MIN_MEMBERS} AND different < {MAX_VALUES}
 """
+
+
+def fetch_suggestions(db: Connection, target: Target, instance_id: str) -> tuple[Suggestion, ...]:
+    """Return the likely values of an instance's tags that violate the policy."""
+    query = "SELECT suggestions FROM seen WHERE (account_id, region, instance_id) = (?, ?, ?)"
+    rows = db.execute(query, (target.account_id, target.region, instance_id))
+    return next((found for (found,) in load_rows(rows, suggestions=tuple[Suggestion, ...])), ())
+
+
 MAX_LOOKUPS = 1000  # of creators per target and scan: more than the budget of time allows
 
 
@@ -4798,26 +4827,32 @@ _GROUPED = """
         finding.tag_keys, count(*) AS number
     {source} AND finding.cause IS NOT NULL GROUP BY 5, 2, 3, 6, 4, 1
 """
-_GREATEST = """
-    SELECT account_id, region, cause_kind, cause, sum(number) AS instances FROM ({grouped})
-    GROUP BY 4, 1, 2, 3 HAVING instances > 1 ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {most}
-"""
 
 
 def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) -> list[Cause]:
-    """Return the causes of findings in the greatest groups; a group of one instance is not a cause."""
+    """Return the causes of findings in the greatest groups."""
     query = f"""
-        WITH greatest AS ({_GREATEST.format(grouped=grouped, most=most)}), cause AS (
-            SELECT account_id, region, cause_kind, cause, tag_key.value AS tag_key, sum(number) AS instances
-            FROM ({grouped}) CROSS JOIN json_each(tag_keys) AS tag_key
-            WHERE (account_id, region, cause_kind, cause)
-                IN (SELECT account_id, region, cause_kind, cause FROM greatest)
-            GROUP BY 1, 2, 3, 4, 5 HAVING instances > 1
+        WITH greatest AS (
+            SELECT account_id, region, cause_kind, cause, sum(number) AS instances FROM ({grouped})
+            GROUP BY 4, 1, 2, 3 HAVING instances > 1 ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {most}
+        ), cause AS (
+            SELECT greatest.*, tag_key.value AS tag_key, sum(number) AS lacking
+            FROM ({grouped}) JOIN greatest USING (account_id, region, cause_kind, cause)
+            CROSS JOIN json_each(tag_keys) AS tag_key GROUP BY 1, 2, 3, 4, tag_key.value
         )
-        SELECT {_columns(Cause.__slots__, "cause")} FROM cause
-        ORDER BY instances DESC, account_id, region, cause_kind, cause, tag_key LIMIT {most}
+        SELECT {_columns(["target", "group", "instances", "tag_key", "lacking"], "cause")} FROM cause
+        ORDER BY instances DESC, account_id, region, cause_kind, cause, lacking DESC, tag_key
     """
-    return [load_record(Cause, row) for row in db.execute(query, names)]
+    kinds = {"target": Target, "group": Group, "instances": int, "tag_key": str, "lacking": int}
+    return [*_found_causes(load_rows(db.execute(query, names), **kinds))]
+
+
+def _found_causes(rows: Iterable[tuple[Target, Group, int, str, int]]) -> Iterator[Cause]:
+    """Yield a cause for each group of so many instances of which more than one lack the same tag."""
+    for place, found in itertools.groupby(rows, key=lambda row: row[:3]):
+        tags = {key: lacking for *_, key, lacking in found}
+        if max(tags.values()) > 1:
+            yield Cause(place[0], place[1], tags, place[2])
 
 
 # ---- What a state keeps ------------------------------------------------------------------------------
@@ -4957,7 +4992,7 @@ AGES = {
 }
 OLDEST_FINDINGS = 25
 OWNERS_NAMED, OWNERS_SHOWN = 250, 50  # of all owners, and of these with what they have open
-OWNER_DAYS, OWNER_OLDEST, OWNER_CAUSES, FIXES = 30, 5, 3, 5
+OWNER_DAYS, OWNER_OLDEST, OWNER_CAUSES = 30, 5, 3
 
 
 class Alike(NamedTuple):
@@ -4997,7 +5032,6 @@ class OpenFindings:
     oldest_unread: Sequence[Alike] = ()  # in targets that the latest scan could not read
     owners: Sequence[OwnerFindings] = ()
     owners_total: int = 0
-    fixes: Sequence[tuple[str, int]] = ()  # the kind of a group, and how many of its instances are open
 
 
 _OPEN = "FROM temp.open AS finding WHERE resolved IS NULL"
@@ -5050,8 +5084,6 @@ def fetch_open(db: Connection, policy: str, now: datetime) -> OpenFindings:
     ((first,),) = load_rows(rows, at=Moment | None)
     known = [day for day in days if day >= (first or "")[:10]] or days[-1:]
     seen = db.execute("SELECT at, sum(open) FROM temp.daily WHERE open GROUP BY 1")
-    greatest = _GREATEST.format(grouped="SELECT * FROM temp.grouped", most=FIXES)
-    fixes = db.execute(f"SELECT cause_kind, instances FROM ({greatest})")
     rows = db.execute(f"SELECT * FROM temp.owned ORDER BY open DESC, resolved DESC, 1 LIMIT {OWNERS_NAMED}")
     owners = load_rows(rows, owner=str, open=int, resolved=int, cost=float | None)
     found = [*itertools.starmap(OwnerFindings, owners)]
@@ -5072,7 +5104,6 @@ def fetch_open(db: Connection, policy: str, now: datetime) -> OpenFindings:
             for place, owner in enumerate(found)
         ],
         owners_total=db.execute("SELECT count(*) FROM temp.owned").fetchone()[0],
-        fixes=[*load_rows(fixes, kind=Kind, number=int)],
     )
 
 
@@ -5263,10 +5294,13 @@ def fetch_recipients(db: Connection, channel: str, limit: int) -> Iterator[Recip
         SELECT line, owner FROM digest_line
         WHERE (channel, recipient, age) = (?, ?, ?) AND line <> '' ORDER BY rowid LIMIT ?
     """
-    grouped = f"""
-        SELECT cause, tag_key.value, count(*) FROM digest_line CROSS JOIN json_each(tag_keys) AS tag_key
-        WHERE (channel, recipient) = (?, ?) AND cause IS NOT NULL GROUP BY 1, 2 HAVING count(*) > 1
-        ORDER BY 3 DESC, 1, 2 LIMIT {MAX_CAUSES}
+    grouped = """
+        WITH line AS (
+            SELECT cause, tag_keys, count(*) OVER (PARTITION BY cause) AS instances FROM digest_line
+            WHERE (channel, recipient) = (?, ?) AND cause IS NOT NULL
+        )
+        SELECT cause, instances, tag_key.value, count(*) FROM line CROSS JOIN json_each(tag_keys) AS tag_key
+        GROUP BY 1, 3 ORDER BY 2 DESC, 1, 4 DESC, 3
     """
     for to, found in itertools.groupby(db.execute(lists, (channel,)), operator.itemgetter(0)):
         rows = [*found]
@@ -5275,11 +5309,11 @@ def fetch_recipients(db: Connection, channel: str, limit: int) -> Iterator[Recip
             (age, number, db.execute(lines, (channel, to, age, limit)).fetchall())
             for _, age, number, *_ in rows
         ]
-        causes: list[Cause] = []
-        for cause, tag_key, instances in db.execute(grouped, (channel, to)):
-            account_id, region, kind, name = json.loads(cause)
-            causes.append(Cause(Target(account_id, region), Group(kind, name), tag_key, instances))
-        yield Recipient(to, owners.pop() if len(owners) == 1 else None, listed, causes)
+        lacking = db.execute(grouped, (channel, to))
+        places = ((json.loads(cause), *counts) for cause, *counts in lacking)
+        causes = _found_causes((Target(*at[:2]), Group(*at[2:]), *counts) for at, *counts in places)
+        most = [*itertools.islice(causes, MAX_CAUSES)]
+        yield Recipient(to, owners.pop() if len(owners) == 1 else None, listed, most)
 
 
 def drop_digest(db: Connection, channel: str, recipient: str) -> None:
@@ -5651,7 +5685,7 @@ def write_json(file: TextIOBase, report: ScanReport) -> None:
         file,
         head,
         coverage=map(_coverage_record, report.coverage),
-        causes=map(_cause_record, report.causes),
+        causes=itertools.chain.from_iterable(map(_cause_records, report.causes)),
         findings=map(_finding_record, report.findings()),
         resolved=map(_finding_record, report.resolved()),
         exempted=map(_exempted_record, report.exempted()),
@@ -5682,10 +5716,13 @@ def _coverage_record(coverage: Coverage) -> dict[str, Any]:
     return to_record(coverage.target, _TARGET_KEYS) | reading | counts
 
 
-def _cause_record(cause: Cause) -> dict[str, Any]:
-    """Return what findings have in common as a JSON object."""
-    what = {"tag_key": cause.tag_key, "instances": cause.instances, "message": str(cause)}
-    return to_record(cause.target, _TARGET_KEYS) | cause.group._asdict() | what
+def _cause_records(cause: Cause) -> Iterator[dict[str, Any]]:
+    """Yield each tag that findings of a group have in common as a JSON object."""
+    for key, number in cause.tags.items():
+        if number > 1:
+            message = str(replace(cause, tags={key: number}, instances=number))
+            what = {"tag_key": key, "instances": number, "message": message}
+            yield to_record(cause.target, _TARGET_KEYS) | cause.group._asdict() | what
 
 
 _FINDING_KEYS = (
@@ -5907,12 +5944,22 @@ def count_lines(totals: Mapping[str, int]) -> list[str]:
 
 
 def write_summary(
-    file: IO[str], report: ScanReport, csv_path: str, state: str, width: int | None, *, colour: bool
+    file: IO[str],
+    report: ScanReport,
+    csv_path: str,
+    state: str,
+    command: Sequence[str],
+    width: int | None,
+    *,
+    colour: bool,
 ) -> None:
-    """Write for people what to do, the most urgent first, then where everything is and how the run ends."""
+    """Write for people what to do, the most urgent first, then where everything is and how the run ends.
+
+    `command` are the words that explain an instance, but for its id.
+    """
     paragraphs = [
         "\n".join(part for line in lines for part in fitted(line, width))
-        for lines in _summary(report, csv_path, state, width)
+        for lines in _summary(report, csv_path, state, command, width)
         if lines
     ]
     text = "\n\n".join(paragraphs) + "\n"
@@ -5921,7 +5968,9 @@ def write_summary(
     file.write(text)
 
 
-def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -> Iterator[Sequence[str]]:
+def _summary(
+    report: ScanReport, csv_path: str, state: str, command: Sequence[str], width: int | None
+) -> Iterator[Sequence[str | Command]]:
     """Yield the paragraphs of the summary, an empty one where there is nothing to say."""
     policy, totals, code = report.scan.policy, report.totals, report.exit_code
     read, found = count_lines(totals)
@@ -5930,8 +5979,8 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
     unread = [f"  {target.target}  {target.error_code}: {target.error_message}" for target in report.unread]
     yield unread and ["Could not be read (their findings are unchanged):", *unread]
     yield list(itertools.islice(cause_lines(report.causes), SUMMARY_CAUSES))
-    fresh = totals["new"] + totals["reopened"]
-    yield table_lines(map(_finding_row, report.fresh()), fresh, width, TABLE_HEAD, csv_path)
+    fresh, number = [*itertools.islice(report.fresh(), SUMMARY_FINDINGS)], totals["new"] + totals["reopened"]
+    yield table_lines(map(_finding_row, fresh), number, width, TABLE_HEAD, csv_path)
     oldest = table_lines(map(_finding_row, report.oldest), totals["repeat"], width, TABLE_HEAD, csv_path)
     yield oldest and [f"{counted(totals['repeat'], 'finding')} REPEAT, the oldest first:", *oldest]
     resolved = (_row(finding.status, finding, finding.resolution or "") for finding in report.resolved())
@@ -5954,12 +6003,16 @@ def _summary(report: ScanReport, csv_path: str, state: str, width: int | None) -
         yield lines and [f"Findings that would be {title}, by required tag:", *lines]
     yield list(map(str, report.upcoming))
     yield report.notices
-    places = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
-    places += [] if report.dry_run else [f"State: {state}"]
-    still = f"{counted(fresh, 'new finding')}, {totals['repeat']:,} still open; --fail-on counts none of them"
+    ending: list[str | Command] = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
+    ending += [] if report.dry_run else [f"State: {state}"]
+    for finding in [*fresh, *report.oldest][:1] if not report.dry_run else ():
+        ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
+    still = (
+        f"{counted(number, 'new finding')}, {totals['repeat']:,} still open; --fail-on counts none of them"
+    )
     passes = code is ExitCode.COMPLIANT and totals["findings"]
     end = f": {still}" if passes else f" {code.name}: {code.meaning}"
-    yield [*places, f"Exit code {int(code)}{end}"]
+    yield [*ending, f"Exit code {int(code)}{end}"]
 
 
 def _finding_row(finding: Finding) -> tuple[str, ...]:
@@ -6045,22 +6098,31 @@ def explain(
     target: Target,
     instance: Instance,
     finding: Finding | None,
+    suggestions: Iterable[Suggestion],
     changes: Iterable[Change],
     now: datetime,
 ) -> Iterator[str]:
-    """Yield, rule by rule, why an instance passes or fails, then its history."""
+    """Yield, rule by rule, why an instance passes or fails, with likely values, then its history."""
     name = f" ({instance.tags['Name']})" if instance.tags.get("Name") else ""
     # The state keeps an instance as it was when it was last found in violation.
     then = f", as it was at {finding.last_seen}" if finding and instance.tags is finding.tags else ""
     managed = f", managed by {instance.managed_by}" if instance.managed_by else ""
-    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}:"
     sighting = judge(target, instance, policy, now)
     failing = {violation.tag_key: violation for violation in sighting.violations}
+    verdict = "not compliant" if failing else "exempted" if sighting.exempted else "compliant"
+    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
+        verdict = f"too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
+    if not policy.includes(instance.state):
+        verdict = f"not checked, as the policy checks what is {', '.join(sorted(policy.states))}"
+    yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}: {verdict}"
     exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
         line, placeholders = _rule_place(policy, rule), policy.placeholder_values
         if rule.key in failing:
             yield f"  FAILS     {failing[rule.key].message} {line}"
+            for likely in (each for each in suggestions if each.tag_key == rule.key):
+                sure = "likely" if likely.confidence >= MIN_CONFIDENCE else "maybe"
+                yield f"            {sure} {likely}"
         elif case := exempted.get(rule.key):
             yield f"  EXEMPTED  {case} ({policy.file}:{case.exemption.line})"
         elif rule in sighting.upcoming:
@@ -6074,10 +6136,6 @@ def explain(
     yield from _near_exemptions(policy, target, instance, failing, now.date())
     if is_new_state(instance.state):
         yield f"  {new_state_notice(instance.state)}"
-    if not policy.includes(instance.state):
-        yield f"  Not checked: the policy checks instances that are {', '.join(sorted(policy.states))}"
-    if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
-        yield f"  Too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     yield from _past(finding, target, changes)
 
 
@@ -6429,10 +6487,11 @@ h2,h3,h2+.soft,thead,.owner>div,.owner>svg{break-after:avoid}
 overflow-wrap:anywhere}}
 """
 HTML_ACCOUNTS, HTML_ROWS, HTML_UNREAD = 30, 25, 50  # rows of the heat map, a table, the unread targets
+HEADLINE_CAUSES = 5
 NO_OWNER = "No known owner"
 HTML_POINTS, HTML_BARS = 400, 60  # 60 bars are wider than 2 pixels on a phone
 COMPLIANCE_STEPS = (100, 95, 85, 70, 50)  # percent: below each of them the heat map is darker
-COLUMN_LOOKS = dict.fromkeys("Instances,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
+COLUMN_LOOKS = dict.fromkeys("Instances,Closes,Open,NEW,REOPENED,RESOLVED,A month".split(","), "number")
 COLUMN_LOOKS |= dict.fromkeys("Scan,Instance,Account,Region,First seen,When,Last read".split(","), "whole")
 # Where each partition's instances are shown; those of other partitions have no link.
 CONSOLES = {
@@ -6645,10 +6704,10 @@ def _headline(dashboard: Dashboard) -> str:
             percent = 100 * abs(change) / base.open
             share = f"{percent:,.0f}%" if percent >= 1 else "less than 1%"
         text += f", {_compared(change, share)} {when}"
-    if found.fixes:
-        kinds, instances = {kind for kind, _ in found.fixes}, sum(number for _, number in found.fixes)
+    if fixes := found.causes[:HEADLINE_CAUSES]:
+        kinds, instances = {each.group.kind for each in fixes}, sum(each.instances for each in fixes)
         word = GROUP_KINDS[kinds.pop()].word if len(kinds) == 1 else "group"
-        groups, tagged = counted(len(found.fixes), word), counted(instances, "instance")
+        groups, tagged = counted(len(fixes), word), counted(instances, "instance")
         text += f"; fixing {groups} would tag {tagged}"
     return text
 
@@ -6693,8 +6752,9 @@ def _facts(dashboard: Dashboard) -> list[Element]:
     if len(dashboard.spend) == 1:
         [(currency, cost)] = dashboard.spend
         lacking = min(dict(found.cost_by_tag).get(owner, 0.0), cost)
-        share = _share(cost - lacking, lacking)
-        facts.append(f"{share} of {_money(cost, currency)} a month is allocated (has {_brief(owner)})")
+        has, every, lacks = (_money(amount, currency) for amount in (cost - lacking, cost, lacking))
+        share = f"({_share(cost - lacking, lacking)}) is allocated (has {_brief(owner)})"
+        facts.append(f"{has} of {every} a month {share}, {lacks} is not")
     elif dashboard.spend:
         names = ", ".join(currency or "unnamed" for currency, _ in dashboard.spend)
         facts.append(f"the prices are in several currencies: {names}")
@@ -6881,9 +6941,9 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     picture = _picture(f"{name}: {numbers[0]:,} open {then}, {numbers[-1]:,} now", "", 40, *line)
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
-        details.append(
-            _node("ul", *(_node("li", _brief(f"{cause}, in {cause.target}", 200)) for cause in owner.causes))
-        )
+        shares = ((_share(each.instances, owner.total - each.instances), each) for each in owner.causes)
+        lines = (_brief(f"{share} of these: {each}, in {each.target}", 200) for share, each in shares)
+        details.append(_node("ul", *(_node("li", each) for each in lines)))
     rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
     details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
     rest = owner.total - sum(alike.number for alike in owner.oldest)
@@ -7073,18 +7133,20 @@ def _counts(dashboard: Dashboard) -> Iterator[Element]:
 def _lists(dashboard: Dashboard) -> Iterator[Element]:
     """Draw the causes, the oldest findings, ending exemptions and unread targets, if there are any."""
     found = dashboard.open
-    causes = [
-        (f"{c.instances:,}", c.target.account, c.target.region, _brief(str(c), 240)) for c in found.causes
-    ]
+    causes = []
+    for c in found.causes:
+        closes = f"{c.instances:,} ({_share(c.instances, found.total - c.instances)})"
+        causes.append((closes, c.target.account, c.target.region, _brief(str(c), 240)))
     every = (found.oldest, found.oldest_unread)
     oldest, kept = ([_oldest_row(alike, dashboard) for alike in findings] for findings in every)
     endings = [(_brief(end.message, 120), _brief(end.where, 240)) for end in dashboard.endings]
     upcoming = [(r.effective_from, _brief(r.tag_key, 60), f"{r.instances:,}") for r in dashboard.upcoming]
-    group, finding = "Instances,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
+    group, finding = "Closes,Account,Region,What to do", "Instance,Name,Account,Region,First seen,Lacks"
     finding += ",Probably,Created by,A month"
+    closes = "What many instances share, where to fix all of them, and how many open findings that closes."
     as_read = "In targets that the latest scan could not read: they may be tagged by now."
     lists: tuple[tuple[str, str, str, Sequence[Sequence[Element | str]]], ...] = (
-        ("Causes", "What many instances share, and where to fix all of them.", group, causes),
+        ("Causes", closes, group, causes),
         ("Open for longest", "", finding, oldest),
         ("Open for longest, as last read", as_read, finding, kept),
         ("Exemptions that end", "", "When,Exemption", endings),
@@ -8716,9 +8778,7 @@ def _joined(one: StarterRule, other: StarterRule) -> tuple[StarterRule, str]:
 # ---- What a starter policy is made of, as YAML, and what it would find -------------------------------
 
 
-def make_starter(
-    name: str, fleet: Mapping[Target, Sequence[Instance]], regions: Sequence[str], given: AwsRules | None
-) -> Starter:
+def make_starter(name: str, fleet: Fleet, regions: Sequence[str], given: AwsRules | None) -> Starter:
     """Return what a policy is made of: the rules that are given or the fleet's own, and its regions."""
     instances = [instance for each in fleet.values() for instance in each]
     counts: Counter[str] = Counter()
@@ -8802,7 +8862,7 @@ def check_starter(starter: Starter, file: str) -> tuple[Starter, str, Policy]:
             starter = replace(starter, rules=rules, notes=[*starter.notes, *notes])
 
 
-def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | None) -> Iterator[str]:
+def origin_lines(fleet: Fleet, given: AwsRules | None) -> Iterator[str]:
     """Yield what a starter policy was made from, and what to do with it."""
     regions, accounts = ({getattr(target, name) for target in fleet} for name in ("region", "account_id"))
     places = f"{counted(len(regions), 'region')} of {counted(len(accounts), 'account')}"
@@ -8814,7 +8874,7 @@ def origin_lines(fleet: Mapping[Target, Sequence[Instance]], given: AwsRules | N
     yield "Change what is wrong, then check it with validate and scan --dry-run."
 
 
-def finding_lines(policy: Policy, fleet: Mapping[Target, Sequence[Instance]], now: datetime) -> Iterator[str]:
+def finding_lines(policy: Policy, fleet: Fleet, now: datetime) -> Iterator[str]:
     """Yield what a scan with a policy would find in a fleet."""
     total = exempted = failing = 0
     types: Counter[tuple[str, ViolationType]] = Counter()
@@ -8905,13 +8965,15 @@ StatePath = Annotated[str, Option("the state: a file, or s3://BUCKET/KEY")]
 PolicyPath = Annotated[str, Option("the policy")]
 KnownPolicy = Annotated[str, Option("the policy; not needed where the state has only one")]
 InstanceId = Annotated[str | None, Option("an instance id, such as i-0abc…", "INSTANCE", positional=True)]
-FleetPaths = Annotated[list[str], Option("saved `aws ec2 describe-instances` JSON, not AWS; - for stdin")]
+FleetPaths = Annotated[
+    list[str], Option("read a saved `aws ec2 describe-instances` answer, not AWS; - for stdin")
+]
 JsonPath = Annotated[str | None, Option("the result as JSON, - for stdout")]
 Profile = Annotated[str | None, Option("the AWS profile whose credentials to use", "NAME")]
-RegionNames = Annotated[list[str], Option("only this region", "R")]
-Workers = Annotated[int, Option("targets to read in parallel", "N", _number(int, 1))]
+RegionNames = Annotated[list[str], Option("only this region", "REGION")]
+Workers = Annotated[int, Option("accounts and regions to read at a time", "N", _number(int, 1))]
 Quiet = Annotated[bool, Option("no summary and no progress, only errors")]
-Verbose = Annotated[bool, Option("show each retry")]
+Verbose = Annotated[bool, Option("show each retry, and what the environment sets")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8928,7 +8990,7 @@ class ScopeOptions(StateOptions):
 
     policy: PolicyPath = str(DEFAULT_POLICY)
     region: RegionNames
-    account: Annotated[list[str], Option("only this account: its id, or its name", "A")]
+    account: Annotated[list[str], Option("only this account: its id or name", "ACCOUNT")]
 
     def includes(self, target: Target) -> bool:
         """Return whether a target is chosen."""
@@ -8938,23 +9000,25 @@ class ScopeOptions(StateOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanOptions(ScopeOptions):
-    """Check every instance in scope against the policy; record, report, exit."""
+    """Check all instances against the policy, remember what was found, and report it."""
 
-    shard: Annotated[tuple[int, int], Option("only the I-th of N shares of accounts", "I/N", _shard)] = (1, 1)
+    shard: Annotated[tuple[int, int], Option("only share I of N of the accounts", "I/N", _shard)] = (1, 1)
     instances: FleetPaths
-    include_managed_resources: Annotated[bool, Option("the files were saved with this option of the AWS CLI")]
+    include_managed_resources: Annotated[bool, Option("the --instances files were saved with this option")]
     workers: Workers = 16
-    csv: Annotated[str | None, Option("the findings (default: violators.csv, none of a --dry-run)")] = None
+    csv: Annotated[str | None, Option("the findings (default: violators.csv; in a dry run none)")] = None
     json: JsonPath = None
     junit: Annotated[str | None, Option("the result as JUnit XML, for Jenkins, - for stdout")] = None
     prices: Annotated[
-        str | None, Option("costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
+        str | None, Option("for costs: a CSV of instance_type,region,hourly_price (or hourly_price_eur)")
     ] = None
-    creators: Annotated[bool, Option("look up in CloudTrail who created the instances found")]
-    creators_budget: Annotated[timedelta, Option("limit (default: 60s)", "TIME", _time)] = timedelta(0, 60)
-    fail_on: Annotated[FailOn, Option("which findings make the exit code 3; new: NEW and REOPENED")] = "any"
-    require_state: Annotated[bool, Option("fail if there is no state yet, instead of creating one")]
-    dry_run: Annotated[bool, Option("preview a changed policy: compare with the state, but do not change it")]
+    creators: Annotated[bool, Option("look up in CloudTrail who launched what was found")]
+    creators_budget: Annotated[
+        timedelta, Option("how long --creators may take (default: 60s)", "TIME", _time)
+    ] = timedelta(0, 60)
+    fail_on: Annotated[FailOn, Option("the findings that cause exit code 3; new: NEW and REOPENED")] = "any"
+    require_state: Annotated[bool, Option("fail if there is no state yet")]
+    dry_run: Annotated[bool, Option("compare with the state without changing it, to preview a policy")]
     quiet: Quiet
     verbose: Verbose
 
@@ -8996,7 +9060,7 @@ class ValidateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions(ScopeOptions):
-    """Print the rules in force in a region; for an instance, why it passes or fails, and its history."""
+    """Say why an instance passes or fails, and its history; without one, print the rules of each region."""
 
     instance: InstanceId = None
     instances: FleetPaths
@@ -9010,7 +9074,7 @@ class HistoryOptions(ScopeOptions):
     policy: KnownPolicy = ""
     instance: InstanceId = None
     status: Annotated[
-        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "S", _statuses)
+        list[tuple[Status, ...]], Option("open, NEW, REPEAT, REOPENED or RESOLVED", "STATUS", _statuses)
     ]
     tag: Annotated[list[str], Option("only findings that lack this tag", "KEY")]
     older_than: Annotated[timedelta | None, Option("first seen longer ago, as 30d", "TIME", _time)] = None
@@ -9034,8 +9098,8 @@ class ReportOptions(StateOptions):
 class PruneOptions(StateOptions):
     """Delete scans, and findings that were resolved, longer ago than a time; the trend is kept."""
 
+    older_than: Annotated[timedelta | None, Option("how long ago, such as 90d", "TIME", _days)] = None
     days: Annotated[int | None, Option("the same in days, at most 9999", "N", _number(int, 1, 9999))] = None
-    older_than: Annotated[timedelta | None, Option("what to delete, such as 90d", "TIME", _days)] = None
     dry_run: Annotated[bool, Option("only print what would be deleted")]
 
 
@@ -9044,13 +9108,17 @@ class RemediateOptions(ScopeOptions):
     """Plan the tags that would fix the open findings; --apply writes them."""
 
     role: Annotated[str | None, Option("the role to assume (default: the policy's role_name)", "NAME")] = None
-    min_confidence: Annotated[float, Option("minimum confidence", "P", _number(float, 0, 1))] = MIN_CONFIDENCE
+    min_confidence: Annotated[
+        float, Option("plan nothing less sure, from 0 to 1", "P", _number(float, 0, 1))
+    ] = MIN_CONFIDENCE
     owner: Annotated[list[str], Option("only this owner's findings; '' is no known owner", "NAME")]
     csv: Annotated[str | None, Option("the plan (default: remediate-plan.csv), - for stdout")] = None
     json: JsonPath = None
     plan: Annotated[str | None, Option("the plan to apply, as written or as edited")] = None
     apply: Annotated[bool, Option("write the tags to AWS; without it nothing is changed")]
-    max_changes: Annotated[int, Option("refuse to write more tags", "N", _number(int, 1))] = MAX_CHANGES
+    max_changes: Annotated[int, Option("refuse to write more tags than this", "N", _number(int, 1))] = (
+        MAX_CHANGES
+    )
     undo: Annotated[str | None, Option("an undo file: revert what has not changed since its run")] = None
     quiet: Quiet
     verbose: Verbose
@@ -9062,7 +9130,7 @@ class NotifyOptions:
 
     policy: PolicyPath = str(DEFAULT_POLICY)
     profile: Profile = None
-    test: Annotated[bool, Option("send the sample; required, as `scan` sends what is true")]
+    test: Annotated[bool, Option("send the sample (required)")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9114,6 +9182,7 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
         stream = _message_stream(outputs)
         width = screen_width(stream)
         colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        command = ["tagcheck.py", "explain", *_given_again(args, "profile", "policy", "state")]
         recorded: list[tuple[ScanReport, str]] = []  # at each attempt
 
         def record(path: Path) -> None:
@@ -9126,7 +9195,8 @@ def run_scan(args: ScanOptions, now: datetime) -> ExitCode:
                     add_digest_lines(db, digest_lines(report, pending, reminder))
                 stage_report(staged, WRITERS, report)
                 summary = StringIO()
-                write_summary(summary, report, args.csv or "", args.state, width, colour=colour)
+                csv_path = args.csv or ""
+                write_summary(summary, report, csv_path, args.state, command, width, colour=colour)
                 recorded.append((report, summary.getvalue()))
                 if isinstance(state, LocalState):
                     SIGNALS.hold()  # the state and the outputs change together
@@ -9613,7 +9683,8 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
             yield target, None
         else:
             what = "account" if target.region == "*" else "region"
-            message = f"no instance of this {what} is in the files; if it has none, say so with --region"
+            none = f"no instance of this {what} is in the files"
+            message = f"{none}; if it has none, repeat --region for each region that the files cover"
             yield target, TargetError("NotInFiles", message)
 
 
@@ -9876,9 +9947,12 @@ def run_explain(args: ExplainOptions, now: datetime) -> ExitCode:
     if args.instance:
         known, changes, accounts = _known_history(args, policy, args.instance)
         args = replace(args, account=account_ids(args.account, accounts))
-        for target, instance in _find_instance(args, policy, known):
-            placed = _placed(target, accounts)
-            lines += explain(policy, placed, instance, known.get(target), changes, now)
+        fleet = load_fleet(args.instances)[0]
+        for target, instance in _find_instance(args, policy, known, fleet):
+            found, placed = known.get(target), _placed(target, accounts)
+            likely = found.suggestions if found else ()
+            likely = _suggested(policy, fleet, target, instance, now) if args.instances else likely
+            lines += explain(policy, placed, instance, found, likely, changes, now)
     else:
         for region in args.region or sorted(policy.regions):
             lines += explain_region(policy, region, now.date())
@@ -9903,15 +9977,28 @@ def _known_history(
         return {}, [], named_accounts(policy, {})
 
 
+def _suggested(
+    policy: Policy, fleet: Fleet, target: Target, instance: Instance, now: datetime
+) -> tuple[Suggestion, ...]:
+    """Return the likely values of an instance's missing tags, as a scan of saved files finds them."""
+    with contextlib.closing(open_sightings()) as db, sighting_errors():
+        for place in (each for each in fleet if policy.covers(each.region)):
+            included = (each for each in fleet[place] if policy.includes(each.state))
+            seen = [(judge(place, each, policy, now), None) for each in included]
+            rules = policy.rules(place.region)
+            add_sightings(db, add_target(db, place), seen, rules, policy.placeholder_values)
+        add_suggestions(db, policy)
+        return fetch_suggestions(db, target, instance.instance_id)
+
+
 def _find_instance(
-    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding]
+    args: ExplainOptions, policy: Policy, known: Mapping[Target, Finding], fleet: Fleet
 ) -> list[tuple[Target, Instance]]:
     """Return an instance as saved files, AWS or the state have it; raises UsageError where they have none."""
     if args.live:
         return [_describe_instance(args, policy, known)]
     if args.instances:
-        fleet = load_fleet(args.instances)[0].items()
-        every = ((target, instance) for target, instances in fleet for instance in instances)
+        every = ((target, instance) for target, instances in fleet.items() for instance in instances)
         cases = [case for case in every if case[1].instance_id == args.instance]
         none = f"{', '.join(args.instances)} has no {args.instance}"
         why = f"--account or --region leaves it out, or {policy.file} does not cover it"
@@ -9919,7 +10006,8 @@ def _find_instance(
     else:
         cases = [(target, _instance_of(case)) for target, case in known.items()]
         none = f"{args.state} has no finding of {args.instance} under the policy {policy.name}"
-        why = "it complied, was exempted or too young, or was never scanned; ask AWS with --live --region R"
+        why = "it complied, was exempted or too young, or was never scanned; "
+        why += "ask AWS with --live --region R, or saved files with --instances FILE"
     if chosen := [case for case in cases if args.includes(case[0]) and policy.covers(case[0].region)]:
         return chosen
     elsewhere = f" there, only in {', '.join(str(target) for target, _ in cases)}" if cases else ""
@@ -10303,9 +10391,8 @@ EXAMPLES = {
 
 
 VARIABLES = (
-    "TAGCHECK_POLICY, TAGCHECK_STATE, TAGCHECK_PROFILE and so on set the options that name a file, the "
-    "state or the profile; the command line wins. TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT are for "
-    "scan only."
+    "TAGCHECK_POLICY is the default of --policy, and so on for every option that takes a FILE, and for "
+    "--profile. TAGCHECK_CSV, TAGCHECK_JSON and TAGCHECK_JUNIT are for scan only."
 )
 
 
@@ -10337,13 +10424,14 @@ def build_parser() -> Parser:
     codes = [f"  {code:>3} {code.name:<11} {code.meaning}" for code in ExitCode]
     exit_codes = ["exit codes:", *(textwrap.fill(line, width, subsequent_indent=" " * 18) for line in codes)]
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    what = "Find the EC2 instances that lack their required tags."
+    what = "Find the EC2 instances that lack their required tags. COMMAND --help lists its options."
     variables = textwrap.fill(VARIABLES, width, initial_indent="  ", subsequent_indent="  ")
     epilog = "\n".join(["environment:", variables, "", *exit_codes])
-    parser = Parser(prog="tagcheck.py", description=what, epilog=epilog, **shape)
+    about = textwrap.fill(what, width)
+    parser = Parser("tagcheck.py", "%(prog)s COMMAND [options]", about, epilog, **shape)
     parser.add_argument("--version", action="version", version=f"tagcheck {__version__}")
     parser.set_defaults(quiet=False, verbose=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", prog=parser.prog, dest="command", metavar="COMMAND")
     for name, (_, options) in COMMANDS.items():
         examples = [f"tagcheck.py {name} {example}".split() for example in EXAMPLES.get(name, ())]
         shown = ["examples:", *(line for words in examples for line in command_lines(words, width))]
@@ -10353,9 +10441,17 @@ def build_parser() -> Parser:
         hints, environment = get_type_hints(options, include_extras=True), dict[str, Any]()
         for each in fields(options):
             _add_option(command, each, hints[each.name], environment)
+        required = [action for action in command._actions if action.required or not action.option_strings]
+        command.usage = " ".join(["%(prog)s [options]", *map(_usage, required)])
         command.set_defaults(environment=environment)
     parser.commands = commands.choices
     return parser
+
+
+def _usage(action: argparse.Action) -> str:
+    """Return how a usage line shows an option or argument that stands there."""
+    words = " ".join([*action.option_strings, f"{action.metavar}"])
+    return f"{words} ..." if action.nargs == "+" else words if action.required else f"[{words}]"
 
 
 def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dict[str, Any]) -> None:
@@ -10383,7 +10479,7 @@ def _add_option(command: Parser, filled: Field[Any], hint: Any, environment: dic
     if has_variable and (text := os.environ.get(variable)):
         source = f"{flag} {text} (from {variable})"
         environment[filled.name] = source, [text] if kind is list else text
-        more["help"] += f" ({variable}: {printable(text)})".replace("%", "%%")
+        more["help"] += f" (default from {variable}: {printable(text)})".replace("%", "%%")
         more["default"] = None
     elif more["default"] and isinstance(more["default"], (str, int, float)):
         more["help"] += f" (default: {more['default']})"

@@ -283,10 +283,18 @@ def wait_for_threads(earlier: Container[threading.Thread]) -> None:
     """Wait for the threads of a run, which would end with its process; the next test must not meet them."""
     deadline = time.monotonic() + 10
     for thread in threading.enumerate():
-        if thread not in earlier and thread.name.endswith(("(run)", "(work)")):
+        if thread not in earlier and thread.name.endswith("(work)"):
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 pytest.fail(f"{thread.name} goes on after its run: the test needs a process of its own")
+
+    def callers() -> int:
+        return sum(thread.name.endswith("(make_calls)") for thread in threading.enumerate())
+
+    while callers() > len(script_module.IDLE_THREADS):
+        if time.monotonic() > deadline:
+            pytest.fail("a call goes on after its run: the test needs a process of its own")
+        time.sleep(0.01)
 
 
 #: The loggers that the script changes.

@@ -91,6 +91,12 @@ def finding(text="web-1", **more):
     return tagcheck.Finding(**fields | more)
 
 
+def cause(group, instances, tag_key="Owner"):
+    """Give a group whose instances lack a tag."""
+    target = tagcheck.Target("000000000001", REGIONS[0])
+    return tagcheck.Cause(target, group, {tag_key: instances}, instances)
+
+
 def owner(name, total=7, days=31, **more):
     """Give what an owner has open, with a name wherever a stranger can put one."""
     group = tagcheck.Group("autoscaling_group", name)
@@ -99,7 +105,7 @@ def owner(name, total=7, days=31, **more):
             tagcheck.TrendPoint(f"{NOW.date() - timedelta(ago)}T00:00:00Z", total + ago, 0, 0, 0, 0, 0)
             for ago in reversed(range(days))
         ],
-        "causes": [tagcheck.Cause(tagcheck.Target("000000000001", REGIONS[0]), group, name, 5)] * 3,
+        "causes": [cause(group, 5, name)] * 3,
         "oldest": [tagcheck.Alike(finding(name, cause=group), 2)] * 5,
     }
     return tagcheck.OwnerFindings(name, total, 2, 12.0, **fields | more)
@@ -113,7 +119,7 @@ def open_findings(total, text="Owner", **more):
         "by_age": [("up to 1 day", 0), ("2 to 7 days", total)],
         "by_creator": [(text, total), ("carol", 1)],
         "by_owner": [(text, total)],
-        "causes": [tagcheck.Cause(tagcheck.Target("000000000001", REGIONS[0]), group, text, 5)],
+        "causes": [cause(group, 40, text), cause(group, 5, text)],
         "oldest": [tagcheck.Alike(finding(text), 1)],
         "priced": 1,
         "cost_by_tag": [(text, 1234.5), ("Owner", 99.0)],
@@ -121,7 +127,6 @@ def open_findings(total, text="Owner", **more):
         "oldest_unread": [tagcheck.Alike(finding(text, cause=group), 3)],
         "owners": [owner(text, total), owner("", 1), tagcheck.OwnerFindings(f"of {text}", 0, 3, None)],
         "owners_total": 3,
-        "fixes": [("autoscaling_group", 40), ("autoscaling_group", 5)],
     }
     empty = dict.fromkeys(fields, ()) | {"priced": 0, "owners_total": 0}
     return tagcheck.OpenFindings(total, **(fields if total else empty) | more)
@@ -407,7 +412,7 @@ def test_where_nothing_stands_out_it_says_that_it_is_spread():
         ),
         (
             {"by_creator": [], "by_owner": []},
-            "Who to ask? Not known What each owner has open Most at once: 1 Auto Scaling group: 5 instances",
+            "Who to ask? Not known What each owner has open Most at once: 1 Auto Scaling group: 40 instances",
         ),
         (
             {"by_creator": [], "by_owner": [], "causes": []},
@@ -595,28 +600,36 @@ def test_spend_begins_with_who_pays():
     assert "8 findings without a price left out" in page.text
 
 
+def test_each_cause_shows_which_share_of_the_findings_it_closes():
+    page = Page(dashboard(found=open_findings(90, owners=[owner("ann", 20)])))
+    cells = [cell["text"] for cell in page.all("td", **{"data-label": "Closes"})]
+    assert cells == [["40 (44%)"], ["5 (5%)"]]
+    [line, *_] = [item for item in page.texts("li") if "lack" in item]
+    assert line.startswith("25% of these: 1 Auto Scaling group: 5 instances lack ann; ")
+
+
 def headline(*args, **more):
     return Page(dashboard(*args, **more)).texts("p", class_="headline")[0]
 
 
 def test_the_headline_is_one_sentence_to_forward():
-    of, groups = [standing(findings=217, instances=400)], "autoscaling_group"
+    of, groups = [standing(findings=217, instances=400)], tagcheck.Group("autoscaling_group", "web")
     month = points(*[368] * 31, 217)
-    fixes = [(groups, 40), (groups, 20), (groups, 15), (groups, 6), (groups, 4)]
+    causes = [cause(groups, number) for number in (40, 20, 15, 6, 4, 3)]
     found = functools.partial(open_findings, 217)
-    assert headline(of, month, found(fixes=fixes)) == (
+    assert headline(of, month, found(causes=causes)) == (
         "217 open findings, 41% fewer than 30 days ago; fixing 5 Auto Scaling groups would tag 85 instances"
     )
-    fixes = [(groups, 40), ("stack", 2)]
-    assert headline(of, points(217), found(fixes=fixes)) == (
+    causes = [cause(groups, 40), cause(tagcheck.Group("stack", "shop"), 2)]
+    assert headline(of, points(217), found(causes=causes)) == (
         "217 open findings; fixing 2 groups would tag 42 instances"
     )
     less = replace(points(1, 217)[0], open=218)
-    assert headline(of, [less, *points(217)], found(fixes=())).startswith(
+    assert headline(of, [less, *points(217)], found(causes=())).startswith(
         "217 open findings, less than 1% fewer"
     )
     assert (
-        headline(of, points(0, 217), found(fixes=())) == "217 open findings, 217 more than at the first scan"
+        headline(of, points(0, 217), found(causes=())) == "217 open findings, 217 more than at the first scan"
     )
     assert headline([standing(findings=0)], points(0, 0)) == "No open findings, as many as at the first scan"
 
@@ -637,7 +650,8 @@ def test_the_share_of_spend_that_is_allocated_stands_beside_the_count():
     found = open_findings(9, cost_by_tag=[("CostCenter", 900.0), ("Owner", 250.0)])
     of = replace(dashboard(found=found), spend=[("EUR", 1000.0)])
     page = Page(replace(of, policy=replace(of.policy, regions={"*": (tagcheck.RequiredTag("Owner"),)})))
-    assert "75% of 1,000 EUR a month is allocated (has Owner)" in page.texts("header")[0]
+    fact = "750 EUR of 1,000 EUR a month (75%) is allocated (has Owner), 250 EUR is not"
+    assert fact in page.texts("header")[0]
     assert "12 EUR a month" in page.text
     page = Page(replace(of, spend=[("", 5.0), ("EUR", 1000.0)]))
     assert "the prices are in several currencies: unnamed, EUR" in page.texts("header")[0]

@@ -1,5 +1,6 @@
 """Exemptions from end to end, `explain`, and the preview of a changed policy."""
 
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -594,7 +595,7 @@ def explain_saved(desk: Desk, number: int, *reservations: Mapping[str, Any], now
 
 def test_instance_that_passes(org: Desk) -> None:
     run = explain_saved(org, 1, instance(1, FINE | {"Name": "web-1"}))
-    assert run.lines[0] == f"{ident(1)} (web-1) in {ACCOUNT} {REGION}, running:"
+    assert run.lines[0] == f"{ident(1)} (web-1) in {ACCOUNT} {REGION}, running: compliant"
     assert [line.split()[0] for line in run.lines[1:4]] == ["passes"] * 3
     assert has(run, "passes", "CostCenter", "'CC-1042'", "policy.yaml:5")
     assert has(run, "History", "none known")
@@ -671,7 +672,7 @@ def test_exemptions_that_are_far_off_are_not_named(org: Desk) -> None:
 
 def test_instance_that_is_too_young(org: Desk) -> None:
     run = explain_saved(org, 1, instance(1, age=timedelta(hours=1)))
-    assert has(run, "young", "2026-11-23T13:00:00Z")
+    assert has(run, "running: too young to be judged before 2026-11-23T13:00:00Z")
     run = explain_saved(org, 1, instance(1, age=timedelta(hours=1)), now=NOW + timedelta(hours=1))
     assert not has(run, "young")
     assert not has(explain_saved(org, 1, instance(1, FINE, age=timedelta(hours=1))), "young")
@@ -679,7 +680,36 @@ def test_instance_that_is_too_young(org: Desk) -> None:
 
 def test_instance_in_a_state_that_is_not_looked_at(org: Desk) -> None:
     run = explain_saved(org, 1, instance(1, state="terminated"))
-    assert has(run, "Not checked", "pending, running, stopped, stopping")
+    assert has(run, "terminated: not checked", "pending, running, stopped, stopping")
+
+
+def test_the_first_line_says_how_an_instance_is_judged(org: Desk) -> None:
+    assert explain_saved(org, 1, instance(1)).lines[0].endswith("running: not compliant")
+    node = FINE | {"Owner": "", "eks:cluster-name": "x", "Team": "blue"}
+    exempted = explain_saved(org, 1, instance(1, node))
+    assert exempted.lines[0].endswith("running: exempted")
+
+
+def test_the_likely_value_of_a_missing_tag(org: Desk) -> None:
+    siblings = [instance(n, FINE | {"aws:autoscaling:groupName": "web"}) for n in range(2, 60)]
+    tags = {"CostCenter": "CC-1042", "Environment": "pord", "aws:autoscaling:groupName": "web"}
+    likely = [
+        "            likely Owner=ann (58 of 58 in web)",
+        "            maybe Environment=prod (near to Environment=pord; but dev is 58 of 58 in web)",
+    ]
+
+    def told(run: Result) -> list[str]:
+        """Give what follows what fails."""
+        pairs = itertools.pairwise(run.lines)
+        return [line for before, line in pairs if before.startswith("  FAILS")]
+
+    run = explain_saved(org, 1, instance(1, tags), *siblings)
+    assert told(run) == likely
+    org.scan(instance(1, tags), *siblings)
+    assert told(org.explain(ident(1))) == likely
+    Path("instance_state.db").unlink()
+    alone = ["            maybe Environment=prod (near to Environment=pord)"]
+    assert told(explain_saved(org, 1, instance(1, tags)))[1:] == alone
 
 
 def test_history_of_an_instance(desk: Desk) -> None:
@@ -744,7 +774,10 @@ def test_unknown_instance_is_told_where_to_look(org: Desk) -> None:
     org.scan(instance(1))
     run = org.explain(ident(2))
     assert (run.code, run.out) == (2, "")
-    assert all(word in run.err for word in (ident(2), "instance_state.db", "org", "--live", "--region"))
+    assert all(
+        word in run.err
+        for word in (ident(2), "instance_state.db", "org", "--live", "--region", "--instances FILE")
+    )
 
 
 def test_unknown_instance_without_a_state(org: Desk) -> None:
@@ -823,7 +856,7 @@ def test_live(aws: "AwsServer", tagcheck: Callable[..., Result], org: Desk) -> N
     [wrong] = aws.launch(REGION, {"owner": "ann", "Environment": "prdo", "CostCenter": "CC-1042"})
     live = ["explain", wrong, "--policy", "policy.yaml", "--live"]
     out = tagcheck(*live, "--region", REGION, env=aws.env, check=0).out
-    assert out.startswith(f"{wrong} in {ACCOUNT} {REGION}, running:\n")
+    assert out.startswith(f"{wrong} in {ACCOUNT} {REGION}, running: too young")
     assert re.search(r"FAILS +Owner is missing; the instance has 'owner'.*\(policy\.yaml:4\)", out)
     assert re.search(r"FAILS +Environment is 'prdo'.*did you mean 'prod'", out)
     assert re.search(r"passes +CostCenter is 'CC-1042'", out)

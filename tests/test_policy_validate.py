@@ -374,6 +374,48 @@ def test_an_end_of_an_exemption_is_announced(
     assert [day in line for line in lines[:-1]] == [True] * warned
 
 
+NO_SERVICE = "no AWS service has such a name; they are like eks.amazonaws.com"
+NOT_COVERED = "the policy does not cover it"
+LEFT_OUT = "accounts leaves it out"
+
+
+@pytest.mark.parametrize(
+    ("scope", "match", "told"),
+    [
+        ({}, {"managed_by": "eks"}, [("managed_by", "'eks'", NO_SERVICE)]),
+        ({}, {"managed_by": ["ecs*", "EKS.amazonaws.com"]}, [("[1]", "'EKS.amazonaws.com'", NO_SERVICE)]),
+        ({}, {"managed_by": ["eks.amazonaws.com", "unknown", "*", "ec2.amazonaws.com.cn"]}, []),
+        ({}, {"regions": ["us-east-1", "eu-west-1"]}, [("[1]", "'eu-west-1'", NOT_COVERED)]),
+        ({"regions": {"*": None}}, {"regions": ["eu-west-1"]}, []),
+        ({}, {"accounts": ["123456789012"]}, []),
+        (
+            {"accounts": {"ids": ["123456789012"], "role_name": "r"}},
+            {"accounts": ["123456789012", "210987654321"]},
+            [("[1]", "'210987654321'", LEFT_OUT)],
+        ),
+        (
+            {"accounts": {"organization": True, "exclude": ["210987654321"], "role_name": "r"}},
+            {"accounts": ["123456789012", "210987654321"]},
+            [("[1]", "'210987654321'", LEFT_OUT)],
+        ),
+    ],
+)
+def test_a_condition_that_nothing_can_meet_is_a_warning(
+    validate: Callable[..., Verdict],
+    tmp_path: Path,
+    scope: Mapping[str, Any],
+    match: Mapping[str, Any],
+    told: list[tuple[str, str, str]],
+) -> None:
+    save_policy(tmp_path, exemptions=[{"reason": "theirs", **match}], **scope)
+    save_policy(tmp_path / "when.yaml", required_tags=[{"key": "Owner", "when": match}], **scope)
+    for name in ("policy.yaml", "when.yaml"):
+        code, lines, _ = validate(name)
+        assert code == 0 and len(lines) == len(told) + 1
+        for line, (where, item, why) in zip(lines, told, strict=False):
+            assert "warning: " in line and line.endswith(f"{where}: {item} matches nothing: {why}")
+
+
 @pytest.mark.usefixtures("files")
 def test_json_for_editors(validate: Callable[..., Verdict], files: Path) -> None:
     verdict = validate("good.yaml", "bad.yaml", "ended.yaml", "--json", "out.json")

@@ -379,8 +379,8 @@ def test_a_group_that_lacks_the_tag_altogether_makes_nobody_sure():
 NEW_ONES = "for new instances (PropagateAtLaunch)"
 
 
-def cause(kind, name, tag_key, instances):
-    return Cause(TARGET, Group(kind, name), tag_key, instances)
+def cause(kind, name, instances, **tags):
+    return Cause(TARGET, Group(kind, name), tags or {"Owner": instances}, instances)
 
 
 @pytest.mark.parametrize(
@@ -388,32 +388,40 @@ def cause(kind, name, tag_key, instances):
     {
         "none": ([], []),
         "one": (
-            [cause("autoscaling_group", "web-asg", "Owner", 38)],
+            [cause("autoscaling_group", "web-asg", 38)],
             [f"1 Auto Scaling group: 38 instances lack Owner; set it on web-asg {NEW_ONES}"],
         ),
         "two groups in one line": (
             [
-                cause("autoscaling_group", "web-asg", "Owner", 1200),
-                cause("autoscaling_group", "api", "Owner", 2),
+                cause("autoscaling_group", "web-asg", 1200),
+                cause("autoscaling_group", "api", 2),
             ],
             [f"2 Auto Scaling groups: 1,202 instances lack Owner; set it on web-asg, api {NEW_ONES}"],
         ),
-        "each tag has its own": (
-            [cause("stack", "shop", "Owner", 3), cause("stack", "shop", "Project", 2)],
+        "the tags of a group stand in one line": (
+            [cause("stack", "shop", 3, Owner=3, Project=3)],
+            ["1 CloudFormation stack: 3 instances lack Owner, Project; set them on the stack shop"],
+        ),
+        "a tag that fewer lack has its number": (
+            [cause("stack", "shop", 3, Owner=3, Project=2), cause("stack", "c", 4, Project=1, Owner=4)],
+            ["2 CloudFormation stacks: 7 instances lack Owner, Project (3); set them on the stack shop, c"],
+        ),
+        "other tags, another line": (
+            [cause("stack", "shop", 3), cause("stack", "cart", 4, Project=4)],
             [
+                "1 CloudFormation stack: 4 instances lack Project; set it on the stack cart",
                 "1 CloudFormation stack: 3 instances lack Owner; set it on the stack shop",
-                "1 CloudFormation stack: 2 instances lack Project; set it on the stack shop",
             ],
         ),
         "each kind has its own": (
-            [cause("launch_template", "lt-1", "Owner", 3), cause("node_group", "prod/ng", "Owner", 2)],
+            [cause("launch_template", "lt-1", 3), cause("node_group", "prod/ng", 2)],
             [
                 "1 launch template: 3 instances lack Owner; set it in the instance tags of lt-1",
                 "1 EKS node group: 2 instances lack Owner; set it in the launch template of prod/ng",
             ],
         ),
         "of many the greatest are named": (
-            [cause("stack", f"s{n}", "Owner", 9 - n) for n in range(5)],
+            [cause("stack", f"s{n}", 9 - n) for n in range(5)],
             ["5 CloudFormation stacks: 35 instances lack Owner; set it on the stack s0, s1, s2 and 2 more"],
         ),
     }.values(),
@@ -594,3 +602,18 @@ def test_suggestions_stand_in_every_report(tmp_path):
     assert suggestion == {"tag_key": "Owner", "value": "ann", "evidence": "59 of 59 in web-asg"}
     assert "Owner missing (ann?)" in run.out
     assert run.csv("violators.csv")[0]["SuggestedTags"] == "Owner=ann (59 of 59 in web-asg)"
+
+
+def test_a_group_that_lacks_several_tags_is_one_cause(tmp_path):
+    group = {"aws:autoscaling:groupName": "web-asg"}
+    few, many = {**EVERY, **group}, {**EVERY, **group}
+    del few["Owner"], many["Owner"], many["Project"]
+    fleet = [*members(2, few), *members(3, many, first=100)]
+    save_fleet(tmp_path, *fleet)
+    run = run_tagcheck("scan", "--instances", "fleet.json", "--json", "out.json", cwd=tmp_path, check=3)
+    line = f"1 Auto Scaling group: 5 instances lack Owner, Project (3); set them on web-asg {NEW_ONES}"
+    assert [each for each in run.out.splitlines() if "lack" in each] == [line]
+    assert [(each["tag_key"], each["instances"]) for each in run.json("out.json")["causes"]] == [
+        ("Owner", 5),
+        ("Project", 3),
+    ]

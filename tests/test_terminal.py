@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import sqlite3
 import struct
 import subprocess
@@ -137,11 +138,28 @@ def test_summary_begins_with_what_to_do(tmp_path: Path) -> None:
             "8 findings REPEAT, the oldest first:",
             f"REPEAT  123456789012  us-east-1  {ident(1)}",
             "… and 3 more in violators.csv",
-            "Findings: violators.csv\nState: instance_state.db\nExit code 4 INCOMPLETE",
+            "Findings: violators.csv\nState: instance_state.db\nExplain a finding: tagcheck.py explain",
+            "\nExit code 4 INCOMPLETE",
         )
     ]
     assert places == sorted(places)
     assert ident(6) not in out
+
+
+def test_the_summary_ends_with_a_command_that_explains_a_finding(tmp_path: Path) -> None:
+    save_policy(tmp_path)
+    save_fleet(tmp_path, reservation(1, {"Owner": "ann"}), reservation(2), reservation(3))
+    for _ in ("NEW", "REPEAT"):
+        *_, command, code = run_in(tmp_path, *COMMANDS["scan"], "--state", "its state.db").lines
+        words = ("--policy", "policy.yaml", "--state", "its state.db", ident(2))
+        assert command == f"Explain a finding: tagcheck.py explain {shlex.join(words)}"
+        assert code.startswith("Exit code 3")
+        assert f"{ident(2)} in " in run_in(tmp_path, "explain", *words).out
+    # Nothing that a state does not have.
+    save_fleet(tmp_path, reservation(1, {"Owner": "ann"}))
+    assert "Explain" not in run_in(tmp_path, *COMMANDS["scan"], "--state", "new.db").out
+    save_fleet(tmp_path, reservation(1))
+    assert "Explain" not in run_in(tmp_path, *COMMANDS["scan"], "--dry-run").out
 
 
 def test_exemptions_are_counted_and_not_listed(fleet: Path) -> None:
@@ -173,7 +191,8 @@ def test_no_tag_is_taken_for_a_command(tmp_path: Path) -> None:
     for name in ("scan", "history", "history of one", "explain"):
         lines = run_in(tmp_path, *COMMANDS[name], columns=60).lines
         assert any("a: tagcheck.py" in line for line in lines)
-        assert [line for line in lines if line.endswith("\\") or line.startswith("  tagcheck.py r")] == []
+        commands = [line for line in lines if line.endswith("\\") or line.startswith("  tagcheck.py r")]
+        assert [line for line in commands if not line.startswith("  tagcheck.py explain ")] == []
 
 
 def test_a_command_is_broken_only_between_its_words(fleet: Path) -> None:
@@ -283,7 +302,9 @@ def test_environment_gives_files_and_the_command_line_wins(fleet: Path) -> None:
     (fleet / "fleet.json").rename(fleet / "more.json")
     result = run_in(fleet, "scan", "--instances", "more.json", **given)
     assert "fleet.json" not in result.err
-    assert "(TAGCHECK_STATE: mine.db)" in " ".join(run_in(fleet, "scan", "--help", **given).out.split())
+    assert "(default from TAGCHECK_STATE: mine.db)" in " ".join(
+        run_in(fleet, "scan", "--help", **given).out.split()
+    )
 
 
 @pytest.mark.parametrize("name", ["POLICY", "STATE", "INSTANCES", "CSV"])
@@ -292,6 +313,23 @@ def test_environment_that_is_not_utf_8_is_refused(fleet: Path, name: str) -> Non
     result = run_in(fleet, *COMMANDS["scan"][:1], **given)
     assert result.code == 2
     assert re.search(rf"tagcheck: --{name.lower()} .*udcff \(from TAGCHECK_{name}\): .* UTF-8", result.err)
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("", "COMMAND [options]"),
+        ("scan", "[options]"),
+        ("validate", "[options] POLICY ..."),
+        ("explain", "[options] [INSTANCE]"),
+        ("report", "[options] --html FILE"),
+    ],
+)
+def test_usage_names_what_a_command_needs(tmp_path: Path, name: str, usage: str) -> None:
+    words = [*filter(None, [name])]
+    usage = " ".join(["usage: tagcheck.py", *words, usage])
+    assert run_in(tmp_path, *words, "--help", columns=80).lines[0] == usage
+    assert run_in(tmp_path, *words, "--colour", columns=80).err.startswith(f"{usage}\n")
 
 
 def test_environment_names_the_outputs_of_a_scan_only(fleet: Path) -> None:
