@@ -3290,6 +3290,9 @@ _OTHER_REFERENCE = f"&(?!{'|'.join(_REFERENCES).replace('&', '')})".encode()
 _CONTROLS = bytes({*range(32)} - {*b"\t\n"})  # not allowed in XML, but for CR, which a parser makes LF
 
 
+_COMPILING = threading.Lock()  # or each thread would compile the patterns, at the same time
+
+
 @functools.cache
 def _page_patterns() -> tuple[list[re.Pattern[bytes]], list[int], re.Pattern[str]]:
     """Return the patterns of a page's parts, an instance's groups of texts and tags, and a tag's pattern."""
@@ -3370,7 +3373,8 @@ def _check_plain(page: bytes | bytearray) -> None:
 def read_plain_page(page: bytes | bytearray, account_id: str) -> tuple[list[Instance], str]:
     """Return the instances of a page and its token; raises ValueError for all that the parser should see."""
     _check_plain(page)
-    (head, reservation, instance_part, end, tail), groups, tag = _page_patterns()
+    with _COMPILING:
+        (head, reservation, instance_part, end, tail), groups, tag = _page_patterns()
     instances: dict[str, Instance] = {}
     position = 0  # up to which the page has been matched
 
