@@ -2768,13 +2768,9 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            answer = function()
+            future.set_result(function())
         except BaseException as error:
-            IDLE_THREADS.append(calls)
             future.set_exception(error)
-        else:
-            IDLE_THREADS.append(calls)
-            future.set_result(answer)
 
     calls.put(functools.partial(contextvars.copy_context().run, run))
     return future.result(seconds)
@@ -2787,6 +2783,7 @@ def _start_thread() -> queue.SimpleQueue[Callable[[], None]]:
     def make_calls() -> None:
         while True:
             calls.get()()
+            IDLE_THREADS.append(calls)
 
     try:
         threading.Thread(target=make_calls, daemon=True).start()
@@ -3358,16 +3355,18 @@ def _plain_tags(raw: bytes | None, tag: re.Pattern[str]) -> dict[str, str]:
 
 def _check_plain(page: bytes | bytearray) -> None:
     """Raise ValueError for a text that a parser might refuse or change; looks at pieces, to copy nothing."""
-    if re.search(_OTHER_REFERENCE, page) or (b"]" in page and b"]]>" in page):
+    # What is rare is looked for by one byte first, which is thirty times as fast.
+    if (b"&" in page and re.search(_OTHER_REFERENCE, page)) or (b"]" in page and b"]]>" in page):
         raise ValueError("a reference, or ]]>")
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = None if page.isascii() else codecs.getincrementaldecoder("utf-8")()
+    if decoder and b"\xef\xbf" in page:
+        raise ValueError("perhaps U+FFFE or U+FFFF")
     for start in range(0, len(page), CHUNK_SIZE):
         piece = page[start : start + CHUNK_SIZE]
         if len(piece.translate(None, _CONTROLS)) < len(piece):
             raise ValueError("a control character")
-        decoder.decode(piece)
-    if not page.isascii() and b"\xef\xbf" in page:
-        raise ValueError("perhaps U+FFFE or U+FFFF")
+        if decoder:
+            decoder.decode(piece)
 
 
 def read_plain_page(page: bytes | bytearray, account_id: str) -> tuple[list[Instance], str]:
