@@ -428,6 +428,20 @@ def test_call_whose_deadline_has_passed_is_not_made(aws: AwsServer) -> None:
     assert aws.requests == []
 
 
+def test_a_thread_that_is_free_makes_the_next_call() -> None:
+    released = threading.Event()
+    with pytest.raises(TimeoutError):
+        script.within(0.05, released.wait)
+    try:
+        threads = set()
+        for _ in range(20):
+            threads.add(script.within(10, threading.current_thread))
+            time.sleep(0.01)  # until it waits again
+        assert len(threads) == 1
+    finally:
+        released.set()
+
+
 def test_interrupt_ends_a_scan_that_waits_for_its_first_answer(aws: AwsServer, tmp_path: Path) -> None:
     fault = aws.fault("trickle", action="GetCallerIdentity", seconds=0.2, in_headers=True)
     command = [sys.executable, str(TAGCHECK), "scan", "--policy", str(write_policy(tmp_path, REGION))]
@@ -843,6 +857,15 @@ def test_instances_are_those_that_boto3_reads(aws: AwsServer, ec2: Any, page_siz
     assert theirs[0][3] == ODD_TAGS
     assert theirs[2][3] == {}
     assert of_ours(ec2) == theirs
+
+
+def test_client_has_the_operations_that_are_called_as_botocore_describes_them(ec2: Any) -> None:
+    ours, theirs = (client.meta.service_model for client in (ec2, boto3.client("ec2", REGION)))
+    called = {action.partition(":")[2] for action in (*script.READ_ACTIONS, *script.WRITE_ACTIONS)}
+    assert {*ours.operation_names} == called
+    for name in called:
+        one, other = (model.operation_model(name).input_shape for model in (ours, theirs))
+        assert one.members.items() and [*map(str, one.members.items())] == [*map(str, other.members.items())]
 
 
 @mock_aws
