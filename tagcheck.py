@@ -6010,11 +6010,9 @@ def _summary(
     ending += [] if report.dry_run else [f"State: {state}"]
     for finding in [*fresh, *report.oldest][:1] if not report.dry_run else ():
         ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
-    still = (
-        f"{counted(number, 'new finding')}, {totals['repeat']:,} still open; --fail-on counts none of them"
-    )
-    passes = code is ExitCode.COMPLIANT and totals["findings"]
-    end = f": {still}" if passes else f" {code.name}: {code.meaning}"
+    end = f" {code.name}: {code.meaning}"
+    if code is ExitCode.COMPLIANT and totals["findings"]:
+        end = f": {counted(totals['findings'], 'finding')}; --fail-on counts none"
     yield [*ending, f"Exit code {int(code)}{end}"]
 
 
