@@ -7514,7 +7514,8 @@ class LeftOut(StrEnum):
     """Tags of open findings that a new plan leaves out, and what to do."""
 
     UNKNOWN = "tags without a likely value; set them by hand, or give them a default in the policy"
-    UNSURE = "tags whose likely value is not sure enough; a lower --min-confidence shows it"
+    UNSURE = "tags whose likely value is not sure enough; a lower --min-confidence plans them"
+    WRONG = "tags with a wrong value and no likely one; correct them by hand"
     NOT_ALLOWED = "tags whose likely value the policy or EC2 does not allow"
     NOT_REQUIRED = "tags that the policy does not require there"
 
@@ -7637,10 +7638,12 @@ def plan(
                 yield row
             elif row:
                 reasons.add(LeftOut.NOT_ALLOWED)
-            elif rule:
-                reasons.add(LeftOut.UNSURE if suggestion else LeftOut.UNKNOWN)
-            else:
+            elif not rule:
                 reasons.add(LeftOut.NOT_REQUIRED)
+            elif suggestion:
+                reasons.add(LeftOut.UNSURE)
+            else:
+                reasons.add(LeftOut.UNKNOWN if is_blank(finding.tags.get(key, "")) else LeftOut.WRONG)
         left_out.update(reasons)
 
 
@@ -8318,7 +8321,7 @@ def remediation_lines(
         yield Command("Undo it with:", command("--undo", undo_file, "--apply"))
     elif undo_file is None and actions:
         yield Command("Plan only. Apply it with:", command("--apply"))
-    elif undo_file is None and totals:
+    elif undo_file is None and Action.REVIEW in aside:
         yield "Nothing to write: put replace in place of review where the new value is right"
     elif undo_file is None:
         is_open = done.left_out is None or done.left_out
