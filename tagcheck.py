@@ -2617,7 +2617,13 @@ class Cause:
         return next(cause_lines([self]))
 
 
-CAUSES_NAMED = 3
+GROUPS_NAMED, TAGS_NAMED = 3, 5  # in a sentence, so that what to do stands near its beginning
+
+
+def _first_named(names: Sequence[str], most: int) -> str:
+    """Return the first of these names for a sentence, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
@@ -2630,16 +2636,14 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
         group, lacking = alike[kind, keys], Counter[str]()
         for cause in group:
             lacking.update(cause.tags)
-        tags = ", ".join(f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common())
+        tags = [f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common()]
         targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
-        named = [*targets.items()][:CAUSES_NAMED]
-        names = ", ".join(f"{name} (in {n:,} targets)" if n > 1 else name for name, n in named)
-        if len(targets) > CAUSES_NAMED:
-            names += f" and {len(targets) - CAUSES_NAMED:,} more"
+        names = [f"{name} (in {n:,} targets)" if n > 1 else name for name, n in targets.items()]
         lack = "instance lacks" if instances == 1 else "instances lack"
-        remedy = GROUP_KINDS[kind].remedy.format(names=names)
+        remedy = GROUP_KINDS[kind].remedy.format(names=_first_named(names, GROUPS_NAMED))
         remedy = remedy if len(keys) == 1 else remedy.replace("set it", "set them", 1)
-        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tags}; {remedy}"
+        groups, lacked = counted(len(group), GROUP_KINDS[kind].word), _first_named(tags, TAGS_NAMED)
+        yield f"{groups}: {instances:,} {lack} {lacked}; {remedy}"
 
 
 ########################################################################################################
@@ -4852,10 +4856,10 @@ def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) 
 
 def _found_causes(rows: Iterable[tuple[Target, Group, int, str, int]]) -> Iterator[Cause]:
     """Yield a cause for each group of so many instances of which more than one lack the same tag."""
-    for place, found in itertools.groupby(rows, key=lambda row: row[:3]):
+    for (target, group, instances), found in itertools.groupby(rows, key=lambda row: row[:3]):
         tags = {key: lacking for *_, key, lacking in found}
         if max(tags.values()) > 1:
-            yield Cause(place[0], place[1], tags, place[2])
+            yield Cause(target, group, tags, instances)
 
 
 # ---- What a state keeps ------------------------------------------------------------------------------
@@ -6943,7 +6947,7 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
         shares = ((_share(each.instances, owner.total - each.instances), each) for each in owner.causes)
-        lines = (_brief(f"{share} of these: {each}, in {each.target}", 200) for share, each in shares)
+        lines = (_brief(f"{share} of these: {each}, in {each.target}", 240) for share, each in shares)
         details.append(_node("ul", *(_node("li", each) for each in lines)))
     rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
     details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
