@@ -939,7 +939,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
-_OPERATOR_NAME = r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+"  # with a dot, or what a scan calls it
+_OPERATOR_NAME = re.compile(r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+")  # or what a scan calls it
 _PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
@@ -1872,11 +1872,11 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         _check_region(document, (*path, "regions", index), region)
     regions, accounts = (_given(document.value, key, dict) for key in ("regions", "accounts"))
     ids, excluded = ({*_texts(accounts, key).values()} for key in ("ids", "exclude"))
-    no_service = "no AWS service has such a name; they are like eks.amazonaws.com"
+    left_out = "the policy's accounts leave it out"
     conditions: tuple[tuple[str, Callable[[str], object], str], ...] = (
         ("regions", lambda region: regions.keys() & {region, "*"}, "the policy does not cover it"),
-        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), "accounts leaves it out"),
-        ("managed_by", re.compile(_OPERATOR_NAME).fullmatch, no_service),
+        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), left_out),
+        ("managed_by", _OPERATOR_NAME.fullmatch, "AWS services have names like eks.amazonaws.com"),
     )
     for key, can_match, why in conditions:
         texts: dict[KeyPath, str] = {(key, index): text for index, text in _texts(match, key).items()}
@@ -6118,7 +6118,7 @@ def explain(
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         verdict = f"too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     if not policy.includes(instance.state):
-        verdict = f"not checked, as the policy checks what is {', '.join(sorted(policy.states))}"
+        verdict = f"not checked, as the policy checks only what is {', '.join(sorted(policy.states))}"
     yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}: {verdict}"
     exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
@@ -9068,7 +9068,7 @@ class ValidateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions(ScopeOptions):
-    """Say why an instance passes or fails, and its history; without one, print the rules of each region."""
+    """Say why an instance passes or fails, and its history; without an INSTANCE, the rules of each region."""
 
     instance: InstanceId = None
     instances: FleetPaths
