@@ -8929,19 +8929,20 @@ ALL_ACCOUNTS = (1, 1)
 OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
 
 
-def _time(text: str) -> timedelta:
+def _time(text: str, examples: str = "90s, 36h, 7d or 1w") -> timedelta:
     """Return the duration that a text means, for argparse."""
     with contextlib.suppress(ValueError):
         return duration(text)
-    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write {examples}")
 
 
 def _days(text: str) -> timedelta:
     """Return a duration of at least a day, for argparse: by 5m people mean months."""
-    if (age := _time(text)) >= timedelta(days=1):
+    examples = "90d or 12w"
+    if (age := _time(text, examples)) >= timedelta(days=1):
         return age
     why = ", as m is minutes" if text.endswith("m") else ""
-    raise argparse.ArgumentTypeError(f"{text!r} is less than a day{why}: write 90d or 12w")
+    raise argparse.ArgumentTypeError(f"{text!r} is less than a day{why}: write {examples}")
 
 
 def _shard(text: str) -> tuple[int, int]:
