@@ -6119,6 +6119,8 @@ def explain(
         verdict = f"too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     if not policy.includes(instance.state):
         verdict = f"not checked, as the policy checks only what is {', '.join(sorted(policy.states))}"
+    if finding and finding.resolved_at and then:
+        verdict += f"; {finding.status} since ({finding.resolution})"
     yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}: {verdict}"
     exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
