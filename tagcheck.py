@@ -1348,6 +1348,11 @@ class Policy:
         """Return whether the region is in the policy's scope."""
         return region in self.regions or "*" in self.regions
 
+    def covers_target(self, target: Target) -> bool:
+        """Return whether both the account and the region are in the policy's scope."""
+        in_scope = not self.accounts or self.accounts.covers(target.account_id)
+        return in_scope and self.covers(target.region)
+
     def rules(self, region: str) -> tuple[RequiredTag, ...]:
         """Return the tags required in a region that the policy covers."""
         return self.regions[region] if region in self.regions else self.regions["*"]
@@ -7631,12 +7636,10 @@ def plan(
 
     `left_out` gets the number of findings that have such tags.
     """
-    covers = policy.accounts.covers if policy.accounts else bool
     for finding in findings:
         reasons = set[LeftOut]()
         suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
-        in_scope = policy.covers(finding.region) and covers(finding.account_id)
-        rules = policy.rules_by_key(finding.region) if in_scope else {}
+        rules = policy.rules_by_key(finding.region) if policy.covers_target(finding.target) else {}
         for key in (violation.tag_key for violation in finding.violations):
             rule, suggestion = rules.get(key), suggestions.get(key)
             row = rule and _plan_row(finding, rule, suggestion, policy, min_confidence)
@@ -9993,7 +9996,7 @@ def _suggested(
 ) -> tuple[Suggestion, ...]:
     """Return the likely values of an instance's missing tags, as a scan of saved files finds them."""
     with contextlib.closing(open_sightings()) as db, sighting_errors():
-        for place in (each for each in fleet if policy.covers(each.region)):
+        for place in filter(policy.covers_target, fleet):
             included = (each for each in fleet[place] if policy.includes(each.state))
             seen = [(judge(place, each, policy, now), None) for each in included]
             rules = policy.rules(place.region)
@@ -10011,18 +10014,18 @@ def _find_instance(
     if args.instances:
         every = ((target, instance) for target, instances in fleet.items() for instance in instances)
         cases = [case for case in every if case[1].instance_id == args.instance]
-        none = f"{', '.join(args.instances)} has no {args.instance}"
-        why = f"--account or --region leaves it out, or {policy.file} does not cover it"
-        why = why if cases else "name other files"
+        none, why = f"{', '.join(args.instances)} has no {args.instance}", "name other files"
     else:
         cases = [(target, _instance_of(case)) for target, case in known.items()]
         none = f"{args.state} has no finding of {args.instance} under the policy {policy.name}"
         why = "it complied, was exempted or too young, or was never scanned; "
         why += "ask AWS with --live --region R, or saved files with --instances FILE"
-    if chosen := [case for case in cases if args.includes(case[0]) and policy.covers(case[0].region)]:
+    if chosen := [case for case in cases if args.includes(case[0]) and policy.covers_target(case[0])]:
         return chosen
-    elsewhere = f" there, only in {', '.join(str(target) for target, _ in cases)}" if cases else ""
-    raise UsageError(f"{none}{elsewhere}: {why}")
+    if cases:
+        none += f" there, only in {', '.join(str(target) for target, _ in cases)}"
+        why = f"--account or --region leaves it out, or {policy.file} does not cover it"
+    raise UsageError(f"{none}: {why}")
 
 
 def _instance_of(case: Finding) -> Instance:

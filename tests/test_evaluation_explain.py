@@ -818,6 +818,15 @@ def test_instance_that_the_state_has_elsewhere(org: Desk) -> None:
     assert REGION in run.err
 
 
+def test_no_verdict_on_an_account_that_the_policy_leaves_out(desk: Desk) -> None:
+    desk.scan(instance(1, account=OTHER_ACCOUNT))
+    desk.write_policy(accounts={"ids": [ACCOUNT], "role_name": "r"})
+    for args in ((), ("--instances", "fleet.json")):
+        run = desk.explain(ident(1), *args)
+        assert (run.code, run.out) == (2, "")
+        assert f"only in {OTHER_ACCOUNT} {REGION}: --account or --region leaves it out, or policy" in run.err
+
+
 def test_instance_in_a_region_that_the_policy_no_longer_covers(desk: Desk) -> None:
     desk.scan(instance(1))
     desk.write_policy(regions={OTHER_REGION: None})
