@@ -939,7 +939,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
-_OPERATOR_NAME = r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+"  # with a dot, or what a scan calls it
+_OPERATOR_NAME = re.compile(r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+")  # or what a scan calls it
 _PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
@@ -1347,6 +1347,11 @@ class Policy:
     def covers(self, region: str) -> bool:
         """Return whether the region is in the policy's scope."""
         return region in self.regions or "*" in self.regions
+
+    def covers_target(self, target: Target) -> bool:
+        """Return whether both the account and the region are in the policy's scope."""
+        in_scope = not self.accounts or self.accounts.covers(target.account_id)
+        return in_scope and self.covers(target.region)
 
     def rules(self, region: str) -> tuple[RequiredTag, ...]:
         """Return the tags required in a region that the policy covers."""
@@ -1872,11 +1877,11 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
         _check_region(document, (*path, "regions", index), region)
     regions, accounts = (_given(document.value, key, dict) for key in ("regions", "accounts"))
     ids, excluded = ({*_texts(accounts, key).values()} for key in ("ids", "exclude"))
-    no_service = "no AWS service has such a name; they are like eks.amazonaws.com"
+    left_out = "the policy's accounts leave it out"
     conditions: tuple[tuple[str, Callable[[str], object], str], ...] = (
         ("regions", lambda region: regions.keys() & {region, "*"}, "the policy does not cover it"),
-        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), "accounts leaves it out"),
-        ("managed_by", re.compile(_OPERATOR_NAME).fullmatch, no_service),
+        ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), left_out),
+        ("managed_by", _OPERATOR_NAME.fullmatch, "AWS services have names like eks.amazonaws.com"),
     )
     for key, can_match, why in conditions:
         texts: dict[KeyPath, str] = {(key, index): text for index, text in _texts(match, key).items()}
@@ -2617,7 +2622,13 @@ class Cause:
         return next(cause_lines([self]))
 
 
-CAUSES_NAMED = 3
+GROUPS_NAMED, TAGS_NAMED = 3, 5  # in a sentence, so that what to do stands near its beginning
+
+
+def _first_named(names: Sequence[str], most: int) -> str:
+    """Return the first of these names for a sentence, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
@@ -2630,16 +2641,14 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
         group, lacking = alike[kind, keys], Counter[str]()
         for cause in group:
             lacking.update(cause.tags)
-        tags = ", ".join(f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common())
+        tags = [f"{key} ({n:,})" if n < instances else key for key, n in lacking.most_common()]
         targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
-        named = [*targets.items()][:CAUSES_NAMED]
-        names = ", ".join(f"{name} (in {n:,} targets)" if n > 1 else name for name, n in named)
-        if len(targets) > CAUSES_NAMED:
-            names += f" and {len(targets) - CAUSES_NAMED:,} more"
+        names = [f"{name} (in {n:,} targets)" if n > 1 else name for name, n in targets.items()]
         lack = "instance lacks" if instances == 1 else "instances lack"
-        remedy = GROUP_KINDS[kind].remedy.format(names=names)
+        remedy = GROUP_KINDS[kind].remedy.format(names=_first_named(names, GROUPS_NAMED))
         remedy = remedy if len(keys) == 1 else remedy.replace("set it", "set them", 1)
-        yield f"{counted(len(group), GROUP_KINDS[kind].word)}: {instances:,} {lack} {tags}; {remedy}"
+        groups, lacked = counted(len(group), GROUP_KINDS[kind].word), _first_named(tags, TAGS_NAMED)
+        yield f"{groups}: {instances:,} {lack} {lacked}; {remedy}"
 
 
 ########################################################################################################
@@ -4852,10 +4861,10 @@ def _causes(db: Connection, grouped: str, names: Names, most: int = MAX_CAUSES) 
 
 def _found_causes(rows: Iterable[tuple[Target, Group, int, str, int]]) -> Iterator[Cause]:
     """Yield a cause for each group of so many instances of which more than one lack the same tag."""
-    for place, found in itertools.groupby(rows, key=lambda row: row[:3]):
+    for (target, group, instances), found in itertools.groupby(rows, key=lambda row: row[:3]):
         tags = {key: lacking for *_, key, lacking in found}
         if max(tags.values()) > 1:
-            yield Cause(place[0], place[1], tags, place[2])
+            yield Cause(target, group, tags, instances)
 
 
 # ---- What a state keeps ------------------------------------------------------------------------------
@@ -6010,11 +6019,9 @@ def _summary(
     ending += [] if report.dry_run else [f"State: {state}"]
     for finding in [*fresh, *report.oldest][:1] if not report.dry_run else ():
         ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
-    still = (
-        f"{counted(number, 'new finding')}, {totals['repeat']:,} still open; --fail-on counts none of them"
-    )
-    passes = code is ExitCode.COMPLIANT and totals["findings"]
-    end = f": {still}" if passes else f" {code.name}: {code.meaning}"
+    end = f" {code.name}: {code.meaning}"
+    if code is ExitCode.COMPLIANT and totals["findings"]:
+        end = f": {counted(totals['findings'], 'finding')}; --fail-on counts none"
     yield [*ending, f"Exit code {int(code)}{end}"]
 
 
@@ -6116,7 +6123,9 @@ def explain(
     if failing and sighting.too_young and not (finding and finding.status is not Status.RESOLVED):
         verdict = f"too young to be judged before {utc_text(instance.launch_time + policy.grace_period)}"
     if not policy.includes(instance.state):
-        verdict = f"not checked, as the policy checks what is {', '.join(sorted(policy.states))}"
+        verdict = f"not checked, as the policy checks only what is {', '.join(sorted(policy.states))}"
+    if finding and finding.resolved_at and then:
+        verdict += f"; {finding.status} since ({finding.resolution})"
     yield f"{instance.instance_id}{name} in {target}, {instance.state}{managed}{then}: {verdict}"
     exempted = {case.violation.tag_key: case for case in (*sighting.exempted, *sighting.exempted_later)}
     for rule in policy.rules(target.region):
@@ -6945,7 +6954,7 @@ def _owner(dashboard: Dashboard, owner: OwnerFindings, *, is_open: bool) -> Elem
     details = _node("details", _node("summary.soft", "Causes, oldest findings, and how to fix them"))
     if owner.causes:
         shares = ((_share(each.instances, owner.total - each.instances), each) for each in owner.causes)
-        lines = (_brief(f"{share} of these: {each}, in {each.target}", 200) for share, each in shares)
+        lines = (_brief(f"{share} of these: {each}, in {each.target}", 240) for share, each in shares)
         details.append(_node("ul", *(_node("li", each) for each in lines)))
     rows = [_oldest_row(alike, dashboard)[:6] for alike in owner.oldest]
     details.extend(_table("Instance,Name,Account,Region,First seen,Lacks", rows))
@@ -7516,7 +7525,8 @@ class LeftOut(StrEnum):
     """Tags of open findings that a new plan leaves out, and what to do."""
 
     UNKNOWN = "tags without a likely value; set them by hand, or give them a default in the policy"
-    UNSURE = "tags whose likely value is not sure enough; a lower --min-confidence shows it"
+    UNSURE = "tags whose likely value is not sure enough; a lower --min-confidence plans them"
+    WRONG = "tags with a wrong value and no likely one; correct them by hand"
     NOT_ALLOWED = "tags whose likely value the policy or EC2 does not allow"
     NOT_REQUIRED = "tags that the policy does not require there"
 
@@ -7626,12 +7636,10 @@ def plan(
 
     `left_out` gets the number of findings that have such tags.
     """
-    covers = policy.accounts.covers if policy.accounts else bool
     for finding in findings:
         reasons = set[LeftOut]()
         suggestions = {suggestion.tag_key: suggestion for suggestion in finding.suggestions}
-        in_scope = policy.covers(finding.region) and covers(finding.account_id)
-        rules = policy.rules_by_key(finding.region) if in_scope else {}
+        rules = policy.rules_by_key(finding.region) if policy.covers_target(finding.target) else {}
         for key in (violation.tag_key for violation in finding.violations):
             rule, suggestion = rules.get(key), suggestions.get(key)
             row = rule and _plan_row(finding, rule, suggestion, policy, min_confidence)
@@ -7639,10 +7647,12 @@ def plan(
                 yield row
             elif row:
                 reasons.add(LeftOut.NOT_ALLOWED)
-            elif rule:
-                reasons.add(LeftOut.UNSURE if suggestion else LeftOut.UNKNOWN)
-            else:
+            elif not rule:
                 reasons.add(LeftOut.NOT_REQUIRED)
+            elif suggestion:
+                reasons.add(LeftOut.UNSURE)
+            else:
+                reasons.add(LeftOut.UNKNOWN if is_blank(finding.tags.get(key, "")) else LeftOut.WRONG)
         left_out.update(reasons)
 
 
@@ -8320,7 +8330,7 @@ def remediation_lines(
         yield Command("Undo it with:", command("--undo", undo_file, "--apply"))
     elif undo_file is None and actions:
         yield Command("Plan only. Apply it with:", command("--apply"))
-    elif undo_file is None and totals:
+    elif undo_file is None and Action.REVIEW in aside:
         yield "Nothing to write: put replace in place of review where the new value is right"
     elif undo_file is None:
         is_open = done.left_out is None or done.left_out
@@ -8924,19 +8934,20 @@ ALL_ACCOUNTS = (1, 1)
 OPEN = (Status.NEW, Status.REPEAT, Status.REOPENED)
 
 
-def _time(text: str) -> timedelta:
+def _time(text: str, examples: str = "90s, 36h, 7d or 1w") -> timedelta:
     """Return the duration that a text means, for argparse."""
     with contextlib.suppress(ValueError):
         return duration(text)
-    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write 90s, 36h, 7d or 1w")
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time: write {examples}")
 
 
 def _days(text: str) -> timedelta:
     """Return a duration of at least a day, for argparse: by 5m people mean months."""
-    if (age := _time(text)) >= timedelta(days=1):
+    examples = "90d or 12w"
+    if (age := _time(text, examples)) >= timedelta(days=1):
         return age
     why = ", as m is minutes" if text.endswith("m") else ""
-    raise argparse.ArgumentTypeError(f"{text!r} is less than a day{why}: write 90d or 12w")
+    raise argparse.ArgumentTypeError(f"{text!r} is less than a day{why}: write {examples}")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -9063,7 +9074,7 @@ class ValidateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions(ScopeOptions):
-    """Say why an instance passes or fails, and its history; without one, print the rules of each region."""
+    """Say why an instance passes or fails, and its history; without an INSTANCE, the rules of each region."""
 
     instance: InstanceId = None
     instances: FleetPaths
@@ -9985,7 +9996,7 @@ def _suggested(
 ) -> tuple[Suggestion, ...]:
     """Return the likely values of an instance's missing tags, as a scan of saved files finds them."""
     with contextlib.closing(open_sightings()) as db, sighting_errors():
-        for place in (each for each in fleet if policy.covers(each.region)):
+        for place in filter(policy.covers_target, fleet):
             included = (each for each in fleet[place] if policy.includes(each.state))
             seen = [(judge(place, each, policy, now), None) for each in included]
             rules = policy.rules(place.region)
@@ -10003,18 +10014,18 @@ def _find_instance(
     if args.instances:
         every = ((target, instance) for target, instances in fleet.items() for instance in instances)
         cases = [case for case in every if case[1].instance_id == args.instance]
-        none = f"{', '.join(args.instances)} has no {args.instance}"
-        why = f"--account or --region leaves it out, or {policy.file} does not cover it"
-        why = why if cases else "name other files"
+        none, why = f"{', '.join(args.instances)} has no {args.instance}", "name other files"
     else:
         cases = [(target, _instance_of(case)) for target, case in known.items()]
         none = f"{args.state} has no finding of {args.instance} under the policy {policy.name}"
         why = "it complied, was exempted or too young, or was never scanned; "
         why += "ask AWS with --live --region R, or saved files with --instances FILE"
-    if chosen := [case for case in cases if args.includes(case[0]) and policy.covers(case[0].region)]:
+    if chosen := [case for case in cases if args.includes(case[0]) and policy.covers_target(case[0])]:
         return chosen
-    elsewhere = f" there, only in {', '.join(str(target) for target, _ in cases)}" if cases else ""
-    raise UsageError(f"{none}{elsewhere}: {why}")
+    if cases:
+        none += f" there, only in {', '.join(str(target) for target, _ in cases)}"
+        why = f"--account or --region leaves it out, or {policy.file} does not cover it"
+    raise UsageError(f"{none}: {why}")
 
 
 def _instance_of(case: Finding) -> Instance:

@@ -608,6 +608,17 @@ def test_each_cause_shows_which_share_of_the_findings_it_closes():
     assert line.startswith("25% of these: 1 Auto Scaling group: 5 instances lack ann; ")
 
 
+def test_a_cause_of_many_tags_says_where_to_set_them():
+    tags = {f"company:tag-{number:02}": 9 for number in range(15)}
+    causes = [replace(cause(tagcheck.Group("autoscaling_group", "cart"), 9), tags=tags)]
+    page = Page(dashboard(found=open_findings(9, causes=causes, owners=[owner("ann", 9, causes=causes)])))
+    where = " and 10 more; set them on cart for new instances (PropagateAtLaunch)"
+    [cell] = [text for text in page.texts("td") if "instances lack" in text]
+    [item] = [text for text in page.texts("li") if "instances lack" in text]
+    assert cell.endswith(where)
+    assert item.endswith(f"{where}, in 000000000001 {REGIONS[0]}")
+
+
 def headline(*args, **more):
     return Page(dashboard(*args, **more)).texts("p", class_="headline")[0]
 

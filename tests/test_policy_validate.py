@@ -374,9 +374,9 @@ def test_an_end_of_an_exemption_is_announced(
     assert [day in line for line in lines[:-1]] == [True] * warned
 
 
-NO_SERVICE = "no AWS service has such a name; they are like eks.amazonaws.com"
+NO_SERVICE = "AWS services have names like eks.amazonaws.com"
 NOT_COVERED = "the policy does not cover it"
-LEFT_OUT = "accounts leaves it out"
+LEFT_OUT = "the policy's accounts leave it out"
 
 
 @pytest.mark.parametrize(

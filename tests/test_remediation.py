@@ -159,7 +159,7 @@ def test_plan_leaves_out_what_the_policy_no_longer_asks_for():
     ("case", "keys", "reasons"),
     [
         pytest.param(finding({}), {}, {"UNKNOWN"}, id="nothing known of one, a default of the other"),
-        pytest.param(finding({"Owner": "tbd"}), {}, {"UNKNOWN"}, id="wrong value, nothing known"),
+        pytest.param(finding({"Owner": "tbd"}), {}, {"WRONG"}, id="wrong value, nothing known"),
         pytest.param(finding({}, suggestion("ann", 0.9)), {}, {"UNSURE"}, id="not sure enough"),
         pytest.param(finding({}, suggestion("a\u202eb", 1)), {}, {"NOT_ALLOWED"}, id="value not allowed"),
         pytest.param(
@@ -195,19 +195,32 @@ def test_plan_says_what_it_leaves_out_and_why_there_is_nothing_to_write(tagcheck
     )
     unsure = (
         "Left out on 1 instance: tags whose likely value is not sure enough; "
-        "a lower --min-confidence shows it"
+        "a lower --min-confidence plans them"
     )
     assert remediate() == [unknown]
     assert remediate("--min-confidence", "1") == [unknown, unsure, "Nothing to write"]
     assert remediate("--min-confidence", "1", "--apply") == [unknown, unsure]
     empty = save_plan(tmp_path / "empty.csv")
     assert remediate("--plan", empty) == ["Nothing to write"]
-    skip = save_plan(tmp_path / "skip.csv", row(action="review"))
+    skip = save_plan(tmp_path / "skip.csv", row(action="skip"))
+    assert remediate("--plan", skip) == ["Nothing to write"]
+    review = save_plan(tmp_path / "review.csv", row(action="review"))
     replace = "Nothing to write: put replace in place of review where the new value is right"
-    assert remediate("--plan", skip) == [replace]
+    assert remediate("--plan", review) == [replace]
     save_fleet(tmp_path, *(instance(number, {"Owner": "ann"}) for number in (1, 2, 3)))
     tagcheck("scan", *SAVED_FILES, check=0)
     assert remediate() == ["Nothing to write: no finding to fix is open"]
+
+
+def test_plan_advises_no_default_where_a_value_is_wrong(tagcheck, tmp_path):
+    save_policy(tmp_path, required_tags=[{"key": "Environment", "values": ["dev"], "default": "dev"}])
+    save_fleet(tmp_path, instance(1, {"Environment": "staging"}))
+    tagcheck("scan", *SAVED_FILES, check=3)
+    lines = tagcheck("remediate", "--policy", "policy.yaml", check=0).lines
+    assert lines[1:] == [
+        "Left out on 1 instance: tags with a wrong value and no likely one; correct them by hand",
+        "Nothing to write",
+    ]
 
 
 # ---- What an edited plan may be ----------------------------------------------------------------------------

@@ -544,9 +544,9 @@ def test_summary_says_all_there_is_to_say(scan, tmp_path):
 @pytest.mark.parametrize(
     ("fail_on", "more", "end"),
     [
-        ("new", [], "0: 0 new findings, 1 still open; --fail-on counts none of them"),
-        ("never", [BARE], "0: 1 new finding, 1 still open; --fail-on counts none of them"),
-        ("new", [GOOD], "0: 0 new findings, 1 still open; --fail-on counts none of them"),
+        ("new", [], "0: 1 finding; --fail-on counts none"),
+        ("never", [BARE], "0: 2 findings; --fail-on counts none"),
+        ("new", [GOOD], "0: 1 finding; --fail-on counts none"),
         ("new", [BARE], "3 VIOLATIONS: every target was read, and findings count"),
     ],
 )
@@ -555,6 +555,14 @@ def test_summary_calls_nothing_compliant_while_findings_are_open(scan, tmp_path,
     save(tmp_path, BARE, *more)
     run = scan(*READ, "--fail-on", fail_on)
     assert run.lines[-1] == f"Exit code {end}"
+
+
+def test_summary_calls_no_reopened_finding_new(scan, tmp_path):
+    for tags in (BARE, GOOD, BARE):
+        save(tmp_path, tags)
+        run = scan(*READ, "--fail-on", "never", check=0)
+    assert run.lines[1].startswith("1 finding: 0 NEW, 0 REPEAT, 1 REOPENED")
+    assert run.lines[-1] == "Exit code 0: 1 finding; --fail-on counts none"
 
 
 # ---- Streams and exit codes --------------------------------------------------------------------------------

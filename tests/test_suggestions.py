@@ -424,6 +424,13 @@ def cause(kind, name, instances, **tags):
             [cause("stack", f"s{n}", 9 - n) for n in range(5)],
             ["5 CloudFormation stacks: 35 instances lack Owner; set it on the stack s0, s1, s2 and 2 more"],
         ),
+        "of many tags those that most lack are named": (
+            [cause("stack", "shop", 9, **{f"t{n}": 9 - n for n in range(7)})],
+            [
+                "1 CloudFormation stack: 9 instances lack t0, t1 (8), t2 (7), t3 (6), t4 (5) and 2 more; "
+                "set them on the stack shop"
+            ],
+        ),
     }.values(),
 )  # fmt: skip
 def test_cause_lines(causes, lines):

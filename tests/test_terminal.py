@@ -234,7 +234,7 @@ def test_a_command_is_broken_only_between_its_words(fleet: Path) -> None:
             "'5m' is less than a day, as m is minutes: write 90d or 12w",
         ),
         (("prune", "--older-than", "0d"), "prune", "'0d' is less than a day"),
-        (("prune", "--older-than", "5"), "prune", "'5' is not a time"),
+        (("prune", "--older-than", "5"), "prune", "'5' is not a time: write 90d or 12w"),
         (("explain", "web-1"), None, "web-1 is not an instance id, such as i-0123456789abcdef0"),
         (("history", "foo"), None, "foo is not an instance id"),
         (("prune", "--days", "0"), "prune", "'0' is not a number of at least 1"),
