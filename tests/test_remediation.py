@@ -216,8 +216,9 @@ def test_plan_advises_no_default_where_a_value_is_wrong(tagcheck, tmp_path):
     save_policy(tmp_path, required_tags=[{"key": "Environment", "values": ["dev"], "default": "dev"}])
     save_fleet(tmp_path, instance(1, {"Environment": "staging"}))
     tagcheck("scan", *SAVED_FILES, check=3)
-    lines = tagcheck("remediate", "--policy", "policy.yaml", check=0).lines
-    assert lines[1:] == [
+    run = tagcheck("remediate", "--policy", "policy.yaml", "--json", "out.json", check=0)
+    assert run.json("out.json")["left_out"] == {"wrong": 1}
+    assert run.lines[1:] == [
         "Left out on 1 instance: tags with a wrong value and no likely one; correct them by hand",
         "Nothing to write",
     ]
