@@ -6776,9 +6776,9 @@ def _facts(dashboard: Dashboard) -> list[Element]:
     if len(dashboard.spend) == 1:
         [(currency, cost)] = dashboard.spend
         lacking = min(dict(found.cost_by_tag).get(owner, 0.0), cost)
-        has, every, lacks = (_money(amount, currency) for amount in (cost - lacking, cost, lacking))
-        share = f"({_share(cost - lacking, lacking)}) is allocated (has {_brief(owner)})"
-        facts.append(f"{has} of {every} a month {share}, {lacks} is not")
+        share, every = _share(cost - lacking, lacking), _money(cost, currency)
+        allocated = f"{share} of {every} a month is allocated (has {_brief(owner)})"
+        facts.append(f"{allocated}, {_money(lacking, currency)} is not")
     elif dashboard.spend:
         names = ", ".join(currency or "unnamed" for currency, _ in dashboard.spend)
         facts.append(f"the prices are in several currencies: {names}")

@@ -661,7 +661,7 @@ def test_the_share_of_spend_that_is_allocated_stands_beside_the_count():
     found = open_findings(9, cost_by_tag=[("CostCenter", 900.0), ("Owner", 250.0)])
     of = replace(dashboard(found=found), spend=[("EUR", 1000.0)])
     page = Page(replace(of, policy=replace(of.policy, regions={"*": (tagcheck.RequiredTag("Owner"),)})))
-    fact = "750 EUR of 1,000 EUR a month (75%) is allocated (has Owner), 250 EUR is not"
+    fact = "75% of 1,000 EUR a month is allocated (has Owner), 250 EUR is not"
     assert fact in page.texts("header")[0]
     assert "12 EUR a month" in page.text
     page = Page(replace(of, spend=[("", 5.0), ("EUR", 1000.0)]))

@@ -214,7 +214,7 @@ def test_the_share_of_spend_that_is_allocated(tmp_path):
     assert result.json("out.json")["currency"] == "EUR"
     assert "73.00 EUR a month without Owner" in result.out
     page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
-    assert "146 EUR of 219 EUR a month (66%) is allocated (has Owner), 73 EUR is not" in page
+    assert "66% of 219 EUR a month is allocated (has Owner), 73 EUR is not" in page
     result = scan(tmp_path, 1, fleet, *prices(tmp_path, "hourly_price"), **keys)
     assert result.json("out.json")["currency"] is None
     assert "73.00 a month without Owner" in result.out
@@ -228,7 +228,7 @@ def test_a_share_of_spend_is_never_rounded_up(tmp_path):
         tmp_path, 0, {1: {}} | {n: {"Owner": "ann", "Project": "x"} for n in range(2, 251)}, *prices(tmp_path)
     )
     page = run(tmp_path, "report", "--html", "-", "--policy", "policy.yaml", check=0).out
-    assert "18,177 EUR of 18,250 EUR a month (99%) is allocated" in page
+    assert "99% of 18,250 EUR a month is allocated" in page
 
 
 def test_amounts_in_several_currencies_have_no_sum(tmp_path):
