@@ -577,6 +577,12 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or f'{word}s'}"
 
 
+def first_named(names: Sequence[str], most: int) -> str:
+    """Return the first of these names for a sentence, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def display_width(text: str) -> int:
     """Return how many columns of a terminal a text takes: some characters are wide (Unicode, UAX 11)."""
     if text.isascii():
@@ -939,7 +945,7 @@ _ROLE = _form("a role name (which is only the end of its ARN)", ROLE_NAME, "tagc
 _ORGANIZATIONAL_UNIT = _form("the id or path of an organizational unit", _UNIT, "ou-ab12-12345678")
 _INSTANCE_TYPE = _form("an instance type", "[a-z0-9*?][a-z0-9.*?-]*", "t3.micro")
 _OPERATOR = _one_or_more(_string("eks.amazonaws.com"))
-_OPERATOR_NAME = re.compile(r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+")  # or what a scan calls it
+_OPERATOR_NAME = r".*[*?].*|unknown|[a-z0-9-]+(\.[a-z0-9-]+)+"  # or what a scan calls it
 _PATTERN = _string("CC-[0-9]{4}")
 _DATE_TEXT = _form("a date (year-month-day)", _DATE, "2027-01-31")
 _TIME_TEXT = _form("a duration (a number and s, m, h or d)", _DURATION, "2h")
@@ -1348,10 +1354,13 @@ class Policy:
         """Return whether the region is in the policy's scope."""
         return region in self.regions or "*" in self.regions
 
+    def covers_account(self, account_id: str) -> bool:
+        """Return whether the account is in the policy's scope."""
+        return not self.accounts or self.accounts.covers(account_id)
+
     def covers_target(self, target: Target) -> bool:
         """Return whether both the account and the region are in the policy's scope."""
-        in_scope = not self.accounts or self.accounts.covers(target.account_id)
-        return in_scope and self.covers(target.region)
+        return self.covers_account(target.account_id) and self.covers(target.region)
 
     def rules(self, region: str) -> tuple[RequiredTag, ...]:
         """Return the tags required in a region that the policy covers."""
@@ -1878,10 +1887,11 @@ def _check_match(document: YamlDocument, path: KeyPath, match: Any) -> None:
     regions, accounts = (_given(document.value, key, dict) for key in ("regions", "accounts"))
     ids, excluded = ({*_texts(accounts, key).values()} for key in ("ids", "exclude"))
     left_out = "the policy's accounts leave it out"
+    is_service = functools.partial(re.fullmatch, _OPERATOR_NAME)
     conditions: tuple[tuple[str, Callable[[str], object], str], ...] = (
         ("regions", lambda region: regions.keys() & {region, "*"}, "the policy does not cover it"),
         ("accounts", lambda id_: id_ not in excluded and (not ids or id_ in ids), left_out),
-        ("managed_by", _OPERATOR_NAME.fullmatch, "AWS services have names like eks.amazonaws.com"),
+        ("managed_by", is_service, "AWS services have names like eks.amazonaws.com"),
     )
     for key, can_match, why in conditions:
         texts: dict[KeyPath, str] = {(key, index): text for index, text in _texts(match, key).items()}
@@ -2625,12 +2635,6 @@ class Cause:
 GROUPS_NAMED, TAGS_NAMED = 3, 5  # in a sentence, so that what to do stands near its beginning
 
 
-def _first_named(names: Sequence[str], most: int) -> str:
-    """Return the first of these names for a sentence, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
     """Yield a sentence for each kind of group and its tags: what is missing, and where to set it for all."""
     alike: dict[tuple[str, frozenset[str]], list[Cause]] = {}
@@ -2645,9 +2649,9 @@ def cause_lines(causes: Iterable[Cause]) -> Iterator[str]:
         targets = Counter(cause.group.name for cause in group)  # it is a group of its own in each
         names = [f"{name} (in {n:,} targets)" if n > 1 else name for name, n in targets.items()]
         lack = "instance lacks" if instances == 1 else "instances lack"
-        remedy = GROUP_KINDS[kind].remedy.format(names=_first_named(names, GROUPS_NAMED))
+        remedy = GROUP_KINDS[kind].remedy.format(names=first_named(names, GROUPS_NAMED))
         remedy = remedy if len(keys) == 1 else remedy.replace("set it", "set them", 1)
-        groups, lacked = counted(len(group), GROUP_KINDS[kind].word), _first_named(tags, TAGS_NAMED)
+        groups, lacked = counted(len(group), GROUP_KINDS[kind].word), first_named(tags, TAGS_NAMED)
         yield f"{groups}: {instances:,} {lack} {lacked}; {remedy}"
 
 
@@ -2815,28 +2819,17 @@ def allow_statement(actions: Sequence[str], resource: str | list[str], **more: A
 _EC2_OPERATIONS = {action.removeprefix("ec2:") for action in (*READ_ACTIONS, *WRITE_ACTIONS)}
 
 
-class ModelFiles:
-    """Reads botocore's models of services, of EC2 only what belongs to the operations that are called here.
-
-    EC2 has 800 operations. botocore makes a method of each in every region's client, and reads a model with
-    ordered dicts: that took twice as long, 15 MB more, and 1 MB more for each region.
-    """
-
-    @staticmethod
-    def exists(path: str) -> bool:
-        """Return whether there is a model at a path, which has no ending."""
-        return any(os.path.isfile(path + ending) for ending in (".json", ".json.gz"))
-
-    @staticmethod
-    def load_file(path: str) -> Any:
-        """Return the model at a path, None where there is none."""
-        for ending, open_file in ((".json", open), (".json.gz", gzip.open)):
-            if os.path.isfile(path + ending):
-                with open_file(path + ending, "rb") as file:
-                    model = json.load(file)
-                is_ec2 = model.get("metadata", {}).get("serviceId") == "EC2"
-                return _model_of(model, _EC2_OPERATIONS) if is_ec2 else model
-        return None
+# EC2 has 800 operations. botocore makes a method of each in every region's client, and reads a model with
+# ordered dicts: that took twice as long, 15 MB more, and 1 MB more for each region.
+def load_model(path: str) -> Any:
+    """Return the model at a path, which has no ending: of EC2 only what is called; None if there is none."""
+    for ending, open_file in ((".json", open), (".json.gz", gzip.open)):
+        if os.path.isfile(path + ending):
+            with open_file(path + ending, "rb") as file:
+                model = json.load(file)
+            is_ec2 = model.get("metadata", {}).get("serviceId") == "EC2"
+            return _model_of(model, _EC2_OPERATIONS) if is_ec2 else model
+    return None
 
 
 def _model_of(model: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -2845,11 +2838,14 @@ def _model_of(model: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     waiting: list[Any] = [operations]
     while waiting:
         part = waiting.pop()
-        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        name = part.get("shape") if isinstance(part, dict) else None
-        if isinstance(name, str) and name not in shapes:
-            shapes[name] = model["shapes"][name]
-            waiting.append(shapes[name])
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+            name = part.get("shape")
+            if isinstance(name, str) and name not in shapes:
+                shapes[name] = model["shapes"][name]
+                waiting.append(shapes[name])
     return {**model, "operations": operations, "shapes": shapes}
 
 
@@ -2873,7 +2869,7 @@ class Aws:
 
         core = botocore.session.Session(profile=profile)
         try:
-            core.get_component("data_loader").file_loader = ModelFiles()
+            core.get_component("data_loader").file_loader.load_file = load_model
             self.session = boto3.Session(botocore_session=core)
         except botocore.exceptions.BotoCoreError as error:
             raise CredentialsError(f"{error}; see `aws configure list-profiles`") from error
@@ -6028,9 +6024,10 @@ def _summary(
     yield list(map(str, report.upcoming))
     yield report.notices
     ending: list[str | Command] = [f"Findings: {csv_path}"] if csv_path not in ("", "-") else []
-    ending += [] if report.dry_run else [f"State: {state}"]
-    for finding in [*fresh, *report.oldest][:1] if not report.dry_run else ():
-        ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
+    if not report.dry_run:
+        ending.append(f"State: {state}")
+        for finding in [*fresh, *report.oldest][:1]:
+            ending.append(Command("Explain a finding:", [*command, finding.instance_id]))
     end = f" {code.name}: {code.meaning}"
     if code is ExitCode.COMPLIANT and totals["findings"]:
         end = f": {counted(totals['findings'], 'finding')}; --fail-on counts none"
@@ -8400,7 +8397,7 @@ def _shown(text: str) -> str:
 def _listed(counts: Iterable[tuple[str, object]]) -> str:
     """Return texts for a comment, each with what is known of it: `prd (2), pord (1) and 3 more`."""
     shown = [f"{_shown(text)} ({f'{note:,}' if isinstance(note, int) else note})" for text, note in counts]
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6:,} more" if len(shown) > 6 else "")
+    return first_named(shown, 6)
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -9597,10 +9594,9 @@ def _accounts_in_scope(
     args: ScanOptions, policy: Policy, notices: list[str], aws: Aws, caller: Caller
 ) -> dict[str, Account]:
     """Return the accounts to scan by id; adds notices of inactive ones; raises TagcheckError."""
-    covers = policy.accounts.covers if policy.accounts else bool
     accounts = _accounts_of(policy, aws, caller)
     args = replace(args, account=account_ids(args.account, named_accounts(policy, accounts)))
-    in_scope = {account_id: account for account_id, account in accounts.items() if covers(account_id)}
+    in_scope = {each: account for each, account in accounts.items() if policy.covers_account(each)}
     if not in_scope:
         raise UsageError(f"{policy.file} leaves no accounts to scan: check ids and exclude")
     for account_id in args.account:
@@ -9682,7 +9678,7 @@ def read_saved(args: ScanOptions, policy: Policy) -> Iterator[Reading]:
     instances, cut = load_fleet(args.instances)
     listed = policy.accounts.ids if policy.accounts and not args.account else ()
     found = {*args.account, *listed, *(target.account_id for target in instances)}
-    in_scope = set(filter(policy.accounts.covers if policy.accounts else bool, found))
+    in_scope = set(filter(policy.covers_account, found))
     chosen = set(filter(args.chooses, in_scope))
     named = args.region or policy.regions.keys() - {"*"}
     targets = {Target(account_id, region) for account_id in chosen for region in named}
@@ -10193,8 +10189,7 @@ def run_remediate(args: RemediateOptions, now: datetime) -> ExitCode:
 def _check_owners(db: Connection, policy: Policy, owners: Iterable[str], now: datetime) -> None:
     """Raise UsageError for an owner of whom nothing is open; '' may always be asked for."""
     for owner in filter(None, owners):
-        theirs = fetch_history(db, Selection(policy.name, statuses=OPEN, owners=[owner]))
-        if next(theirs, None) is None:
+        if not any(fetch_history(db, Selection(policy.name, statuses=OPEN, owners=[owner]))):
             known = [name for name, _ in fetch_open(db, policy.name, now).by_owner]
             none = f"no open finding under the policy {policy.name} has this owner"
             raise UsageError(

@@ -76,7 +76,8 @@ def hurry_boto() -> None:
     """Let sessions share the parsed models of AWS's services, and shorten the pauses between tries."""
     load_once = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
     JSONFileLoader.load_file = lambda self, file_path: load_once(file_path)
-    script_module.ModelFiles.load_file = staticmethod(functools.cache(script_module.ModelFiles.load_file))
+    load_model_once = functools.cache(script_module.load_model)
+    script_module.load_model = lambda path: load_model_once(path)
     list_once = functools.cache(Loader.list_available_services)
     of_paths = functools.cache(lambda paths: Loader([*paths], include_default_search_paths=False))
     Loader.list_available_services = lambda self, type_name: list_once(
